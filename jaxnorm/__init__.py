@@ -1,0 +1,16 @@
+from jaxnorm._groups import EACH as EACH
+from jaxnorm._groups import Groups as Groups
+from jaxnorm._groups import Method as Method
+from jaxnorm._groups import Size as Size
+from jaxnorm._moments import Moments as Moments
+from jaxnorm._moments import blend as blend
+from jaxnorm._moments import merge as merge
+from jaxnorm._moments import moments as moments
+from jaxnorm._moments import pool as pool
+from jaxnorm._normalize import norm as norm
+from jaxnorm._normalize import normalize as normalize
+from jaxnorm._running import init_running as init_running
+from jaxnorm._running import running_moments as running_moments
+from jaxnorm._running import running_shape as running_shape
+from jaxnorm._running import update_cumulative as update_cumulative
+from jaxnorm._running import update_running as update_running

@@ -1,0 +1,99 @@
+"""Sums over named axes: what `axis_name` and `axis_index_groups` mean.
+
+Inside `pmap`, `shard_map` and `vmap(axis_name=...)` an array is one device's part, and a sum over a set of statistics goes
+on over the named axis. Under plain `jit` with sharded arrays there is no named axis: the ordinary sum is already global.
+"""
+
+import operator
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+AxisName = Hashable | tuple[Hashable, ...] | None
+DeviceGroups = Sequence[Sequence[int]] | None
+
+
+def names_of(axis_name: AxisName) -> tuple[Hashable, ...]:
+    """The named axes, as a tuple."""
+    return () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
+def device_groups_of(axis_name: AxisName, groups: DeviceGroups) -> tuple[tuple[int, ...], ...] | None:
+    """`groups` as a hashable, or the reason why they are none.
+
+    JAX takes groups of unequal size and divides by the size of the first, and fails inside XLA on groups that do not
+    cover the axis; both are refused here.
+    """
+    names = names_of(axis_name)
+    for name in names:
+        try:
+            lax.axis_size(name)
+        except NameError as error:
+            raise NameError(
+                f"unbound axis name: {name!r}. axis_name names an axis of pmap, shard_map or vmap that encloses the call. "
+                "Under plain jit leave it out: sums over sharded arrays are global already."
+            ) from error
+    if groups is None:
+        return None
+    if len(names) != 1:
+        raise ValueError(f"axis_index_groups needs one named axis. Got axis_name={axis_name!r}; expected a single name.")
+    try:
+        groups = tuple(tuple(operator.index(i) for i in group) for group in groups)
+    except TypeError as error:
+        raise TypeError(
+            f"axis_index_groups is a list of lists of device indices. Got {groups!r}; expected for example [[0, 1], [2, 3]]."
+        ) from error
+    size = lax.axis_size(names[0])
+    if len({len(group) for group in groups}) != 1 or sorted(sum(groups, ())) != list(range(size)):
+        raise ValueError(
+            f"axis_index_groups must be groups of equal size that name every index of the axis once. Got "
+            f"{[list(group) for group in groups]} for axis {names[0]!r} of size {size}; expected each of 0 to {size - 1} "
+            "in exactly one group, and as many indices in each."
+        )
+    return groups
+
+
+def device_count(axis_name: AxisName, groups: tuple[tuple[int, ...], ...] | None) -> int:
+    """On how many devices one set of statistics lives."""
+    if groups is not None:
+        return len(groups[0])
+    count = 1
+    for name in names_of(axis_name):
+        count *= lax.axis_size(name)
+    return count
+
+
+def all_sum(tree: Any, axis_name: AxisName, groups: tuple[tuple[int, ...], ...] | None) -> Any:
+    """The sum of every leaf over the named axes, within `groups` where they are given."""
+    if axis_name is None:
+        return tree
+    if groups is None:
+        return lax.psum(tree, axis_name)
+    # JAX has no psum over groups under vmap nor under shard_map's check_vma=True. One sum with a row for each group
+    # works in every context and differs only in volume.
+    index = lax.axis_index(names_of(axis_name)[0])
+    group_of = [0] * sum(map(len, groups))
+    for g, members in enumerate(groups):
+        for member in members:
+            group_of[member] = g
+    mine = jnp.asarray(group_of)[index]
+
+    def grouped(t: jax.Array) -> jax.Array:
+        rows = jnp.zeros((len(groups), *t.shape), t.dtype).at[mine].set(t)
+        return lax.dynamic_index_in_dim(lax.psum(rows, axis_name), mine, keepdims=False)
+
+    return jax.tree.map(grouped, tree)
+
+
+def same_on_all_devices(axis_name: AxisName, groups: tuple[tuple[int, ...], ...] | None) -> bool:
+    """Whether a value summed over `axis_name` is equal on every device that runs this program.
+
+    A collective may stand inside a `lax.cond` only if all devices take the same branch; a program that waits for a device
+    which took the other one hangs. A sum over some of the mesh's axes, or within groups, differs between the rest.
+    """
+    if groups is not None:
+        return False
+    return set(jax.sharding.get_abstract_mesh().manual_axes) <= set(names_of(axis_name))

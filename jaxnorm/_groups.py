@@ -1,0 +1,278 @@
+"""How axes are split: one number per axis.
+
+Elements of x that fall into the same block share a mean and a variance. The blocks are a product over axes, so a method
+is one number per axis: into how many equal, contiguous groups the axis is split. 1 pools the axis, EACH keeps every
+index apart, k makes k groups. Multiplied out for a given x, the numbers are the shape of the statistic.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+EACH = -1
+"""Every index of the axis keeps its own statistic."""
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Groups of `n` elements, where a plain number means `n` groups.
+
+    Args:
+        n: elements of the axis in one group, at least 1.
+
+    Example:
+        >>> Groups(batch=Size(16), spatial=1, channel=EACH).shape((64, 8, 8, 256))
+        (4, 1, 1, 256)
+    """
+
+    n: int
+
+    def __post_init__(self):
+        if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:
+            raise ValueError(f"Size(n) is a number of elements. Got {self.n!r}; expected an integer of at least 1.")
+
+
+Split = int | Size
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Into how many equal, contiguous groups each kind of axis is split.
+
+    Elements whose indices fall into the same group on every axis share statistics.
+
+    Args:
+        batch: groups of examples: a number, `EACH` or `Size(examples in a group)`.
+        spatial: groups of positions, one value for all spatial axes or a tuple with one per axis.
+        channel: groups of channels.
+
+    Raises:
+        ValueError: a number that is neither positive nor `EACH`.
+
+    Example:
+        >>> Groups(batch=EACH, spatial=1, channel=32).shape((64, 8, 8, 256))  # group norm
+        (64, 1, 1, 32)
+        >>> Groups(batch=1, spatial=1, channel=EACH).shape((64, 3, 32, 32), channel_axis=1)  # batch norm, NCHW
+        (1, 3, 1, 1)
+    """
+
+    batch: Split = EACH
+    spatial: Split | tuple[Split, ...] = EACH
+    channel: Split = EACH
+
+    def __post_init__(self):
+        if isinstance(self.spatial, list):
+            object.__setattr__(self, "spatial", tuple(self.spatial))
+        spatial = self.spatial if isinstance(self.spatial, tuple) else (self.spatial,)
+        for kind, splits in (("batch", (self.batch,)), ("spatial", spatial), ("channel", (self.channel,))):
+            for split in splits:
+                valid = isinstance(split, Size) or (
+                    isinstance(split, int) and not isinstance(split, bool) and (split == EACH or split > 0)
+                )
+                if not valid:
+                    raise ValueError(
+                        f"Groups({kind}={split!r}): expected a positive number of groups, EACH (one group for every "
+                        "index) or Size(n) (groups of n elements)."
+                    )
+
+    def shape(self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1) -> Shape:
+        """The shape of the statistic for an x of shape `x_shape`.
+
+        Args:
+            x_shape: shape of x, rank 2 or more.
+            batch_axis: axis of the examples.
+            channel_axis: axis of the channels: -1 for NHWC, 1 for NCHW.
+
+        Returns:
+            For each axis its number of groups.
+
+        Raises:
+            ValueError: an axis does not split as asked, or there is no such axis.
+
+        Example:
+            >>> Groups(batch=1, spatial=1, channel=32).shape((64, 8, 8, 256))  # batch group norm
+            (1, 1, 1, 32)
+        """
+        x_shape = tuple(x_shape)
+        batch_axis, channel_axis = single_axis(batch_axis, x_shape), single_axis(channel_axis, x_shape)
+        if batch_axis == channel_axis:
+            raise ValueError(
+                f"batch_axis and channel_axis are both axis {batch_axis} of x, which has shape {x_shape}. "
+                "Expected two different axes; x needs a rank of 2 or more."
+            )
+        places = [i for i in range(len(x_shape)) if i not in (batch_axis, channel_axis)]
+        spatial = self.spatial if isinstance(self.spatial, tuple) else (self.spatial,) * len(places)
+        if len(spatial) != len(places):
+            raise ValueError(
+                f"spatial={self.spatial} names {len(spatial)} spatial axes. Got x of shape {x_shape}, which has "
+                f"{len(places)}; expected one value for each, or a single value for all."
+            )
+        kinds = {batch_axis: ("batch", self.batch), channel_axis: ("channel", self.channel)}
+        kinds |= {axis: ("spatial", split) for axis, split in zip(places, spatial, strict=True)}
+        return tuple(_count(*kinds[axis], axis, x_shape) for axis in range(len(x_shape)))
+
+
+def _count(kind: str, split: Split, axis: int, x_shape: Shape) -> int:
+    """Number of groups on one axis."""
+    n = x_shape[axis]
+    if split == EACH:
+        return n
+    k = split.n if isinstance(split, Size) else split
+    if n % k == 0:
+        return n // k if isinstance(split, Size) else k
+    what = f"groups of {k} elements" if isinstance(split, Size) else f"{k} equal groups"
+    name = axis - len(x_shape) if kind == "channel" and axis == len(x_shape) - 1 else axis
+    message = f"{kind} axis {name} of x has size {n}, which does not split into {what}. "
+    if kind == "batch":
+        message += (
+            f"Got x of shape {x_shape}. If this is the short last batch of an epoch, drop it, or pad it to "
+            f"{-(-n // k) * k} and give the padding weights=0."
+        )
+    else:
+        divisors = [str(d) for d in range(1, n + 1) if n % d == 0]
+        if len(divisors) > 12:
+            divisors = divisors[:11] + ["..", divisors[-1]]
+        message += f"Got x of shape {x_shape} and {kind}={split}; expected a divisor of {n}: {', '.join(divisors)}."
+    raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of the table of methods: how axes are split, and whether the mean is fixed.
+
+    Args:
+        groups: the split of each axis.
+        mean: None standardizes with the mean of the set; 0 fixes the mean at zero (root mean square).
+
+    Raises:
+        ValueError: `mean` is neither None nor 0.
+
+    Example:
+        >>> Method(Groups(batch=EACH, spatial=EACH, channel=1), mean=0).groups.shape((8, 196, 768))  # RMS norm
+        (8, 196, 1)
+    """
+
+    groups: Groups
+    mean: Literal[0] | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.groups, Groups):
+            raise TypeError(f"Method(groups) takes a Groups. Got {self.groups!r}; expected Groups(batch, spatial, channel).")
+        check_mean(self.mean)
+
+    @property
+    def pools_batch(self) -> bool:
+        """Whether examples share statistics, so that inference needs running statistics."""
+        return self.groups.batch != EACH
+
+
+Specification = Groups | Method | Sequence[int]
+
+
+def check_mean(mean: object) -> None:
+    """A fixed mean is 0 or there is none."""
+    if mean is not None and (isinstance(mean, bool) or not isinstance(mean, int | float) or mean != 0):
+        raise ValueError(
+            f"mean is None (the mean of each set) or 0 (root mean square). Got {mean!r}. To compute sums about a value "
+            "near the mean, which changes only the rounding, pass it as center."
+        )
+
+
+def single_axis(axis: int, shape: Sequence[int]) -> int:
+    """`axis` counted from the front."""
+    if isinstance(axis, bool) or not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
+        raise ValueError(
+            f"axis {axis!r} is not an axis of x. Got x of shape {tuple(shape)}; expected an integer "
+            f"from {-len(shape)} to {len(shape) - 1}."
+        )
+    return axis % len(shape)
+
+
+def axes_of(axis: int | Sequence[int], shape: Sequence[int]) -> Shape:
+    """One axis or several, counted from the front, sorted, each once."""
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    return tuple(sorted({single_axis(a, shape) for a in axes}))
+
+
+def resolve(
+    groups: Specification, x_shape: Shape, batch_axis: int, channel_axis: int | Sequence[int]
+) -> tuple[Shape, Literal[0] | None]:
+    """The statistic's shape and the fixed mean that `groups` asks for."""
+    if isinstance(groups, Method):
+        return resolve(groups.groups, x_shape, batch_axis, channel_axis)[0], groups.mean
+    if isinstance(groups, Groups):
+        axes = axes_of(channel_axis, x_shape)
+        if len(axes) != 1:
+            raise ValueError(
+                f"Groups has one number for the channels, but channel_axis={channel_axis} names {len(axes)} axes. "
+                "Pass one channel axis, or the statistic's shape as a tuple."
+            )
+        return groups.shape(x_shape, batch_axis=batch_axis, channel_axis=axes[0]), None
+    if not isinstance(groups, Sequence) or isinstance(groups, str):
+        raise TypeError(
+            f"groups is a Groups, a Method or the statistic's shape. Got {groups!r}; expected for example "
+            "Groups(batch=EACH, spatial=1, channel=32), methods.group_norm(32) or (64, 1, 1, 32)."
+        )
+    shape = tuple(groups)
+    check_divides(shape, x_shape, "groups")
+    return shape, None
+
+
+def check_divides(shape: Shape, x_shape: Shape, what: str) -> None:
+    """A statistic fits x when it has x's rank and each of its sizes divides x's."""
+    fits = len(shape) == len(x_shape) and all(g == n or (g > 0 and n % g == 0) for g, n in zip(shape, x_shape, strict=True))
+    if not fits:
+        raise ValueError(
+            f"{what} of shape {shape} does not fit x of shape {x_shape}. Expected the same rank, with each size a divisor "
+            "of x's: 1 where the axis is pooled, x's own size where every index is apart."
+        )
+
+
+def elements(shape: Shape, groups: Shape) -> int:
+    """How many elements of an array of `shape` each of `groups` sets has."""
+    return math.prod(1 if n == g else n // g for n, g in zip(shape, groups, strict=True))
+
+
+def _cut(shape: Shape, groups: Shape) -> tuple[list[int], Shape]:
+    """`shape` with every axis that is split written as (groups, rest), and the axes of the rests."""
+    dims: list[int] = []
+    rests = []
+    for n, g in zip(shape, groups, strict=True):
+        dims += [n] if g in (1, n) else [g, n // g]
+        if g != n:
+            rests.append(len(dims) - 1)
+    return dims, tuple(rests)
+
+
+def block_sum(t: jax.Array, groups: Shape) -> jax.Array:
+    """Sum of each block: an array of shape `groups`."""
+    if t.shape == groups:
+        return t
+    dims, rests = _cut(t.shape, groups)
+    return t.reshape(dims).sum(rests).reshape(groups)
+
+
+def spread(v: jax.Array, shape: Shape) -> jax.Array:
+    """Each group's value repeated for its indices; axes of size 1 stay and broadcast against `shape`."""
+    shape = tuple(n if g > 1 else g for n, g in zip(shape, v.shape, strict=True))
+    if v.shape == shape:
+        return v
+    dims, rests = _cut(shape, v.shape)
+    v = jnp.expand_dims(v.reshape([d for i, d in enumerate(dims) if i not in rests]), rests)
+    return jnp.broadcast_to(v, dims).reshape(shape)
+
+
+def channel_resolution(shape: Shape, groups: Shape, channel_axes: Shape) -> Shape:
+    """Shape of the first, full-size sums: `groups` with the channels whole.
+
+    Grouping channels at full size would make the smallest stride of the array two axes, which no backend reduces well;
+    summing the channels of a group afterwards costs nothing. Where channels are all that is summed there is one stage.
+    """
+    whole = tuple(n if i in channel_axes else g for i, (n, g) in enumerate(zip(shape, groups, strict=True)))
+    return groups if whole == shape else whole

@@ -1,0 +1,177 @@
+"""What the linen and the nnx layers share: Flax's fields in the core's terms, and one step of a layer with state.
+
+A layer holds parameters and running statistics; everything it computes is one call of `apply`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm._devices import AxisName, DeviceGroups
+from jaxnorm._groups import Groups, Method, Shape, Size, Specification, axes_of, resolve
+from jaxnorm._moments import Moments, moments
+from jaxnorm._normalize import normalize
+from jaxnorm._running import update_running
+
+Axes = int | Sequence[int]
+
+
+def as_input(x: ArrayLike) -> jax.Array:
+    """x as an array; integers and booleans become float32, as in Flax."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+
+
+def output_dtype(*arrays: jax.Array | None, dtype: DTypeLike | None) -> Any:
+    """Flax's rule for the dtype of the output: `dtype`, or what input and parameters promote to."""
+    with jax.numpy_dtype_promotion("standard"):
+        return canonicalize_dtype(*arrays, dtype=dtype)
+
+
+def feature_shape(x: jax.Array, axes: Axes) -> Shape:
+    """Sizes of the feature axes, the shape of scale and bias."""
+    return tuple(x.shape[i] for i in axes_of(axes, x.shape))
+
+
+def keep_axes(x: jax.Array, axes: Axes) -> Shape:
+    """The statistic's shape when only `axes` are not pooled."""
+    kept = axes_of(axes, x.shape)
+    return tuple(n if i in kept else 1 for i, n in enumerate(x.shape))
+
+
+def pool_axes(x: jax.Array, axes: Axes) -> Shape:
+    """The statistic's shape when `axes` are pooled."""
+    pooled = axes_of(axes, x.shape)
+    return tuple(1 if i in pooled else n for i, n in enumerate(x.shape))
+
+
+def instance_shape(x: jax.Array, feature_axes: Axes) -> Shape:
+    """The statistic's shape of Flax's InstanceNorm."""
+    if 0 in axes_of(feature_axes, x.shape):
+        raise ValueError(
+            "The channel axes cannot include the leading dimension as this is assumed to be the batch axis. "
+            f"Got feature_axes={feature_axes} for x of shape {x.shape}; expected axes from 1 on."
+        )
+    return keep_axes(x, (0, *axes_of(feature_axes, x.shape)))
+
+
+def number_of_groups(channels: int, num_groups: int | None, group_size: int | None) -> int:
+    """The number of channel groups of Flax's GroupNorm, from it or from the size of a group."""
+    if (num_groups is None) == (group_size is None):
+        raise ValueError(
+            "Either `num_groups` or `group_size` should be specified. If `group_size` is to be specified, pass "
+            "`num_groups=None` as argument to override the default `num_groups` value of 32. "
+            f"Got num_groups={num_groups} and group_size={group_size}."
+        )
+    if group_size is not None:
+        if group_size <= 0 or channels % group_size != 0:
+            raise ValueError(
+                f"Number of channels ({channels}) is not multiple of the group size ({group_size}). Expected a divisor of "
+                f"{channels}."
+            )
+        return channels // group_size
+    assert num_groups is not None
+    if not isinstance(num_groups, int) or num_groups <= 0 or channels % num_groups != 0:
+        raise ValueError(
+            f"Number of groups ({num_groups}) does not divide the number of channels ({channels}). Expected one of its "
+            "divisors; the default of 32 needs a multiple of 32 channels."
+        )
+    return num_groups
+
+
+def group_shape(x: jax.Array, num_groups: int, reduction_axes: Axes | None) -> Shape:
+    """The statistic's shape of Flax's GroupNorm: channels, the last axis, in groups."""
+    axes = axes_of(range(1, x.ndim) if reduction_axes is None else reduction_axes, x.shape)
+    if x.ndim - 1 not in axes:
+        raise ValueError(
+            "The reduction axes must include the final dimension as this is assumed to be the feature axis. "
+            f"Got reduction_axes={reduction_axes} for x of shape {x.shape}."
+        )
+    return (*pool_axes(x, axes)[:-1], num_groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """The running statistics of a layer and what this call does with them.
+
+    Args:
+        moments: the old ones, in the statistic's shape for this x with the batch pooled.
+        use: normalize with them instead of the batch's.
+        update: fold the batch's moments into them.
+        momentum: weight of the old value.
+        correction: 1 stores the unbiased variance.
+    """
+
+    moments: Moments
+    use: bool
+    update: bool
+    momentum: ArrayLike = 0.99
+    correction: int = 0
+
+
+def apply(
+    x: jax.Array,
+    groups: Specification,
+    *,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    epsilon: float,
+    dtype: Any,
+    mean: Literal[0] | None = None,
+    running: Running | None = None,
+    mask: ArrayLike | None = None,
+    axis_name: AxisName = None,
+    axis_index_groups: DeviceGroups = None,
+    use_fast_variance: bool = True,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    batch_axis: int = 0,
+    channel_axis: Axes = -1,
+) -> tuple[jax.Array, Moments | None]:
+    """One call of a layer: y, and the new running statistics in the shape of the old ones."""
+    batch = None
+    if running is None or not running.use or running.update:
+
+        def statistics(center: jax.Array | None) -> Moments:
+            return moments(
+                x,
+                groups,
+                weights=mask,
+                mean=mean,
+                center=center,
+                axis_name=axis_name,
+                axis_index_groups=axis_index_groups,
+                batch_axis=batch_axis,
+                channel_axis=channel_axis,
+            )
+
+        # About the running mean, one round of sums over devices is enough; on one device a second look is cheaper.
+        batch = statistics(None if running is None or axis_name is None else running.moments.mean)
+        if not use_fast_variance:
+            batch = statistics(lax.stop_gradient(batch.mean))
+    used = running.moments if running is not None and running.use else batch
+    assert used is not None
+    y = normalize(
+        x,
+        used,
+        scale=scale,
+        bias=bias,
+        epsilon=epsilon,
+        weights=mask,
+        activation=activation,
+        dtype=dtype,
+        batch_axis=batch_axis,
+        channel_axis=channel_axis,
+    )
+    if running is None or not running.update:
+        return y, None
+    assert batch is not None
+    new = update_running(
+        running.moments, batch, momentum=running.momentum, correction=running.correction, batch_axis=batch_axis
+    )
+    return y, new

@@ -1,0 +1,251 @@
+"""Applying statistics: y = (x - mean) / sqrt(var + epsilon) * scale + bias.
+
+The statistic's shape says which elements share it, so no axes are named. Each statistic is spread to the elements on small
+arrays first; then one pass over x does the rest.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm._devices import AxisName, DeviceGroups
+from jaxnorm._groups import Shape, Specification, axes_of, check_divides, single_axis, spread
+from jaxnorm._moments import Moments, as_weights, inexact, moments, statistic_dtype
+
+
+def normalize(
+    x: ArrayLike,
+    m: Moments,
+    *,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    epsilon: float = 1e-5,
+    weights: ArrayLike | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    dtype: DTypeLike | None = None,
+    batch_axis: int = 0,
+    channel_axis: int | Sequence[int] = -1,
+) -> jax.Array:
+    """Standardize x with given moments, then scale and shift it.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    The moments may be those of x, running ones, or anything made from them: gradients flow into all of them.
+
+    Args:
+        x: floating or complex array of rank 2 or more.
+        m: moments whose shape divides x's: each statistic serves a block of x.
+        scale: gamma, (C,), or (N, C) to scale each example differently. None is 1.
+        bias: beta, likewise. None is 0.
+        epsilon: added to the variance inside the root, in the unit of x squared.
+        weights: the weights that the moments were computed with, if some are 0: where x is not finite under a zero
+            weight, y is the bias and the gradient 0. Elsewhere they change nothing.
+        activation: applied to y. It is recomputed in the backward pass, so that normalization and activation together
+            keep x and small arrays.
+        dtype: of y. None keeps x's.
+        batch_axis: axis of the examples, for scale and bias of shape (N, C).
+        channel_axis: axis of the channels, -1 for NHWC, 1 for NCHW; a tuple gives scale and bias those axes' sizes.
+
+    Returns:
+        y, of x's shape.
+
+    Raises:
+        TypeError: x is not floating or complex, m is not `Moments`.
+        ValueError: moments that do not divide x, scale or bias of another shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.array([[0.0, 2.0], [4.0, 6.0]])
+        >>> m = Moments(jnp.ones((1, 2)), jnp.array([[1.0, 2.0]]), jnp.full((1, 2), 4.0))
+        >>> normalize(x, m, scale=jnp.array([2.0, 2.0]), epsilon=0.0).tolist()
+        [[-1.0, 0.0], [3.0, 4.0]]
+    """
+    x = inexact(x)
+    if not isinstance(m, Moments):
+        raise TypeError(f"m must be Moments, such as moments(x, groups) returns. Got {type(m).__name__}.")
+    mean, var = (jnp.asarray(t) for t in (m.mean, m.var))
+    check_divides(var.shape, x.shape, "m.var")
+    check_divides(mean.shape, x.shape, "m.mean")
+    _check_holds(mean, x, dtype)
+    axes = axes_of(channel_axis, x.shape)
+    g, b = (_placed(t, name, x, batch_axis, axes, channel_axis) for t, name in ((scale, "scale"), (bias, "bias")))
+    wide = statistic_dtype(x.dtype)
+    a = spread(lax.rsqrt(var.astype(statistic_dtype(x.dtype, real=True)) + epsilon), x.shape).astype(wide)
+    s = spread(mean.astype(wide), x.shape)
+    if g is not None and np.prod(np.broadcast_shapes(a.shape, g.shape)) < x.size:
+        a, g = a * g, None  # one small product instead of a multiplication at full size
+    w = None if weights is None else as_weights(weights, x)
+    out = jnp.dtype(x.dtype if dtype is None else dtype)
+    if activation is None:
+        return _affine(out, x, w, s, a, g, b)
+    return jax.checkpoint(lambda *args: activation(_affine(out, *args)), prevent_cse=False)(x, w, s, a, g, b)
+
+
+def _check_holds(mean: jax.Array, x: jax.Array, dtype: DTypeLike | None) -> None:
+    if jnp.iscomplexobj(mean) and not jnp.iscomplexobj(x):
+        raise TypeError(f"m.mean is complex ({mean.dtype}) and x is {x.dtype}. Expected both real, or x complex.")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.complexfloating if jnp.iscomplexobj(x) else jnp.inexact):
+        raise TypeError(f"dtype {jnp.dtype(dtype).name} cannot hold the result for x of dtype {x.dtype}. Pass a wider one.")
+
+
+def _placed(
+    t: ArrayLike | None, name: str, x: jax.Array, batch_axis: int, axes: Shape, channel_axis: int | Sequence[int]
+) -> jax.Array | None:
+    """Scale or bias with a size-1 axis for each axis of x that it does not have."""
+    if t is None:
+        return None
+    t = jnp.asarray(t)
+    batch = single_axis(batch_axis, x.shape)
+    features = tuple(x.shape[i] for i in axes)
+    per_example = (x.shape[batch], *features)
+    if t.shape not in (features, per_example):
+        message = f"{name} has shape {t.shape}, but axis {channel_axis} of x, shape {x.shape}, has size "
+        message += f"{features[0] if len(features) == 1 else features}. Expected {features}, or {per_example} per example."
+        fitting = [i for i, n in enumerate(x.shape) if i != batch and t.shape == (n,)]
+        if fitting == [1]:
+            message += " This looks like NCHW data: pass channel_axis=1."
+        elif fitting:
+            message += f" Axis {fitting[0]} has that size: pass channel_axis={fitting[0]} if it holds the channels."
+        raise ValueError(message)
+    if jnp.iscomplexobj(t) and not jnp.iscomplexobj(x):
+        raise TypeError(f"{name} is complex ({t.dtype}) and x is {x.dtype}. Expected both real, or x complex.")
+    t = t.astype(statistic_dtype(x.dtype))
+    if t.shape == per_example and len(per_example) != len(features):
+        examples = jnp.moveaxis(t.reshape(per_example[:1] + features), 0, sum(i < batch for i in axes))
+        return examples.reshape([n if i in (*axes, batch) else 1 for i, n in enumerate(x.shape)])
+    return t.reshape([n if i in axes else 1 for i, n in enumerate(x.shape)])
+
+
+def _shifted(x: jax.Array, w: jax.Array | None, s: jax.Array) -> jax.Array:
+    """x - s, and 0 where x does not count and is not finite."""
+    d = x.astype(statistic_dtype(x.dtype)) - s
+    return d if w is None else jnp.where((w != 0) | jnp.isfinite(x), d, 0)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _affine(
+    dtype: jnp.dtype,
+    x: jax.Array,
+    w: jax.Array | None,
+    s: jax.Array,
+    a: jax.Array,
+    g: jax.Array | None,
+    b: jax.Array | None,
+) -> jax.Array:
+    """y = (x - s) a g + b, in one pass."""
+    y = _shifted(x, w, s) * a
+    y = y if g is None else y * g
+    return (y if b is None else y + b).astype(dtype)
+
+
+def _affine_tangent(dtype, tangents, x, w, s, a, g):
+    """Derivative of y along the tangents that are there: linear in them, and read backwards the closed form."""
+    dx, ds, da, dg, db = tangents
+    ag = a if g is None else a * g
+    terms = []
+    if dx is not None:
+        dx = dx.astype(statistic_dtype(x.dtype))
+        terms.append((dx if w is None else jnp.where((w != 0) | jnp.isfinite(x), dx, 0)) * ag)
+    if da is not None:
+        terms.append(_shifted(x, w, s) * (da if g is None else da * g))
+    if ds is not None:
+        small = -ds * ag
+        terms.append(small if w is None else jnp.where((w != 0) | jnp.isfinite(x), small, 0))
+    if dg is not None:
+        terms.append(_shifted(x, w, s) * (a * dg))
+    if db is not None:
+        terms.append(db)
+    return jnp.broadcast_to(sum(terms[1:], terms[0]), x.shape).astype(dtype)
+
+
+def _tangent(dtype, primals, tangents):
+    x, w, s, a, g, b = primals
+    dx, _, *small = tangents
+    y = _affine(dtype, *primals)
+    live = tuple(None if t is None or isinstance(t, SymbolicZero) else t for t in (dx, *small))
+    if all(t is None for t in live):
+        return y, jnp.zeros_like(y)
+    return y, jax.checkpoint(partial(_affine_tangent, dtype), prevent_cse=False)(live, x, w, s, a, g)
+
+
+_affine.defjvp(_tangent, symbolic_zeros=True)
+
+
+def norm(
+    x: ArrayLike,
+    groups: Specification,
+    *,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    epsilon: float = 1e-5,
+    weights: ArrayLike | None = None,
+    mean: Literal[0] | None = None,
+    center: ArrayLike | None = None,
+    axis_name: AxisName = None,
+    axis_index_groups: DeviceGroups = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    dtype: DTypeLike | None = None,
+    batch_axis: int = 0,
+    channel_axis: int | Sequence[int] = -1,
+) -> tuple[jax.Array, Moments]:
+    """Normalize x with its own statistics: `moments`, then `normalize`.
+
+    Args:
+        x: floating or complex array of rank 2 or more.
+        groups: which elements share statistics: `Groups`, `Method` or the statistic's shape.
+        scale: gamma, (C,) or (N, C).
+        bias: beta, (C,) or (N, C).
+        epsilon: added to the variance inside the root, in the unit of x squared.
+        weights: how much each element counts in the statistics; broadcasts against x.
+        mean: 0 fixes the mean at zero.
+        center: see `moments`.
+        axis_name: named axis or axes over which sets go on.
+        axis_index_groups: groups of indices of that axis.
+        activation: see `normalize`.
+        dtype: of y. None keeps x's.
+        batch_axis: axis of the examples.
+        channel_axis: axis of the channels.
+
+    Returns:
+        y, of x's shape, and the moments of x, to be folded into running ones where a method has them.
+
+    Raises:
+        TypeError, ValueError: as `moments` and `normalize`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> y, m = norm(jnp.ones((8, 4, 4, 6)), (8, 1, 1, 3))  # group norm, 3 groups
+        >>> y.shape, m.var.shape
+        ((8, 4, 4, 6), (8, 1, 1, 3))
+    """
+    m = moments(
+        x,
+        groups,
+        weights=weights,
+        mean=mean,
+        center=center,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        batch_axis=batch_axis,
+        channel_axis=channel_axis,
+    )
+    y = normalize(
+        x,
+        m,
+        scale=scale,
+        bias=bias,
+        epsilon=epsilon,
+        weights=weights,
+        activation=activation,
+        dtype=dtype,
+        batch_axis=batch_axis,
+        channel_axis=channel_axis,
+    )
+    return y, m

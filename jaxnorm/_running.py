@@ -1,0 +1,203 @@
+"""What is remembered between steps: running statistics as a pure function of old ones and a batch's moments.
+
+State is `Moments` without the axes that hold no information: the batch axis and spatial axes of size 1 are dropped, the
+channel axis stays. Its `count` is None, no leaf at all, except where a rule needs it: see `init_running`. The shape and
+dtypes of state are the same after an update, so it can be the carry of a `lax.scan`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm._groups import Groups, Method, Shape, single_axis
+from jaxnorm._moments import Moments, merge, pool
+
+
+def running_shape(
+    groups: Groups | Method, x_shape: Shape, *, batch_axis: int = 0, channel_axis: int = -1
+) -> tuple[Shape, Shape]:
+    """Shape of the running state, and the shape in which it serves x.
+
+    Args:
+        groups: the method. Its batch number does not matter: running statistics are those of all examples.
+        x_shape: shape of x; the number of examples does not matter.
+        batch_axis: axis of the examples.
+        channel_axis: axis of the channels.
+
+    Returns:
+        The state's shape and the statistic's shape with the batch pooled.
+
+    Raises:
+        ValueError: axes that do not split.
+
+    Example:
+        >>> from jaxnorm._groups import EACH, Groups
+        >>> running_shape(Groups(batch=4, spatial=1, channel=EACH), (64, 8, 8, 256))
+        ((256,), (1, 1, 1, 256))
+    """
+    groups = groups.groups if isinstance(groups, Method) else groups
+    statistic = dataclasses.replace(groups, batch=1).shape(x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
+    batch, channel = single_axis(batch_axis, x_shape), single_axis(channel_axis, x_shape)
+    state = tuple(g for i, g in enumerate(statistic) if i == channel or (i != batch and g != 1))
+    return state, statistic
+
+
+def init_running(shape: Shape, *, dtype: DTypeLike = jnp.float32, counted: bool = False) -> Moments:
+    """Running statistics before the first step: mean 0, variance 1.
+
+    Args:
+        shape: of the state, see `running_shape`.
+        dtype: of the mean; complex for complex x. The variance is real.
+        counted: whether to keep a count, starting at 0. `update_running` then divides the zeros it started from out of
+            the average, and `update_cumulative` needs it.
+
+    Returns:
+        `Moments` of that shape, with count None unless counted.
+
+    Example:
+        >>> init_running((3,)).var.tolist()
+        [1.0, 1.0, 1.0]
+    """
+    real = jnp.finfo(dtype).dtype
+    count = jnp.zeros(shape, real) if counted else None
+    return Moments(count, jnp.zeros(shape, dtype), jnp.ones(shape, real))  # type: ignore[arg-type]  # count is optional here
+
+
+def running_moments(
+    state: Moments, groups: Groups | Method, x_shape: Shape, *, batch_axis: int = 0, channel_axis: int = -1
+) -> Moments:
+    """Running state in the shape that `normalize` takes.
+
+    Args:
+        state: running statistics.
+        groups: the method they belong to.
+        x_shape: shape of the x to normalize; any number of examples.
+        batch_axis: axis of the examples.
+        channel_axis: axis of the channels.
+
+    Returns:
+        `Moments` that serve x.
+
+    Raises:
+        ValueError: the state belongs to another number of channels, groups or positions.
+
+    Example:
+        >>> from jaxnorm._groups import EACH, Groups
+        >>> running_moments(init_running((3,)), Groups(1, 1, EACH), (8, 4, 4, 3)).mean.shape
+        (1, 1, 1, 3)
+    """
+    expected, statistic = running_shape(groups, x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
+    if state.mean.shape != expected:
+        raise ValueError(
+            f"running statistics of shape {state.mean.shape} do not fit x of shape {tuple(x_shape)}, which needs {expected}. "
+            "State that keeps positions apart is tied to the image size, and all state to the number of channels, with "
+            "which it was made; feed x of that size."
+        )
+    return Moments(*(None if t is None else t.reshape(statistic) for t in (state.count, state.mean, state.var)))  # type: ignore[arg-type]
+
+
+def update_running(
+    state: Moments, m: Moments, *, momentum: ArrayLike = 0.99, correction: int = 0, batch_axis: int = 0
+) -> Moments:
+    """Exponential moving average of mean and variance, in Flax's convention.
+
+        state <- momentum * state + (1 - momentum) * m
+
+    With a counted state (`init_running(counted=True)`) the average is debiased: with W <- momentum * W + 1 - momentum the
+    weight of all batches so far, the new batch enters with (1 - momentum) / W, so the initial 0 and 1 never count.
+
+    Statistics of several ghost batches are pooled first, so the state is that of plain batch normalization whatever the
+    ghost size. Where a set is empty, or its moments are not finite, the state stays.
+
+    Args:
+        state: old running statistics.
+        m: moments of the batch, of the statistic's shape or of the state's.
+        momentum: weight of the OLD value per update, a number or traced scalar. PyTorch's momentum is 1 minus this.
+        correction: 1 stores the unbiased variance, n / max(n - 1, 1) times the biased one, as PyTorch does.
+        batch_axis: axis of the ghost batches in m.
+
+    Returns:
+        The new state, of the same shapes and dtypes.
+
+    Raises:
+        TypeError: complex moments for a real state.
+        ValueError: moments of another shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> m = Moments(jnp.full((1, 2), 8.0), jnp.ones((1, 2)), jnp.full((1, 2), 3.0))
+        >>> new = update_running(init_running((2,)), m, momentum=0.5)
+        >>> new.mean.tolist(), new.var.tolist()
+        ([0.5, 0.5], [2.0, 2.0])
+    """
+    m = _as_state(m, state, batch_axis)
+    usable = (m.count > 0) & jnp.isfinite(m.mean) & jnp.isfinite(m.var)
+    momentum = jnp.asarray(momentum, state.var.dtype)
+    count, rate = state.count, 1 - momentum
+    if count is not None:
+        count = jnp.where(usable, momentum * count + (1 - momentum), count)
+        rate = (1 - momentum) / jnp.where(count > 0, count, 1)
+    n = m.count.astype(m.var.dtype)
+    var = m.var * n / jnp.maximum(n - correction, 1) if correction else m.var
+
+    def step(old: jax.Array, new: jax.Array) -> jax.Array:
+        average = (1 - rate).astype(old.dtype) * old + rate.astype(old.dtype) * new.astype(old.dtype)
+        return jnp.where(usable, average, old)
+
+    return Moments(count, step(state.mean, m.mean), step(state.var, var))  # type: ignore[arg-type]
+
+
+def update_cumulative(state: Moments, m: Moments, *, batch_axis: int = 0) -> Moments:
+    """Moments of all elements seen so far: every batch counts alike, and the variance between batches is included.
+
+        state <- merge(state, m)
+
+    Args:
+        state: old running statistics with a count: `init_running(shape, counted=True)`.
+        m: moments of the batch, of the statistic's shape or of the state's.
+        batch_axis: axis of the ghost batches in m.
+
+    Returns:
+        The new state, of the same shapes and dtypes.
+
+    Raises:
+        TypeError: complex moments for a real state.
+        ValueError: a state without count, or moments of another shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> state = init_running((1,), counted=True)
+        >>> for value in (0.0, 2.0):
+        ...     state = update_cumulative(state, Moments(jnp.ones((1, 1)), jnp.full((1, 1), value), jnp.zeros((1, 1))))
+        >>> state.mean.tolist(), state.var.tolist()
+        ([1.0], [1.0])
+    """
+    if state.count is None:
+        raise ValueError("a cumulative average needs a count. Got a state without one; make it by init_running(counted=True).")
+    m = _as_state(m, state, batch_axis)
+    usable = (m.count > 0) & jnp.isfinite(m.mean) & jnp.isfinite(m.var)
+    new = merge(state, jax.tree.map(lambda t: jnp.where(usable, t, 0), m))
+    return jax.tree.map(lambda old, t: jnp.where(usable, t.astype(old.dtype), old), state, new)
+
+
+def _as_state(m: Moments, state: Moments, batch_axis: int) -> Moments:
+    """A batch's moments with ghost batches pooled, in the state's shape."""
+    shape = m.mean.shape
+    if shape != state.mean.shape:
+        batch = single_axis(batch_axis, shape)
+        if shape[batch] != 1:
+            m = pool(m, (*shape[:batch], 1, *shape[batch + 1 :]))
+        if [n for n in m.mean.shape if n != 1] != [n for n in state.mean.shape if n != 1]:
+            raise ValueError(
+                f"moments of shape {shape} do not fit running statistics of shape {state.mean.shape}. Expected the "
+                "statistic's shape, whose batch axis and spatial axes of size 1 are dropped."
+            )
+        m = jax.tree.map(lambda t: t.reshape(state.mean.shape), m)
+    if jnp.iscomplexobj(m.mean) and not jnp.iscomplexobj(state.mean):
+        raise TypeError(
+            f"the batch's mean is complex and the running mean {state.mean.dtype}. Expected a complex running mean for "
+            "complex x: make it so from the start, init_running(shape, dtype=jnp.complex64)."
+        )
+    return m
