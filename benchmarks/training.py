@@ -13,6 +13,9 @@ import optax
 
 from benchmarks import digits
 
+IMAGES_PER_STEP = 32
+"""Images of a step where they are spread over devices."""
+
 RATE_PER_IMAGE = 0.1 / 32
 """Peak learning rate for each image of a step."""
 

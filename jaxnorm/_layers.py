@@ -4,7 +4,7 @@ A layer holds parameters and running statistics; everything it computes is one c
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -14,18 +14,31 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._devices import AxisName, DeviceGroups
-from jaxnorm._groups import Groups, Method, Shape, Size, Specification, axes_of, resolve
-from jaxnorm._moments import Moments, moments
+from jaxnorm._groups import Method, Shape, Specification, axes_of
+from jaxnorm._moments import Moments, moments, statistic_dtype
 from jaxnorm._normalize import normalize
 from jaxnorm._running import update_running
 
 Axes = int | Sequence[int]
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def whole_batch(method: Method) -> Method:
+    """The method with the batch in one group, which any batch can be."""
+    return dataclasses.replace(method, groups=dataclasses.replace(method.groups, batch=1))
 
 
 def as_input(x: ArrayLike) -> jax.Array:
     """x as an array; integers and booleans become float32, as in Flax."""
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+
+
+def wide_enough(x: jax.Array, dtype: Any) -> jax.Array:
+    """x, cast up where the output is wider than x's statistics would be (float64 or complex parameters)."""
+    wide = statistic_dtype(x.dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        return x if jnp.promote_types(wide, dtype) == wide else x.astype(jnp.promote_types(wide, dtype))
 
 
 def output_dtype(*arrays: jax.Array | None, dtype: DTypeLike | None) -> Any:
@@ -129,7 +142,7 @@ def apply(
     axis_name: AxisName = None,
     axis_index_groups: DeviceGroups = None,
     use_fast_variance: bool = True,
-    activation: Callable[[jax.Array], jax.Array] | None = None,
+    activation: Activation | None = None,
     batch_axis: int = 0,
     channel_axis: Axes = -1,
 ) -> tuple[jax.Array, Moments | None]:

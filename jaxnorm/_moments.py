@@ -155,8 +155,10 @@ def inexact(x: ArrayLike) -> jax.Array:
 
 def statistic_dtype(dtype: jnp.dtype, real: bool = False) -> jnp.dtype:
     """float32 or wider; complex for complex unless `real`."""
-    wide = jnp.promote_types(dtype, jnp.float32)
-    return jnp.finfo(wide).dtype if real else wide
+    info = jnp.finfo(dtype)
+    if info.bits < 32:
+        return jnp.dtype(jnp.float32)
+    return info.dtype if real else jnp.dtype(dtype)
 
 
 def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:

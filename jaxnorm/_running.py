@@ -89,13 +89,18 @@ def running_moments(
         (1, 1, 1, 3)
     """
     expected, statistic = running_shape(groups, x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
-    if state.mean.shape != expected:
+    return serving(state, expected, statistic, x_shape)
+
+
+def serving(state: Moments, expected: Shape, statistic: Shape, x_shape: Shape) -> Moments:
+    """State of the expected shape, in the statistic's shape."""
+    if state.mean.shape != expected or state.var.shape != expected:
         raise ValueError(
             f"running statistics of shape {state.mean.shape} do not fit x of shape {tuple(x_shape)}, which needs {expected}. "
             "State that keeps positions apart is tied to the image size, and all state to the number of channels, with "
             "which it was made; feed x of that size."
         )
-    return Moments(*(None if t is None else t.reshape(statistic) for t in (state.count, state.mean, state.var)))  # type: ignore[arg-type]
+    return jax.tree.map(lambda t: t.reshape(statistic), state)
 
 
 def update_running(

@@ -1,0 +1,223 @@
+"""How accuracy depends on the batch size: the same small network with different normalizations on real images.
+
+    python -m benchmarks.batch_size            # BN and BGN at 2, 4 and 32 images per device, and GN
+    python -m benchmarks.batch_size --full     # all methods, all batch sizes, 8 seeds
+
+Prints test accuracies and their paired differences; writes results.json, results.csv and batch_size.png. Each cell (a
+method at a batch size) is written as soon as all its seeds are trained, so an interrupted run goes on with --resume.
+"""
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks import report, training
+from benchmarks.digits import NUM_IMAGES
+from benchmarks.norms import METHODS, pools_batch
+from benchmarks.residual import STRIDES, WIDTHS, ResidualNet
+from benchmarks.results import Cell, Result, Settings
+from benchmarks.training import IMAGES_PER_STEP
+from jaxnorm import Method
+
+COMPILE_EPOCHS = 20
+"""Compiling a cell takes about as long as so many epochs; the progress bar counts it so."""
+
+PACKAGES = ("jaxnorm", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
+
+
+class Preset(NamedTuple):
+    """Values of the options that are not given."""
+
+    methods: tuple[str, ...]
+    batch_sizes: tuple[int, ...]
+    seeds: int
+
+
+QUICK = Preset(methods=("batch", "batch_group", "group"), batch_sizes=(2, 4, 32), seeds=4)
+FULL = Preset(methods=tuple(METHODS), batch_sizes=(2, 4, 8, 16, 32), seeds=8)
+
+
+class Plan(NamedTuple):
+    """A cell to train. `batch_size` is None where it cannot matter."""
+
+    method: str
+    batch_size: int | None
+    norms: tuple[Method, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program with the options `argv`, by default those of the command line, and returns its exit status."""
+    parser = _parser()
+    args = _parse(parser, argv)
+    result = _start(parser, args)
+    console = Console()
+    started = time.perf_counter()
+    try:
+        _train(result, _plans(args), args.output, console)
+    except KeyboardInterrupt:
+        console.print(
+            f"Interrupted. {len(result.cells)} finished cells are kept in {args.output}: go on with --resume."
+        )
+        return 130
+    report.draw(result, args.output / "batch_size.png")
+    report.print_all(console, result)
+    seconds = time.perf_counter() - started
+    console.print(f"\n{seconds:.0f} s. In {args.output}: batch_size.png, results.json, results.csv", highlight=False)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.batch_size",
+        description="Trains the same small network with different normalizations at different batch sizes.",
+    )
+    add = parser.add_argument
+    add("--full", action="store_true", help="all methods and batch sizes, 8 seeds")
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"some of {', '.join(METHODS)}")
+    add("--batch-sizes", nargs="+", type=_positive, metavar="B", help="images normalized together")
+    add("--seeds", type=_positive, metavar="N", help="train with seeds 0 to N - 1 (default: 4; with --full: 8)")
+    add("--epochs", type=_positive, default=20, metavar="N", help="at least 2 (default: %(default)s)")
+    add("--train-images", type=_positive, default=1024, metavar="N", help="the rest tests (default: %(default)s)")
+    add("--network", choices=STRIDES, default="1x1", help="size of the last feature map (default: %(default)s)")
+    add(
+        "--protocol",
+        choices=("devices", "batch"),
+        default="devices",
+        help=f"devices: {IMAGES_PER_STEP} images per step on {IMAGES_PER_STEP}/B simulated devices; "
+        "batch: B images per step on one device (default: %(default)s)",
+    )
+    add("--output", type=Path, default=Path("results/batch_size"), metavar="FOLDER", help="default: %(default)s")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="keep the cells that the output folder holds")
+    existing.add_argument("--overwrite", action="store_true", help="replace the result that the output folder holds")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with those not given taken from the preset and those that do not fit together refused."""
+    args = parser.parse_args(argv)
+    for name, value in (FULL if args.full else QUICK)._asdict().items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.methods = list(dict.fromkeys(args.methods))
+    args.batch_sizes = sorted(set(args.batch_sizes))
+    if args.epochs < 2:
+        parser.error("argument --epochs: expected at least 2, because the first epoch only warms the learning rate up")
+    if args.train_images > NUM_IMAGES - 2:
+        parser.error(f"argument --train-images: there are {NUM_IMAGES} images, and 2 or more are needed for evaluation")
+    for size in args.batch_sizes:
+        if args.protocol == "devices" and IMAGES_PER_STEP % size:
+            parser.error(f"argument --batch-sizes: {size} does not divide the {IMAGES_PER_STEP} images of a step")
+    for step in {IMAGES_PER_STEP} if args.protocol == "devices" else args.batch_sizes:
+        if args.train_images % step:
+            parser.error(f"argument --train-images: {args.train_images} is not a multiple of {step} images per step")
+    return args
+
+
+def _start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Result:
+    """The result to add to: the one in the output folder with --resume, else an empty one."""
+    device = jax.devices()[0]
+    new = Result(
+        Settings(args.network, args.protocol, args.seeds, args.epochs, args.train_images),
+        {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
+        {"platform": platform.platform(), "device": device.device_kind, "cpu_count": os.cpu_count()},
+    )
+    if args.overwrite or not Result.exists(args.output):
+        return new
+    if not args.resume:
+        parser.error(
+            f"{args.output} already holds a result: continue it with --resume, replace it with --overwrite or "
+            "choose another folder with --output"
+        )
+    old = Result.load(args.output)
+    changed = [f"{key} {was}, not {now}" for key, was, now in old.conflicts(new)]
+    if changed:
+        parser.error(f"cannot resume {args.output}, because it was made with {'; '.join(changed)}")
+    return old
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _plans(args: argparse.Namespace) -> list[Plan]:
+    """All cells asked for: one per batch size, or one in all for a method that the protocol's batch size cannot touch."""
+    plans = []
+    for method in args.methods:
+        for size in args.batch_sizes:
+            norms = tuple(METHODS[method].at(size, width) for width in WIDTHS)
+            matters = args.protocol == "batch" or any(map(pools_batch, norms))
+            plans.append(Plan(method, size if matters else None, norms))
+    return list(dict.fromkeys(plans))
+
+
+def _train(result: Result, plans: Sequence[Plan], output: Path, console: Console) -> None:
+    """Adds the cells that `result` lacks, and saves it after each."""
+    missing = [plan for plan in plans if result.get(plan.method, plan.batch_size) is None]
+    units = COMPILE_EPOCHS + result.settings.epochs
+    with _progress(console) as progress:
+        task = progress.add_task("", total=len(missing) * units)
+        for index, plan in enumerate(missing):
+            size = "" if plan.batch_size is None else f" at {plan.batch_size}"
+            progress.update(task, description=f"{METHODS[plan.method].label}{size} ({index + 1} of {len(missing)})")
+
+            def on_epoch(done: int, before: int = index * units) -> None:
+                progress.update(task, completed=before + COMPILE_EPOCHS + done)
+
+            result.cells.append(_cell(result, plan, on_epoch))
+            result.save(output)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    # Compiling and training advance the bar unevenly: the time left is estimated from the whole run, not its last seconds.
+    return Progress(*columns, console=console, speed_estimate_period=3600)
+
+
+def _cell(result: Result, plan: Plan, on_epoch: Callable[[int], None]) -> Cell:
+    """Trains what `plan` says, or shares the training of a finished cell whose norms are all the same."""
+    norms = [str(method) for method in plan.norms]
+    for cell in result.cells:
+        if (cell.batch_size, cell.norms) == (plan.batch_size, norms):
+            return replace(cell, method=plan.method, same_run_as=cell.same_run_as or cell.name)
+    settings = result.settings
+    images = IMAGES_PER_STEP if plan.batch_size is None else plan.batch_size
+    outcome = training.train(
+        ResidualNet(plan.norms, STRIDES[settings.network]),
+        range(settings.seeds),
+        num_train=settings.train_images,
+        devices=IMAGES_PER_STEP // images if settings.protocol == "devices" else 1,
+        images_per_device=images,
+        epochs=settings.epochs,
+        on_epoch=on_epoch,
+    )
+    return Cell(plan.method, plan.batch_size, norms, None, **outcome._asdict())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

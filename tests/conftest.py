@@ -1,0 +1,10 @@
+"""Settings of all tests: several devices, and no silent conversion of dtypes or ranks."""
+
+import chex
+
+chex.set_n_cpu_devices(8)  # before any JAX operation: afterwards the number of devices is fixed
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,105 @@
+"""Every row of the table, at every rank and in both layouts, against sums over its index sets."""
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from rows import CASES, LAYOUTS, PLACES, ROWS, SOME, C, N, shape_of
+
+from jaxnorm import methods, moments, norm
+
+EPSILON = 1e-3
+
+
+def draw(shape, channel_axis, statistic, seed=0, offset=0.0):
+    """x, scale, bias, and cotangents of y, mean and var."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=shape) * rng.uniform(0.5, 2, size=shape[:1] + (1,) * (len(shape) - 1)) + offset
+    c = shape[channel_axis]
+    return x, rng.normal(size=c), rng.normal(size=c), *(rng.normal(size=s) for s in (shape, statistic, statistic))
+
+
+@lru_cache(maxsize=None)
+def differentiated(method, channel_axis, epsilon=EPSILON):
+    """Output, moments and all derivatives of `norm` as one compiled function."""
+
+    def call(x, scale, bias, gy, gm, gv):
+        def f(x, scale, bias):
+            y, m = norm(x, method, scale=scale, bias=bias, epsilon=epsilon, channel_axis=channel_axis)
+            return (y, m.mean, m.var), m.count
+
+        (y, mean, var), pull, count = jax.vjp(f, x, scale, bias, has_aux=True)
+        return {"y": y, "mean": mean, "var": var, "count": count}, pull((gy, gm, gv))
+
+    return jax.jit(call)
+
+
+def expected(row, x, scale, bias, gy, gm, gv, channel_axis):
+    sets = oracle.set_numbers(x.shape, row.label, channel_axis)
+    c = np.indices(x.shape)[channel_axis]
+    gm, gv = (oracle.at_elements(t, x.shape) for t in (gm, gv))
+    return oracle.normalized(
+        x, sets, scale=scale[c], bias=bias[c], epsilon=EPSILON, mean=row.mean, gy=gy, gm=gm, gv=gv
+    )
+
+
+def check(row, rank, channel_axis, dtype, offset=0.0, tolerance=None):
+    """Values and derivatives of one case; `tolerance(terms)` is the error allowed in a sum of so many terms."""
+    shape = shape_of(rank, channel_axis)
+    method = row.call(shape, channel_axis)
+    statistic = oracle.statistic_shape(oracle.set_numbers(shape, row.label, channel_axis))
+    arrays = [t.astype(dtype) for t in draw(shape, channel_axis, statistic, offset=offset)]
+    values, grads = differentiated(method, channel_axis)(*(jnp.asarray(t) for t in arrays))
+    o = expected(row, *(t.astype("f8") for t in arrays), channel_axis)
+
+    def close(got, want, terms, name):
+        assert got.dtype == dtype, name
+        want = np.asarray(want, "f8")
+        size = max(np.abs(want).max(), 1.0)
+        np.testing.assert_allclose(np.asarray(got, "f8"), want, rtol=0, atol=tolerance(terms) * size, err_msg=name)
+
+    n = int(o.count.max())
+    close(values["y"], o.y, n, "y")
+    for name in ("count", "mean", "var"):
+        assert values[name].shape == statistic, name
+        close(jnp.asarray(oracle.at_elements(np.asarray(values[name]), shape)), getattr(o, name), n, name)
+    close(grads[0], o.dx, n, "dx")
+    close(grads[1], oracle.summed(o.dscale, channel_axis), o.y.size // C, "dscale")
+    close(grads[2], oracle.summed(o.dbias, channel_axis), o.y.size // C, "dbias")
+
+
+def in_float64(terms):
+    return 1e-11
+
+
+def in_float32(terms):
+    """4 eps (sqrt(n) + |mu|/sigma), and what the guard lets pass: sums about 0 cost var 16 eps while mean^2 <= 16 var."""
+    return float(np.finfo("f4").eps) * (4 * (np.sqrt(terms) + 4) + 16)
+
+
+@pytest.mark.parametrize("row, rank, channel_axis", SOME, ids=str)
+def test_values_and_derivatives_in_float64(row, rank, channel_axis):
+    with jax.enable_x64(True):
+        check(row, rank, channel_axis, "f8", tolerance=in_float64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row, rank, channel_axis", [case for case in CASES if case not in SOME], ids=str)
+def test_values_and_derivatives_in_float64_elsewhere(row, rank, channel_axis):
+    with jax.enable_x64(True):
+        check(row, rank, channel_axis, "f8", tolerance=in_float64)
+
+
+@pytest.mark.parametrize("row, channel_axis", [(row, LAYOUTS[i % 2]) for i, row in enumerate(ROWS)], ids=str)
+def test_values_and_derivatives_in_float32(row, channel_axis):
+    check(row, 4, channel_axis, "f4", tolerance=in_float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", (0.0, 3.0))
+@pytest.mark.parametrize("row, rank, channel_axis", CASES, ids=str)
+def test_values_and_derivatives_in_float32_everywhere(row, rank, channel_axis, offset):
+    check(row, rank, channel_axis, "f4", offset=offset, tolerance=in_float32)
