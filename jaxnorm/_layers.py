@@ -127,6 +127,10 @@ class Running:
     momentum: ArrayLike = 0.99
     correction: int = 0
 
+    def with_values(self, mean: jax.Array, var: jax.Array) -> "Running":
+        """The same with other values, such as cast ones."""
+        return dataclasses.replace(self, moments=Moments(self.moments.count, mean, var))
+
 
 def apply(
     x: jax.Array,

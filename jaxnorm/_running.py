@@ -6,6 +6,7 @@ dtypes of state are the same after an update, so it can be the carry of a `lax.s
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -94,9 +95,10 @@ def running_moments(
 
 def serving(state: Moments, expected: Shape, statistic: Shape, x_shape: Shape) -> Moments:
     """State of the expected shape, in the statistic's shape."""
-    if state.mean.shape != expected or state.var.shape != expected:
+    if not state.mean.shape == state.var.shape == expected or math.prod(expected) != math.prod(statistic):
         raise ValueError(
-            f"running statistics of shape {state.mean.shape} do not fit x of shape {tuple(x_shape)}, which needs {expected}. "
+            f"running statistics of shape {state.mean.shape} do not fit x of shape {tuple(x_shape)}, whose statistics have "
+            f"shape {statistic}. "
             "State that keeps positions apart is tied to the image size, and all state to the number of channels, with "
             "which it was made; feed x of that size."
         )

@@ -1,0 +1,89 @@
+"""Batch normalization as Flax has it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
+from jax.typing import ArrayLike
+
+from jaxnorm import _layers
+from jaxnorm._layers import Activation, Axes
+from jaxnorm.linen._call import State, call, ones, zeros
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization, a drop-in replacement for `flax.linen.BatchNorm`: `methods.batch_norm`.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    with the mean and variance of each channel over all other axes, of the batch in training and running ones in inference.
+
+    Args:
+        use_running_average: normalize with the running statistics; here or at the call, not both.
+        axis: the feature axis, or a tuple of axes, that are not pooled.
+        momentum: weight of the old running statistics per update.
+        epsilon: added to the variance, in the unit of x squared.
+        dtype: of the output; None promotes input and parameters.
+        param_dtype: of the parameters.
+        use_bias: add a learned bias.
+        use_scale: multiply by a learned scale.
+        bias_init: initializer of the bias.
+        scale_init: initializer of the scale.
+        axis_name: axis of pmap, shard_map or vmap over which the batch goes on.
+        axis_index_groups: groups of indices of that axis that share statistics.
+        use_fast_variance: False takes a second, centered pass always; True only where rounding would show.
+        force_float32_reductions: False gives running statistics `param_dtype`; statistics are float32 or wider always.
+        unit_offset: store scale as its distance from 1.
+
+    Raises:
+        ValueError: `use_running_average` given nowhere or twice, running statistics of another shape.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> layer = BatchNorm()
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), use_running_average=False)
+        >>> y, updates = layer.apply(variables, jnp.ones((4, 8, 8, 3)), use_running_average=False, mutable="batch_stats")
+        >>> y.shape, updates["batch_stats"]["mean"].shape
+        ((4, 8, 8, 3), (3,))
+
+    Reference:
+        Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift, 2015, arXiv:1502.03167.
+    """
+
+    use_running_average: bool | None = None
+    axis: Axes = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = zeros
+    scale_init: Initializer = ones
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    unit_offset: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        update_running_average: bool | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+        activation: Activation | None = None,
+    ) -> jax.Array:
+        """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
+        use = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        x = _layers.as_input(x)
+        shape = _layers.keep_axes(x, self.axis)
+        state = State(self, x, _layers.feature_shape(x, self.axis), shape)
+        running = state.running(use, update_running_average)
+        return call(self, x, shape, (scale, bias), self.axis, mask, activation, state=state, running=running)

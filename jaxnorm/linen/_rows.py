@@ -1,0 +1,200 @@
+"""Layers that are a row of the table of methods: any row, and the ones that Flax does not have."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
+from jax.typing import ArrayLike
+
+from jaxnorm import _layers, methods
+from jaxnorm._groups import Groups, Method, Shape
+from jaxnorm._layers import Activation
+from jaxnorm._running import running_shape
+from jaxnorm.linen._call import State, call, ones, zeros
+
+
+class _Row(nn.Module, kw_only=True):
+    """Fields and call of the layers that are a row of the table; a final class adds which row."""
+
+    use_running_average: bool | None = None
+    momentum: float | None = 0.99
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = zeros
+    scale_init: Initializer = ones
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    unit_offset: bool = False
+    debias: bool = False
+    correction: int = 0
+    batch_axis: int = 0
+    channel_axis: int = -1
+
+    def row(self, x_shape: Shape) -> Method:
+        """The row of the table for x of this shape."""
+        raise NotImplementedError
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        update_running_average: bool | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+        activation: Activation | None = None,
+    ) -> jax.Array:
+        """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
+        x = _layers.as_input(x)
+        row = self.row(x.shape)
+        state = running = None
+        if row.pools_batch and self.is_initializing():
+            row = _layers.whole_batch(row)  # any batch initializes, also one that ghosts do not divide
+        if row.pools_batch and self.momentum is not None:
+            use = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+            shapes = running_shape(row, x.shape, batch_axis=self.batch_axis, channel_axis=self.channel_axis)
+            state = State(self, x, *shapes)
+            running = state.running(use, update_running_average)
+        return call(self, x, row, (scale, bias), self.channel_axis, mask, activation, state=state, running=running)
+
+
+class Norm(_Row):
+    """Any row of the table of methods as a layer.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    with the moments of the sets that `method` describes. Methods that share statistics between examples keep running ones
+    in the collection `batch_stats`, (C,) for batch norm, (G,) for batch group norm, and need `use_running_average`; others
+    ignore it.
+
+    Args:
+        method: a `Method`, such as `methods.group_norm(32)`, or `Groups`.
+        use_running_average: normalize with the running statistics; here or at the call, not both.
+        momentum: weight of the old running statistics per update; None keeps none and always uses the batch's.
+        epsilon: added to the variance, in the unit of x squared.
+        dtype: of the output; None promotes input and parameters.
+        param_dtype: of the parameters.
+        use_bias: add a learned bias.
+        use_scale: multiply by a learned scale.
+        bias_init: initializer of the bias.
+        scale_init: initializer of the scale.
+        axis_name: axis of pmap, shard_map or vmap over which sets go on.
+        axis_index_groups: groups of indices of that axis that share statistics.
+        unit_offset: store scale as its distance from 1.
+        debias: divide the initial 0 and 1 out of the running statistics; adds `count` to the collection.
+        correction: 1 stores the unbiased variance, as PyTorch does.
+        batch_axis: axis of the examples.
+        channel_axis: axis of the channels: -1 for NHWC, 1 for NCHW.
+
+    Raises:
+        ValueError: axes that do not split, `use_running_average` given nowhere or twice, running statistics of another shape.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> layer = Norm(methods.batch_group_norm(4))
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 16)), use_running_average=True)
+        >>> jax.tree.map(jnp.shape, variables["batch_stats"])
+        {'mean': (4,), 'var': (4,)}
+    """
+
+    method: Method | Groups
+
+    def row(self, x_shape: Shape) -> Method:
+        return self.method if isinstance(self.method, Method) else Method(self.method)
+
+
+class GhostBatchNorm(_Row):
+    """Batch normalization inside consecutive parts of the batch: `methods.ghost_batch_norm`.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    with the moments of each channel in each ghost batch. Running statistics are pooled over the ghosts, so they are those of
+    `BatchNorm` and serve any batch at inference.
+
+    Args:
+        num_ghosts: number of ghost batches, a divisor of the batch.
+        ghost_size: or the examples in each.
+        Others: as `Norm`.
+
+    Raises:
+        ValueError: both or neither are given, or the batch does not split.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> layer = GhostBatchNorm(ghost_size=16)
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), use_running_average=False)
+        >>> layer.apply(variables, jnp.ones((5, 8, 8, 3)), use_running_average=True).shape
+        (5, 8, 8, 3)
+
+    Reference:
+        Train longer, generalize better: closing the generalization gap in large batch training of neural networks, 2017,
+        arXiv:1705.08741.
+    """
+
+    num_ghosts: int | None = None
+    ghost_size: int | None = None
+
+    def row(self, x_shape: Shape) -> Method:
+        return methods.ghost_batch_norm(self.num_ghosts, ghost_size=self.ghost_size)
+
+
+class BatchGroupNorm(_Row):
+    """Normalization of groups of features over the whole batch: `methods.batch_group_norm`.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    Args:
+        num_groups: G. Up to the number of channels these are groups of channels, beyond also of positions.
+        Others: as `Norm`.
+
+    Raises:
+        ValueError: G does not divide, or x of another image size than the running statistics of G > C.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> layer = BatchGroupNorm(32)
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 64)), use_running_average=False)
+        >>> variables["batch_stats"]["mean"].shape, variables["params"]["scale"].shape
+        ((32,), (64,))
+
+    Reference:
+        Batch Group Normalization, 2020, arXiv:2012.02782; see `methods.batch_group_norm`.
+    """
+
+    num_groups: int
+
+    def row(self, x_shape: Shape) -> Method:
+        if self.batch_axis % len(x_shape) != 0:
+            raise ValueError(f"BatchGroupNorm takes the batch on axis 0. Got batch_axis={self.batch_axis}; move that axis.")
+        return methods.batch_group_norm(self.num_groups, x_shape, channel_axis=self.channel_axis)
+
+
+class PositionalNorm(_Row):
+    """Normalization of each position over its channels: `methods.positional_norm`, without scale and bias by default.
+
+        y = (x - mean) / sqrt(var + epsilon)
+
+    Args:
+        Others: as `Norm`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> PositionalNorm().init_with_output(jax.random.key(0), jnp.ones((2, 8, 8, 16)))[0].shape
+        (2, 8, 8, 16)
+
+    Reference:
+        Positional Normalization, 2019, arXiv:1907.04312.
+    """
+
+    use_bias: bool = False
+    use_scale: bool = False
+
+    def row(self, x_shape: Shape) -> Method:
+        return methods.positional_norm()

@@ -1,0 +1,17 @@
+"""Flax nnx layers: `Norm` for any row of the table of methods, and drop-in replacements for Flax's own layers.
+
+`BatchNorm`, `GroupNorm`, `LayerNorm`, `InstanceNorm` and `RMSNorm` take the arguments of `flax.nnx` and hold the same
+variables under the same names; the docstring of `jaxnorm.linen` says what else holds for both frameworks. Statistics are
+computed from x as it comes, in float32 or wider; `dtype` is the dtype of the output. A `promote_dtype` other than Flax's
+default is applied to input, statistics and parameters as in Flax.
+"""
+
+from jaxnorm.nnx._batch import BatchNorm as BatchNorm
+from jaxnorm.nnx._group import GroupNorm as GroupNorm
+from jaxnorm.nnx._group import InstanceNorm as InstanceNorm
+from jaxnorm.nnx._layer import LayerNorm as LayerNorm
+from jaxnorm.nnx._layer import RMSNorm as RMSNorm
+from jaxnorm.nnx._rows import BatchGroupNorm as BatchGroupNorm
+from jaxnorm.nnx._rows import GhostBatchNorm as GhostBatchNorm
+from jaxnorm.nnx._rows import Norm as Norm
+from jaxnorm.nnx._rows import PositionalNorm as PositionalNorm

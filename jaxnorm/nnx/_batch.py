@@ -1,0 +1,102 @@
+"""Batch normalization as Flax has it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
+from jax.typing import ArrayLike
+
+from jaxnorm import _layers
+from jaxnorm._layers import Activation, Axes
+from jaxnorm.nnx._call import NONE, Layer, Metadata, ones, promote_dtype, zeros
+
+
+class BatchNorm(Layer):
+    """Batch normalization, a drop-in replacement for `flax.nnx.BatchNorm`: `methods.batch_norm`.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    Args:
+        num_features: channels, the size of scale and bias.
+        use_running_average: normalize with the running statistics; the call takes precedence.
+        axis: the feature axis, or a tuple of axes, that are not pooled.
+        momentum: weight of the old running statistics per update.
+        epsilon: added to the variance, in the unit of x squared.
+        dtype: of the output; None promotes input, statistics and parameters.
+        param_dtype: of the parameters.
+        use_bias: add a learned bias.
+        use_scale: multiply by a learned scale.
+        bias_init: initializer of the bias.
+        scale_init: initializer of the scale.
+        axis_name: axis of pmap, shard_map or vmap over which the sets go on.
+        axis_index_groups: groups of indices of that axis that share statistics.
+        use_fast_variance: False takes a second, centered pass always; True only where rounding would show.
+        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no statistics here.
+        rngs: random number streams for the initializers.
+        bias_metadata: for the bias variable.
+        scale_metadata: for the scale variable.
+        unit_offset: store scale as its distance from 1.
+
+    Raises:
+        ValueError: `use_running_average` given nowhere, running statistics of another shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> layer = BatchNorm(3, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((4, 8, 8, 3))).shape, layer.mean.shape
+        ((4, 8, 8, 3), (3,))
+
+    Reference:
+        Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift, 2015, arXiv:1502.03167.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: Axes = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Metadata = NONE,
+        scale_metadata: Metadata = NONE,
+        unit_offset: bool = False,
+    ):
+        self._construct(locals())
+        self._make_running((num_features,))
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        update_running_average: bool | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+        activation: Activation | None = None,
+    ) -> jax.Array:
+        """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
+        x = _layers.as_input(x)
+        shape = _layers.keep_axes(x, self.axis)
+        running = self._running(x, (self.num_features,), shape, use_running_average, update_running_average)
+        return self._apply(x, shape, (scale, bias), self.axis, mask, activation, running=running)
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """What `nnx.view` calls."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average

@@ -1,0 +1,133 @@
+"""Variables of an nnx layer, and what every layer does once it knows its sets."""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes, initializers
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxnorm import _layers
+from jaxnorm._groups import Shape, Specification
+from jaxnorm._layers import Activation, Axes, Running
+from jaxnorm._moments import Moments
+from jaxnorm._running import init_running, serving
+
+zeros, ones = initializers.zeros_init(), initializers.ones_init()
+promote_dtype = dtypes.promote_dtype
+Metadata = Mapping[str, Any]
+NONE: Metadata = MappingProxyType({})
+
+
+class Layer(nnx.Module):
+    """Parameters of a layer, and what every layer does once it knows its sets."""
+
+    if TYPE_CHECKING:  # attributes are the arguments of a constructor, see _construct
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    # what a class has no option for
+    use_bias: bool = False
+    use_fast_variance: bool = True
+    batch_axis: int = 0
+    correction: int = 0
+
+    def _construct(self, options: dict[str, Any]) -> None:
+        """Keep a constructor's arguments as attributes and make scale and bias, in this order, as Flax does."""
+        options = {name: value for name, value in options.items() if name not in ("self", "__class__")}
+        rngs = options.pop("rngs")
+        made = {name: (options.pop(f"{name}_init", zeros), options.pop(f"{name}_metadata", NONE)) for name in ("scale", "bias")}
+        for name, value in options.items():
+            setattr(self, name, value)
+        for name, (init, metadata) in made.items():
+            if not getattr(self, f"use_{name}"):
+                setattr(self, name, nnx.data(None))
+                continue
+            init = zeros if name == "scale" and self.unit_offset and init is ones else init
+            setattr(self, name, nnx.Param(init(rngs.params(), (self.num_features,), self.param_dtype), **metadata))
+
+    def _make_running(self, shape: Shape, counted: bool = False) -> None:
+        complex_mean = self.dtype is not None and jnp.issubdtype(self.dtype, jnp.complexfloating)
+        first = init_running(shape, dtype=jnp.complex64 if complex_mean else jnp.float32, counted=counted)
+        self.mean, self.var = nnx.BatchStat(first.mean), nnx.BatchStat(first.var)
+        if counted:
+            self.count = nnx.BatchStat(first.count)
+
+    def _running(self, x: jax.Array, shape: Shape, statistic: Shape, use: bool | None, update: bool | None) -> Running:
+        """The running statistics in the shape that serves x, and what the flags ask for."""
+        use = self.use_running_average if use is None else use
+        if use is None:
+            raise ValueError(
+                "No `use_running_average` argument was provided to BatchNorm. Got None from the constructor and at the call; "
+                "expected True or False from one of them, or from nnx.view(model, use_running_average=...)."
+            )
+        count = self.count[...] if hasattr(self, "count") else None
+        state = Moments(count, self.mean[...], self.var[...])  # pyright: ignore[reportArgumentType]  # None is no count
+        state = serving(state, shape, statistic, x.shape)
+        return Running(state, use, not use if update is None else update, self.momentum, self.correction)
+
+    def _parameter(self, name: str, given: ArrayLike | None, x: jax.Array, axes: Axes) -> jax.Array | None:
+        """Scale or bias: the layer's own, or what was given in its place at the call."""
+        own = getattr(self, name, None)
+        if given is not None and own is not None:
+            raise ValueError(
+                f"{name} was given at the call, but the layer has its own. Expected one of the two: construct it with "
+                f"use_{name}=False."
+            )
+        if own is None:
+            return None if given is None else jnp.asarray(given)
+        features = _layers.feature_shape(x, axes)
+        value = own[...]
+        value = value + 1 if name == "scale" and self.unit_offset else value
+        return value.reshape(features) if value.size == math.prod(features) else value
+
+    def _apply(
+        self,
+        x: jax.Array,
+        groups: Specification,
+        given: tuple[ArrayLike | None, ArrayLike | None],
+        feature_axes: Axes,
+        mask: ArrayLike | None,
+        activation: Activation | None,
+        *,
+        mean: Literal[0] | None = None,
+        running: Running | None = None,
+    ) -> jax.Array:
+        scale, bias = (self._parameter(name, t, x, feature_axes) for name, t in zip(("scale", "bias"), given, strict=True))
+        old = () if running is None else (running.moments.mean, running.moments.var)
+        if self.promote_dtype is promote_dtype:
+            dtype = _layers.output_dtype(x, *old, scale, bias, dtype=self.dtype)
+        else:
+            x, *used, scale, bias = self.promote_dtype((x, *old, scale, bias), dtype=self.dtype)
+            dtype = _layers.output_dtype(x, scale, bias, dtype=self.dtype)
+            if running is not None:
+                running = running.with_values(*used)
+        y, new = _layers.apply(
+            _layers.wide_enough(x, dtype),
+            groups,
+            mean=mean,
+            scale=scale,
+            bias=bias,
+            epsilon=self.epsilon,
+            dtype=dtype,
+            running=running,
+            mask=mask,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            use_fast_variance=self.use_fast_variance,
+            activation=activation,
+            batch_axis=self.batch_axis,
+            channel_axis=feature_axes,
+        )
+        if new is not None:
+            for name in ("count", "mean", "var"):
+                if (value := getattr(new, name)) is not None:
+                    variable = getattr(self, name)
+                    # A variable may be a reference shared with the outside, which must not keep a tracer of a derivative.
+                    variable[...] = lax.stop_gradient(value.reshape(variable.shape).astype(variable.dtype))
+        return y

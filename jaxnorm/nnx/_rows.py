@@ -1,0 +1,318 @@
+"""Layers that are a row of the table of methods: any row, and the ones that Flax does not have."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
+from jax.typing import ArrayLike
+
+from jaxnorm import _layers, methods
+from jaxnorm._groups import Groups, Method, Shape
+from jaxnorm._layers import Activation
+from jaxnorm._running import running_shape
+from jaxnorm.nnx._call import NONE, Layer, Metadata, ones, promote_dtype, zeros
+
+
+class _Row(Layer):
+    """Running statistics and call of the layers that are a row of the table; a final class adds which row."""
+
+    def _construct_row(self, options: dict[str, Any]) -> None:
+        self._construct(options)
+        if self.momentum is None or not (row := self._row(self.x_shape)).pools_batch:
+            return
+        x_shape = self.x_shape
+        if x_shape is None:
+            if row.groups.spatial != 1:
+                raise ValueError(
+                    f"running statistics of {row} keep positions apart. Got x_shape=None; expected the shape of an input, "
+                    "any number of examples."
+                )
+            x_shape = (1, self.num_features) if self.channel_axis == -1 else (1, self.num_features, 1)
+        self._make_running(self._shapes(x_shape)[0], self.debias)
+
+    def _row(self, x_shape: Shape | None) -> Method:
+        """The row of the table, for x of this shape where it is known."""
+        raise NotImplementedError
+
+    def _shapes(self, x_shape: Shape) -> tuple[Shape, Shape]:
+        return running_shape(self._row(x_shape), x_shape, batch_axis=self.batch_axis, channel_axis=self.channel_axis)
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        update_running_average: bool | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+        activation: Activation | None = None,
+    ) -> jax.Array:
+        """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
+        x = _layers.as_input(x)
+        running = None
+        if hasattr(self, "mean"):
+            running = self._running(x, *self._shapes(x.shape), use_running_average, update_running_average)
+        row = self._row(x.shape)
+        return self._apply(x, row, (scale, bias), self.channel_axis, mask, activation, running=running)
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """What `nnx.view` calls."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+
+class Norm(_Row):
+    """Any row of the table of methods as a layer.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    with the moments of the sets that `method` describes. Methods that share statistics between examples keep running ones in
+    `mean` and `var`, (C,) for batch norm, (G,) for batch group norm; others ignore `use_running_average`.
+
+    Args:
+        num_features: channels, the size of scale and bias.
+        method: a `Method`, such as `methods.group_norm(32)`, or `Groups`.
+        use_running_average: normalize with the running statistics; the call takes precedence.
+        momentum: weight of the old running statistics per update; None keeps none and always uses the batch's.
+        epsilon: added to the variance, in the unit of x squared.
+        dtype: of the output; None promotes input, statistics and parameters.
+        param_dtype: of the parameters.
+        use_bias: add a learned bias.
+        use_scale: multiply by a learned scale.
+        bias_init: initializer of the bias.
+        scale_init: initializer of the scale.
+        axis_name: axis of pmap, shard_map or vmap over which sets go on.
+        axis_index_groups: groups of indices of that axis that share statistics.
+        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no statistics here.
+        unit_offset: store scale as its distance from 1.
+        debias: divide the initial 0 and 1 out of the running statistics; adds the variable `count`.
+        correction: 1 stores the unbiased variance, as PyTorch does.
+        batch_axis: axis of the examples.
+        channel_axis: axis of the channels: -1 for NHWC, 1 for NCHW.
+        x_shape: shape of an input, where running statistics keep positions apart; any number of examples.
+        rngs: random number streams for the initializers.
+        bias_metadata: for the bias variable.
+        scale_metadata: for the scale variable.
+
+    Raises:
+        ValueError: axes that do not split, running statistics of another shape, `x_shape` missing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> layer = Norm(16, methods.batch_group_norm(4), rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 8, 8, 16))).shape, layer.mean.shape
+        ((2, 8, 8, 16), (4,))
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        method: Method | Groups,
+        *,
+        use_running_average: bool | None = False,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        promote_dtype: PromoteDtypeFn = promote_dtype,
+        unit_offset: bool = False,
+        debias: bool = False,
+        correction: int = 0,
+        batch_axis: int = 0,
+        channel_axis: int = -1,
+        x_shape: Shape | None = None,
+        rngs: nnx.Rngs,
+        bias_metadata: Metadata = NONE,
+        scale_metadata: Metadata = NONE,
+    ):
+        self._construct_row(locals())
+
+    def _row(self, x_shape: Shape | None) -> Method:
+        return self.method if isinstance(self.method, Method) else Method(self.method)
+
+
+class GhostBatchNorm(_Row):
+    """Batch normalization inside consecutive parts of the batch: `methods.ghost_batch_norm`.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    Running statistics are pooled over the ghosts, so they are those of `BatchNorm` and serve any batch at inference.
+
+    Args:
+        num_features: channels.
+        num_ghosts: number of ghost batches, a divisor of the batch.
+        ghost_size: or the examples in each.
+        Others: as `Norm`.
+
+    Raises:
+        ValueError: both or neither are given, or the batch does not split.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> GhostBatchNorm(3, ghost_size=2, rngs=nnx.Rngs(0))(jnp.ones((4, 8, 8, 3))).shape
+        (4, 8, 8, 3)
+
+    Reference:
+        Train longer, generalize better: closing the generalization gap in large batch training of neural networks, 2017,
+        arXiv:1705.08741.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_ghosts: int | None = None,
+        ghost_size: int | None = None,
+        *,
+        use_running_average: bool | None = False,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        promote_dtype: PromoteDtypeFn = promote_dtype,
+        unit_offset: bool = False,
+        debias: bool = False,
+        correction: int = 0,
+        batch_axis: int = 0,
+        channel_axis: int = -1,
+        x_shape: Shape | None = None,
+        rngs: nnx.Rngs,
+        bias_metadata: Metadata = NONE,
+        scale_metadata: Metadata = NONE,
+    ):
+        self._construct_row(locals())
+
+    def _row(self, x_shape: Shape | None) -> Method:
+        return methods.ghost_batch_norm(self.num_ghosts, ghost_size=self.ghost_size)
+
+
+class BatchGroupNorm(_Row):
+    """Normalization of groups of features over the whole batch: `methods.batch_group_norm`.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    Args:
+        num_features: channels.
+        num_groups: G. Up to the number of channels these are groups of channels, beyond also of positions.
+        x_shape: shape of an input, needed for G > C; any number of examples.
+        Others: as `Norm`.
+
+    Raises:
+        ValueError: G does not divide, or x of another image size than the running statistics of G > C.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> layer = BatchGroupNorm(64, 32, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 8, 8, 64))).shape, layer.mean.shape
+        ((2, 8, 8, 64), (32,))
+
+    Reference:
+        Batch Group Normalization, 2020, arXiv:2012.02782; see `methods.batch_group_norm`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int,
+        *,
+        use_running_average: bool | None = False,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        promote_dtype: PromoteDtypeFn = promote_dtype,
+        unit_offset: bool = False,
+        debias: bool = False,
+        correction: int = 0,
+        batch_axis: int = 0,
+        channel_axis: int = -1,
+        x_shape: Shape | None = None,
+        rngs: nnx.Rngs,
+        bias_metadata: Metadata = NONE,
+        scale_metadata: Metadata = NONE,
+    ):
+        self._construct_row(locals())
+
+    def _row(self, x_shape: Shape | None) -> Method:
+        if self.batch_axis != 0:
+            raise ValueError(f"BatchGroupNorm takes the batch on axis 0. Got batch_axis={self.batch_axis}; move that axis.")
+        if x_shape is None and self.num_groups > self.num_features:
+            raise ValueError(
+                f"more groups than channels split positions. Got {self.num_groups} groups of {self.num_features} channels and "
+                "x_shape=None; expected the shape of an input, any number of examples."
+            )
+        return methods.batch_group_norm(self.num_groups, x_shape, channel_axis=self.channel_axis)
+
+
+class PositionalNorm(_Row):
+    """Normalization of each position over its channels: `methods.positional_norm`, without scale and bias by default.
+
+        y = (x - mean) / sqrt(var + epsilon)
+
+    Args:
+        num_features: channels.
+        Others: as `Norm`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> PositionalNorm(16, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 16))).shape
+        (2, 8, 8, 16)
+
+    Reference:
+        Positional Normalization, 2019, arXiv:1907.04312.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = False,
+        use_scale: bool = False,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        promote_dtype: PromoteDtypeFn = promote_dtype,
+        unit_offset: bool = False,
+        debias: bool = False,
+        correction: int = 0,
+        batch_axis: int = 0,
+        channel_axis: int = -1,
+        x_shape: Shape | None = None,
+        rngs: nnx.Rngs,
+        bias_metadata: Metadata = NONE,
+        scale_metadata: Metadata = NONE,
+    ):
+        self._construct_row(locals())
+
+    def _row(self, x_shape: Shape | None) -> Method:
+        return methods.positional_norm()
