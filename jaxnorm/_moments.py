@@ -6,6 +6,8 @@ micro-batches are one more pooling.
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple
@@ -389,8 +391,9 @@ def blend(parts: Sequence[Moments], weights: Sequence[ArrayLike]) -> Moments:
     stacked = _stacked(parts, "blend")
 
     def average(name: str) -> jax.Array:
-        terms = [getattr(part, name) for part in parts]
-        return sum(jnp.asarray(w).astype(t.dtype) * t for w, t in zip(weights, terms, strict=True))
+        values = [getattr(part, name) for part in parts]
+        terms = [jnp.asarray(w).astype(t.dtype) * t for w, t in zip(weights, values, strict=True)]
+        return functools.reduce(operator.add, terms)
 
     return Moments(stacked.count.sum(0), average("mean"), average("var"))
 

@@ -30,8 +30,8 @@ class State:
             if value is not None
         }
         self.module, self.shape = module, shape
-        values = Moments(*(v.value if (v := self.variables.get(name)) else None for name in ("count", "mean", "var")))
-        self.moments = serving(values, shape, statistic, x.shape)
+        values: dict[str, Any] = {"count": None} | {name: variable.value for name, variable in self.variables.items()}
+        self.moments = serving(Moments(**values), shape, statistic, x.shape)
 
     def running(self, use: bool, update: bool | None) -> Running:
         update = (not use if update is None else update) and not self.module.is_initializing()
