@@ -1,1 +1,1 @@
-"""Programs that measure jaxnorm. Each is run as a module from the repository root: `python -m benchmarks.batch_size`."""
+"""Programs that measure jaxnorm, each run from the repository root: `python -m benchmarks.batch_size`."""

@@ -23,9 +23,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from benchmarks import report, training
 from benchmarks.digits import NUM_IMAGES
-from benchmarks.norms import METHODS, pools_batch
+from benchmarks.norms import METHODS
 from benchmarks.residual import STRIDES, WIDTHS, ResidualNet
-from benchmarks.results import Cell, Result, Settings
+from benchmarks.results import Cell, Result, Settings, interval
 from benchmarks.training import IMAGES_PER_STEP
 from jaxnorm import Method
 
@@ -65,9 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _train(result, _plans(args), args.output, console)
     except KeyboardInterrupt:
-        console.print(
-            f"Interrupted. {len(result.cells)} finished cells are kept in {args.output}: go on with --resume."
-        )
+        console.print(f"Interrupted. {len(result.cells)} finished cells are kept in {args.output}: go on with --resume.")
         return 130
     report.draw(result, args.output / "batch_size.png")
     report.print_all(console, result)
@@ -160,12 +158,12 @@ def _version(package: str) -> str:
 
 
 def _plans(args: argparse.Namespace) -> list[Plan]:
-    """All cells asked for: one per batch size, or one in all for a method that the protocol's batch size cannot touch."""
+    """The cells asked for: one per batch size, or a single one where the batch size cannot matter."""
     plans = []
     for method in args.methods:
         for size in args.batch_sizes:
             norms = tuple(METHODS[method].at(size, width) for width in WIDTHS)
-            matters = args.protocol == "batch" or any(map(pools_batch, norms))
+            matters = args.protocol == "batch" or any(norm.pools_batch for norm in norms)
             plans.append(Plan(method, size if matters else None, norms))
     return list(dict.fromkeys(plans))
 
@@ -177,34 +175,33 @@ def _train(result: Result, plans: Sequence[Plan], output: Path, console: Console
     with _progress(console) as progress:
         task = progress.add_task("", total=len(missing) * units)
         for index, plan in enumerate(missing):
-            size = "" if plan.batch_size is None else f" at {plan.batch_size}"
-            progress.update(task, description=f"{METHODS[plan.method].label}{size} ({index + 1} of {len(missing)})")
+            progress.update(task, description=report.title(plan.method, plan.batch_size))
 
             def on_epoch(done: int, before: int = index * units) -> None:
                 progress.update(task, completed=before + COMPILE_EPOCHS + done)
 
-            result.cells.append(_cell(result, plan, on_epoch))
+            cell = _cell(result, plan, on_epoch)
+            result.cells.append(cell)
             result.save(output)
+            progress.update(task, completed=(index + 1) * units)
+            console.print(f"{report.title(*plan[:2])}: {interval(cell.test)} %", highlight=False)
+        progress.update(task, description="all trained")
 
 
 def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    # Compiling and training advance the bar unevenly: the time left is estimated from the whole run, not its last seconds.
+    left = TextColumn("left"), TimeRemainingColumn()
+    # Compiling and training advance the bar unevenly, so the time left is estimated from the whole run.
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), *left)
     return Progress(*columns, console=console, speed_estimate_period=3600)
 
 
 def _cell(result: Result, plan: Plan, on_epoch: Callable[[int], None]) -> Cell:
     """Trains what `plan` says, or shares the training of a finished cell whose norms are all the same."""
     norms = [str(method) for method in plan.norms]
-    for cell in result.cells:
-        if (cell.batch_size, cell.norms) == (plan.batch_size, norms):
-            return replace(cell, method=plan.method, same_run_as=cell.same_run_as or cell.name)
+    twin = result.twin(plan.batch_size, norms)
+    if twin:
+        source = twin.same_run_as or twin.name
+        return replace(twin, method=plan.method, same_run_as=source, compile_seconds=0.0, train_seconds=0.0)
     settings = result.settings
     images = IMAGES_PER_STEP if plan.batch_size is None else plan.batch_size
     outcome = training.train(

@@ -27,10 +27,10 @@ class Split(NamedTuple):
 @cache
 def split(seed: int, num_train: int) -> Split:
     """The digits in an order drawn from `seed`: `num_train` to train on, the rest halved into validation and test."""
-    digits = load_digits()
+    pixels, labels = load_digits(return_X_y=True)
     order = np.random.default_rng((seed, 0)).permutation(NUM_IMAGES)
-    pixels = (digits.images[order, :, :, None] / 8 - 1).astype(np.float32)
-    labels = digits.target[order].astype(np.int32)
+    pixels = (pixels[order].reshape(-1, 8, 8, 1) / 8 - 1).astype(np.float32)
+    labels = labels[order].astype(np.int32)
     middle = (num_train + NUM_IMAGES) // 2
     parts = (slice(num_train), slice(num_train, middle), slice(middle, None))
     return Split(*(Images(pixels[part], labels[part]) for part in parts))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from jaxnorm import EACH, Method, methods
+from jaxnorm import Method, methods
 
 NUM_GROUPS = 4
 """Groups of group normalization, at every channel count."""
@@ -58,8 +58,3 @@ METHODS: Mapping[str, Row] = MappingProxyType(
         "instance": Row("InstanceNorm", lambda batch_size, num_channels: methods.instance_norm()),
     }
 )
-
-
-def pools_batch(method: Method) -> bool:
-    """Whether, in training, an example's output depends on the other examples of its batch."""
-    return method.groups.batch != EACH

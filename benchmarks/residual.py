@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxnorm import Method
 from jaxnorm.linen import Norm
 
-WIDTHS = (12, 24, 48)
+WIDTHS: tuple[int, ...] = (12, 24, 48)
 """Channels of the three stages; the stem has those of the first."""
 
 STRIDES = {"1x1": (2, 2, 2), "2x2": (2, 2, 1)}
@@ -20,7 +20,7 @@ MOMENTUM = 0.9
 
 
 def patches(x: jax.Array, stride: int) -> jax.Array:
-    """The zero-padded 3x3 neighbourhood of every `stride`-th pixel: (N, H, W, C) -> (N, H / stride, W / stride, 9 C)."""
+    """The zero-padded 3x3 surroundings of every `stride`-th pixel: (N, H, W, C) -> (N, H / stride, W / stride, 9 C)."""
     _, height, width, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifted = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]

@@ -35,8 +35,8 @@ class Cell:
         same_run_as: name of the cell whose training this one shares, since all their norms are the same.
         validation: accuracy in %, one per seed.
         test: accuracy in %, one per seed.
-        compile_seconds: time spent on tracing, compiling and initializing.
-        train_seconds: time spent on training and evaluating.
+        compile_seconds: spent on tracing, compiling and initializing.
+        train_seconds: spent on training and evaluating, all seeds together.
     """
 
     method: str
@@ -67,8 +67,8 @@ class Interval(NamedTuple):
 class Difference(NamedTuple):
     """Accuracy of `cell` minus that of `baseline`, in points, paired by seed."""
 
-    cell: str
-    baseline: str
+    cell: Cell
+    baseline: Cell
     interval: Interval
 
 
@@ -105,9 +105,13 @@ class Result:
         return list(dict.fromkeys(cell.method for cell in self.cells))
 
     def conflicts(self, other: "Result") -> list[tuple[str, object, object]]:
-        """Settings and versions in which the two differ, as (name, ours, theirs): their cells do not belong together."""
+        """Settings and versions in which the two differ, as (name, ours, theirs): their cells cannot be compared."""
         ours, theirs = (asdict(result.settings) | result.versions for result in (self, other))
         return [(key, ours[key], theirs.get(key)) for key in ours if ours[key] != theirs.get(key)]
+
+    def twin(self, batch_size: int | None, norms: list[str]) -> Cell | None:
+        """A cell trained with these very norms at this batch size, whatever the name of its method."""
+        return next((cell for cell in self.cells if (cell.batch_size, cell.norms) == (batch_size, norms)), None)
 
     def get(self, method: str, batch_size: int | None) -> Cell | None:
         """The cell of `method` at exactly this batch size."""
@@ -155,9 +159,10 @@ class Result:
                 "settings": asdict(self.settings),
                 "versions": self.versions,
                 "machine": self.machine,
+                "total_seconds": sum(cell.compile_seconds + cell.train_seconds for cell in self.cells),
                 "cells": [asdict(cell) | {"test_interval": interval(cell.test)._asdict()} for cell in self.cells],
                 "differences": [
-                    {"cell": cell, "baseline": baseline} | points._asdict()
+                    {"cell": cell.name, "baseline": baseline.name} | points._asdict()
                     for cell, baseline, points in self.differences()
                 ],
             },
@@ -191,7 +196,7 @@ class Result:
 
 def _difference(cell: Cell, baseline: Cell) -> Difference:
     by_seed = [a - b for a, b in zip(cell.test, baseline.test, strict=True)]
-    return Difference(cell.name, baseline.name, interval(by_seed))
+    return Difference(cell, baseline, interval(by_seed))
 
 
 def _replace(path: Path, text: str) -> None:

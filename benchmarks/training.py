@@ -1,7 +1,7 @@
 """Trains one network on all seeds at once, each step spread over simulated devices with statistics of their own."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -65,25 +65,24 @@ def train(
     optimizer = _optimizer(devices * images_per_device, steps, epochs)
 
     def batches(index: int) -> digits.Images:
-        images = [digits.epoch(split.train, seed, index) for split, seed in zip(splits, seeds, strict=True)]
+        images = _stack(digits.epoch(split.train, seed, index) for split, seed in zip(splits, seeds, strict=True))
         leading = (len(seeds), steps, devices, images_per_device)
-        return digits.Images(*(np.stack(part).reshape(*leading, *part[0].shape[1:]) for part in zip(*images)))
+        return jax.tree.map(lambda part: part.reshape(*leading, *part.shape[2:]), images)
 
     start = time.perf_counter()
     initialize = jax.jit(partial(_initialize, net, optimizer, devices))
     state = jax.block_until_ready(initialize(jnp.asarray(seeds)))
-    train_epoch = jax.jit(jax.vmap(partial(_train_epoch, net, optimizer)), donate_argnums=0)
-    train_epoch = train_epoch.lower(state, batches(0)).compile()
-    held_out = [np.stack(part) for part in zip(*(_held_out(split) for split in splits))]
-    correct = jax.jit(jax.vmap(partial(_correct, net)))
-    correct = correct.lower(state, *held_out).compile()
+    train_seeds = jax.vmap(partial(_train_epoch, net, optimizer))
+    train_epoch = jax.jit(train_seeds, donate_argnums=0).lower(state, batches(0)).compile()
+    held_out = _stack(_held_out(split) for split in splits)
+    correct = jax.jit(jax.vmap(partial(_correct, net))).lower(state, held_out).compile()
     compiled = time.perf_counter()
     on_epoch(0)
 
     for index in range(epochs):
         state = jax.block_until_ready(train_epoch(state, batches(index)))
         on_epoch(index + 1)
-    hits = 100 * np.asarray(correct(state, *held_out))
+    hits = 100 * np.asarray(correct(state, held_out))
     validation, test = np.split(hits, [len(splits[0].validation.labels)], axis=1)
     return Outcome(
         validation.mean(axis=1).tolist(),
@@ -93,9 +92,13 @@ def train(
     )
 
 
+def _stack(images: Iterable[digits.Images]) -> digits.Images:
+    return jax.tree.map(lambda *parts: np.stack(parts), *images)
+
+
 def _held_out(split: digits.Split) -> digits.Images:
     """Validation and test images in one array, so that one compiled program evaluates both."""
-    return digits.Images(*(np.concatenate(parts) for parts in zip(split.validation, split.test, strict=True)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), split.validation, split.test)
 
 
 def _optimizer(images_per_step: int, steps_per_epoch: int, epochs: int) -> optax.GradientTransformation:
@@ -136,9 +139,7 @@ def _loss(params: Any, batch_stats: Any, batch: digits.Images, net: nn.Module) -
     return losses.mean(), batch_stats
 
 
-def _train_epoch(
-    net: nn.Module, optimizer: optax.GradientTransformation, state: State, batches: digits.Images
-) -> State:
+def _train_epoch(net: nn.Module, optimizer: optax.GradientTransformation, state: State, batches: digits.Images) -> State:
     def step(state: State, batch: digits.Images) -> tuple[State, None]:
         gradient, batch_stats = jax.grad(_loss, has_aux=True)(state.params, state.batch_stats, batch, net)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
@@ -147,7 +148,7 @@ def _train_epoch(
     return jax.lax.scan(step, state, batches)[0]
 
 
-def _correct(net: nn.Module, state: State, pixels: jax.Array, labels: jax.Array) -> jax.Array:
+def _correct(net: nn.Module, state: State, images: digits.Images) -> jax.Array:
     batch_stats = jax.tree.map(lambda s: s.mean(axis=0), state.batch_stats)
-    logits = net.apply({"params": state.params, "batch_stats": batch_stats}, pixels, train=False)
-    return logits.argmax(axis=-1) == labels
+    logits: Any = net.apply({"params": state.params, "batch_stats": batch_stats}, images.pixels, train=False)
+    return logits.argmax(axis=-1) == images.labels

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._devices import AxisName, DeviceGroups
 from jaxnorm._groups import Method, Shape, Specification, axes_of
-from jaxnorm._moments import Moments, moments, statistic_dtype
+from jaxnorm._moments import Moments, as_array, moments, statistic_dtype
 from jaxnorm._normalize import normalize
 from jaxnorm._running import update_running
 
@@ -30,7 +30,7 @@ def whole_batch(method: Method) -> Method:
 
 def as_input(x: ArrayLike) -> jax.Array:
     """x as an array; integers and booleans become float32, as in Flax."""
-    x = jnp.asarray(x)
+    x = as_array(x)
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
 
 

@@ -143,9 +143,14 @@ def moments(
     return Moments(n, m, statistics[-1])
 
 
+def as_array(x: ArrayLike) -> jax.Array:
+    """x itself where it is an array: `jnp.asarray` copies it under an eager `vjp`, and the copy would be kept for backward."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
+
+
 def inexact(x: ArrayLike) -> jax.Array:
     """x as a floating or complex array of rank 2 or more."""
-    x = jnp.asarray(x)
+    x = as_array(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"x must be floating or complex. Got {x.dtype}, shape {x.shape}; convert it, for example x.astype('float32')."

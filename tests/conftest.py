@@ -8,3 +8,12 @@ import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def x64():
+    """The test runs in double precision."""
+    with jax.enable_x64(True):
+        yield
