@@ -31,6 +31,7 @@ from jaxnorm._groups import (
     resolve,
     spread,
 )
+from jaxnorm._xla import barrier, by_platform, first_sums, to_channels, to_groups
 
 CANCELLATION = 16.0
 """Sums about c cost the variance at most one digit while (mean - c)^2 <= 16 var; beyond, they are taken again
@@ -65,6 +66,7 @@ class _Sets(NamedTuple):
     shape: Shape  # the statistic's
     channels: Shape  # of the first sums
     centered: bool
+    kept: bool  # for the backward pass
     axis_name: AxisName
     device_groups: tuple[tuple[int, ...], ...] | None
 
@@ -122,7 +124,7 @@ def moments(
     centered = fixed is None and mean is None
     device_groups = device_groups_of(axis_name, axis_index_groups)
     channels = channel_resolution(x.shape, shape, axes_of(channel_axis, x.shape))
-    sets = _Sets(shape, channels, centered, axis_name, device_groups)
+    sets = _Sets(shape, channels, centered, False, axis_name, device_groups)
     real = statistic_dtype(x.dtype, real=True)
     per_set = elements(x.shape, shape)
     if weights is None:
@@ -130,7 +132,7 @@ def moments(
     else:
         w = as_weights(weights, x)
         own = tuple(g if k > 1 else 1 for g, k in zip(shape, w.shape, strict=True))
-        others = per_set // elements(w.shape, own)
+        others = elements(x.shape, tuple(g if k == 1 else n for n, g, k in zip(x.shape, shape, w.shape, strict=True)))
         n = all_sum(block_sum(w, own) * others, axis_name, device_groups)
         n = jnp.broadcast_to(spread_to(n, shape), shape)
     if center is not None:
@@ -138,7 +140,7 @@ def moments(
         if per_set == 1:  # the mean of one value is that value to the bit, which x - c + c is not
             center = None
     divisor = n if w is None and per_set else jnp.where(n > 0, n, 1)
-    statistics = _mean_var(sets, x, w, center, lax.stop_gradient(divisor))
+    statistics = _mean_var(sets, x, w, center, divisor)
     m = statistics[0] if centered else jnp.zeros(shape, statistic_dtype(x.dtype))
     return Moments(n, m, statistics[-1])
 
@@ -205,8 +207,12 @@ def _abs2(t: jax.Array) -> jax.Array:
 def _counted(x: jax.Array, w: jax.Array | None, s: jax.Array | None = None) -> jax.Array:
     """x - s in the statistics' dtype, and 0 where the weight is: what does not count may be NaN."""
     x = x.astype(statistic_dtype(x.dtype))
-    d = x if s is None else x - spread(s, x.shape)
+    d = x if s is None else x - s
     return d if w is None else jnp.where(w != 0, d, 0)
+
+
+def _weighed(t: jax.Array, w: jax.Array | None) -> jax.Array:
+    return t if w is None else _times(t, w)
 
 
 def _times(t: jax.Array, real: jax.Array) -> jax.Array:
@@ -217,67 +223,89 @@ def _over(t: jax.Array, real: jax.Array) -> jax.Array:
     return t / real.astype(t.dtype)
 
 
-def _sums(sets: _Sets, w: jax.Array | None, *terms: jax.Array) -> list[jax.Array]:
-    """Weighted sums over the sets: at full size to channel resolution, then on small arrays to groups and devices."""
-    sums = [block_sum(block_sum(t if w is None else _times(t, w), sets.channels), sets.shape) for t in terms]
-    return all_sum(sums, sets.axis_name, sets.device_groups)
+def _totals(sets: _Sets, cpu: bool, sums: Sequence[jax.Array]) -> list[jax.Array]:
+    """Full-size sums to groups and devices. The barrier keeps XLA from joining the two stages into one full-size sum."""
+    return all_sum([to_groups(cpu, t, sets.shape) for t in barrier(list(sums))], sets.axis_name, sets.device_groups)
 
 
-def _about(sets: _Sets, x: jax.Array, w: jax.Array | None, c: jax.Array | None, n: jax.Array) -> list[jax.Array]:
-    """Mean and variance from one round of sums about c."""
-    d = _counted(x, w, c)
-    first, second = _sums(sets, w, d, _abs2(d))
-    e = _over(first, n)
-    return [e if c is None else c + e, jnp.maximum(_over(second, n) - _abs2(e), 0)]
+def _square_sum(sets: _Sets, cpu: bool, x: jax.Array, w: jax.Array | None, c: jax.Array | None) -> jax.Array:
+    """sum w |x - c|^2 at the resolution of the first sums."""
+    c = None if c is None else to_channels(cpu, c, x.shape)
+    return block_sum(_weighed(_abs2(_counted(x, w, c)), w), first_sums(cpu, x.shape, sets.channels))
+
+
+def _statistics(
+    sets: _Sets, cpu: bool, x: jax.Array, w: jax.Array | None, c: jax.Array | None, n: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Mean (unless it is fixed) and variance: sums about c, and again about the mean where cancellation would show."""
+
+    def again(m: jax.Array | None) -> jax.Array:
+        return _over(_totals(sets, False, [_square_sum(sets, cpu, x, w, m)])[0], n)
+
+    if not sets.centered:
+        return (again(None),)
+    if not cpu and not sets.kept and sets.shape == sets.channels and sets.shape[-1] < x.shape[-1]:
+        # Rows of channels stay on a GPU's chip from here to the end of what uses the statistics, in one kernel: 2 times the
+        # tensor are moved. A statistic that is kept as well would break that kernel in two, 4.1 times; one pass then takes 3.
+        m = _over(all_sum(block_sum(_weighed(_counted(x, w), w), sets.shape), sets.axis_name, sets.device_groups), n)
+        square = block_sum(_weighed(_abs2(_counted(x, w, spread(m, x.shape))), w), sets.shape)
+        return m, _over(all_sum(square, sets.axis_name, sets.device_groups), n)
+    shift = None if c is None else to_channels(cpu, c, x.shape)
+    first = block_sum(_weighed(_counted(x, w, shift), w), first_sums(cpu, x.shape, sets.channels))
+    alias = barrier((x, c)) if cpu else (x, c)
+    total, square = _totals(sets, False, [first, _square_sum(sets, cpu, alias[0], w, alias[1])])
+    e = _over(total, n)
+    m = e if c is None else c + e
+    if sets.axis_name is not None and not same_on_all_devices(sets.axis_name, sets.device_groups):
+        return m, again(m)
+    v = jnp.maximum(_over(square, n) - _abs2(e), 0)
+    exact = (_abs2(e) <= CANCELLATION * v) & jnp.isfinite(v)  # also false where squares overflow
+    return m, lax.cond(jnp.all(exact), lambda m: v, again, m)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _mean_var(sets: _Sets, x: jax.Array, w: jax.Array | None, c: jax.Array | None, n: jax.Array) -> tuple[jax.Array, ...]:
-    """Mean (unless it is fixed) and variance. The result does not depend on c, which therefore has no derivative."""
-    if not sets.centered:
-        return (_over(_sums(sets, w, _abs2(_counted(x, w)))[0], n),)
-    m, v = _about(sets, x, w, c, n)
-
-    def again(m: jax.Array, v: jax.Array) -> jax.Array:
-        return _over(_sums(sets, w, _abs2(_counted(x, w, m)))[0], n)
-
-    if sets.axis_name is not None and not same_on_all_devices(sets.axis_name, sets.device_groups):
-        return m, again(m, v)
-    cancelled = jnp.any(_abs2(m if c is None else m - c) > CANCELLATION * v)
-    return m, lax.cond(cancelled, again, lambda m, v: v, m, v)
+    """Mean (unless it is fixed) and variance. The result does not depend on c, which therefore has no derivative; that along
+    n is part of that along w."""
+    return by_platform(partial(_statistics, sets), x, w, c, n)
 
 
-def _mean_var_of_dx(sets, dx, x, w, m, n):
+def _mean_var_of_dx(sets, cpu, dx, x, w, m, n):
     """Derivative of mean and variance along dx: linear in dx, and read backwards the closed form.
 
     dmean = sum w dx / n and dvar = 2 sum w (x - mean) dx / n.
     """
-    dx = _counted(dx, w)
-    d = _counted(x, w, m)
+    dx = _weighed(_counted(dx, w), w)
+    x, m = barrier((x, m)) if cpu else (x, m)
+    d = _counted(x, w, None if m is None else to_channels(cpu, m, x.shape))
     product = d.real * dx.real + d.imag * dx.imag if jnp.iscomplexobj(d) else d * dx
-    sums = _sums(sets, w, *((dx, product) if sets.centered else (product,)))
+    shape = first_sums(cpu, x.shape, sets.channels)
+    sums = [block_sum(t, shape) for t in ((dx, product) if sets.centered else (product,))]
+    sums = _totals(sets, cpu, sums)
     return tuple(_over(s, n) for s in (*sums[:-1], 2 * sums[-1]))
 
 
 def _mean_var_of_dw(sets, dw, x, w, m, v, n):
     """Derivative along the weights: dmean = sum dw (x - mean) / n and dvar = sum dw (|x - mean|^2 - var) / n."""
-    d = _counted(x, w, m)
-    spare = jnp.where(w != 0, _abs2(d) - spread(v, x.shape), 0)
-    sums = _sums(sets, dw, *((d, spare) if sets.centered else (spare,)))
-    return tuple(_over(s, n) for s in sums)
+    finite = jnp.isfinite(x)
+    d = x.astype(statistic_dtype(x.dtype))
+    d = jnp.where(finite, d if m is None else d - spread(m, x.shape), 0)
+    spare = jnp.where(finite, _abs2(d) - spread(v, x.shape), 0)
+    terms = (d, spare) if sets.centered else (spare,)
+    return tuple(_over(s, n) for s in _totals(sets, False, [block_sum(_times(t, dw), sets.channels) for t in terms]))
 
 
 def _tangent(sets, primals, tangents):
     x, w, c, n = primals
     dx, dw = tangents[:2]
-    out = _mean_var(sets, x, w, c, n)
+    out = _mean_var(sets._replace(kept=True), x, w, c, n)
     if sets.axis_name is not None:
         out = tuple(checkpoint_name(t, SYNCED) for t in out)
     m, v = out[0] if sets.centered else None, out[-1]
     # Checkpointed, so that reverse mode keeps x and small arrays instead of what the map computes from them.
     d_out = None
     if not isinstance(dx, SymbolicZero):
-        d_out = jax.checkpoint(partial(_mean_var_of_dx, sets), prevent_cse=False)(dx, x, w, m, n)
+        d_out = jax.checkpoint(partial(by_platform, partial(_mean_var_of_dx, sets)), prevent_cse=False)(dx, x, w, m, n)
     if w is not None and not isinstance(dw, SymbolicZero):
         of_dw = jax.checkpoint(partial(_mean_var_of_dw, sets), prevent_cse=False)(dw, x, w, m, v, n)
         d_out = of_dw if d_out is None else tuple(a + b for a, b in zip(d_out, of_dw, strict=True))

@@ -16,8 +16,9 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._devices import AxisName, DeviceGroups
-from jaxnorm._groups import Shape, Specification, axes_of, check_divides, single_axis, spread
+from jaxnorm._groups import Shape, Specification, axes_of, check_divides, single_axis
 from jaxnorm._moments import Moments, as_weights, inexact, moments, statistic_dtype
+from jaxnorm._xla import barrier, by_first_sums, by_platform, to_channels
 
 
 def normalize(
@@ -77,15 +78,15 @@ def normalize(
     axes = axes_of(channel_axis, x.shape)
     g, b = (_placed(t, name, x, batch_axis, axes, channel_axis) for t, name in ((scale, "scale"), (bias, "bias")))
     wide = statistic_dtype(x.dtype)
-    a = spread(lax.rsqrt(var.astype(statistic_dtype(x.dtype, real=True)) + epsilon), x.shape).astype(wide)
-    s = spread(mean.astype(wide), x.shape)
+    a = lax.rsqrt(var.astype(statistic_dtype(x.dtype, real=True)) + epsilon).astype(wide)
+    s, a = by_platform(lambda cpu, s, a: (to_channels(cpu, s, x.shape), to_channels(cpu, a, x.shape)), mean.astype(wide), a)
     if g is not None and np.prod(np.broadcast_shapes(a.shape, g.shape)) < x.size:
         a, g = a * g, None  # one small product instead of a multiplication at full size
     w = None if weights is None else as_weights(weights, x)
     out = jnp.dtype(x.dtype if dtype is None else dtype)
     if activation is None:
-        return _affine(out, x, w, s, a, g, b)
-    return jax.checkpoint(lambda *args: activation(_affine(out, *args)), prevent_cse=False)(x, w, s, a, g, b)
+        return _affine(out, False, x, w, s, a, g, b)
+    return jax.checkpoint(lambda *args: activation(_affine(out, False, *args)), prevent_cse=False)(x, w, s, a, g, b)
 
 
 def _check_holds(mean: jax.Array, x: jax.Array, dtype: DTypeLike | None) -> None:
@@ -123,15 +124,19 @@ def _placed(
     return t.reshape([n if i in axes else 1 for i, n in enumerate(x.shape)])
 
 
+def _seen(t: jax.Array, x: jax.Array, w: jax.Array | None) -> jax.Array:
+    """t, and 0 where x does not count and is not finite."""
+    return t if w is None else jnp.where((w != 0) | jnp.isfinite(x), t, 0)
+
+
 def _shifted(x: jax.Array, w: jax.Array | None, s: jax.Array) -> jax.Array:
-    """x - s, and 0 where x does not count and is not finite."""
-    d = x.astype(statistic_dtype(x.dtype)) - s
-    return d if w is None else jnp.where((w != 0) | jnp.isfinite(x), d, 0)
+    return _seen(x.astype(statistic_dtype(x.dtype)) - s, x, w)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _affine(
     dtype: jnp.dtype,
+    kept: bool,
     x: jax.Array,
     w: jax.Array | None,
     s: jax.Array,
@@ -139,40 +144,63 @@ def _affine(
     g: jax.Array | None,
     b: jax.Array | None,
 ) -> jax.Array:
-    """y = (x - s) a g + b, in one pass."""
+    """y = (x - s) a g + b, in one pass; `kept` where s and a are kept for the backward pass."""
+    return by_platform(partial(_affine_pass, dtype, kept), x, w, s, a, g, b)
+
+
+def _affine_pass(dtype, kept, cpu, x, w, s, a, g, b):
+    if cpu or kept or g is None:  # else rows of channels: one kernel on a GPU, from the statistics on
+        x, s, a, g, b = barrier((x, s, a, g, b))
     y = _shifted(x, w, s) * a
     y = y if g is None else y * g
     return (y if b is None else y + b).astype(dtype)
 
 
-def _affine_tangent(dtype, tangents, x, w, s, a, g):
-    """Derivative of y along the tangents that are there: linear in them, and read backwards the closed form."""
-    dx, ds, da, dg, db = tangents
-    ag = a if g is None else a * g
+def _affine_tangent(dtype, cpu, tangents, x, w, s, a, g):
+    """Derivative of y along the tangents that are there: linear in them, and read backwards the closed form.
+
+    Read backwards each term is a full-size pass over the cotangent: dx, and a sum for each small array. On the CPU each pass
+    gets its own alias of what it reads, tied to the result of the pass before, so that none shares a float32 copy with
+    another; a GPU wants them together.
+    """
+    tie = barrier if cpu else lambda tree: tree
+    wide = statistic_dtype(x.dtype)
+    tangents = dict(zip(("dx", "ds", "da", "dg", "db"), tangents, strict=True))
+    if g is None and w is None and tangents["ds"] is not None:  # the same sum serves s and b
+        ds = tangents.pop("ds")
+        tangents["db"] = -a * ds if tangents["db"] is None else tangents["db"] - a * ds
     terms = []
-    if dx is not None:
-        dx = dx.astype(statistic_dtype(x.dtype))
-        terms.append((dx if w is None else jnp.where((w != 0) | jnp.isfinite(x), dx, 0)) * ag)
-    if da is not None:
-        terms.append(_shifted(x, w, s) * (da if g is None else da * g))
-    if ds is not None:
-        small = -ds * ag
-        terms.append(small if w is None else jnp.where((w != 0) | jnp.isfinite(x), small, 0))
-    if dg is not None:
-        terms.append(_shifted(x, w, s) * (a * dg))
-    if db is not None:
-        terms.append(db)
+    for name in ("dx", "da", "ds", "dg", "db"):
+        t = tangents.pop(name, None)
+        if t is None:
+            continue
+        t = t if name == "dx" else by_first_sums(cpu, t, x.shape)
+        if name == "dx":
+            t = _seen(t.astype(wide), x, w)
+            term = t * a if g is None else t * a * g
+        elif name == "da":
+            term = _shifted(x, w, s) * t if g is None else _shifted(x, w, s) * g * t
+        elif name == "ds":
+            term = _seen(-a * t if g is None else -a * t * g, x, w)
+        elif name == "dg":
+            term = _shifted(x, w, s) * a * t
+        else:
+            term = t
+        term = jnp.broadcast_to(term, x.shape).astype(dtype) if cpu else term
+        x, s, a, g = tie((x, s, a, g))
+        term, tangents = tie((term, tangents))  # apart from x: what is tied to a tangent counts as linear
+        terms.append(term)
     return jnp.broadcast_to(sum(terms[1:], terms[0]), x.shape).astype(dtype)
 
 
-def _tangent(dtype, primals, tangents):
+def _tangent(dtype, kept, primals, tangents):
     x, w, s, a, g, b = primals
     dx, _, *small = tangents
-    y = _affine(dtype, *primals)
+    y = _affine(dtype, True, *primals)
     live = tuple(None if t is None or isinstance(t, SymbolicZero) else t for t in (dx, *small))
     if all(t is None for t in live):
         return y, jnp.zeros_like(y)
-    return y, jax.checkpoint(partial(_affine_tangent, dtype), prevent_cse=False)(live, x, w, s, a, g)
+    return y, jax.checkpoint(partial(by_platform, partial(_affine_tangent, dtype)), prevent_cse=False)(live, x, w, s, a, g)
 
 
 _affine.defjvp(_tangent, symbolic_zeros=True)

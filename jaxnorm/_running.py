@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._groups import Groups, Method, Shape, single_axis
@@ -185,7 +186,8 @@ def update_cumulative(state: Moments, m: Moments, *, batch_axis: int = 0) -> Mom
         raise ValueError("a cumulative average needs a count. Got a state without one; make it by init_running(counted=True).")
     m = _as_state(m, state, batch_axis)
     usable = (m.count > 0) & jnp.isfinite(m.mean) & jnp.isfinite(m.var)
-    new = merge(state, jax.tree.map(lambda t: jnp.where(usable, t, 0), m))
+    wide = jax.tree.map(lambda old, t: old.astype(t.dtype), state, m)
+    new = merge(wide, jax.tree.map(lambda t: jnp.where(usable, t, 0), m))
     return jax.tree.map(lambda old, t: jnp.where(usable, t.astype(old.dtype), old), state, new)
 
 
@@ -207,4 +209,6 @@ def _as_state(m: Moments, state: Moments, batch_axis: int) -> Moments:
             f"the batch's mean is complex and the running mean {state.mean.dtype}. Expected a complex running mean for "
             "complex x: make it so from the start, init_running(shape, dtype=jnp.complex64)."
         )
+    if jnp.iscomplexobj(state.mean):
+        m = dataclasses.replace(m, mean=lax.complex(m.mean.real, m.mean.imag))
     return m

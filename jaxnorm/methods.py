@@ -9,6 +9,7 @@ every method
     y = (x - mean_S) / sqrt(var_S + epsilon) * scale_c + bias_c.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -224,10 +225,10 @@ def batch_group_norm(num_groups: int, x_shape: Sequence[int] | None = None, *, c
     parts, rest = divmod(num_groups, x_shape[channel])
     spatial: list[Split] = []
     for size in (n for i, n in enumerate(x_shape) if i not in (0, channel)):
-        split = parts if size % parts == 0 else size
-        spatial.append(split)
-        parts, rest = parts // split, rest + parts % split
-    if rest or parts != 1:
+        spatial.append(parts if size % parts == 0 else size)
+        rest += parts % spatial[-1]
+        parts = max(parts // spatial[-1], 1)
+    if rest or math.prod(spatial) * x_shape[channel] != num_groups:
         raise ValueError(
             f"{num_groups} groups of x of shape {tuple(x_shape)} are not whole parts of every channel. Expected a divisor of "
             f"the {x_shape[channel]} channels, or {x_shape[channel]} times a divisor of the rows, or {x_shape[channel]} times "
