@@ -1,7 +1,7 @@
 """How accuracy depends on the batch size: the same small network with different normalizations on real images.
 
-    python -m benchmarks.batch_size            # BN and BGN at 2, 4 and 32 images per device, and GN
-    python -m benchmarks.batch_size --full     # all methods, all batch sizes, 8 seeds
+    python -m benchmarks.batch_size            # BN and BGN at 2, 4 and 32 images per device, and GN: a minute on 2 cores
+    python -m benchmarks.batch_size --full     # all methods and batch sizes, 8 seeds: three minutes
 
 Prints test accuracies and their paired differences; writes results.json, results.csv and batch_size.png. Each cell (a
 method at a batch size) is written as soon as all its seeds are trained, so an interrupted run goes on with --resume.
@@ -23,13 +23,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from benchmarks import report, training
 from benchmarks.digits import NUM_IMAGES
+from benchmarks.interrupt import deferred_interrupt
 from benchmarks.norms import METHODS
 from benchmarks.residual import STRIDES, WIDTHS, ResidualNet
 from benchmarks.results import Cell, Result, Settings, interval
 from benchmarks.training import IMAGES_PER_STEP
 from jaxnorm import Method
 
-COMPILE_EPOCHS = 20
+COMPILE_EPOCHS = 60
 """Compiling a cell takes about as long as so many epochs; the progress bar counts it so."""
 
 PACKAGES = ("jaxnorm", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
@@ -65,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _train(result, _plans(args), args.output, console)
     except KeyboardInterrupt:
-        console.print(f"Interrupted. {len(result.cells)} finished cells are kept in {args.output}: go on with --resume.")
+        console.print(f"Interrupted. Finished cells, kept in {args.output}: {len(result.cells)}. Go on with --resume.")
         return 130
-    report.draw(result, args.output / "batch_size.png")
+    _write(result, args.output)
     report.print_all(console, result)
     seconds = time.perf_counter() - started
     console.print(f"\n{seconds:.0f} s. In {args.output}: batch_size.png, results.json, results.csv", highlight=False)
@@ -80,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains the same small network with different normalizations at different batch sizes.",
     )
     add = parser.add_argument
-    add("--full", action="store_true", help="all methods and batch sizes, 8 seeds")
+    add("--full", action="store_true", help="all methods and batch sizes, 8 seeds; about three minutes on 2 cores")
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"some of {', '.join(METHODS)}")
     add("--batch-sizes", nargs="+", type=_positive, metavar="B", help="images normalized together")
     add("--seeds", type=_positive, metavar="N", help="train with seeds 0 to N - 1 (default: 4; with --full: 8)")
@@ -130,6 +131,10 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 def _start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Result:
     """The result to add to: the one in the output folder with --resume, else an empty one."""
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --output: not a folder to write to: {error}")
     device = jax.devices()[0]
     new = Result(
         Settings(args.network, args.protocol, args.seeds, args.epochs, args.train_images),
@@ -169,23 +174,33 @@ def _plans(args: argparse.Namespace) -> list[Plan]:
 
 
 def _train(result: Result, plans: Sequence[Plan], output: Path, console: Console) -> None:
-    """Adds the cells that `result` lacks, and saves it after each."""
+    """Adds the cells that `result` lacks, and writes it after each."""
     missing = [plan for plan in plans if result.get(plan.method, plan.batch_size) is None]
     units = COMPILE_EPOCHS + result.settings.epochs
-    with _progress(console) as progress:
+
+    def on_interrupt() -> None:
+        console.print("Stopping as soon as this epoch or compilation is done.")
+
+    with _progress(console) as progress, deferred_interrupt(on_interrupt) as check_interrupt:
         task = progress.add_task("", total=len(missing) * units)
         for index, plan in enumerate(missing):
             progress.update(task, description=report.title(plan.method, plan.batch_size))
 
             def on_epoch(done: int, before: int = index * units) -> None:
                 progress.update(task, completed=before + COMPILE_EPOCHS + done)
+                check_interrupt()
 
             cell = _cell(result, plan, on_epoch)
             result.cells.append(cell)
-            result.save(output)
+            _write(result, output)
             progress.update(task, completed=(index + 1) * units)
             console.print(f"{report.title(*plan[:2])}: {interval(cell.test)} %", highlight=False)
         progress.update(task, description="all trained")
+
+
+def _write(result: Result, output: Path) -> None:
+    result.save(output)
+    report.draw(result, output / "batch_size.png")
 
 
 def _progress(console: Console) -> Progress:

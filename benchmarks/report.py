@@ -83,6 +83,7 @@ def _print_accuracies(console: Console, result: Result) -> None:
         title=f"Test accuracy in % by {_size_name(result.settings)}",
         caption="mean over seeds ± 95 % t-interval; dim: not a training of its own",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("", no_wrap=True)
     sizes = result.batch_sizes or [None]
@@ -152,44 +153,44 @@ def _print_lines(console: Console, heading: str, lines: dict[str, str]) -> None:
 
 def draw(result: Result, path: Path) -> None:
     """Draws the test error over the batch size: curves for methods that pool the batch, flat lines for the others."""
-    settings, sizes = result.settings, result.batch_sizes or [IMAGES_PER_STEP]
+    settings, sizes = result.settings, result.batch_sizes
     figure = Figure(figsize=(8.5, 5.2), layout="constrained")
     axes = figure.subplots()
     methods = [method for method in METHODS if method in result.methods]
-    curves = [method for method in methods if result.get(method, None) is None]
+    flat = [method for method in methods if result.get(method, None)]
+    curves = [method for method in methods if method not in flat]
     for method in methods:
-        look = list(METHODS).index(method)
-        if flat := result.get(method, None):
-            _draw_flat(axes, flat, look)
-        else:
-            offset = DODGE * (curves.index(method) - (len(curves) - 1) / 2)
-            _draw_curve(axes, result, method, sizes, offset, look)
-    _draw_scales(axes, sizes)
+        family = flat if method in flat else curves
+        cells = [(index, cell) for index, size in enumerate([*sizes, None]) if (cell := result.get(method, size))]
+        offset = DODGE * (family.index(method) - (len(family) - 1) / 2)
+        _draw_method(axes, cells, offset, list(METHODS).index(method))
+    _draw_scales(axes, [*map(str, sizes), *(["any"] if flat else [])])
     axes.set_xlabel(_size_name(settings))
     axes.set_title(
         f"Handwritten digits, residual network ending in {settings.network} maps, {settings.epochs} epochs.\n"
-        f"Mean of {settings.seeds} seeds (dots) with its 95 % t-interval; dashed: no batch statistics, one training.",
+        f"Mean of {settings.seeds} seeds (dots) with its 95 % t-interval."
+        + (" Dashed: methods that the batch size does not touch." if flat else ""),
         loc="left",
         fontsize=9,
         color="0.35",
     )
     figure.suptitle("Test error when batches get small", x=0.01, ha="left", fontsize=15, fontweight="bold")
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    labels = [METHODS[method].label for method in methods]
-    axes.legend([handles[label] for label in labels], labels, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(path, dpi=150)
 
 
-def _draw_curve(axes: Axes, result: Result, method: str, sizes: list[int], offset: float, look: int) -> None:
-    cells = [(index + offset, cell) for index, size in enumerate(sizes) if (cell := result.get(method, size))]
-    positions = [position for position, _ in cells]
-    means, half_widths = zip(*(_error(cell) for _, cell in cells), strict=True)
+def _draw_method(axes: Axes, cells: list[tuple[int, Cell]], offset: float, look: int) -> None:
+    """Draws a method's cells, each at its index on the batch-size axis."""
     color = COLORS[look % len(COLORS)]
-    for position, cell in cells:
+    positions = [index + offset for index, _ in cells]
+    means, half_widths = zip(*(_error(cell) for _, cell in cells), strict=True)
+    for position, (_, cell) in zip(positions, cells, strict=True):
         errors = 100 - np.asarray(cell.test)
-        axes.plot(
-            np.full(len(errors), position + DODGE / 3), errors, "o", color=color, alpha=0.35, markersize=4, markeredgewidth=0
-        )
+        beside = np.full(len(errors), position + DODGE / 3)
+        axes.plot(beside, errors, "o", color=color, alpha=0.35, markersize=4, markeredgewidth=0)
+        if cell.batch_size is None:
+            # Dashes of neighbouring methods start at different points, so that equal errors do not hide one another.
+            axes.axhline(_error(cell)[0], color=color, linewidth=1.8, linestyle=(4 * (look % 3), (4, 8)), zorder=1)
     axes.errorbar(
         positions,
         means,
@@ -197,18 +198,12 @@ def _draw_curve(axes: Axes, result: Result, method: str, sizes: list[int], offse
         color=color,
         marker=MARKERS[look % len(MARKERS)],
         markersize=7,
+        linestyle="--" if cells[0][1].batch_size is None else "-",
         linewidth=2,
         elinewidth=1.5,
         capsize=4,
-        label=METHODS[method].label,
+        label=METHODS[cells[0][1].method].label,
     )
-
-
-def _draw_flat(axes: Axes, cell: Cell, look: int) -> None:
-    color = COLORS[look % len(COLORS)]
-    mean, half_width = _error(cell)
-    axes.axhline(mean, color=color, linewidth=2, linestyle="--", label=METHODS[cell.method].label)
-    axes.axhspan(mean - half_width, mean + half_width, color=color, alpha=0.12, linewidth=0)
 
 
 def _error(cell: Cell) -> tuple[float, float]:
@@ -217,10 +212,10 @@ def _error(cell: Cell) -> tuple[float, float]:
     return mean, half_width or 0.0
 
 
-def _draw_scales(axes: Axes, sizes: list[int]) -> None:
+def _draw_scales(axes: Axes, sizes: list[str]) -> None:
     axes.axhline(90, color="0.6", linewidth=1, linestyle=":", zorder=0)
-    axes.annotate("guessing", (1, 90), xycoords=("axes fraction", "data"), ha="right", va="top", color="0.45", fontsize=9)
-    axes.set_xticks(range(len(sizes)), map(str, sizes))
+    axes.annotate("guessing", (0.5, 88), xycoords=("axes fraction", "data"), ha="center", va="top", color="0.45", fontsize=9)
+    axes.set_xticks(range(len(sizes)), sizes)
     axes.set_xlim(-0.4, len(sizes) - 0.6)
     axes.set_yscale("log", nonpositive="clip")
     axes.set_ylim(0.5, 110)

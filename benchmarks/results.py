@@ -122,7 +122,7 @@ class Result:
         return self.get(method, batch_size) or self.get(method, None)
 
     def differences(self) -> list[Difference]:
-        """BN's loss as the batch shrinks; then every method, at the smallest batch, against BN; then BGN against GN."""
+        """BN's loss as the batch shrinks; every method at the smallest batch against BN; BGN against BN and GN everywhere."""
         if not self.batch_sizes:
             return []
         *others, largest = self.batch_sizes
@@ -130,10 +130,10 @@ class Result:
         rivals = [method for method in self.methods if method != "batch"]
         pairs = [(("batch", largest), ("batch", size)) for size in others]
         pairs += [((method, smallest), ("batch", smallest)) for method in rivals]
-        pairs += [((method, smallest), ("batch", largest)) for method in rivals if largest != smallest]
-        pairs += [(("batch_group", size), ("group", size)) for size in self.batch_sizes]
-        found = [(self.find(*cell), self.find(*baseline)) for cell, baseline in pairs]
-        return [_difference(cell, baseline) for cell, baseline in found if cell and baseline]
+        pairs += [((method, smallest), ("batch", largest)) for method in rivals]
+        pairs += [(("batch_group", size), (other, size)) for size in self.batch_sizes for other in ("batch", "group")]
+        found = [(self.find(*cell), self.find(*baseline)) for cell, baseline in dict.fromkeys(pairs)]
+        return [_difference(cell, baseline) for cell, baseline in found if cell and baseline and not _same_run(cell, baseline)]
 
     def save(self, folder: Path) -> None:
         """Writes results.json and results.csv, each replaced in one step: a kill leaves the old file or the new."""
@@ -197,6 +197,10 @@ class Result:
 def _difference(cell: Cell, baseline: Cell) -> Difference:
     by_seed = [a - b for a, b in zip(cell.test, baseline.test, strict=True)]
     return Difference(cell, baseline, interval(by_seed))
+
+
+def _same_run(cell: Cell, baseline: Cell) -> bool:
+    return (cell.same_run_as or cell.name) == (baseline.same_run_as or baseline.name)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -223,7 +223,7 @@ def batch_group_norm(num_groups: int, x_shape: Sequence[int] | None = None, *, c
     if num_groups <= x_shape[channel]:
         return Method(Groups(batch=1, spatial=1, channel=num_groups))
     parts, rest = divmod(num_groups, x_shape[channel])
-    spatial: list[Split] = []
+    spatial: list[int] = []
     for size in (n for i, n in enumerate(x_shape) if i not in (0, channel)):
         spatial.append(parts if size % parts == 0 else size)
         rest += parts % spatial[-1]

@@ -194,7 +194,7 @@ def test_batch_group_norm_of_any_number_is_the_flat_definition():
     """Channel, row, column flattened and cut into G pieces, by the reshape that the paper's implementations do."""
     shape = (N, 4, 6, C)
     x, gy = pair(shape)
-    for parts in (1, 2, 4, 8, 12, 24):
+    for parts in (2, 8, 12):
 
         @jax.jit
         def flat(x, gy, groups=parts * C):
@@ -229,7 +229,7 @@ def test_positional_norm_is_undone_by_its_moments():
 def test_epsilon_has_the_unit_of_x_squared():
     """f(a x, a^2 epsilon) = f(x, epsilon) for every row: epsilon is inside the root."""
     for row in ROWS:
-        x, gy = pair(shape_of(max(row.ranks), -1))
+        x, gy = pair(shape_of(max(row.ranks), -1))  # as below, so that one compilation serves three tests
         method = row.call(x.shape, -1)
         y, dx = output_and_gradient(method, x, gy, 0.1)
         equal(output_and_gradient(method, 3 * x, gy, 0.9), (y, dx / 3))
