@@ -154,7 +154,7 @@ class Method:
         ValueError: `mean` is neither None nor 0.
 
     Example:
-        >>> Method(Groups(batch=EACH, spatial=EACH, channel=1), mean=0).groups.shape((8, 196, 768))  # RMS norm
+        >>> Method(Groups(batch=EACH, spatial=EACH, channel=1), mean=0).shape((8, 196, 768))  # RMS norm
         (8, 196, 1)
     """
 
@@ -165,6 +165,10 @@ class Method:
         if not isinstance(self.groups, Groups):
             raise TypeError(f"Method(groups) takes a Groups. Got {self.groups!r}; expected Groups(batch, spatial, channel).")
         check_mean(self.mean)
+
+    def shape(self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1) -> Shape:
+        """The shape of the statistic: `Groups.shape`."""
+        return self.shape(x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
 
     @property
     def pools_batch(self) -> bool:

@@ -15,7 +15,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._devices import AxisName, DeviceGroups
 from jaxnorm._groups import Method, Shape, Specification, axes_of
-from jaxnorm._moments import Moments, as_array, moments, statistic_dtype
+from jaxnorm._mean_var import statistic_dtype
+from jaxnorm._moments import Moments, as_array, moments
 from jaxnorm._normalize import normalize
 from jaxnorm._running import update_running
 

@@ -17,7 +17,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._devices import AxisName, DeviceGroups
 from jaxnorm._groups import Shape, Specification, axes_of, check_divides, single_axis
-from jaxnorm._moments import Moments, as_weights, inexact, moments, statistic_dtype
+from jaxnorm._mean_var import statistic_dtype
+from jaxnorm._moments import Moments, as_weights, inexact, moments
 from jaxnorm._xla import barrier, by_first_sums, by_platform, to_channels
 
 

@@ -14,7 +14,8 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._groups import Groups, Method, Shape, single_axis
-from jaxnorm._moments import Moments, merge, pool
+from jaxnorm._moments import Moments
+from jaxnorm._pooling import merge, pool
 
 
 def running_shape(

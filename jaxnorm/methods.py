@@ -30,7 +30,7 @@ def batch_norm() -> Method:
         The method; statistics of (64, 8, 8, 256) have shape (1, 1, 1, 256).
 
     Example:
-        >>> batch_norm().groups.shape((64, 8, 8, 256))
+        >>> batch_norm().shape((64, 8, 8, 256))
         (1, 1, 1, 256)
 
     Reference:
@@ -57,7 +57,7 @@ def ghost_batch_norm(num_ghosts: int | None = None, *, ghost_size: int | None = 
         ValueError: both or neither are given.
 
     Example:
-        >>> ghost_batch_norm(ghost_size=16).groups.shape((64, 8, 8, 256))
+        >>> ghost_batch_norm(ghost_size=16).shape((64, 8, 8, 256))
         (4, 1, 1, 256)
 
     Reference:
@@ -77,7 +77,7 @@ def instance_norm() -> Method:
         The method; statistics of (64, 8, 8, 256) have shape (64, 1, 1, 256).
 
     Example:
-        >>> instance_norm().groups.shape((64, 8, 8, 256))
+        >>> instance_norm().shape((64, 8, 8, 256))
         (64, 1, 1, 256)
 
     Reference:
@@ -103,9 +103,9 @@ def group_norm(num_groups: int | None = None, *, group_size: int | None = None) 
         ValueError: both or neither are given.
 
     Example:
-        >>> group_norm(32).groups.shape((64, 8, 8, 256))
+        >>> group_norm(32).shape((64, 8, 8, 256))
         (64, 1, 1, 32)
-        >>> group_norm(group_size=16).groups.shape((64, 8, 8, 256))
+        >>> group_norm(group_size=16).shape((64, 8, 8, 256))
         (64, 1, 1, 16)
 
     Reference:
@@ -123,7 +123,7 @@ def layer_norm() -> Method:
         The method; statistics of (64, 8, 8, 256) have shape (64, 1, 1, 1).
 
     Example:
-        >>> layer_norm().groups.shape((64, 8, 8, 256))
+        >>> layer_norm().shape((64, 8, 8, 256))
         (64, 1, 1, 1)
 
     Reference:
@@ -141,7 +141,7 @@ def token_layer_norm() -> Method:
         The method; statistics of (64, 8, 8, 256) have shape (64, 8, 8, 1).
 
     Example:
-        >>> token_layer_norm().groups.shape((8, 196, 768))
+        >>> token_layer_norm().shape((8, 196, 768))
         (8, 196, 1)
 
     Reference:
@@ -208,9 +208,9 @@ def batch_group_norm(num_groups: int, x_shape: Sequence[int] | None = None, *, c
         ValueError: G pieces are not groups of channels nor whole parts of every channel.
 
     Example:
-        >>> batch_group_norm(32).groups.shape((64, 8, 8, 256))
+        >>> batch_group_norm(32).shape((64, 8, 8, 256))
         (1, 1, 1, 32)
-        >>> batch_group_norm(1024, (64, 8, 8, 256)).groups.shape((64, 8, 8, 256))
+        >>> batch_group_norm(1024, (64, 8, 8, 256)).shape((64, 8, 8, 256))
         (1, 4, 1, 256)
 
     Reference:
@@ -263,7 +263,7 @@ def batch_and_group_norm(
         ValueError: both or neither are given, of ghosts or of groups.
 
     Example:
-        >>> batch_and_group_norm(ghost_size=2, num_groups=32).groups.shape((64, 8, 8, 256))
+        >>> batch_and_group_norm(ghost_size=2, num_groups=32).shape((64, 8, 8, 256))
         (32, 1, 1, 32)
 
     Reference:
@@ -283,7 +283,7 @@ def weight_standardization() -> Method:
         The method; statistics of a (3, 3, 64, 128) kernel have shape (1, 1, 1, 128).
 
     Example:
-        >>> weight_standardization().groups.shape((3, 3, 64, 128))
+        >>> weight_standardization().shape((3, 3, 64, 128))
         (1, 1, 1, 128)
 
     Reference:
@@ -305,7 +305,7 @@ def standardize_kernel(kernel: ArrayLike, *, epsilon: float = 1e-6) -> jax.Array
         epsilon: added to the variance, in the unit of the kernel squared.
 
     Returns:
-        The kernel, each output channel of mean 0 and variance 1.
+        The kernel, each output channel of mean 0 and variance 1; a constant one is 0.
 
     Raises:
         ValueError: one weight an output channel, which would standardize to 0.

@@ -1,0 +1,161 @@
+"""Stroke 1: mean and variance of sets of elements, the full-size reads of every method, with their derivative.
+
+Sums are taken at channel resolution first; groups and devices are one more sum over small arrays, because everything is
+linear in the sums. Reverse mode keeps x in its own dtype and small arrays, and costs what the closed form costs; forward
+mode, higher derivatives, vmap, scan and remat are JAX's own.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
+
+from jaxnorm._devices import AxisName, all_sum, same_on_all_devices
+from jaxnorm._groups import Shape, block_sum, spread
+from jaxnorm._xla import barrier, by_platform, first_sums, to_channels, to_groups
+
+CANCELLATION = 16.0
+"""Sums about c cost the variance at most one digit while (mean - c)^2 <= 16 var; beyond, they are taken again
+about the mean."""
+
+SYNCED = "jaxnorm_synced_moments"
+"""`checkpoint_name` of statistics that crossed devices: a remat policy that saves it repeats no collective."""
+
+
+class Sets(NamedTuple):
+    """What is known about the sets when the program is traced."""
+
+    shape: Shape  # the statistic's
+    channels: Shape  # of the first sums
+    centered: bool
+    kept: bool  # for the backward pass
+    axis_name: AxisName
+    device_groups: tuple[tuple[int, ...], ...] | None
+
+
+def statistic_dtype(dtype: jnp.dtype, real: bool = False) -> jnp.dtype:
+    """float32 or wider; complex for complex unless `real`."""
+    info = jnp.finfo(dtype)
+    if info.bits < 32:
+        return jnp.dtype(jnp.float32)
+    return info.dtype if real else jnp.dtype(dtype)
+
+
+def abs2(t: jax.Array) -> jax.Array:
+    return jnp.square(t.real) + jnp.square(t.imag) if jnp.iscomplexobj(t) else jnp.square(t)
+
+
+def _counted(x: jax.Array, w: jax.Array | None, s: jax.Array | None = None) -> jax.Array:
+    """x - s in the statistics' dtype, and 0 where the weight is: what does not count may be NaN."""
+    x = x.astype(statistic_dtype(x.dtype))
+    d = x if s is None else x - s
+    return d if w is None else jnp.where(w != 0, d, 0)
+
+
+def _weighed(t: jax.Array, w: jax.Array | None) -> jax.Array:
+    return t if w is None else times(t, w)
+
+
+def times(t: jax.Array, real: jax.Array) -> jax.Array:
+    return t * real.astype(t.dtype)
+
+
+def over(t: jax.Array, real: jax.Array) -> jax.Array:
+    return t / real.astype(t.dtype)
+
+
+def _totals(sets: Sets, cpu: bool, sums: Sequence[jax.Array]) -> list[jax.Array]:
+    """Full-size sums to groups and devices. The barrier keeps XLA from joining the two stages into one full-size sum."""
+    return all_sum([to_groups(cpu, t, sets.shape) for t in barrier(list(sums))], sets.axis_name, sets.device_groups)
+
+
+def _square_sum(sets: Sets, cpu: bool, x: jax.Array, w: jax.Array | None, c: jax.Array | None) -> jax.Array:
+    """sum w |x - c|^2 at the resolution of the first sums."""
+    c = None if c is None else to_channels(cpu, c, x.shape)
+    return block_sum(_weighed(abs2(_counted(x, w, c)), w), first_sums(cpu, x.shape, sets.channels))
+
+
+def _statistics(
+    sets: Sets, cpu: bool, x: jax.Array, w: jax.Array | None, c: jax.Array | None, n: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Mean (unless it is fixed) and variance: sums about c, and again about the mean where cancellation would show."""
+
+    def again(m: jax.Array | None) -> jax.Array:
+        return over(_totals(sets, False, [_square_sum(sets, cpu, x, w, m)])[0], n)
+
+    if not sets.centered:
+        return (again(None),)
+    if not cpu and not sets.kept and sets.shape == sets.channels and sets.shape[-1] < x.shape[-1]:
+        # Rows of channels stay on a GPU's chip from here to the end of what uses the statistics, in one kernel: 2 times the
+        # tensor are moved. A statistic that is kept as well would break that kernel in two, 4.1 times; one pass then takes 3.
+        m = over(all_sum(block_sum(_weighed(_counted(x, w), w), sets.shape), sets.axis_name, sets.device_groups), n)
+        square = block_sum(_weighed(abs2(_counted(x, w, spread(m, x.shape))), w), sets.shape)
+        return m, over(all_sum(square, sets.axis_name, sets.device_groups), n)
+    shift = None if c is None else to_channels(cpu, c, x.shape)
+    first = block_sum(_weighed(_counted(x, w, shift), w), first_sums(cpu, x.shape, sets.channels))
+    alias = barrier((x, c)) if cpu else (x, c)
+    total, square = _totals(sets, False, [first, _square_sum(sets, cpu, alias[0], w, alias[1])])
+    e = over(total, n)
+    m = e if c is None else c + e
+    if sets.axis_name is not None and not same_on_all_devices(sets.axis_name, sets.device_groups):
+        return m, again(m)
+    v = jnp.maximum(over(square, n) - abs2(e), 0)
+    exact = (abs2(e) <= CANCELLATION * v) & jnp.isfinite(v)  # also false where squares overflow
+    return m, lax.cond(jnp.all(exact), lambda m: v, again, m)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def mean_var(sets: Sets, x: jax.Array, w: jax.Array | None, c: jax.Array | None, n: jax.Array) -> tuple[jax.Array, ...]:
+    """Mean (unless it is fixed) and variance. The result does not depend on c, which therefore has no derivative; that along
+    n is part of that along w."""
+    return by_platform(partial(_statistics, sets), x, w, c, n)
+
+
+def _along_dx(sets, cpu, dx, x, w, m, n):
+    """Derivative of mean and variance along dx: linear in dx, and read backwards the closed form.
+
+    dmean = sum w dx / n and dvar = 2 sum w (x - mean) dx / n.
+    """
+    dx = _weighed(_counted(dx, w), w)
+    x, m = barrier((x, m)) if cpu else (x, m)
+    d = _counted(x, w, None if m is None else to_channels(cpu, m, x.shape))
+    product = d.real * dx.real + d.imag * dx.imag if jnp.iscomplexobj(d) else d * dx
+    shape = first_sums(cpu, x.shape, sets.channels)
+    sums = [block_sum(t, shape) for t in ((dx, product) if sets.centered else (product,))]
+    sums = _totals(sets, cpu, sums)
+    return tuple(over(s, n) for s in (*sums[:-1], 2 * sums[-1]))
+
+
+def _along_dw(sets, dw, x, w, m, v, n):
+    """Derivative along the weights: dmean = sum dw (x - mean) / n and dvar = sum dw (|x - mean|^2 - var) / n."""
+    finite = jnp.isfinite(x)
+    d = x.astype(statistic_dtype(x.dtype))
+    d = jnp.where(finite, d if m is None else d - spread(m, x.shape), 0)
+    spare = jnp.where(finite, abs2(d) - spread(v, x.shape), 0)
+    terms = (d, spare) if sets.centered else (spare,)
+    return tuple(over(s, n) for s in _totals(sets, False, [block_sum(times(t, dw), sets.channels) for t in terms]))
+
+
+def _tangent(sets, primals, tangents):
+    x, w, c, n = primals
+    dx, dw = tangents[:2]
+    out = mean_var(sets._replace(kept=True), x, w, c, n)
+    if sets.axis_name is not None:
+        out = tuple(checkpoint_name(t, SYNCED) for t in out)
+    m, v = out[0] if sets.centered else None, out[-1]
+    # Checkpointed, so that reverse mode keeps x and small arrays instead of what the map computes from them.
+    d_out = None
+    if not isinstance(dx, SymbolicZero):
+        d_out = jax.checkpoint(partial(by_platform, partial(_along_dx, sets)), prevent_cse=False)(dx, x, w, m, n)
+    if w is not None and not isinstance(dw, SymbolicZero):
+        of_dw = jax.checkpoint(partial(_along_dw, sets), prevent_cse=False)(dw, x, w, m, v, n)
+        d_out = of_dw if d_out is None else tuple(a + b for a, b in zip(d_out, of_dw, strict=True))
+    return out, tuple(jnp.zeros_like(t) for t in out) if d_out is None else d_out
+
+
+mean_var.defjvp(_tangent, symbolic_zeros=True)

@@ -1,0 +1,143 @@
+"""Statistics from statistics: pooled, merged and blended.
+
+Moments are a commutative monoid: pooling is exact, the variance between the means included, in any order, and a set
+without elements (count 0) is the identity. So from moments come coarser ones, and several devices or micro-batches are one
+more pooling.
+"""
+
+import functools
+import operator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxnorm._devices import AxisName, DeviceGroups, all_sum, device_groups_of
+from jaxnorm._groups import Specification, block_sum, resolve, spread
+from jaxnorm._mean_var import abs2, over, times
+from jaxnorm._moments import Moments
+
+
+def _divide(total: jax.Array, count: jax.Array) -> jax.Array:
+    return over(total, jnp.where(count > 0, count, 1))
+
+
+def pool(
+    m: Moments,
+    groups: Specification,
+    *,
+    axis_name: AxisName = None,
+    axis_index_groups: DeviceGroups = None,
+    batch_axis: int = 0,
+    channel_axis: int | Sequence[int] = -1,
+) -> Moments:
+    """Moments of the unions of sets, exact: the variance between the means is included.
+
+    With n_i, m_i, v_i the moments that are pooled, and T their sum over a block of sets and over named axes,
+
+        count = T(n_i),    mean = T(n_i m_i) / count,    var = T(n_i (v_i + |m_i - mean|^2)) / count.
+
+    Pooling instance norm's moments to (N, 1, 1, 32) gives `moments(x, group_norm(32))`. Moments with a mean fixed at 0
+    stay so.
+
+    Args:
+        m: moments of the finer sets.
+        groups: the coarser sets: `Groups` or `Method` applied to the shape of m, or the resulting shape itself.
+        axis_name: named axis or axes over which to pool as well.
+        axis_index_groups: groups of indices of that axis.
+        batch_axis: axis of the examples, for `Groups`.
+        channel_axis: axis of the channels, for `Groups`.
+
+    Returns:
+        `Moments` of the coarser shape.
+
+    Raises:
+        ValueError: shapes that do not divide, unequal device groups.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> halves = Moments(jnp.ones((2, 1)), jnp.array([[0.0], [2.0]]), jnp.zeros((2, 1)))
+        >>> pool(halves, (1, 1)).var.tolist()  # the blend of the variances would be 0
+        [[1.0]]
+    """
+    fine = m.mean.shape
+    shape, _ = resolve(groups, fine, batch_axis, channel_axis)
+    device_groups = device_groups_of(axis_name, axis_index_groups)
+
+    def total(t: jax.Array) -> jax.Array:
+        return all_sum(block_sum(t, shape), axis_name, device_groups)
+
+    count = total(m.count)
+    mean = _divide(total(times(m.mean, m.count)), count)
+    var = _divide(total(m.count * (m.var + abs2(m.mean - spread(mean, fine)))), count)
+    return Moments(count, mean, var)
+
+
+def merge(*parts: Moments) -> Moments:
+    """Moments of the union of parts of a set, such as the micro-batches of a batch: `pool` over parts.
+
+    Args:
+        *parts: moments of equal shape.
+
+    Returns:
+        `Moments` of that shape. A part with count 0 changes nothing.
+
+    Raises:
+        ValueError: no parts, or parts of different shapes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxnorm import moments
+        >>> x = jnp.arange(8.0).reshape(4, 2)
+        >>> merge(moments(x[:1], (1, 2)), moments(x[1:], (1, 2))).mean.tolist() == x.mean(0, keepdims=True).tolist()
+        True
+    """
+    stacked = _stacked(parts, "merge")
+    pooled = pool(stacked, (1, *parts[0].mean.shape))
+    return jax.tree.map(lambda t: t[0], pooled)
+
+
+def blend(parts: Sequence[Moments], weights: Sequence[ArrayLike]) -> Moments:
+    """Weighted averages of means and of variances, without the variance between the means.
+
+        mean = sum_i w_i m_i,    var = sum_i w_i v_i,    count = sum_i n_i
+
+    What running averages, Momentum BN and Switchable Normalization do. It is not the variance of a union of sets: that
+    is `merge`, larger by the variance of the means.
+
+    Args:
+        parts: moments of equal shape.
+        weights: one weight a part, a number or an array that broadcasts against the statistic. They are used as given,
+            so they should add up to 1.
+
+    Returns:
+        `Moments` of that shape; counts add.
+
+    Raises:
+        ValueError: no parts, parts of different shapes, or another number of weights.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> a, b = (Moments(jnp.ones(1), jnp.full(1, mean), jnp.ones(1)) for mean in (0.0, 2.0))
+        >>> blend([a, b], [0.5, 0.5]).var.tolist(), merge(a, b).var.tolist()
+        ([1.0], [2.0])
+    """
+    parts = list(parts)
+    if len(parts) != len(weights):
+        raise ValueError(f"blend needs one weight for each part. Got {len(parts)} parts and {len(weights)} weights.")
+    stacked = _stacked(parts, "blend")
+
+    def average(name: str) -> jax.Array:
+        values = [getattr(part, name) for part in parts]
+        terms = [jnp.asarray(w).astype(t.dtype) * t for w, t in zip(weights, values, strict=True)]
+        return functools.reduce(operator.add, terms)
+
+    return Moments(stacked.count.sum(0), average("mean"), average("var"))
+
+
+def _stacked(parts: Sequence[Moments], verb: str) -> Moments:
+    shapes = [part.mean.shape for part in parts]
+    if len(set(shapes)) != 1:
+        raise ValueError(f"{verb} needs one or more moments of equal shape. Got shapes {shapes}.")
+    return jax.tree.map(lambda *ts: jnp.stack(ts), *parts)
