@@ -168,7 +168,7 @@ class Method:
 
     def shape(self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1) -> Shape:
         """The shape of the statistic: `Groups.shape`."""
-        return self.shape(x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
+        return self.groups.shape(x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
 
     @property
     def pools_batch(self) -> bool:

@@ -44,9 +44,9 @@ def expected(row, x, scale, bias, gy, gm, gv, channel_axis):
     return oracle.normalized(x, sets, scale=scale[c], bias=bias[c], epsilon=EPSILON, mean=row.mean, gy=gy, gm=gm, gv=gv)
 
 
-def check(row, rank, channel_axis, dtype, offset=0.0, tolerance=None):
+def check(row, rank, channel_axis, dtype, offset=0.0, tolerance=None, shape=None):
     """Values and derivatives of one case; `tolerance(terms)` is the error allowed in a sum of so many terms."""
-    shape = shape_of(rank, channel_axis)
+    shape = shape or shape_of(rank, channel_axis)
     method = row.call(shape, channel_axis)
     statistic = oracle.statistic_shape(oracle.set_numbers(shape, row.label, channel_axis))
     arrays = [t.astype(dtype) for t in draw(shape, channel_axis, statistic, offset=offset)]
@@ -94,6 +94,19 @@ def test_values_and_derivatives_in_float64_elsewhere(row, rank, channel_axis):
 @pytest.mark.parametrize("row, channel_axis", [(row, LAYOUTS[i % 2]) for i, row in enumerate(ROWS)], ids=str)
 def test_values_and_derivatives_in_float32(row, channel_axis):
     check(row, 4, channel_axis, "f4", tolerance=in_float32)
+
+
+def other_platform(*args, cpu, default):
+    """`lax.platform_dependent` on an accelerator."""
+    return default(*args)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("row", [row for row in ROWS if 4 in row.ranks and not row.name.endswith("size")], ids=str)
+def test_the_program_of_accelerators_gives_the_same(row, monkeypatch):
+    """What is written for other platforms, on the CPU; large enough, and of a shape of its own, to be cut and traced anew."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", other_platform)
+    check(row, 4, -1, "f8", tolerance=in_float64, shape=(4, 16, 12, 6))
 
 
 @pytest.mark.slow

@@ -1,0 +1,297 @@
+"""Several devices: whatever cuts the batch in parts, values and gradients are those of one device."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxnorm import methods, moments, norm, pool
+
+DEVICES, SHAPE = 8, (16, 2, 6)
+BATCH = oracle.set_numbers(SHAPE, lambda n, p, c, N, P, C: (c,))
+BATCH_GROUP = oracle.set_numbers(SHAPE, lambda n, p, c, N, P, C: (c * 3 // C,))
+QUARTERS = oracle.set_numbers(SHAPE, lambda n, p, c, N, P, C: (n * 4 // N, c))
+
+
+def normal(shape=SHAPE, seed=0, dtype="f8"):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def mesh(*shape):
+    shape = shape or (DEVICES,)
+    devices = np.array(jax.devices()).reshape(shape)
+    return Mesh(devices, ("i", "j")[: len(shape)], axis_types=(AxisType.Auto,) * len(shape))
+
+
+def cut(x):
+    return x.reshape(DEVICES, -1, *x.shape[1:])
+
+
+def with_pmap(f):
+    return lambda *args: jax.tree.map(lambda t: t.reshape(-1, *t.shape[2:]), jax.pmap(f, "i")(*map(cut, args)))
+
+
+def with_vmap(f):
+    def g(*args):
+        return jax.tree.map(lambda t: t.reshape(-1, *t.shape[2:]), jax.vmap(f, axis_name="i")(*map(cut, args)))
+
+    return jax.jit(g)
+
+
+def with_shard_map(f, check_vma=True):
+    return jax.jit(jax.shard_map(f, mesh=mesh(), in_specs=P("i"), out_specs=P("i"), check_vma=check_vma))
+
+
+CONTEXTS = {
+    "pmap": with_pmap,
+    "vmap": with_vmap,
+    "shard_map": with_shard_map,
+    "shard_map unchecked": partial(with_shard_map, check_vma=False),
+}
+contexts = pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS.keys())
+
+
+def differentiated(method, weighted, **options):
+    """Per-device function of (x, weights, cotangent): output, statistics for each example, dx."""
+
+    def f(x, w, gy):
+        def g(x):
+            y, m = norm(x, method, weights=w if weighted else None, axis_name="i", **options)
+            return y, m
+
+        y, pull, m = jax.vjp(g, x, has_aux=True)
+        # one row for each example, so that every output is cut like x
+        rows = jax.tree.map(lambda t: jnp.broadcast_to(t[:1], (x.shape[0], *t.shape[1:])), m)
+        return y, *pull(gy), rows.count, rows.mean, rows.var
+
+    return f
+
+
+def compare(context, method, sets, w=None, x=None, atol=1e-11, **options):
+    x = normal() if x is None else x
+    gy = normal(seed=1).astype(x.dtype)
+    f = context(differentiated(method, w is not None, **options))
+    w = np.ones((16, 1, 1)) if w is None else w
+    y, dx, count, mean, var = f(x, w.astype(x.dtype), gy)
+    o = oracle.normalized(x, sets, weights=w, gy=gy)
+    np.testing.assert_allclose(y, o.y, atol=atol)
+    np.testing.assert_allclose(dx, o.dx, atol=atol)
+    for got, want in ((count, o.count), (mean, o.mean), (var, o.var)):
+        np.testing.assert_allclose(oracle.at_elements(np.asarray(got), SHAPE), want, rtol=1e-6, atol=atol)
+
+
+@pytest.mark.usefixtures("x64")
+@contexts
+@pytest.mark.parametrize(
+    "method, sets", [(methods.batch_norm(), BATCH), (methods.batch_group_norm(3), BATCH_GROUP)], ids=("BN", "BGN")
+)
+def test_sets_that_span_all_devices(context, method, sets):
+    """Weighted by count: uneven weights, and devices without any valid element."""
+    w = np.random.default_rng(2).uniform(0, 1, (16, 1, 1)) * (np.arange(16) % 5 > 0).reshape(16, 1, 1)
+    w[4:6], w[14:] = 0, 0
+    compare(context, method, sets, w)
+    if method == methods.batch_norm():
+        compare(context, method, sets)
+
+
+@pytest.mark.usefixtures("x64")
+@contexts
+def test_groups_of_devices_are_ghost_batches(context):
+    """Two devices, or one, of two examples each; groups need not be neighbours."""
+    pairs = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    w = np.random.default_rng(2).uniform(0, 1, (16, 1, 1))
+    w[2:4] = 0
+    compare(context, methods.batch_norm(), QUARTERS, w, axis_index_groups=pairs)
+
+
+@pytest.mark.usefixtures("x64")
+def test_groups_of_devices_that_are_not_neighbours():
+    far = oracle.set_numbers(SHAPE, lambda n, p, c, N, P, C: (n // 2 % 2, c))
+    compare(with_shard_map, methods.batch_norm(), far, axis_index_groups=[[0, 2, 4, 6], [7, 5, 3, 1]])
+    alone = oracle.set_numbers(SHAPE, lambda n, p, c, N, P, C: (n // 2, c))
+    compare(with_vmap, methods.batch_norm(), alone, axis_index_groups=[[i] for i in range(8)])
+
+
+@pytest.mark.usefixtures("x64")
+def test_unnamed_axes_are_ghosts_of_the_devices():
+    local = oracle.set_numbers(SHAPE, lambda n, p, c, N, P, C: (n // 2, c))
+    x = normal()
+    y = with_shard_map(lambda x: norm(x, methods.batch_norm())[0])(x)
+    np.testing.assert_allclose(y, oracle.normalized(x, local).y, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "method, sets",
+    [
+        (methods.batch_norm(), BATCH),
+        (methods.batch_group_norm(3), BATCH_GROUP),
+        (methods.ghost_batch_norm(4), QUARTERS),
+        (methods.group_norm(3), oracle.set_numbers(SHAPE, lambda n, p, c, N, P, C: (n, c * 3 // C))),
+    ],
+    ids=("BN", "BGN", "ghost", "GN"),
+)
+def test_plain_jit_of_sharded_arrays_is_global(method, sets):
+    x, gy = (jax.device_put(t, NamedSharding(mesh(), P("i"))) for t in (normal(), normal(seed=1)))
+
+    @jax.jit
+    def f(x, gy):
+        y, pull = jax.vjp(lambda x: norm(x, method)[0], x)
+        return y, *pull(gy)
+
+    y, dx = f(x, gy)
+    o = oracle.normalized(normal(), sets, gy=normal(seed=1))
+    np.testing.assert_allclose(y, o.y, atol=1e-12)
+    np.testing.assert_allclose(dx, o.dx, atol=1e-11)
+
+
+@contexts
+@pytest.mark.parametrize("center", (None, 1e4))
+def test_large_means_on_all_devices(context, center):
+    """mean / std = 1e4 in float32, and different on every device."""
+    x = (normal() + 1e4).astype("f4") + np.repeat(np.arange(8, dtype="f4"), 2).reshape(16, 1, 1)
+    options = {} if center is None else {"center": np.full((1, 1, 6), center, "f4")}
+    compare(context, methods.batch_norm(), BATCH, x=x, atol=4 * float(np.finfo("f4").eps) * (np.sqrt(32) + 1e4), **options)
+
+
+PARTS = [((2, 4), "j", None, 2), ((2, 4), "j", [[0, 1], [2, 3]], 4), ((8,), "i", [[0, 1, 2, 3], [4, 5, 6, 7]], 2)]
+
+
+@pytest.mark.parametrize("check_vma", (True, False))
+@pytest.mark.parametrize("axes, name, groups, sets", PARTS, ids=str)
+def test_large_means_on_part_of_the_devices(axes, name, groups, sets, check_vma):
+    """Cancellation in one half of a mesh only: devices that disagree about a second round must not hang."""
+    x = normal((16, 2, 6), dtype="f4") + np.repeat([0, 1e4], 8).astype("f4").reshape(16, 1, 1)
+    spec = P(("i", "j")[: len(axes)])
+    f = jax.shard_map(
+        lambda x: norm(x, methods.batch_norm(), axis_name=name, axis_index_groups=groups)[0],
+        mesh=mesh(*axes),
+        in_specs=spec,
+        out_specs=spec,
+        check_vma=check_vma,
+    )
+    assert " conditional(" not in jax.jit(f).lower(x).compile().as_text()  # not every backend is as patient as the CPU
+    numbers = oracle.set_numbers(SHAPE, lambda n, p, c, N, P, C: (n * sets // N, c))
+    np.testing.assert_allclose(jax.jit(f)(x), oracle.normalized(x, numbers).y, atol=4 * float(np.finfo("f4").eps) * 1e4)
+
+
+@pytest.mark.usefixtures("x64")
+def test_several_axis_names():
+    """Over both axes of a mesh, and over vmap inside shard_map."""
+    x = normal()
+    f = jax.shard_map(
+        lambda x: norm(x, methods.batch_norm(), axis_name=("i", "j"))[0],
+        mesh=mesh(2, 4),
+        in_specs=P(("i", "j")),
+        out_specs=P(("i", "j")),
+    )
+    want = oracle.normalized(x, BATCH).y
+    np.testing.assert_allclose(jax.jit(f)(x), want, atol=1e-12)
+    inner = jax.vmap(lambda t: norm(t[None], methods.batch_norm(), axis_name=("i", "v"))[0][0], axis_name="v")
+    # check_vma=True takes no sum over a mapped and a mesh axis at once (jax 0.10 to 0.12)
+    np.testing.assert_allclose(with_shard_map(inner, check_vma=False)(x), want, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@contexts
+def test_pooling_over_devices_is_exact(context):
+    """Local moments pooled afterwards are the synchronized ones, also within groups."""
+    w = np.random.default_rng(2).uniform(0, 1, (16, 1, 1))
+    w[2:4] = 0
+
+    def f(x, w):
+        local = moments(x, methods.instance_norm(), weights=w)
+        pairs = [[0, 1], [2, 3], [4, 5], [6, 7]]
+        both = [pool(local, (1, 1, 6), axis_name="i", axis_index_groups=g) for g in (None, pairs)]
+        return jax.tree.map(lambda t: jnp.broadcast_to(t, (2, 1, 6)), both)
+
+    whole, quarters = context(f)(normal(), w)
+    for m, sets in ((whole, BATCH), (quarters, QUARTERS)):
+        o = oracle.normalized(normal(), sets, weights=w)
+        for name in ("count", "mean", "var"):
+            got = np.broadcast_to(getattr(m, name), SHAPE)
+            np.testing.assert_allclose(got, getattr(o, name), atol=1e-12, err_msg=name)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("check_vma", (True, False))
+def test_gradient_of_a_sharded_function(check_vma):
+    """Differentiated from outside shard_map, scale and weights included, once and twice."""
+    x, w, scale = normal(), np.random.default_rng(2).uniform(0.1, 1, (16, 1, 1)), normal((6,), 3)
+
+    def local(x, w, scale):
+        return jnp.sin(norm(x, methods.batch_norm(), weights=w, scale=scale, axis_name="i")[0])
+
+    sharded = jax.shard_map(local, mesh=mesh(), in_specs=(P("i"), P("i"), P()), out_specs=P("i"), check_vma=check_vma)
+    single = lambda x, w, s: jnp.sin(norm(x, methods.batch_norm(), weights=w, scale=s)[0])  # noqa: E731
+
+    @partial(jax.jit, static_argnums=0)
+    def run(f, *args):
+        g = jax.grad(lambda *args: (f(*args) * normal(seed=1)).sum(), (0, 1, 2))
+        return g(*args), jax.jvp(g, args, jax.tree.map(jnp.cos, args))[1]
+
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-11), run(sharded, x, w, scale), run(single, x, w, scale))
+
+
+def collectives(f, *args):
+    """All-reduces of the compiled program, those in a condition included."""
+    return len(re.findall(r"= .* all-reduce(?:-start)?\(", f.lower(*args).compile().as_text()))
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_one_collective_forward_and_one_backward(masked):
+    """And one more in the condition of a second round; none where synchronized statistics are saved by name."""
+    x, w = normal(dtype="f4"), np.arange(16.0, dtype="f4").reshape(16, 1, 1)
+
+    def f(x, w):
+        return norm(x, methods.batch_norm(), axis_name="i", weights=w if masked else None)[0]
+
+    def gradient(f):
+        return with_shard_map(lambda x, w: jax.grad(lambda x: jnp.sin(f(x, w)).sum())(x))
+
+    policies = jax.checkpoint_policies
+    named = policies.save_only_these_names("jaxnorm_synced_moments")
+    assert collectives(with_shard_map(f), x, w) == 1 + 1
+    assert collectives(gradient(f), x, w) == 2 + 1
+    assert collectives(gradient(jax.checkpoint(f, policy=named)), x, w) == 2 + 1
+    assert collectives(gradient(jax.checkpoint(f, policy=policies.nothing_saveable)), x, w) > 2 + 1  # the name matters
+
+
+BAD_GROUPS = {
+    "unequal": [[0, 1, 2], [3, 4, 5], [6, 7]],
+    "incomplete": [[0, 1], [2, 3]],
+    "out of range": [[0, 1, 2, 3], [4, 5, 6, 8]],
+    "twice": [[0, 1, 2, 3], [3, 4, 5, 6]],
+    "negative": [[0, 1, 2, 3], [4, 5, 6, -1]],
+    "empty": [],
+}
+
+
+@contexts
+@pytest.mark.parametrize("groups", BAD_GROUPS.values(), ids=BAD_GROUPS.keys())
+def test_bad_groups_of_devices_are_refused(context, groups):
+    for f in (
+        lambda x: norm(x, methods.batch_norm(), axis_name="i", axis_index_groups=groups)[0],
+        lambda x: pool(moments(x, (2, 1, 6)), (1, 1, 6), axis_name="i", axis_index_groups=groups).mean,
+    ):
+        with pytest.raises(ValueError, match=r"equal size that name every index.*axis 'i' of size 8; expected each of 0 to 7"):
+            context(f)(normal(dtype="f4"))
+
+
+def test_names_that_are_not_bound():
+    for call in (
+        lambda: norm(jnp.ones((4, 6)), methods.batch_norm(), axis_name="batch"),
+        lambda: pool(moments(jnp.ones((4, 6)), (4, 6)), (1, 6), axis_name="batch"),
+    ):
+        with pytest.raises(NameError, match=r"unbound axis name: 'batch'.*pmap, shard_map or vmap.*plain jit leave it out"):
+            call()
+    with pytest.raises(ValueError, match="axis_index_groups needs one named axis. Got axis_name=None"):
+        norm(jnp.ones((4, 6)), methods.batch_norm(), axis_index_groups=[[0]])
+    with pytest.raises(TypeError, match=r"list of lists of device indices. Got \[0, 1\]"):
+        with_vmap(lambda x: norm(x, (1, 1, 6), axis_name="i", axis_index_groups=[0, 1])[0])(normal(dtype="f4"))
