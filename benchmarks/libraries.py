@@ -101,7 +101,7 @@ def _flax_nnx(method: str, x: jax.ShapeDtypeStruct) -> Layer | None:
 
 
 def _haiku(method: str, x: jax.ShapeDtypeStruct) -> Layer | None:
-    import haiku as hk
+    import haiku as hk  # pyright: ignore[reportMissingImports]  # may be installed or not
 
     learned = {"create_scale": True, "create_offset": True}
     made: dict[str, Callable[[jax.Array, bool], jax.Array]] = {
@@ -123,7 +123,7 @@ def _haiku(method: str, x: jax.ShapeDtypeStruct) -> Layer | None:
 
 def _equinox(method: str, x: jax.ShapeDtypeStruct) -> Layer | None:
     """Equinox normalizes one example, channels first; a batch is vmap's."""
-    import equinox as eqx
+    import equinox as eqx  # pyright: ignore[reportMissingImports]  # may be installed or not
 
     channels = x.shape[-1]
     made: dict[str, Callable[[], Any]] = {
@@ -143,7 +143,9 @@ def _equinox(method: str, x: jax.ShapeDtypeStruct) -> Layer | None:
             layer = eqx.nn.inference_mode(layer, inference)
             y, state = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
             return y.astype(x.dtype), state
-        return (jax.vmap(jax.vmap(layer)) if method == "token_layer" else jax.vmap(layer))(x), state
+        for _ in range(x.ndim - 1 if method == "token_layer" else 1):
+            layer = jax.vmap(layer)
+        return layer(x), state
 
     infer = partial(apply, True) if method == "batch" else None
     return Layer(partial(apply, False), infer, parameters, state, channels_last=method == "token_layer")

@@ -44,8 +44,8 @@ _SHAPES = (
     Shape("cifar_unet", (32, 32, 128), 32, 128, ("group",)),  # U-Net of DDPM
     Shape("detector_p3", (100, 152, 256), 2, 2, ("batch", "group", "batch_group")),  # feature pyramid of an 800 x 1216 image
     Shape("vit_b", (197, 768), 16, 64, ("token_layer",)),
-    Shape("convnext_stage1", (56, 56, 96), 8, 64, ("token_layer",)),
-    Shape("convnext_stage4", (7, 7, 768), 16, 64, ("token_layer",)),
+    Shape("convnext_stage1", (56 * 56, 96), 8, 64, ("token_layer",)),  # pixels are its tokens
+    Shape("convnext_stage4", (7 * 7, 768), 16, 64, ("token_layer",)),
 )
 
 SHAPES = {shape.name: shape for shape in _SHAPES}

@@ -14,8 +14,9 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib import util
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.shapes import NUM_GHOSTS, NUM_GROUPS, QUICK, SHAPES
+from benchmarks.libraries import LIBRARIES, METHODS, Layer, installed
+from benchmarks.shapes import NUM_GROUPS, QUICK, SHAPES
 from benchmarks.timing import (
     Call,
     about,
@@ -40,16 +42,6 @@ from benchmarks.timing import (
     restart_with_environment,
 )
 
-METHODS = {
-    "batch": ("BatchNorm", {"use_running_average": False}),
-    "group": ("GroupNorm", {"num_groups": NUM_GROUPS}),
-    "instance": ("InstanceNorm", {}),
-    "token_layer": ("LayerNorm", {}),
-    "batch_group": ("BatchGroupNorm", {"use_running_average": False, "num_groups": NUM_GROUPS}),
-    "ghost_batch": ("GhostBatchNorm", {"use_running_average": False, "num_ghosts": NUM_GHOSTS}),
-}
-"""Layer and arguments of each method, in Flax and in ours; the last two Flax does not have."""
-
 DTYPES = ("float32", "bfloat16")
 
 KINDS = ("forward", "step")
@@ -57,99 +49,9 @@ KINDS = ("forward", "step")
 
 PACKAGES = ("jaxnorm", "jax", "jaxlib", "flax", "dm-haiku", "equinox", "torch", "numpy")
 
-Apply = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
-
-
-class Layer(NamedTuple):
-    """A layer in training: `apply(params, state, x)` returns y and the new running statistics."""
-
-    apply: Apply
-    params: Any
-    state: Any
-
-
-def _linen(library: ModuleType, method: str, x: jax.Array) -> Layer | None:
-    name, options = METHODS[method]
-    if not hasattr(library, name):
-        return None
-    layer = getattr(library, name)(dtype=x.dtype, **options)
-    state = dict(layer.init(jax.random.key(0), x))
-    params = state.pop("params")
-    return Layer(lambda params, state, x: layer.apply({"params": params, **state}, x, mutable=list(state)), params, state)
-
-
-def _nnx(nnx: ModuleType, method: str, x: jax.Array) -> Layer | None:
-    name, options = METHODS[method]
-    if not hasattr(nnx, name):
-        return None
-    layer = getattr(nnx, name)(x.shape[-1], dtype=x.dtype, rngs=nnx.Rngs(0), **options)
-    definition, params, state = nnx.split(layer, nnx.Param, ...)
-
-    def apply(params, state, x):
-        merged = nnx.merge(definition, params, state)
-        y = merged(x)
-        return y, nnx.split(merged, nnx.Param, ...)[2]
-
-    return Layer(apply, params, state)
-
-
-def _haiku(haiku: ModuleType, method: str, x: jax.Array) -> Layer | None:
-    forward = {
-        "batch": lambda x: haiku.BatchNorm(True, True, 0.99)(x, is_training=True),
-        "group": lambda x: haiku.GroupNorm(NUM_GROUPS)(x),
-        "instance": lambda x: haiku.InstanceNorm(True, True)(x),
-        "token_layer": lambda x: haiku.LayerNorm(-1, True, True, param_axis=-1)(x),
-    }.get(method)
-    if forward is None:
-        return None
-    transformed = haiku.transform_with_state(forward)
-    params, state = transformed.init(jax.random.key(0), x)
-    return Layer(lambda params, state, x: transformed.apply(params, state, None, x), params, state)
-
-
-def _equinox(equinox: ModuleType, method: str, x: jax.Array) -> Layer | None:
-    state = None
-    if method == "batch":
-        layer, state = equinox.nn.make_with_state(equinox.nn.BatchNorm)(x.shape[1], axis_name="batch", mode="batch")
-    elif method == "token_layer":
-        layer = equinox.nn.LayerNorm(x.shape[-1])
-    elif method in ("group", "instance"):
-        layer = equinox.nn.GroupNorm(NUM_GROUPS if method == "group" else x.shape[1], x.shape[1])
-    else:
-        return None
-    params, static = equinox.partition(layer, equinox.is_inexact_array)
-
-    def apply(params, state, x):
-        f = equinox.combine(params, static)
-        if method == "batch":
-            return jax.vmap(f, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
-        for _ in range(x.ndim - 1 if method == "token_layer" else 1):
-            f = jax.vmap(f)
-        return f(x), state
-
-    return Layer(apply, params, state)
-
-
-class Peer(NamedTuple):
-    """A library: its module, and a function that makes the layer, or None where it has no such layer.
-
-    `make(module, method, x)`, with channels first in x of images where the library has them first.
-    """
-
-    module: str
-    make: Callable[[ModuleType, str, jax.Array], Layer | None]
-    channels_first: bool = False
-
-
 OURS = "jaxnorm"
 
-PEERS = {
-    OURS: Peer("jaxnorm.linen", _linen),
-    "linen": Peer("flax.linen", _linen),
-    "nnx": Peer("flax.nnx", _nnx),
-    "haiku": Peer("haiku", _haiku),
-    "equinox": Peer("equinox", _equinox, channels_first=True),
-}
+FLAX = "flax.linen"
 
 TORCH = ("torch_last", "torch_first")
 """Torch on a tensor with channels last in memory, and first."""
@@ -174,7 +76,7 @@ class Case(NamedTuple):
     @property
     def rivals(self) -> list[str]:
         """The JAX libraries that have this layer, besides ours."""
-        return [name for name in PEERS if name in self.seconds and name != OURS]
+        return [name for name in LIBRARIES if name in self.seconds and name != OURS]
 
     @property
     def torches(self) -> list[str]:
@@ -197,46 +99,28 @@ class Case(NamedTuple):
     def compared(self, kind: str) -> dict[str, float | None]:
         """Our time over that of the best JAX library, Flax, torch and the floor."""
         best, torch = self.fastest(self.rivals, kind), self.fastest(self.torches, kind)
-        return {"best": self.ratio(best, kind)} | {name: self.ratio(name, kind) for name in ("linen", torch, "floor") if name}
+        return {"best": self.ratio(best, kind)} | {name: self.ratio(name, kind) for name in (FLAX, torch, "floor") if name}
 
 
-class Library(NamedTuple):
-    """The peers asked for that can be imported."""
-
-    jax: dict[str, ModuleType]
-    torch: ModuleType | None
-
-
-def load(names: Sequence[str], console: Console) -> Library:
-    """Imports the libraries, and says which are left out."""
-    modules: dict[str, ModuleType] = {}
-    for name in names:
-        module = "torch" if name == "torch" else PEERS[name].module
-        try:
-            modules[name] = importlib.import_module(module)
-        except ImportError as error:
-            console.print(f"{name} is left out: {error}", highlight=False)
-    torch = modules.pop("torch", None)
-    return Library(modules, torch)
-
-
-def measure(method: str, shape: str, dtype: str, libraries: Library, *, rounds: int, seconds: float) -> Case:
-    """Compiles and times one method at one shape in all libraries."""
+def measure(
+    method: str, shape: str, dtype: str, libraries: Sequence[str], torch: Any = None, *, rounds: int, seconds: float
+) -> Case:
+    """Compiles and times one method at one shape in all libraries; `torch` is its module."""
     dims = SHAPES[shape].on(jax.default_backend())
-    xs, cts = inputs(dims, dtype, 0), inputs(dims, dtype, 1)
+    last = inputs(dims, dtype, 0), inputs(dims, dtype, 1)
+    first = None
     case = Case(method, shape, dims, dtype, {}, {}, {}, {})
-    calls: dict[Any, Call] = {}
-    first: tuple[list[jax.Array], ...] = ()
-    for name, module in libraries.jax.items():
-        of_images = PEERS[name].channels_first and method != "token_layer"
-        if of_images and not first:
-            first = tuple([jnp.moveaxis(t, -1, 1) for t in ts] for ts in (xs, cts))
-        layer = PEERS[name].make(module, method, (first if of_images else (xs, cts))[0][0])
-        if layer is not None:
-            calls |= _jax_calls(case, name, layer, *(first if of_images else (xs, cts)))
-    calls |= {("jax", part): call for part, call in _jax_floor(xs, cts).items()}
-    if libraries.torch is not None:
-        calls |= _torch_calls(libraries.torch, method, xs, cts)
+    calls: dict[tuple[str, str], Call] = {}
+    for name in libraries:
+        layer = LIBRARIES[name].layer(method, jax.ShapeDtypeStruct(dims, dtype))
+        if layer is None:
+            continue
+        if not layer.channels_last and first is None:
+            first = [jnp.moveaxis(x, -1, 1) for x in last[0]], [jnp.moveaxis(ct, -1, 1) for ct in last[1]]
+        calls |= _layer_calls(case, name, layer, *(last if layer.channels_last or first is None else first))
+    calls |= _floor_calls(*last)
+    if torch is not None:
+        calls |= _torch_calls(torch, method, *last)
     times = interleaved(calls, rounds=rounds, seconds=seconds)
     for name, kind in calls:
         if kind in KINDS:
@@ -248,11 +132,15 @@ def measure(method: str, shape: str, dtype: str, libraries: Library, *, rounds: 
     return case
 
 
-def _jax_calls(case: Case, name: str, layer: Layer, xs: list[jax.Array], cts: list[jax.Array]) -> dict[Any, Call]:
+Calls = dict[tuple[str, str], Call]
+Arrays = list[jax.Array]
+
+
+def _layer_calls(case: Case, name: str, layer: Layer, xs: Arrays, cts: Arrays) -> Calls:
     """Compiles a layer; its calls, with memory and compile time written into `case`."""
 
     def apply(params, state, x):
-        y, state = layer.apply(params, state, x)
+        y, state = layer.train(params, state, x)
         return y.astype(x.dtype), state
 
     def step(params, state, x, ct):
@@ -268,7 +156,7 @@ def _jax_calls(case: Case, name: str, layer: Layer, xs: list[jax.Array], cts: li
         vjp = jax.vjp(lambda *args: apply(args[0], state, args[1])[0], params, x)[1]
         return list({id(t): t for t in jax.tree.leaves(vjp)}.values())
 
-    args, x = (layer.params, layer.state), xs[0]
+    args, x = jax.tree.map(lambda t: jnp.ones(t.shape, t.dtype), (layer.parameters, layer.state)), xs[0]
     run_forward, _ = compiled(apply, *args, x)
     run_step, case.compile_seconds[name] = compiled(step, *args, x, cts[0])
     case.temporary[name] = compiled(backward, *args, x, cts[0])[0].memory_analysis().temp_size_in_bytes / x.nbytes
@@ -284,68 +172,65 @@ FLOOR = ("copy", "sum", "dot", "ternary")
 a pass that reads two and writes one."""
 
 
-def _jax_floor(xs: list[jax.Array], cts: list[jax.Array]) -> dict[str, Call]:
-    def on_inputs(f: Callable[..., jax.Array]) -> Call:
+def _floor_calls(xs: Arrays, cts: Arrays) -> Calls:
+    def on_inputs(f: Callable[[jax.Array, jax.Array], jax.Array]) -> Call:
         f, _ = compiled(f, xs[0], cts[0])
         return Call(lambda i: f(xs[i % len(xs)], cts[i % len(xs)]))
 
     return {
-        "copy": on_inputs(lambda x, ct: -x),
-        "sum": on_inputs(lambda x, ct: jnp.sum(x, dtype=jnp.float32)),
-        "dot": on_inputs(lambda x, ct: jnp.sum(x.astype(jnp.float32) * ct.astype(jnp.float32))),
-        "ternary": on_inputs(lambda x, ct: 2 * x + ct),
+        ("jax", "copy"): on_inputs(lambda x, ct: -x),
+        ("jax", "sum"): on_inputs(lambda x, ct: jnp.sum(x, dtype=jnp.float32)),
+        ("jax", "dot"): on_inputs(lambda x, ct: jnp.sum(x.astype(jnp.float32) * ct.astype(jnp.float32))),
+        ("jax", "ternary"): on_inputs(lambda x, ct: 2 * x + ct),
     }
 
 
-def _torch_calls(torch: Any, method: str, xs: list[jax.Array], cts: list[jax.Array]) -> dict[Any, Call]:
+def _torch_calls(torch: Any, method: str, xs: Arrays, cts: Arrays) -> Calls:
     """Calls of torch's functions and of its passes over memory."""
-    gpu = xs[0].devices().pop().platform == "gpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
+    gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
     dtype = getattr(torch, xs[0].dtype.name)
+    images = method != "token_layer"
     torch.backends.cudnn.benchmark = True
 
-    def wait(_: object) -> None:
-        if gpu:
-            torch.cuda.synchronize()
-
     def to_torch(t: jax.Array) -> Any:
-        # Channels last in memory, as in JAX; torch counts them second.
-        t = torch.from_numpy(np.array(t, np.float32)).to(device=device, dtype=dtype)
-        return t if method == "token_layer" else t.movedim(-1, 1)
+        return torch.from_numpy(np.array(t, np.float32)).to(device="cuda" if gpu else "cpu", dtype=dtype)
 
-    def on_inputs(f: Callable[..., Any], xs: list[Any], cts: list[Any]) -> Call:
-        return Call(lambda i: f(xs[i % len(xs)], cts[i % len(xs)]), wait)
+    def on_inputs(f: Callable[[Any, Any], Any], xs: list[Any], cts: list[Any]) -> Call:
+        return Call(lambda i: f(xs[i % len(xs)], cts[i % len(xs)]), lambda _: torch.cuda.synchronize() if gpu else None)
 
-    last = [to_torch(t) for t in xs], [to_torch(t) for t in cts]
-    flat = [[t.movedim(1, -1).reshape(-1) if method != "token_layer" else t.reshape(-1) for t in ts] for ts in last]
+    last = [to_torch(x) for x in xs], [to_torch(ct) for ct in cts]
+    flat = [x.flatten() for x in last[0]], [ct.flatten() for ct in last[1]]
     calls = {
         ("torch", "copy"): on_inputs(lambda x, ct: torch.neg(x), *flat),
         ("torch", "sum"): on_inputs(lambda x, ct: torch.sum(x, dtype=torch.float32), *flat),
-        ("torch", "dot"): on_inputs(lambda x, ct: torch.dot(x, ct), *flat),
+        ("torch", "dot"): on_inputs(torch.dot, *flat),
         ("torch", "ternary"): on_inputs(lambda x, ct: torch.add(ct, x, alpha=2), *flat),
     }
     layouts = {"torch_last": last}
-    if method != "token_layer":
-        layouts["torch_first"] = tuple([t.contiguous() for t in ts] for ts in last)
+    if images:  # torch counts channels second, wherever they are in memory
+        layouts["torch_last"] = [x.movedim(-1, 1) for x in last[0]], [ct.movedim(-1, 1) for ct in last[1]]
+        second = layouts["torch_last"]
+        layouts["torch_first"] = [x.contiguous() for x in second[0]], [ct.contiguous() for ct in second[1]]
     for name, (tensors, cotangents) in layouts.items():
         layer = _torch_layer(torch, method, tensors[0])
         if layer is None:
             break
-        f, params = layer
-        keep_layout = name == "torch_last" and method != "token_layer"
-
-        def forward(x, f=f, keep_layout=keep_layout):
-            y = f(x)
-            return y.contiguous(memory_format=torch.channels_last) if keep_layout else y
-
-        def step(x, ct, forward=forward, params=params):
-            y = forward(x)
-            return y, torch.autograd.grad(y, (x, *params), ct)
-
-        tensors = [t.requires_grad_() for t in tensors]
+        # Group norm may hand channels first to a network that has them last, which then needs a copy.
+        memory_format = torch.channels_last if images and name == "torch_last" else torch.contiguous_format
+        forward = partial(_torch_forward, layer[0], memory_format)
+        tensors = [x.requires_grad_() for x in tensors]
         calls[name, "forward"] = on_inputs(lambda x, ct, forward=forward: forward(x), tensors, cotangents)
-        calls[name, "step"] = on_inputs(step, tensors, cotangents)
+        calls[name, "step"] = on_inputs(partial(_torch_step, torch, forward, layer[1]), tensors, cotangents)
     return calls
+
+
+def _torch_forward(f: Callable[[Any], Any], memory_format: Any, x: Any) -> Any:
+    return f(x).contiguous(memory_format=memory_format)
+
+
+def _torch_step(torch: Any, forward: Callable[[Any], Any], params: tuple[Any, ...], x: Any, ct: Any) -> Any:
+    y = forward(x)
+    return y, torch.autograd.grad(y, (x, *params), ct)
 
 
 def _torch_layer(torch: Any, method: str, x: Any) -> tuple[Callable[[Any], Any], tuple[Any, Any]] | None:
@@ -373,13 +258,14 @@ def tables(cases: Sequence[Case]) -> dict[str, Rows]:
     """A table for each method, and the summary."""
     by_method: dict[str, Rows] = {}
     for case in cases:
-        title = f"{METHODS[case.method][0]} ({case.method})"
-        rows = by_method.setdefault(title, [["shape", "x", "dtype", "ms", *HEADS.values(), "temporaries", "kept", "compile s"]])
+        rows = by_method.setdefault(
+            METHODS[case.method], [["shape", "x", "dtype", "ms", *HEADS.values(), "temporaries", "kept", "compile s"]]
+        )
         rows.append(_row(case))
     return by_method | {"Summary": _summary(cases)}
 
 
-HEADS = {"best": "/ best JAX", "linen": "/ Flax", "torch": "/ torch", "floor": "/ floor"}
+HEADS = {"best": "/ best JAX", FLAX: "/ Flax", "torch": "/ torch", "floor": "/ floor"}
 
 
 def _row(case: Case) -> list[str]:
@@ -391,7 +277,7 @@ def _row(case: Case) -> list[str]:
     cells[4] += f" ({best})" if best else ""
     for numbers in (case.temporary, case.kept):
         cells.append(_pair([numbers[OURS], min((numbers[name] for name in case.rivals), default=None)]))
-    cells.append(_pair([case.compile_seconds[OURS], case.compile_seconds.get("linen")]))
+    cells.append(_pair([case.compile_seconds[OURS], case.compile_seconds.get(FLAX)]))
     return cells
 
 
@@ -456,7 +342,7 @@ def markdown(all_rows: Mapping[str, Rows]) -> str:
 def draw(cases: Sequence[Case], title: str, path: Path) -> None:
     """Draws each library's time over the floor, the geometric mean over the shapes."""
     dtypes = list(dict.fromkeys(case.dtype for case in cases))
-    names = [name for name in (*PEERS, *TORCH) if any(name in case.seconds for case in cases)]
+    names = [name for name in (*LIBRARIES, *TORCH) if any(name in case.seconds for case in cases)]
     with style.context("tableau-colorblind10"):
         figure = Figure(figsize=(13, 4 * len(dtypes) + 1), layout="constrained")
         panels = figure.subplots(len(dtypes), len(KINDS), squeeze=False)
@@ -513,7 +399,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program with the options `argv`, by default those of the command line, and returns its exit status."""
     args = _parser().parse_args(argv)
     console = Console()
-    libraries = load([OURS, *args.peers], console)
+    missing = [name for name in args.peers if name not in _installed()]
+    if missing:
+        console.print(f"Left out, not installed: {', '.join(missing)}", highlight=False)
+    libraries = [name for name in LIBRARIES if name == OURS or name in args.peers and name not in missing]
+    torch = importlib.import_module("torch") if "torch" in args.peers and "torch" not in missing else None
     facts = about(PACKAGES)
     shapes = args.shapes or (QUICK if args.quick else SHAPES)
     plans = [(m, s, d) for m in args.methods for s in shapes if m in SHAPES[s].methods for d in args.dtypes]
@@ -527,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             task = progress.add_task("", total=len(plans))
             for plan in plans:
                 progress.update(task, description=" ".join(plan))
-                cases.append(measure(*plan, libraries, **options))
+                cases.append(measure(*plan, libraries, torch, **options))
                 progress.advance(task)
     except KeyboardInterrupt:
         console.print(f"Interrupted after {len(cases)} of {len(plans)}.")
@@ -550,6 +440,10 @@ CAPTION = (
 )
 
 
+def _installed() -> list[str]:
+    return installed() + (["torch"] if util.find_spec("torch") else [])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description="Time and memory of a normalization layer in training."
@@ -558,7 +452,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=f"some of {', '.join(METHODS)}")
     add("--shapes", nargs="+", choices=SHAPES, metavar="SHAPE", help=f"some of {', '.join(SHAPES)}")
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE", help=f"some of {', '.join(DTYPES)}")
-    names = [*(name for name in PEERS if name != OURS), "torch"]
+    names = [*(name for name in LIBRARIES if name != OURS), "torch"]
     add("--peers", nargs="*", choices=names, default=names, metavar="LIBRARY", help=f"some of {', '.join(names)}")
     add("--rounds", type=int, metavar="N", help="default: 9; with --quick 5")
     add("--seconds", type=float, metavar="S", help="per case, after which no other round starts (default: 6; with --quick 2)")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,9 @@ ENQUEUED_SECONDS = 5e-3
 """On an accelerator calls are enqueued for so long before waiting for them, so that launches overlap with work."""
 
 
+Key = TypeVar("Key", bound=Hashable)
+
+
 class Call(NamedTuple):
     """A computation to time: `run(i)` starts it on the i-th input, counted around; `wait` returns when its result is there."""
 
@@ -55,14 +58,14 @@ def restart_with_environment() -> None:
         os.execve(sys.executable, sys.orig_argv, os.environ | ENVIRONMENT)
 
 
-def interleaved(calls: Mapping[Hashable, Call], *, rounds: int, seconds: float) -> dict[Hashable, list[float]]:
+def interleaved(calls: Mapping[Key, Call], *, rounds: int, seconds: float) -> dict[Key, list[float]]:
     """Seconds of each call in each round.
 
     Every round visits every call, so that what slows the machine down for a while slows all of them down; their order is
     drawn anew, so that none always runs after the same other. After `seconds`, and three rounds, no other round starts.
     """
     enqueued = {name: _enqueued(call) for name, call in calls.items()}
-    times: dict[Hashable, list[float]] = {name: [] for name in calls}
+    times: dict[Key, list[float]] = {name: [] for name in calls}
     order, random_order = list(calls), random.Random(0)
     end, index = time.perf_counter() + seconds, 0
     for done in range(rounds):

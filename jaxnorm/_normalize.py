@@ -165,28 +165,25 @@ def _affine_tangent(dtype, cpu, tangents, x, w, s, a, g):
     another; a GPU wants them together.
     """
     tie = barrier if cpu else lambda tree: tree
-    wide = statistic_dtype(x.dtype)
-    tangents = dict(zip(("dx", "ds", "da", "dg", "db"), tangents, strict=True))
-    if g is None and w is None and tangents["ds"] is not None:  # the same sum serves s and b
-        ds = tangents.pop("ds")
-        tangents["db"] = -a * ds if tangents["db"] is None else tangents["db"] - a * ds
+    tangents = {name: t for name, t in zip(("dx", "ds", "da", "dg", "db"), tangents, strict=True) if t is not None}
+    if g is None and w is None and "ds" in tangents:  # the same sum serves s and b
+        small = -a * tangents.pop("ds")
+        tangents["db"] = tangents["db"] + small if "db" in tangents else small
+
+    def scaled(t, g):
+        return t if g is None else t * g
+
+    passes = {
+        "dx": lambda t, x, s, a, g: scaled(_seen(t.astype(statistic_dtype(t.dtype)), x, w) * a, g),
+        "da": lambda t, x, s, a, g: scaled(_shifted(x, w, s), g) * t,
+        "ds": lambda t, x, s, a, g: _seen(scaled(-a * t, g), x, w),
+        "dg": lambda t, x, s, a, g: _shifted(x, w, s) * a * t,
+        "db": lambda t, x, s, a, g: t,
+    }
     terms = []
-    for name in ("dx", "da", "ds", "dg", "db"):
-        t = tangents.pop(name, None)
-        if t is None:
-            continue
-        t = t if name == "dx" else by_first_sums(cpu, t, x.shape)
-        if name == "dx":
-            t = _seen(t.astype(wide), x, w)
-            term = t * a if g is None else t * a * g
-        elif name == "da":
-            term = _shifted(x, w, s) * t if g is None else _shifted(x, w, s) * g * t
-        elif name == "ds":
-            term = _seen(-a * t if g is None else -a * t * g, x, w)
-        elif name == "dg":
-            term = _shifted(x, w, s) * a * t
-        else:
-            term = t
+    for name in [name for name in passes if name in tangents]:
+        t = tangents.pop(name)
+        term = passes[name](t if name == "dx" else by_first_sums(cpu, t, x.shape), x, s, a, g)
         term = jnp.broadcast_to(term, x.shape).astype(dtype) if cpu else term
         x, s, a, g = tie((x, s, a, g))
         term, tangents = tie((term, tangents))  # apart from x: what is tied to a tangent counts as linear

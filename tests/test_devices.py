@@ -1,5 +1,6 @@
 """Several devices: whatever cuts the batch in parts, values and gradients are those of one device."""
 
+import math
 import re
 from functools import partial
 
@@ -240,27 +241,50 @@ def test_gradient_of_a_sharded_function(check_vma):
 
 
 def collectives(f, *args):
-    """All-reduces of the compiled program, those in a condition included."""
-    return len(re.findall(r"= .* all-reduce(?:-start)?\(", f.lower(*args).compile().as_text()))
+    """The element counts of each all-reduce of the compiled program, those in a condition included."""
+    program = f.lower(*args).compile().as_text()
+    shapes = [line.split(" all-reduce", 1)[0] for line in program.splitlines() if re.search(r" all-reduce(-start)?\(", line)]
+    return [[math.prod(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\w\[([\d,]*)\]", s)] for s in shapes]
 
 
+@pytest.mark.parametrize("check_vma", (True, False))
 @pytest.mark.parametrize("masked", (False, True))
-def test_one_collective_forward_and_one_backward(masked):
-    """And one more in the condition of a second round; none where synchronized statistics are saved by name."""
+def test_one_collective_forward_and_one_backward(masked, check_vma):
+    """Of small arrays, and one more in the condition of a second round; remat that saves statistics by name adds none."""
     x, w = normal(dtype="f4"), np.arange(16.0, dtype="f4").reshape(16, 1, 1)
 
     def f(x, w):
         return norm(x, methods.batch_norm(), axis_name="i", weights=w if masked else None)[0]
 
     def gradient(f):
-        return with_shard_map(lambda x, w: jax.grad(lambda x: jnp.sin(f(x, w)).sum())(x))
+        return with_shard_map(lambda x, w: jax.grad(lambda x: jnp.sin(f(x, w)).sum())(x), check_vma=check_vma)
 
     policies = jax.checkpoint_policies
     named = policies.save_only_these_names("jaxnorm_synced_moments")
-    assert collectives(with_shard_map(f), x, w) == 1 + 1
-    assert collectives(gradient(f), x, w) == 2 + 1
-    assert collectives(gradient(jax.checkpoint(f, policy=named)), x, w) == 2 + 1
-    assert collectives(gradient(jax.checkpoint(f, policy=policies.nothing_saveable)), x, w) > 2 + 1  # the name matters
+    programs = {
+        "forward": (with_shard_map(f, check_vma=check_vma), 1),
+        "backward": (gradient(f), 2),
+        "saved by name": (gradient(jax.checkpoint(f, policy=named)), 2),
+    }
+    for name, (program, rounds) in programs.items():
+        sizes = collectives(program, x, w)
+        assert max(max(size) for size in sizes) <= 6, f"{name}: all-reduce of full-size arrays, {sizes}"
+        assert len(sizes) == rounds + 1, name
+    again = collectives(gradient(jax.checkpoint(f, policy=policies.nothing_saveable)), x, w)
+    assert len(again) > 2 + 1  # so the name matters
+
+
+@pytest.mark.parametrize("check_vma", (True, False))
+def test_gradients_of_scale_and_bias_cross_devices_summed(check_vma):
+    """Scale and bias are equal on all devices: their cotangents are summed over a device's part first."""
+
+    def f(x, scale, bias):
+        y = norm(x, methods.batch_norm(), scale=scale, bias=bias, axis_name="i")[0]
+        return jax.lax.psum(jnp.sin(y).sum(), "i")
+
+    sharded = jax.shard_map(f, mesh=mesh(), in_specs=(P("i"), P(), P()), out_specs=P(), check_vma=check_vma)
+    sizes = collectives(jax.jit(jax.grad(sharded, (0, 1, 2))), normal(dtype="f4"), normal((6,), 1, "f4"), normal((6,), 2, "f4"))
+    assert max(max(size) for size in sizes) <= 6, f"all-reduce of full-size arrays, {sizes}"
 
 
 BAD_GROUPS = {

@@ -153,8 +153,8 @@ def test_one_value_a_set_gives_the_bias_exactly(centered_by):
     assert (y == jnp.broadcast_to(bias, y.shape)).all()
     assert (m.mean == x).all() and (m.var == 0).all() and (m.count == 1).all()
     dx, dscale = pull((jnp.ones_like(y), jax.tree.map(jnp.zeros_like, m)))
-    # the two terms of dx, g / s and its mean, cancel
-    assert (dx == 0).all() and (dscale == 0).all()
+    # the two terms of dx, g / s and its mean, cancel up to rounding: g is 3, 1 / s is 316
+    assert (jnp.abs(dx) <= 4 * jnp.finfo("f4").eps * 3 * 317).all() and (dscale == 0).all()
 
 
 def test_one_value_a_set_with_the_mean_fixed_keeps_its_sign():
