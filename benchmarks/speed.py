@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import util
@@ -35,9 +36,10 @@ from benchmarks.timing import (
     Call,
     about,
     compiled,
+    copies,
     heading,
-    inputs,
     interleaved,
+    normal,
     progress_bar,
     restart_with_environment,
 )
@@ -55,6 +57,10 @@ FLAX = "flax.linen"
 
 TORCH = ("torch_last", "torch_first")
 """Torch on a tensor with channels last in memory, and first."""
+
+
+Calls = dict[tuple[str, str], Call]
+Arrays = list[jax.Array]
 
 
 class Case(NamedTuple):
@@ -107,16 +113,17 @@ def measure(
 ) -> Case:
     """Compiles and times one method at one shape in all libraries; `torch` is its module."""
     dims = SHAPES[shape].on(jax.default_backend())
-    last = inputs(dims, dtype, 0), inputs(dims, dtype, 1)
+    x, ct = normal(dims, dtype, 0), normal(dims, dtype, 1)
+    last = copies(x), copies(ct)
     first = None
     case = Case(method, shape, dims, dtype, {}, {}, {}, {})
-    calls: dict[tuple[str, str], Call] = {}
+    calls: Calls = {}
     for name in libraries:
         layer = LIBRARIES[name].layer(method, jax.ShapeDtypeStruct(dims, dtype))
         if layer is None:
             continue
         if not layer.channels_last and first is None:
-            first = [jnp.moveaxis(x, -1, 1) for x in last[0]], [jnp.moveaxis(ct, -1, 1) for ct in last[1]]
+            first = copies(jnp.moveaxis(x, -1, 1)), copies(jnp.moveaxis(ct, -1, 1))
         calls |= _layer_calls(case, name, layer, *(last if layer.channels_last or first is None else first))
     calls |= _floor_calls(*last)
     if torch is not None:
@@ -130,10 +137,6 @@ def measure(
     forward = best["copy"] + best["sum"]
     case.seconds["floor"] = {"forward": forward.tolist(), "step": (forward + best["dot"] + best["ternary"]).tolist()}
     return case
-
-
-Calls = dict[tuple[str, str], Call]
-Arrays = list[jax.Array]
 
 
 def _layer_calls(case: Case, name: str, layer: Layer, xs: Arrays, cts: Arrays) -> Calls:
@@ -192,13 +195,14 @@ def _torch_calls(torch: Any, method: str, xs: Arrays, cts: Arrays) -> Calls:
     images = method != "token_layer"
     torch.backends.cudnn.benchmark = True
 
-    def to_torch(t: jax.Array) -> Any:
-        return torch.from_numpy(np.array(t, np.float32)).to(device="cuda" if gpu else "cpu", dtype=dtype)
+    def to_torch(ts: Arrays) -> list[Any]:
+        t = torch.from_numpy(np.array(ts[0], np.float32)).to(device="cuda" if gpu else "cpu", dtype=dtype)
+        return [t.clone() for _ in ts]
 
     def on_inputs(f: Callable[[Any, Any], Any], xs: list[Any], cts: list[Any]) -> Call:
         return Call(lambda i: f(xs[i % len(xs)], cts[i % len(xs)]), lambda _: torch.cuda.synchronize() if gpu else None)
 
-    last = [to_torch(x) for x in xs], [to_torch(ct) for ct in cts]
+    last = to_torch(xs), to_torch(cts)
     flat = [x.flatten() for x in last[0]], [ct.flatten() for ct in last[1]]
     calls = {
         ("torch", "copy"): on_inputs(lambda x, ct: torch.neg(x), *flat),
@@ -250,35 +254,28 @@ def _torch_layer(torch: Any, method: str, x: Any) -> tuple[Callable[[Any], Any],
     return None if f is None else (f, (weight, bias))
 
 
-# Tables: a title and rows of texts, the first row the column heads; printed by rich and written as Markdown.
 Rows = list[list[str]]
-
-
-def tables(cases: Sequence[Case]) -> dict[str, Rows]:
-    """A table for each method, and the summary."""
-    by_method: dict[str, Rows] = {}
-    for case in cases:
-        rows = by_method.setdefault(
-            METHODS[case.method], [["shape", "x", "dtype", "ms", *HEADS.values(), "temporaries", "kept", "compile s"]]
-        )
-        rows.append(_row(case))
-    return by_method | {"Summary": _summary(cases)}
-
+"""A table: the column heads, then a row of texts each. Printed by rich and written as Markdown."""
 
 HEADS = {"best": "/ best JAX", FLAX: "/ Flax", "torch": "/ torch", "floor": "/ floor"}
 
 
+def tables(cases: Sequence[Case]) -> dict[str, Rows]:
+    """Titles and tables: one for each method and dtype, and the summary."""
+    found = {}
+    for (method, dtype), group in _grouped(cases):
+        heads = ["shape", "ms", *HEADS.values(), "temporaries", "kept", "compile s"]
+        found[f"{METHODS[method]}, {dtype}"] = [heads, *map(_row, group)]
+    return found | {"Summary": _summary(cases)}
+
+
 def _row(case: Case) -> list[str]:
     compared = [case.compared(kind) for kind in KINDS]
-    cells = [case.shape, "x".join(map(str, case.dims)), case.dtype]
-    cells.append(_pair(case.time(OURS, kind) * 1e3 for kind in KINDS))
+    cells = [case.shape, _pair(case.time(OURS, kind) * 1e3 for kind in KINDS)]
     cells += [_pair(_find(ratios, head) for ratios in compared) for head in HEADS]
-    best = "/".join(name for kind in KINDS if (name := case.fastest(case.rivals, kind)))
-    cells[4] += f" ({best})" if best else ""
     for numbers in (case.temporary, case.kept):
         cells.append(_pair([numbers[OURS], min((numbers[name] for name in case.rivals), default=None)]))
-    cells.append(_pair([case.compile_seconds[OURS], case.compile_seconds.get(FLAX)]))
-    return cells
+    return [*cells, _pair([case.compile_seconds[OURS], case.compile_seconds.get(FLAX)])]
 
 
 def _find(ratios: Mapping[str, float | None], head: str) -> float | None:
@@ -292,18 +289,15 @@ def _pair(numbers: Any) -> str:
 
 
 def _summary(cases: Sequence[Case]) -> Rows:
-    rows = [["method", "dtype", "shapes", *HEADS.values(), "worst / best JAX", "temporaries", "kept"]]
+    rows = [["method", "dtype", "shapes", *HEADS.values(), "worst forward", "worst step", "temporaries", "kept"]]
     for (method, dtype), group in _grouped(cases):
         ratios = {kind: [case.compared(kind) for case in group] for kind in KINDS}
         cells = [method, dtype, str(len(group))]
         cells += [_pair(_mean(_find(one, head) for one in ratios[kind]) for kind in KINDS) for head in HEADS]
-        worst = []
         for kind in KINDS:
-            found = [(ratio, case.shape) for case in group if (ratio := case.compared(kind)["best"]) is not None]
-            worst += ["{:.2f} {}".format(*max(found))] if found else []
-        cells.append(" / ".join(worst) or "–")
-        for field in ("temporary", "kept"):
-            cells.append(_pair([max(getattr(case, field)[OURS] for case in group)]))
+            worst = max(zip((one["best"] or 0 for one in ratios[kind]), (case.shape for case in group), strict=True))
+            cells.append("{:.2f} {}".format(*worst) if worst[0] else "–")
+        cells += [f"{max(getattr(case, field)[OURS] for case in group):.2f}" for field in ("temporary", "kept")]
         rows.append(cells)
     return rows
 
@@ -320,11 +314,11 @@ def _mean(ratios: Any) -> float | None:
 
 
 def print_tables(console: Console, all_rows: Mapping[str, Rows]) -> None:
-    """Prints the tables, wide enough for the terminal or not."""
+    """Prints the tables."""
     for title, (heads, *rows) in all_rows.items():
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for head in heads:
-            table.add_column(head, overflow="fold")
+            table.add_column(head, no_wrap=True)
         for row in rows:
             table.add_row(*row)
         console.print(table, highlight=False)
@@ -398,7 +392,7 @@ def _csv(cases: Sequence[Case]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program with the options `argv`, by default those of the command line, and returns its exit status."""
     args = _parser().parse_args(argv)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     missing = [name for name in args.peers if name not in _installed()]
     if missing:
         console.print(f"Left out, not installed: {', '.join(missing)}", highlight=False)
@@ -413,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases: list[Case] = []
     options = {"rounds": args.rounds or (5 if args.quick else 9), "seconds": args.seconds or (2 if args.quick else 6)}
     try:
-        with progress_bar() as progress:
+        with progress_bar(console) as progress:
             task = progress.add_task("", total=len(plans))
             for plan in plans:
                 progress.update(task, description=" ".join(plan))
@@ -435,8 +429,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 CAPTION = (
-    "a / b: forward / step, our time and its ratio to others', in the summary as geometric mean; below 1 we are faster. "
-    "temporaries, kept: ours / least of the other JAX libraries, over the bytes of x. compile: ours / Flax."
+    "a / b: forward / step, our time and its ratio to others', below 1 where we are faster; temporaries and kept, over the "
+    "bytes of x: ours / least of the other JAX libraries; compile: ours / Flax. Summary: geometric means over shapes, worst "
+    "ratio to the best JAX library, most temporaries and kept of ours."
 )
 
 

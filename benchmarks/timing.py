@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 ENVIRONMENT = {
@@ -98,12 +99,15 @@ def _seconds(call: Call, count: int, index: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def inputs(shape: Sequence[int], dtype: str, seed: int) -> list[jax.Array]:
-    """Normal arrays of mean 1/2, as many as it takes to fill the caches."""
-    size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
-    count = int(np.clip(-(-ROTATED_BYTES // size), 1, MAX_ROTATED))
-    stacked = jax.random.normal(jax.random.key(seed), (count, *shape)) + 0.5
-    return [x.astype(dtype) for x in stacked]
+def normal(shape: Sequence[int], dtype: str, seed: int) -> jax.Array:
+    """An array of mean 1/2 and variance 1."""
+    return (jax.random.normal(jax.random.key(seed), shape) + 0.5).astype(dtype)
+
+
+def copies(x: jax.Array) -> list[jax.Array]:
+    """Equal arrays at different places, as many as it takes to fill the caches."""
+    count = int(np.clip(-(-ROTATED_BYTES // x.nbytes), 1, MAX_ROTATED))
+    return [x, *(jnp.array(x, copy=True) for _ in range(count - 1))]
 
 
 def compiled(f: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, float]:
@@ -155,8 +159,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def progress_bar() -> Progress:
+def progress_bar(console: Console) -> Progress:
     """What is measured now, how much is done and how long the rest takes."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(*columns, console=console, speed_estimate_period=3600)

@@ -7,8 +7,8 @@ index apart, k makes k groups. Multiplied out for a given x, the numbers are the
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -188,19 +188,20 @@ def check_mean(mean: object) -> None:
         )
 
 
-def single_axis(axis: int, shape: Sequence[int]) -> int:
+def single_axis(axis: SupportsIndex, shape: Sequence[int]) -> int:
     """`axis` counted from the front."""
-    if isinstance(axis, bool) or not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
+    index = axis.__index__() if hasattr(axis, "__index__") and not isinstance(axis, bool) else None
+    if index is None or not -len(shape) <= index < len(shape):
         raise ValueError(
             f"axis {axis!r} is not an axis of x. Got x of shape {tuple(shape)}; expected an integer "
             f"from {-len(shape)} to {len(shape) - 1}."
         )
-    return axis % len(shape)
+    return index % len(shape)
 
 
-def axes_of(axis: int | Sequence[int], shape: Sequence[int]) -> Shape:
+def axes_of(axis: SupportsIndex | Sequence[int], shape: Sequence[int]) -> Shape:
     """One axis or several, counted from the front, sorted, each once."""
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
     return tuple(sorted({single_axis(a, shape) for a in axes}))
 
 

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxnorm._devices import AxisName, DeviceGroups
 from jaxnorm._groups import Method, Shape, Specification, axes_of
 from jaxnorm._mean_var import statistic_dtype
-from jaxnorm._moments import Moments, as_array, moments
+from jaxnorm._moments import Moments, moments
 from jaxnorm._normalize import normalize
 from jaxnorm._running import update_running
 
@@ -29,14 +29,10 @@ def whole_batch(method: Method) -> Method:
     return dataclasses.replace(method, groups=dataclasses.replace(method.groups, batch=1))
 
 
-def as_input(x: ArrayLike) -> jax.Array:
-    """x as an array; integers and booleans become float32, as in Flax."""
-    x = as_array(x)
-    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
-
-
 def wide_enough(x: jax.Array, dtype: Any) -> jax.Array:
-    """x, cast up where the output is wider than x's statistics would be (float64 or complex parameters)."""
+    """x as the core takes it: integers and booleans become float32, as in Flax, and x is cast up where the output is wider
+    than its statistics would be (float64 or complex parameters)."""
+    x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
     wide = statistic_dtype(x.dtype)
     with jax.numpy_dtype_promotion("standard"):
         return x if jnp.promote_types(wide, dtype) == wide else x.astype(jnp.promote_types(wide, dtype))
@@ -75,8 +71,8 @@ def instance_shape(x: jax.Array, feature_axes: Axes) -> Shape:
     return keep_axes(x, (0, *axes_of(feature_axes, x.shape)))
 
 
-def number_of_groups(channels: int, num_groups: int | None, group_size: int | None) -> int:
-    """The number of channel groups of Flax's GroupNorm, from it or from the size of a group."""
+def number_of_groups(channels: int, num_groups: int | None, group_size: int | None, noun: str = "channels") -> int:
+    """The number of channel groups of Flax's GroupNorm, from it or from the size of a group; `noun` is Flax's word."""
     if (num_groups is None) == (group_size is None):
         raise ValueError(
             "Either `num_groups` or `group_size` should be specified. If `group_size` is to be specified, pass "
@@ -86,7 +82,7 @@ def number_of_groups(channels: int, num_groups: int | None, group_size: int | No
     if group_size is not None:
         if group_size <= 0 or channels % group_size != 0:
             raise ValueError(
-                f"Number of channels ({channels}) is not multiple of the group size ({group_size}). Expected a divisor of "
+                f"Number of {noun} ({channels}) is not multiple of the group size ({group_size}). Expected a divisor of "
                 f"{channels}."
             )
         return channels // group_size
@@ -101,7 +97,7 @@ def number_of_groups(channels: int, num_groups: int | None, group_size: int | No
 
 def group_shape(x: jax.Array, num_groups: int, reduction_axes: Axes | None) -> Shape:
     """The statistic's shape of Flax's GroupNorm: channels, the last axis, in groups."""
-    axes = axes_of(range(1, x.ndim) if reduction_axes is None else reduction_axes, x.shape)
+    axes = axes_of((*range(1, x.ndim - 1), -1) if reduction_axes is None else reduction_axes, x.shape)
     if x.ndim - 1 not in axes:
         raise ValueError(
             "The reduction axes must include the final dimension as this is assumed to be the feature axis. "

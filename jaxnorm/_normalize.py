@@ -112,7 +112,7 @@ def _placed(
         message += f"{features[0] if len(features) == 1 else features}. Expected {features}, or {per_example} per example."
         fitting = [i for i, n in enumerate(x.shape) if i != batch and t.shape == (n,)]
         if fitting == [1]:
-            message += " This looks like NCHW data: pass channel_axis=1."
+            message += " This looks like NCHW data: pass channel_axis=1 (axis=1 or feature_axes=1 to Flax's layers)."
         elif fitting:
             message += f" Axis {fitting[0]} has that size: pass channel_axis={fitting[0]} if it holds the channels."
         raise ValueError(message)

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import _layers
 from jaxnorm._layers import Activation, Axes
+from jaxnorm._moments import as_array
 from jaxnorm.linen._call import State, call, ones, zeros
 
 
@@ -82,7 +83,7 @@ class BatchNorm(nn.Module):
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
         use = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        x = _layers.as_input(x)
+        x = as_array(x)
         shape = _layers.keep_axes(x, self.axis)
         state = State(self, x, _layers.feature_shape(x, self.axis), shape)
         running = state.running(use, update_running_average)

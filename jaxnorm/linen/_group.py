@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import _layers
 from jaxnorm._layers import Activation, Axes
+from jaxnorm._moments import as_array
 from jaxnorm.linen._call import call, ones, zeros
 
 
@@ -74,7 +75,7 @@ class GroupNorm(nn.Module):
         activation: Activation | None = None,
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
-        x = _layers.as_input(x)
+        x = as_array(x)
         num_groups = _layers.number_of_groups(x.shape[-1], self.num_groups, self.group_size)
         shape = _layers.group_shape(x, num_groups, self.reduction_axes)
         return call(self, x, shape, (scale, bias), -1, mask, activation)
@@ -137,6 +138,6 @@ class InstanceNorm(nn.Module):
         activation: Activation | None = None,
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
-        x = _layers.as_input(x)
+        x = as_array(x)
         shape = _layers.instance_shape(x, self.feature_axes)
         return call(self, x, shape, (scale, bias), self.feature_axes, mask, activation)

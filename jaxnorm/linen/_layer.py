@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import _layers
 from jaxnorm._layers import Activation, Axes
+from jaxnorm._moments import as_array
 from jaxnorm.linen._call import call, ones, zeros
 
 
@@ -69,7 +70,7 @@ class LayerNorm(nn.Module):
         activation: Activation | None = None,
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
-        x = _layers.as_input(x)
+        x = as_array(x)
         shape = _layers.pool_axes(x, self.reduction_axes)
         return call(self, x, shape, (scale, bias), self.feature_axes, mask, activation)
 
@@ -126,6 +127,6 @@ class RMSNorm(nn.Module):
         activation: Activation | None = None,
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
-        x = _layers.as_input(x)
+        x = as_array(x)
         shape = _layers.pool_axes(x, self.reduction_axes)
         return call(self, x, shape, (scale, bias), self.feature_axes, mask, activation, mean=0)

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxnorm import _layers, methods
 from jaxnorm._groups import Groups, Method, Shape
 from jaxnorm._layers import Activation
+from jaxnorm._moments import as_array
 from jaxnorm._running import running_shape
 from jaxnorm.linen._call import State, call, ones, zeros
 
@@ -52,7 +53,7 @@ class _Row(nn.Module, kw_only=True):
         activation: Activation | None = None,
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
-        x = _layers.as_input(x)
+        x = as_array(x)
         row = self.row(x.shape)
         state = running = None
         if row.pools_batch and self.is_initializing():

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import _layers
 from jaxnorm._layers import Activation, Axes
+from jaxnorm._moments import as_array
 from jaxnorm.nnx._call import NONE, Layer, Metadata, ones, promote_dtype, zeros
 
 
@@ -91,7 +92,7 @@ class BatchNorm(Layer):
         activation: Activation | None = None,
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
-        x = _layers.as_input(x)
+        x = as_array(x)
         shape = _layers.keep_axes(x, self.axis)
         running = self._running(x, (self.num_features,), shape, use_running_average, update_running_average)
         return self._apply(x, shape, (scale, bias), self.axis, mask, activation, running=running)

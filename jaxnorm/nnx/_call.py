@@ -32,6 +32,7 @@ class Layer(nnx.Module):
         def __getattr__(self, name: str) -> Any: ...
 
     # what a class has no option for
+    has_bias: bool = True
     use_bias: bool = False
     use_fast_variance: bool = True
     batch_axis: int = 0
@@ -63,8 +64,8 @@ class Layer(nnx.Module):
         use = self.use_running_average if use is None else use
         if use is None:
             raise ValueError(
-                "No `use_running_average` argument was provided to BatchNorm. Got None from the constructor and at the call; "
-                "expected True or False from one of them, or from nnx.view(model, use_running_average=...)."
+                f"No `use_running_average` argument was provided to {type(self).__name__}. Got None from the constructor and "
+                "at the call; expected True or False from one of them, or from nnx.view(model, use_running_average=...)."
             )
         count = self.count[...] if hasattr(self, "count") else None
         state = Moments(count, self.mean[...], self.var[...])  # pyright: ignore[reportArgumentType]  # None is no count
@@ -99,14 +100,16 @@ class Layer(nnx.Module):
         running: Running | None = None,
     ) -> jax.Array:
         scale, bias = (self._parameter(name, t, x, feature_axes) for name, t in zip(("scale", "bias"), given, strict=True))
-        old = () if running is None else (running.moments.mean, running.moments.var)
+        old = () if running is None else (self.mean[...], self.var[...])
         if self.promote_dtype is promote_dtype:
             dtype = _layers.output_dtype(x, *old, scale, bias, dtype=self.dtype)
         else:
-            x, *used, scale, bias = self.promote_dtype((x, *old, scale, bias), dtype=self.dtype)
+            affine = (scale, bias) if self.has_bias else (scale,)
+            x, *promoted = self.promote_dtype((x, *old, *affine), dtype=self.dtype)
+            statistics, (scale, bias) = promoted[: len(old)], (*promoted[len(old) :], bias)[:2]
+            if running is not None and running.use and not running.update:
+                running = running.with_values(*(t.reshape(running.moments.mean.shape) for t in statistics))
             dtype = _layers.output_dtype(x, scale, bias, dtype=self.dtype)
-            if running is not None:
-                running = running.with_values(*used)
         y, new = _layers.apply(
             _layers.wide_enough(x, dtype),
             groups,

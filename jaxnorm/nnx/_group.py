@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import _layers
 from jaxnorm._layers import Activation, Axes
+from jaxnorm._moments import as_array
 from jaxnorm.nnx._call import NONE, Layer, Metadata, ones, promote_dtype, zeros
 
 
@@ -75,8 +76,9 @@ class GroupNorm(Layer):
         scale_metadata: Metadata = NONE,
         unit_offset: bool = False,
     ):
-        num_groups = _layers.number_of_groups(num_features, num_groups, group_size)
+        num_groups = _layers.number_of_groups(num_features, num_groups, group_size, "features")
         group_size = num_features // num_groups
+        self.feature_axis = -1
         self._construct(locals())
 
     def __call__(
@@ -89,7 +91,12 @@ class GroupNorm(Layer):
         activation: Activation | None = None,
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
-        x = _layers.as_input(x)
+        x = as_array(x)
+        if x.shape[-1] != self.num_features:
+            raise ValueError(
+                f"the layer has {self.num_features} features. Got x of shape {x.shape}; expected as many channels, "
+                "the last axis."
+            )
         shape = _layers.group_shape(x, self.num_groups, self.reduction_axes)
         return self._apply(x, shape, (scale, bias), -1, mask, activation)
 
@@ -164,6 +171,6 @@ class InstanceNorm(Layer):
         activation: Activation | None = None,
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
-        x = _layers.as_input(x)
+        x = as_array(x)
         shape = _layers.instance_shape(x, self.feature_axes)
         return self._apply(x, shape, (scale, bias), self.feature_axes, mask, activation)

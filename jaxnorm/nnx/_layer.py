@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import _layers
 from jaxnorm._layers import Activation, Axes
+from jaxnorm._moments import as_array
 from jaxnorm.nnx._call import NONE, Layer, Metadata, ones, promote_dtype, zeros
 
 
@@ -82,7 +83,7 @@ class LayerNorm(Layer):
         activation: Activation | None = None,
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
-        x = _layers.as_input(x)
+        x = as_array(x)
         shape = _layers.pool_axes(x, self.reduction_axes)
         return self._apply(x, shape, (scale, bias), self.feature_axes, mask, activation)
 
@@ -119,6 +120,8 @@ class RMSNorm(Layer):
         Root Mean Square Layer Normalization, 2019, arXiv:1910.07467.
     """
 
+    has_bias = False
+
     def __init__(
         self,
         num_features: int,
@@ -150,6 +153,6 @@ class RMSNorm(Layer):
         activation: Activation | None = None,
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
-        x = _layers.as_input(x)
+        x = as_array(x)
         shape = _layers.pool_axes(x, self.reduction_axes)
         return self._apply(x, shape, (scale, bias), self.feature_axes, mask, activation, mean=0)

@@ -8,9 +8,10 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
-from jaxnorm import _layers, methods
+from jaxnorm import methods
 from jaxnorm._groups import Groups, Method, Shape
 from jaxnorm._layers import Activation
+from jaxnorm._moments import as_array
 from jaxnorm._running import running_shape
 from jaxnorm.nnx._call import NONE, Layer, Metadata, ones, promote_dtype, zeros
 
@@ -51,7 +52,7 @@ class _Row(Layer):
         activation: Activation | None = None,
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
-        x = _layers.as_input(x)
+        x = as_array(x)
         running = None
         if hasattr(self, "mean"):
             running = self._running(x, *self._shapes(x.shape), use_running_average, update_running_average)

@@ -1,0 +1,254 @@
+"""A training step of whole networks with our normalization layers and with Flax's.
+
+    python -m benchmarks.networks                          # ResNet-50 and a U-Net: about 3 minutes on 2 cores
+    python -m benchmarks.networks --networks unet --batch 2 --image 32
+
+The two differ in the module that their norm classes come from, and in nothing else; they start from the same parameters.
+Prints step time, peak memory, compile time and the loss of the first step; writes networks.json.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.typing import DTypeLike
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import jaxnorm.linen
+from benchmarks.timing import Call, about, compiled, heading, interleaved, progress_bar, restart_with_environment
+
+NORMS: dict[str, Any] = {"jaxnorm": jaxnorm.linen, "flax.linen": flax.linen}
+"""Where the norm classes come from."""
+
+
+class Bottleneck(nn.Module):
+    """Residual block of ResNet-50."""
+
+    norm: Callable[..., Any]
+    width: int
+    stride: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        y = nn.relu(self.norm()(conv(self.width, (1, 1))(x)))
+        y = nn.relu(self.norm()(conv(self.width, (3, 3), self.stride)(y)))
+        y = self.norm(scale_init=nn.initializers.zeros)(conv(4 * self.width, (1, 1))(y))
+        if x.shape != y.shape:
+            x = self.norm()(conv(4 * self.width, (1, 1), self.stride)(x))
+        return nn.relu(x + y)
+
+
+class ResNet50(nn.Module):
+    """ResNet-50 with batch norm, for 1000 classes."""
+
+    norms: ModuleType
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        norm = partial(self.norms.BatchNorm, use_running_average=False, dtype=self.dtype)
+        x = nn.Conv(64, (7, 7), 2, use_bias=False, dtype=self.dtype)(x)
+        x = nn.max_pool(nn.relu(norm()(x)), (3, 3), (2, 2), "SAME")
+        for stage, blocks in enumerate((3, 4, 6, 3)):
+            for block in range(blocks):
+                x = Bottleneck(norm, 64 * 2**stage, 2 if stage and not block else 1, self.dtype)(x)
+        return nn.Dense(1000)(x.mean((1, 2), dtype=jnp.float32))
+
+
+class UNet(nn.Module):
+    """A small U-Net with group norm, from an image to one of as many channels."""
+
+    norms: ModuleType
+    dtype: DTypeLike
+    widths: tuple[int, ...] = (64, 128, 256)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        conv = partial(nn.Conv, kernel_size=(3, 3), dtype=self.dtype)
+        norm = partial(self.norms.GroupNorm, dtype=self.dtype)
+        channels, skips = x.shape[-1], []
+        x = conv(self.widths[0])(x)
+        for width in self.widths:
+            x = conv(width)(nn.silu(norm()(x)))
+            skips.append(x)
+            x = conv(width, strides=2)(nn.silu(norm()(x)))
+        for width, skip in zip(self.widths[::-1], skips[::-1], strict=True):
+            x = jnp.concatenate([jax.image.resize(x, (*skip.shape[:-1], x.shape[-1]), "nearest"), skip], -1)
+            x = conv(width)(nn.silu(norm()(x)))
+        return conv(channels)(nn.silu(norm()(x))).astype(jnp.float32)
+
+
+class Network(NamedTuple):
+    """A network and the examples to train it with."""
+
+    make: Callable[[ModuleType, DTypeLike], nn.Module]
+    target: Callable[[jax.Array], jax.Array]
+    loss: Callable[[jax.Array, jax.Array], jax.Array]
+    batch: int
+    image: int
+
+
+NETWORKS = {
+    "resnet50": Network(
+        ResNet50,
+        lambda images: jnp.arange(images.shape[0]),
+        optax.losses.softmax_cross_entropy_with_integer_labels,
+        batch=8,
+        image=64,
+    ),
+    "unet": Network(UNet, lambda images: jnp.roll(images, 1, 1), optax.losses.squared_error, batch=4, image=64),
+}
+
+
+class Measured(NamedTuple):
+    """A network with the norms of one library; bytes are those of arguments, results and temporaries together."""
+
+    network: str
+    norms: str
+    batch: int
+    image: int
+    dtype: str
+    seconds: list[float]
+    peak_bytes: int
+    compile_seconds: float
+    loss: float
+
+
+def measure(
+    name: str, *, dtype: str, batch: int | None, image: int | None, rounds: int, seconds: float, steps: Callable[[str], object]
+) -> list[Measured]:
+    """Compiles and times the training step of one network with all norms; `steps` hears what comes next."""
+    network = NETWORKS[name]
+    batch, image = batch or network.batch, image or network.image
+    images = jax.random.normal(jax.random.key(0), (batch, image, image, 3))
+    optimizer = optax.sgd(0.01, momentum=0.9)
+    variables = optimizer_state = None
+    found, calls = {}, {}
+    for norms, module in NORMS.items():
+        steps(f"{name}: compiling with {norms}")
+        model = network.make(module, dtype)
+        if variables is None:
+            variables = dict(jax.jit(model.init)(jax.random.key(1), images))
+            optimizer_state = optimizer.init(variables["params"])
+        state = jax.tree.map(jnp.copy, (variables, optimizer_state))
+        step, compile_seconds = compiled(
+            partial(_step, model, optimizer, network.loss), state, images, network.target(images), donate_argnums=0
+        )
+        memory = step.memory_analysis()
+        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        training = _Training(step, state, images, network.target(images))
+        loss = float(training.run(0))
+        found[norms] = Measured(name, norms, batch, image, dtype, [], peak - memory.alias_size_in_bytes, compile_seconds, loss)
+        calls[norms] = Call(training.run)
+    steps(f"{name}: training")
+    times = interleaved(calls, rounds=rounds, seconds=seconds)
+    return [one._replace(seconds=times[norms]) for norms, one in found.items()]
+
+
+def _step(model: nn.Module, optimizer: Any, loss: Callable[..., jax.Array], state: Any, images: jax.Array, target: jax.Array):
+    """Variables and optimizer state after a step, and the loss before it."""
+    variables, optimizer_state = state
+    others = {name: value for name, value in variables.items() if name != "params"}
+
+    def mean_loss(params: Any) -> tuple[jax.Array, Any]:
+        y, updated = model.apply({"params": params, **others}, images, mutable=list(others))
+        return loss(y, target).mean(), updated
+
+    (value, updated), grads = jax.value_and_grad(mean_loss, has_aux=True)(variables["params"])
+    updates, optimizer_state = optimizer.update(grads, optimizer_state, variables["params"])
+    return ({"params": optax.apply_updates(variables["params"], updates), **updated}, optimizer_state), value
+
+
+class _Training:
+    """A training that goes on from call to call, since a step gives its memory away."""
+
+    def __init__(self, step: Callable[..., Any], state: Any, images: jax.Array, target: jax.Array):
+        self.step, self.state, self.examples = step, state, (images, target)
+
+    def run(self, _: int) -> jax.Array:
+        self.state, loss = self.step(self.state, *self.examples)
+        return loss
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program with the options `argv`, by default those of the command line, and returns its exit status."""
+    args = vars(_parser().parse_args(argv))
+    networks, output = args.pop("networks"), args.pop("output")
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    facts = about(("jaxnorm", "jax", "jaxlib", "flax", "optax", "numpy"))
+    measured: list[Measured] = []
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=len(networks) * (len(NORMS) + 1))
+        for name in networks:
+
+            def steps(description: str) -> None:
+                progress.update(task, description=description)
+                progress.advance(task, 0 if description.endswith("training") else 1)
+
+            measured += measure(name, steps=steps, **args)
+            progress.advance(task)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "networks.json").write_text(
+        json.dumps({"about": facts, "networks": [one._asdict() for one in measured]}, indent=1)
+    )
+    console.print(heading(facts), highlight=False)
+    _print(console, measured)
+    console.print(f"In {output}: networks.json", highlight=False)
+    return 0
+
+
+def _print(console: Console, measured: Sequence[Measured]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, caption="ratio: our time over Flax's, median over the rounds", caption_justify="left")
+    for head in ("network", "x", "dtype", "norms", "step ms", "ratio", "peak MB", "compile s", "loss"):
+        table.add_column(head, no_wrap=True)
+    for one in measured:
+        flax = next(other for other in measured if other.network == one.network and other.norms == "flax.linen")
+        ratio = np.median(np.divide(one.seconds, flax.seconds))
+        numbers = f"{np.percentile(one.seconds, 25) * 1e3:.1f}", f"{ratio:.2f}", f"{one.peak_bytes / 1e6:.0f}"
+        table.add_row(
+            one.network,
+            f"{one.batch}x{one.image}x{one.image}x3",
+            one.dtype,
+            one.norms,
+            *numbers,
+            f"{one.compile_seconds:.1f}",
+            f"{one.loss:.5f}",
+        )
+    console.print(table, highlight=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.networks", description="A training step of whole networks with our norms and with Flax's."
+    )
+    add = parser.add_argument
+    add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK", help=f"of {', '.join(NETWORKS)}")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations (default: %(default)s)")
+    add("--batch", type=int, metavar="N", help="images per step (default: 8 for resnet50, 4 for unet)")
+    add("--image", type=int, metavar="N", help="height and width (default: 64)")
+    add("--rounds", type=int, default=9, metavar="N", help="default: %(default)s")
+    add(
+        "--seconds", type=float, default=40, metavar="S", help="per network, after which no round starts (default: %(default)s)"
+    )
+    add("--output", type=Path, default=Path("results/networks"), metavar="FOLDER", help="default: %(default)s")
+    return parser
+
+
+if __name__ == "__main__":
+    restart_with_environment()
+    raise SystemExit(main())
