@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from matplotlib import style
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -30,9 +31,11 @@ from benchmarks.timing import (
     about,
     compiled,
     copies,
+    folder,
     heading,
     interleaved,
     normal,
+    positive,
     progress_bar,
     restart_with_environment,
 )
@@ -133,7 +136,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.update(task, description=f"{point.sweep} {point.value}: {point.elements:.1e} elements")
             measured += measure(point, args.dtype, rounds=args.rounds, seconds=args.seconds)
             progress.advance(task)
-    args.output.mkdir(parents=True, exist_ok=True)
     result = {"about": facts, "dtype": args.dtype, "ns_per_element": [one._asdict() for one in measured]}
     (args.output / "growth.json").write_text(json.dumps(result, indent=1))
     draw(measured, f"{args.dtype}; {heading(facts)}", args.output / "growth.png")
@@ -175,6 +177,7 @@ def draw(measured: Sequence[Measured], title: str, path: Path) -> None:
                 look = "--" if method == "copy" else "-o"
                 axes.plot(values, [getattr(one, kind) for one in line], look, label=method, markersize=4)
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_yscale("log")
             axes.grid(alpha=0.3)
     for axes, sweep in zip(panels[-1], sweeps, strict=True):
@@ -192,9 +195,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--largest", type=float, default=1.1e8, metavar="N", help="elements of the largest x (default: %(default)g)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
-    add("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
+    add("--rounds", type=positive, default=5, metavar="N", help="default: %(default)s")
     add("--seconds", type=float, default=4, metavar="S", help="per x, after which no other round starts (default: %(default)s)")
-    add("--output", type=Path, default=Path("results/growth"), metavar="FOLDER", help="default: %(default)s")
+    add("--output", type=folder, default="results/growth", metavar="FOLDER", help="default: %(default)s")
     return parser
 
 

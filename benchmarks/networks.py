@@ -8,11 +8,11 @@ Prints step time, peak memory, compile time and the loss of the first step; writ
 """
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -25,10 +25,21 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from rich import box
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 import jaxnorm.linen
-from benchmarks.timing import Call, about, compiled, heading, interleaved, progress_bar, restart_with_environment
+from benchmarks.timing import (
+    Call,
+    about,
+    compiled,
+    folder,
+    heading,
+    interleaved,
+    positive,
+    progress_bar,
+    restart_with_environment,
+)
 
 NORMS: dict[str, Any] = {"jaxnorm": jaxnorm.linen, "flax.linen": flax.linen}
 """Where the norm classes come from."""
@@ -130,22 +141,26 @@ class Measured(NamedTuple):
 
 
 def measure(
-    name: str, *, dtype: str, batch: int | None, image: int | None, rounds: int, seconds: float, steps: Callable[[str], object]
+    name: str,
+    *,
+    dtype: str,
+    batch: int | None,
+    image: int | None,
+    rounds: int,
+    seconds: float,
+    on_part: Callable[[str], object],
 ) -> list[Measured]:
-    """Compiles and times the training step of one network with all norms; `steps` hears what comes next."""
+    """Compiles and times the training step of one network with all norms; `on_part` hears what comes next."""
     network = NETWORKS[name]
     batch, image = batch or network.batch, image or network.image
     images = jax.random.normal(jax.random.key(0), (batch, image, image, 3))
     optimizer = optax.sgd(0.01, momentum=0.9)
-    variables = optimizer_state = None
+    variables = dict(jax.jit(network.make(jaxnorm.linen, dtype).init)(jax.random.key(1), images))
     found, calls = {}, {}
     for norms, module in NORMS.items():
-        steps(f"{name}: compiling with {norms}")
+        on_part(f"{name}: compiling with {norms}")
         model = network.make(module, dtype)
-        if variables is None:
-            variables = dict(jax.jit(model.init)(jax.random.key(1), images))
-            optimizer_state = optimizer.init(variables["params"])
-        state = jax.tree.map(jnp.copy, (variables, optimizer_state))
+        state = jax.tree.map(jnp.copy, (variables, optimizer.init(variables["params"])))
         step, compile_seconds = compiled(
             partial(_step, model, optimizer, network.loss), state, images, network.target(images), donate_argnums=0
         )
@@ -155,12 +170,14 @@ def measure(
         loss = float(training.run(0))
         found[norms] = Measured(name, norms, batch, image, dtype, [], peak - memory.alias_size_in_bytes, compile_seconds, loss)
         calls[norms] = Call(training.run)
-    steps(f"{name}: training")
+    on_part(f"{name}: training")
     times = interleaved(calls, rounds=rounds, seconds=seconds)
     return [one._replace(seconds=times[norms]) for norms, one in found.items()]
 
 
-def _step(model: nn.Module, optimizer: Any, loss: Callable[..., jax.Array], state: Any, images: jax.Array, target: jax.Array):
+def _step(
+    model: nn.Module, optimizer: Any, loss: Callable[..., jax.Array], state: Any, images: jax.Array, target: jax.Array
+) -> tuple[Any, jax.Array]:
     """Variables and optimizer state after a step, and the loss before it."""
     variables, optimizer_state = state
     others = {name: value for name, value in variables.items() if name != "params"}
@@ -193,16 +210,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = about(("jaxnorm", "jax", "jaxlib", "flax", "optax", "numpy"))
     measured: list[Measured] = []
     with progress_bar(console) as progress:
-        task = progress.add_task("", total=len(networks) * (len(NORMS) + 1))
+        task, done = progress.add_task("", total=len(networks) * (len(NORMS) + 1)), itertools.count()
         for name in networks:
-
-            def steps(description: str) -> None:
-                progress.update(task, description=description)
-                progress.advance(task, 0 if description.endswith("training") else 1)
-
-            measured += measure(name, steps=steps, **args)
-            progress.advance(task)
-    output.mkdir(parents=True, exist_ok=True)
+            on_part = partial(_show, progress, task, done)
+            measured += measure(name, on_part=on_part, **args)
+        progress.update(task, completed=next(done))
     (output / "networks.json").write_text(
         json.dumps({"about": facts, "networks": [one._asdict() for one in measured]}, indent=1)
     )
@@ -210,6 +222,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _print(console, measured)
     console.print(f"In {output}: networks.json", highlight=False)
     return 0
+
+
+def _show(progress: Progress, task: TaskID, done: Iterator[int], description: str) -> None:
+    progress.update(task, description=description, completed=next(done))
 
 
 def _print(console: Console, measured: Sequence[Measured]) -> None:
@@ -239,13 +255,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK", help=f"of {', '.join(NETWORKS)}")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations (default: %(default)s)")
-    add("--batch", type=int, metavar="N", help="images per step (default: 8 for resnet50, 4 for unet)")
-    add("--image", type=int, metavar="N", help="height and width (default: 64)")
-    add("--rounds", type=int, default=9, metavar="N", help="default: %(default)s")
+    add("--batch", type=positive, metavar="N", help="images per step (default: 8 for resnet50, 4 for unet)")
+    add("--image", type=positive, metavar="N", help="height and width (default: 64)")
+    add("--rounds", type=positive, default=9, metavar="N", help="default: %(default)s")
     add(
         "--seconds", type=float, default=40, metavar="S", help="per network, after which no round starts (default: %(default)s)"
     )
-    add("--output", type=Path, default=Path("results/networks"), metavar="FOLDER", help="default: %(default)s")
+    add("--output", type=folder, default="results/networks", metavar="FOLDER", help="default: %(default)s")
     return parser
 
 

@@ -37,9 +37,11 @@ from benchmarks.timing import (
     about,
     compiled,
     copies,
+    folder,
     heading,
     interleaved,
     normal,
+    positive,
     progress_bar,
     restart_with_environment,
 )
@@ -351,7 +353,7 @@ def draw(cases: Sequence[Case], title: str, path: Path) -> None:
         axes.set_yscale("log")
         axes.set_xticks(range(len(methods)), methods)
         axes.set_title(f"{kind}, {dtype}")
-        axes.set_ylabel("time / floor")
+        axes.set_ylabel("time / floor, less is better")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(f"Time of a normalization layer in training over the floor, mean over shapes\n{title}", fontsize=10)
@@ -364,13 +366,12 @@ def _over_floor(cases: Sequence[Case], name: str, method: str, dtype: str, kind:
             yield float(np.median(np.divide(case.seconds[name][kind], case.seconds["floor"][kind])))
 
 
-def write(folder: Path, facts: Mapping[str, Any], cases: Sequence[Case]) -> None:
+def write(output: Path, facts: Mapping[str, Any], cases: Sequence[Case]) -> None:
     """Writes speed.json, speed.csv, speed.md and speed.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "speed.json").write_text(json.dumps({"about": facts, "cases": [case._asdict() for case in cases]}, indent=1))
-    (folder / "speed.csv").write_text(_csv(cases))
-    (folder / "speed.md").write_text(f"{heading(facts)}\n\n    {facts['command']}\n\n{markdown(tables(cases))}")
-    draw(cases, heading(facts), folder / "speed.png")
+    (output / "speed.json").write_text(json.dumps({"about": facts, "cases": [case._asdict() for case in cases]}, indent=1))
+    (output / "speed.csv").write_text(_csv(cases))
+    (output / "speed.md").write_text(f"{heading(facts)}\n\n    {facts['command']}\n\n{markdown(tables(cases))}")
+    draw(cases, heading(facts), output / "speed.png")
 
 
 def _csv(cases: Sequence[Case]) -> str:
@@ -391,7 +392,8 @@ def _csv(cases: Sequence[Case]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program with the options `argv`, by default those of the command line, and returns its exit status."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 150)
     missing = [name for name in args.peers if name not in _installed()]
     if missing:
@@ -402,8 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes = args.shapes or (QUICK if args.quick else SHAPES)
     plans = [(m, s, d) for m in args.methods for s in shapes if m in SHAPES[s].methods for d in args.dtypes]
     if not plans:
-        console.print("None of these shapes is meant for one of these methods.")
-        return 2
+        parser.error("none of these shapes is measured with any of these methods")
     cases: list[Case] = []
     options = {"rounds": args.rounds or (5 if args.quick else 9), "seconds": args.seconds or (2 if args.quick else 6)}
     try:
@@ -415,9 +416,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 progress.advance(task)
     except KeyboardInterrupt:
         console.print(f"Interrupted after {len(cases)} of {len(plans)}.")
-        if not cases:
-            return 130
-    write(args.output, facts, cases)
+    finally:
+        if cases:
+            write(args.output, facts, cases)
     console.print(heading(facts), highlight=False)
     if args.markdown:
         print(markdown(tables(cases)))
@@ -449,9 +450,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE", help=f"some of {', '.join(DTYPES)}")
     names = [*(name for name in LIBRARIES if name != OURS), "torch"]
     add("--peers", nargs="*", choices=names, default=names, metavar="LIBRARY", help=f"some of {', '.join(names)}")
-    add("--rounds", type=int, metavar="N", help="default: 9; with --quick 5")
+    add("--rounds", type=positive, metavar="N", help="default: 9; with --quick 5")
     add("--seconds", type=float, metavar="S", help="per case, after which no other round starts (default: 6; with --quick 2)")
-    add("--output", type=Path, default=Path("results/speed"), metavar="FOLDER", help="default: %(default)s")
+    add("--output", type=folder, default="results/speed", metavar="FOLDER", help="default: %(default)s")
     add("--quick", action="store_true", help=f"the shapes {', '.join(QUICK)} and fewer rounds; under 2 minutes on 2 cores")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     return parser

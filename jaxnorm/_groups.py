@@ -67,19 +67,10 @@ class Groups:
     channel: Split = EACH
 
     def __post_init__(self):
-        if isinstance(self.spatial, list):
-            object.__setattr__(self, "spatial", tuple(self.spatial))
-        spatial = self.spatial if isinstance(self.spatial, tuple) else (self.spatial,)
-        for kind, splits in (("batch", (self.batch,)), ("spatial", spatial), ("channel", (self.channel,))):
-            for split in splits:
-                valid = isinstance(split, Size) or (
-                    isinstance(split, int) and not isinstance(split, bool) and (split == EACH or split > 0)
-                )
-                if not valid:
-                    raise ValueError(
-                        f"Groups({kind}={split!r}): expected a positive number of groups, EACH (one group for every "
-                        "index) or Size(n) (groups of n elements)."
-                    )
+        spatial = tuple(_split("spatial", s) for s in self.spatial) if isinstance(self.spatial, tuple | list) else None
+        object.__setattr__(self, "spatial", _split("spatial", self.spatial) if spatial is None else spatial)
+        for kind in ("batch", "channel"):
+            object.__setattr__(self, kind, _split(kind, getattr(self, kind)))
 
     def shape(self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1) -> Shape:
         """The shape of the statistic for an x of shape `x_shape`.
@@ -116,6 +107,18 @@ class Groups:
         kinds = {batch_axis: ("batch", self.batch), channel_axis: ("channel", self.channel)}
         kinds |= {axis: ("spatial", split) for axis, split in zip(places, spatial, strict=True)}
         return tuple(_count(*kinds[axis], axis, x_shape) for axis in range(len(x_shape)))
+
+
+def _split(kind: str, split: object) -> Split:
+    """A number of groups, EACH or Size, once checked."""
+    if isinstance(split, Size):
+        return split
+    if isinstance(split, SupportsIndex) and not isinstance(split, bool) and (split.__index__() > 0 or split == EACH):
+        return split.__index__()
+    raise ValueError(
+        f"Groups({kind}={split!r}): expected a positive number of groups, EACH (one group for every index) or Size(n) "
+        "(groups of n elements)."
+    )
 
 
 def _count(kind: str, split: Split, axis: int, x_shape: Shape) -> int:

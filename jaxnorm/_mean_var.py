@@ -15,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from jaxnorm._devices import AxisName, all_sum, same_on_all_devices
+from jaxnorm._devices import AxisName, all_sum, same_on_all_devices, varying_like
 from jaxnorm._groups import Shape, block_sum, spread
 from jaxnorm._xla import barrier, by_platform, first_sums, to_channels, to_groups
 
@@ -147,7 +147,7 @@ def _tangent(sets, primals, tangents):
     out = mean_var(sets._replace(kept=True), x, w, c, n)
     if sets.axis_name is not None:
         out = tuple(checkpoint_name(t, SYNCED) for t in out)
-    m, v = out[0] if sets.centered else None, out[-1]
+    m, v = jax.tree.map(lambda t: varying_like(t, x), (out[0] if sets.centered else None, out[-1]))
     # Checkpointed, so that reverse mode keeps x and small arrays instead of what the map computes from them.
     d_out = None
     if not isinstance(dx, SymbolicZero):

@@ -7,11 +7,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jaxnorm._devices import AxisName, DeviceGroups, all_sum, device_count, device_groups_of
 from jaxnorm._groups import Shape, Specification, axes_of, block_sum, channel_resolution, check_mean, elements, resolve, spread
-from jaxnorm._mean_var import Sets, mean_var, statistic_dtype
+from jaxnorm._mean_var import SYNCED, Sets, mean_var, statistic_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -96,6 +97,7 @@ def moments(
         own = tuple(g if k > 1 else 1 for g, k in zip(shape, w.shape, strict=True))
         others = elements(x.shape, tuple(g if k == 1 else n for n, g, k in zip(x.shape, shape, w.shape, strict=True)))
         n = all_sum(block_sum(w, own) * others, axis_name, device_groups)
+        n = n if axis_name is None else checkpoint_name(n, SYNCED)
         n = jnp.broadcast_to(spread_to(n, shape), shape)
     if center is not None:
         center = _as_center(center, sets, x.dtype)

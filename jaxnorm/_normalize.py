@@ -15,7 +15,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._devices import AxisName, DeviceGroups
+from jaxnorm._devices import AxisName, DeviceGroups, varying_like
 from jaxnorm._groups import Shape, Specification, axes_of, check_divides, single_axis
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments, as_weights, inexact, moments
@@ -79,7 +79,9 @@ def normalize(
     axes = axes_of(channel_axis, x.shape)
     g, b = (_placed(t, name, x, batch_axis, axes, channel_axis) for t, name in ((scale, "scale"), (bias, "bias")))
     wide = statistic_dtype(x.dtype)
-    a = lax.rsqrt(var.astype(statistic_dtype(x.dtype, real=True)) + epsilon).astype(wide)
+    mean, var, g, b = jax.tree.map(lambda t: varying_like(t, x), (mean, var, g, b))
+    var = var.astype(statistic_dtype(x.dtype, real=True))
+    a = lax.rsqrt(var + jnp.asarray(epsilon, var.dtype)).astype(wide)
     s, a = by_platform(lambda cpu, s, a: (to_channels(cpu, s, x.shape), to_channels(cpu, a, x.shape)), mean.astype(wide), a)
     if g is not None and np.prod(np.broadcast_shapes(a.shape, g.shape)) < x.size:
         a, g = a * g, None  # one small product instead of a multiplication at full size

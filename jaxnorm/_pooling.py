@@ -61,6 +61,7 @@ def pool(
         >>> pool(halves, (1, 1)).var.tolist()  # the blend of the variances would be 0
         [[1.0]]
     """
+    _check_counted(m, "pool")
     fine = m.mean.shape
     shape, _ = resolve(groups, fine, batch_axis, channel_axis)
     device_groups = device_groups_of(axis_name, axis_index_groups)
@@ -69,8 +70,9 @@ def pool(
         return all_sum(block_sum(t, shape), axis_name, device_groups)
 
     count = total(m.count)
-    mean = _divide(total(times(m.mean, m.count)), count)
-    var = _divide(total(m.count * (m.var + abs2(m.mean - spread(mean, fine)))), count)
+    means, variances = (jnp.where(m.count > 0, t, 0) for t in (m.mean, m.var))  # an empty set may hold anything
+    mean = _divide(total(times(means, m.count)), count)
+    var = _divide(total(m.count * (variances + abs2(means - spread(mean, fine)))), count)
     return Moments(count, mean, var)
 
 
@@ -137,7 +139,16 @@ def blend(parts: Sequence[Moments], weights: Sequence[ArrayLike]) -> Moments:
 
 
 def _stacked(parts: Sequence[Moments], verb: str) -> Moments:
+    for part in parts:
+        _check_counted(part, verb)
     shapes = [part.mean.shape for part in parts]
     if len(set(shapes)) != 1:
         raise ValueError(f"{verb} needs one or more moments of equal shape. Got shapes {shapes}.")
     return jax.tree.map(lambda *ts: jnp.stack(ts), *parts)
+
+
+def _check_counted(m: Moments, verb: str) -> None:
+    if m.count is None:
+        raise ValueError(
+            f"{verb} weighs by count. Got running statistics without one; make them by init_running(shape, counted=True)."
+        )
