@@ -208,17 +208,34 @@ def test_channels_first(method, dtype, api):
 
 
 @dtypes
-@apis
-def test_root_mean_square(dtype, api):
+def test_root_mean_square(dtype):
     x = tensor("vit_b", dtype)
-    if api == "norm":
-        f, parameters = by_norm(methods.rms_norm(), x)
-    else:
-        f, parameters = by_module(linen.RMSNorm(dtype=x.dtype), x)
+    f, parameters = by_norm(methods.rms_norm(), x)
     program = compiled(step(f), parameters, x, x)
     assert temporaries(program) <= TEMPORARIES * nbytes(x) + 8 * vector(x, "token_layer")
     assert dtype == "float32" or stored(program, "f32", x.size) == []
     assert full_size(residuals(f, parameters, x), x.size) == [(x.shape, dtype)]
+
+
+UNBIASED = [("resnet50_stage1", "batch"), ("diffusion_32", "group"), ("vit_b", "token_layer"), ("vit_b", "rms")]
+
+
+@dtypes
+@pytest.mark.parametrize(("name", "method"), UNBIASED)
+def test_without_bias(name, method, dtype):
+    x = tensor(name, dtype)
+    layers = {
+        "batch": lambda: linen.BatchNorm(use_running_average=False, use_bias=False, dtype=x.dtype),
+        "group": lambda: linen.GroupNorm(NUM_GROUPS, use_bias=False, dtype=x.dtype),
+        "token_layer": lambda: linen.LayerNorm(use_bias=False, dtype=x.dtype),
+        "rms": lambda: linen.RMSNorm(dtype=x.dtype),
+    }
+    f, parameters = by_module(layers[method](), x)
+    assert full_size(residuals(f, parameters, x), x.size) == [(x.shape, dtype)]
+    program = compiled(step(f), parameters, x, x)
+    vectors = 8 * vector(x, "token_layer" if method == "rms" else method)
+    assert temporaries(program) <= TEMPORARIES * nbytes(x) + vectors
+    assert dtype == "float32" or stored(program, "f32", x.size) == []
 
 
 @dtypes

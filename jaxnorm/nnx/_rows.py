@@ -19,18 +19,42 @@ from jaxnorm.nnx._call import NONE, Layer, Metadata, ones, promote_dtype, zeros
 class _Row(Layer):
     """Running statistics and call of the layers that are a row of the table; a final class adds which row."""
 
-    def _construct_row(self, options: dict[str, Any]) -> None:
-        self._construct(options)
-        if self.momentum is None or not (row := self._row(self.x_shape)).pools_batch:
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        promote_dtype: PromoteDtypeFn = promote_dtype,
+        unit_offset: bool = False,
+        debias: bool = False,
+        correction: int = 0,
+        batch_axis: int = 0,
+        channel_axis: int = -1,
+        x_shape: Shape | None = None,
+        rngs: nnx.Rngs,
+        bias_metadata: Metadata = NONE,
+        scale_metadata: Metadata = NONE,
+    ):
+        self._construct(locals())
+        if momentum is None or not (row := self._row(x_shape)).pools_batch:
             return
-        x_shape = self.x_shape
         if x_shape is None:
             if row.groups.spatial != 1:
                 raise ValueError(
                     f"running statistics of {row} keep positions apart. Got x_shape=None; expected the shape of an input, "
                     "any number of examples."
                 )
-            x_shape = (1, self.num_features) if self.channel_axis == -1 else (1, self.num_features, 1)
+            x_shape = tuple(num_features if axis == channel_axis % 5 else 1 for axis in range(5))  # any rank gives the same
         self._make_running(self._shapes(x_shape)[0], self.debias)
 
     def _row(self, x_shape: Shape | None) -> Method:
@@ -109,34 +133,9 @@ class Norm(_Row):
         ((2, 8, 8, 16), (4,))
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        method: Method | Groups,
-        *,
-        use_running_average: bool | None = False,
-        momentum: float | None = 0.99,
-        epsilon: float = 1e-5,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = zeros,
-        scale_init: Initializer = ones,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
-        promote_dtype: PromoteDtypeFn = promote_dtype,
-        unit_offset: bool = False,
-        debias: bool = False,
-        correction: int = 0,
-        batch_axis: int = 0,
-        channel_axis: int = -1,
-        x_shape: Shape | None = None,
-        rngs: nnx.Rngs,
-        bias_metadata: Metadata = NONE,
-        scale_metadata: Metadata = NONE,
-    ):
-        self._construct_row(locals())
+    def __init__(self, num_features: int, method: Method | Groups, **options: Any):
+        self.method = method
+        super().__init__(num_features, **options)
 
     def _row(self, x_shape: Shape | None) -> Method:
         return self.method if isinstance(self.method, Method) else Method(self.method)
@@ -169,35 +168,9 @@ class GhostBatchNorm(_Row):
         arXiv:1705.08741.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        num_ghosts: int | None = None,
-        ghost_size: int | None = None,
-        *,
-        use_running_average: bool | None = False,
-        momentum: float | None = 0.99,
-        epsilon: float = 1e-5,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = zeros,
-        scale_init: Initializer = ones,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
-        promote_dtype: PromoteDtypeFn = promote_dtype,
-        unit_offset: bool = False,
-        debias: bool = False,
-        correction: int = 0,
-        batch_axis: int = 0,
-        channel_axis: int = -1,
-        x_shape: Shape | None = None,
-        rngs: nnx.Rngs,
-        bias_metadata: Metadata = NONE,
-        scale_metadata: Metadata = NONE,
-    ):
-        self._construct_row(locals())
+    def __init__(self, num_features: int, num_ghosts: int | None = None, ghost_size: int | None = None, **options: Any):
+        self.num_ghosts, self.ghost_size = num_ghosts, ghost_size
+        super().__init__(num_features, **options)
 
     def _row(self, x_shape: Shape | None) -> Method:
         return methods.ghost_batch_norm(self.num_ghosts, ghost_size=self.ghost_size)
@@ -228,34 +201,9 @@ class BatchGroupNorm(_Row):
         Batch Group Normalization, 2020, arXiv:2012.02782; see `methods.batch_group_norm`.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        num_groups: int,
-        *,
-        use_running_average: bool | None = False,
-        momentum: float | None = 0.99,
-        epsilon: float = 1e-5,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = zeros,
-        scale_init: Initializer = ones,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
-        promote_dtype: PromoteDtypeFn = promote_dtype,
-        unit_offset: bool = False,
-        debias: bool = False,
-        correction: int = 0,
-        batch_axis: int = 0,
-        channel_axis: int = -1,
-        x_shape: Shape | None = None,
-        rngs: nnx.Rngs,
-        bias_metadata: Metadata = NONE,
-        scale_metadata: Metadata = NONE,
-    ):
-        self._construct_row(locals())
+    def __init__(self, num_features: int, num_groups: int, **options: Any):
+        self.num_groups = num_groups
+        super().__init__(num_features, **options)
 
     def _row(self, x_shape: Shape | None) -> Method:
         if self.batch_axis != 0:
@@ -287,33 +235,9 @@ class PositionalNorm(_Row):
         Positional Normalization, 2019, arXiv:1907.04312.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        use_running_average: bool | None = False,
-        momentum: float | None = 0.99,
-        epsilon: float = 1e-5,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        use_bias: bool = False,
-        use_scale: bool = False,
-        bias_init: Initializer = zeros,
-        scale_init: Initializer = ones,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
-        promote_dtype: PromoteDtypeFn = promote_dtype,
-        unit_offset: bool = False,
-        debias: bool = False,
-        correction: int = 0,
-        batch_axis: int = 0,
-        channel_axis: int = -1,
-        x_shape: Shape | None = None,
-        rngs: nnx.Rngs,
-        bias_metadata: Metadata = NONE,
-        scale_metadata: Metadata = NONE,
-    ):
-        self._construct_row(locals())
+    def __init__(self, num_features: int, **options: Any):
+        defaults: dict[str, Any] = {"use_scale": False, "use_bias": False}
+        super().__init__(num_features, **(defaults | options))
 
     def _row(self, x_shape: Shape | None) -> Method:
         return methods.positional_norm()
