@@ -277,10 +277,11 @@ def spread(v: jax.Array, shape: Shape) -> jax.Array:
 
 
 def channel_resolution(shape: Shape, groups: Shape, channel_axes: Shape) -> Shape:
-    """Shape of the first, full-size sums: `groups` with the channels whole.
+    """Shape of the first, full-size sums: `groups` with the channels, and every axis that is split, whole.
 
-    Grouping channels at full size would make the smallest stride of the array two axes, which no backend reduces well;
-    summing the channels of a group afterwards costs nothing. Where channels are all that is summed there is one stage.
+    Splitting an axis at full size makes two of it, which XLA reduces several times slower; summing the indices of a group
+    afterwards costs nothing. Where these axes are all that is summed there is one stage.
     """
-    whole = tuple(n if i in channel_axes else g for i, (n, g) in enumerate(zip(shape, groups, strict=True)))
+    sizes = enumerate(zip(shape, groups, strict=True))
+    whole = tuple(n if i in channel_axes or 1 < g < n else g for i, (n, g) in sizes)
     return groups if whole == shape else whole
