@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxnorm._devices import AxisName, all_sum, same_on_all_devices, varying_like
 from jaxnorm._groups import Shape, block_sum, elements, spread
-from jaxnorm._xla import barrier, by_platform, first_sums, to_channels, to_groups
+from jaxnorm._xla import all_true, barrier, by_platform, first_sums, to_channels, to_groups
 
 CANCELLATION = 16.0
 """Sums about c cost the variance at most one digit while (mean - c)^2 <= 16 var; beyond, they are taken again
@@ -58,11 +58,17 @@ def _counted(x: jax.Array, w: jax.Array | None, s: jax.Array | None = None) -> j
     """x - s in the statistics' dtype, and 0 where the weight is: what does not count may be NaN."""
     x = x.astype(statistic_dtype(x.dtype))
     d = x if s is None else x - s
-    return d if w is None else jnp.where(w != 0, d, 0)
+    return d if w is None else jnp.where(counts(w), d, 0)
+
+
+def counts(w: jax.Array) -> jax.Array:
+    """Where the weight is not 0."""
+    return w if w.dtype == bool else w != 0
 
 
 def _weighed(t: jax.Array, w: jax.Array | None) -> jax.Array:
-    return t if w is None else times(t, w)
+    """w t, for t that is 0 where w is: a boolean mask has done its part."""
+    return t if w is None or w.dtype == bool else times(t, w)
 
 
 def times(t: jax.Array, real: jax.Array) -> jax.Array:
@@ -112,7 +118,7 @@ def _statistics(
         return m, again(m)
     v = jnp.maximum(over(square, n) - abs2(e), 0)
     exact = (abs2(e) <= CANCELLATION * v) & jnp.isfinite(v)  # also false where squares overflow
-    return m, lax.cond(jnp.all(exact), lambda m: v, again, m)
+    return m, lax.cond(all_true(exact), lambda m: v, again, m)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -96,7 +96,7 @@ def moments(
         w = as_weights(weights, x)
         own = tuple(g if k > 1 else 1 for g, k in zip(shape, w.shape, strict=True))
         others = elements(x.shape, tuple(g if k == 1 else n for n, g, k in zip(x.shape, shape, w.shape, strict=True)))
-        n = all_sum(block_sum(w, own) * others, axis_name, device_groups)
+        n = all_sum(block_sum(w.astype(real), own) * others, axis_name, device_groups)
         n = n if axis_name is None else checkpoint_name(n, SYNCED)
         n = jnp.broadcast_to(spread_to(n, shape), shape)
     if center is not None:
@@ -127,7 +127,7 @@ def inexact(x: ArrayLike) -> jax.Array:
 
 
 def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
-    """Weights as a real array of x's rank that broadcasts against x."""
+    """Weights as a boolean or real array of x's rank that broadcasts against x."""
     w = jnp.asarray(weights)
     if jnp.iscomplexobj(w):
         raise TypeError(f"weights must be boolean or real. Got {w.dtype}; expected for example a boolean mask.")
@@ -137,7 +137,8 @@ def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
             f"weights of shape {w.shape} do not broadcast against x of shape {x.shape}. Expected sizes of 1 or x's own, "
             f"aligned at the last axis: one weight an example is (N{', 1' * (x.ndim - 1)}) when the batch is axis 0."
         )
-    return w.reshape((1,) * (x.ndim - w.ndim) + w.shape).astype(statistic_dtype(x.dtype, real=True))
+    w = w.reshape((1,) * (x.ndim - w.ndim) + w.shape)
+    return w if w.dtype == bool else w.astype(statistic_dtype(x.dtype, real=True))
 
 
 def spread_to(v: jax.Array, shape: Shape) -> jax.Array:

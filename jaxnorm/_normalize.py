@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._devices import AxisName, DeviceGroups, varying_like
 from jaxnorm._groups import Shape, Specification, axes_of, check_divides, single_axis
-from jaxnorm._mean_var import statistic_dtype
+from jaxnorm._mean_var import counts, statistic_dtype
 from jaxnorm._moments import Moments, as_weights, inexact, moments
 from jaxnorm._xla import barrier, by_first_sums, by_platform, to_channels
 
@@ -129,7 +129,7 @@ def _placed(
 
 def _seen(t: jax.Array, x: jax.Array, w: jax.Array | None) -> jax.Array:
     """t, and 0 where x does not count and is not finite."""
-    return t if w is None else jnp.where((w != 0) | jnp.isfinite(x), t, 0)
+    return t if w is None else jnp.where(counts(w) | jnp.isfinite(x), t, 0)
 
 
 def _shifted(x: jax.Array, w: jax.Array | None, s: jax.Array) -> jax.Array:
@@ -183,6 +183,7 @@ def _affine_tangent(dtype, cpu, tangents, x, w, s, a, g):
         "db": lambda t, x, s, a, g: t,
     }
     terms = []
+    x, s, a, g = tie((x, s, a, g))
     for name in [name for name in passes if name in tangents]:
         t = tangents.pop(name)
         term = passes[name](t if name == "dx" else by_first_sums(cpu, t, x.shape), x, s, a, g)

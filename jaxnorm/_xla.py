@@ -39,6 +39,20 @@ def _transpose(cts: list[Any], *ts: Any) -> list[Any]:
 ad.primitive_transposes[_barrier] = _transpose
 
 
+# jnp.all over the axes of vmap as well, so that a lax.cond on it stays one: with a predicate for each mapped instance it
+# would become a select, and both branches would run (H200: 4.1 instead of 3.0 times the tensor moved forward).
+_all = Primitive("jaxnorm_all")
+_all.def_impl(jnp.all)
+_all.def_abstract_eval(lambda t: jax.core.ShapedArray((), jnp.bool_))
+mlir.register_lowering(_all, mlir.lower_fun(jnp.all, multiple_results=False))
+batching.primitive_batchers[_all] = lambda ts, dims: (_all.bind(*ts), None)
+
+
+def all_true(t: jax.Array) -> jax.Array:
+    """Whether t is true everywhere, in every instance of an enclosing vmap."""
+    return _all.bind(t)
+
+
 def barrier(tree: Any) -> Any:
     """The leaves of `tree`, each computed before anything that uses one of the results."""
     leaves, treedef = jax.tree.flatten(tree)

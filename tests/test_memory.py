@@ -221,7 +221,6 @@ def test_root_mean_square(dtype):
 UNBIASED = [("resnet50_stage1", "batch"), ("diffusion_32", "group"), ("vit_b", "token_layer"), ("vit_b", "rms")]
 
 
-@pytest.mark.xfail(strict=True, reason="XLA shares x - mean of the two passes, and stores it in float32")
 @dtypes
 @pytest.mark.parametrize(("name", "method"), UNBIASED)
 def test_without_bias(name, method, dtype):
@@ -291,11 +290,8 @@ MAPPED = [("resnet50_stage3", "batch"), ("diffusion_32", "group"), ("detector_p3
 
 @programs
 @pytest.mark.parametrize(("name", "method"), MAPPED)
-def test_vmap_of_grad(request, name, method, dtype, api):
+def test_vmap_of_grad(name, method, dtype, api):
     """A gradient for each of three micro-batches. Rows of channels may store an array in x's own dtype."""
-    if dtype == "bfloat16":
-        reason = "vmap makes a select of the second look, which shares a float32 copy of x"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     x = tensor(name, dtype)
     f, parameters = by(api, method, x)
     many = jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
