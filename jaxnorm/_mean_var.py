@@ -105,8 +105,8 @@ def _statistics(
         # Rows of channels stay on a GPU's chip from here to the end of what uses the statistics, in one kernel: 2 times the
         # tensor are moved. A statistic that is kept as well would break that kernel in two, 4.1 times; one pass then takes 3.
         m = over(all_sum(block_sum(_weighed(_counted(x, w), w), sets.shape), sets.axis_name, sets.device_groups), n)
-        x, c = barrier((x, m)) if cpu else (x, m)
-        square = block_sum(_weighed(abs2(_counted(x, w, spread(c, x.shape))), w), sets.shape)
+        alias, shift = barrier((x, m)) if cpu else (x, m)
+        square = block_sum(_weighed(abs2(_counted(alias, w, spread(shift, x.shape))), w), sets.shape)
         return m, over(all_sum(square, sets.axis_name, sets.device_groups), n)
     shift = None if c is None else to_channels(cpu, c, x.shape)
     first = block_sum(_weighed(_counted(x, w, shift), w), first_sums(cpu, x.shape, sets.channels))

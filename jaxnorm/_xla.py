@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import core, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -43,7 +43,7 @@ ad.primitive_transposes[_barrier] = _transpose
 # would become a select, and both branches would run (H200: 4.1 instead of 3.0 times the tensor moved forward).
 _all = Primitive("jaxnorm_all")
 _all.def_impl(jnp.all)
-_all.def_abstract_eval(lambda t: jax.core.ShapedArray((), jnp.bool_))
+_all.def_abstract_eval(lambda t: core.ShapedArray((), jnp.bool_))
 mlir.register_lowering(_all, mlir.lower_fun(jnp.all, multiple_results=False))
 batching.primitive_batchers[_all] = lambda ts, dims: (_all.bind(*ts), None)
 
