@@ -18,7 +18,7 @@ DeviceGroups = Sequence[Sequence[int]] | None
 
 def names_of(axis_name: AxisName) -> tuple[Hashable, ...]:
     """The named axes, as a tuple."""
-    return () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    return () if axis_name is None else tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
 
 
 def device_groups_of(axis_name: AxisName, groups: DeviceGroups) -> tuple[tuple[int, ...], ...] | None:

@@ -34,8 +34,9 @@ class Size:
     n: int
 
     def __post_init__(self):
-        if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:
+        if not isinstance(self.n, SupportsIndex) or isinstance(self.n, bool) or self.n.__index__() < 1:
             raise ValueError(f"Size(n) is a number of elements. Got {self.n!r}; expected an integer of at least 1.")
+        object.__setattr__(self, "n", self.n.__index__())
 
 
 Split = int | Size
@@ -142,6 +143,8 @@ def _count(kind: str, split: Split, axis: int, x_shape: Shape) -> int:
         if len(divisors) > 12:
             divisors = divisors[:11] + ["..", divisors[-1]]
         message += f"Got x of shape {x_shape} and {kind}={split}; expected a divisor of {n}: {', '.join(divisors)}."
+        if kind == "channel" and k > n:
+            message += " For batch group norm with more groups than channels pass x_shape to batch_group_norm."
     raise ValueError(message)
 
 
@@ -196,8 +199,8 @@ def single_axis(axis: SupportsIndex, shape: Sequence[int]) -> int:
     index = axis.__index__() if hasattr(axis, "__index__") and not isinstance(axis, bool) else None
     if index is None or not -len(shape) <= index < len(shape):
         raise ValueError(
-            f"axis {axis!r} is not an axis of x. Got x of shape {tuple(shape)}; expected an integer "
-            f"from {-len(shape)} to {len(shape) - 1}."
+            f"axis {axis!r} is not an axis of x. Got x of shape {tuple(shape)}; expected "
+            + (f"an integer from {-len(shape)} to {len(shape) - 1}." if shape else "x to have axes.")
         )
     return index % len(shape)
 
@@ -227,6 +230,8 @@ def resolve(
             f"groups is a Groups, a Method or the statistic's shape. Got {groups!r}; expected for example "
             "Groups(batch=EACH, spatial=1, channel=32), methods.group_norm(32) or (64, 1, 1, 32)."
         )
+    if not all(isinstance(g, SupportsIndex) for g in groups):
+        raise TypeError(f"a statistic's shape is made of integers. Got {tuple(groups)}; expected for example (64, 1, 1, 32).")
     shape = tuple(groups)
     check_divides(shape, x_shape, "groups")
     return shape, None
@@ -268,7 +273,7 @@ def block_sum(t: jax.Array, groups: Shape) -> jax.Array:
 
 def spread(v: jax.Array, shape: Shape) -> jax.Array:
     """Each group's value repeated for its indices; axes of size 1 stay and broadcast against `shape`."""
-    shape = tuple(n if g > 1 else g for n, g in zip(shape, v.shape, strict=True))
+    shape = tuple(g if g == 1 else n for n, g in zip(shape, v.shape, strict=True))
     if v.shape == shape:
         return v
     dims, rests = _cut(shape, v.shape)
@@ -283,5 +288,5 @@ def channel_resolution(shape: Shape, groups: Shape, channel_axes: Shape) -> Shap
     afterwards costs nothing. Where these axes are all that is summed there is one stage.
     """
     sizes = enumerate(zip(shape, groups, strict=True))
-    whole = tuple(n if i in channel_axes or 1 < g < n else g for i, (n, g) in sizes)
+    whole = tuple(n if i in channel_axes or g != 1 else 1 for i, (n, g) in sizes)
     return groups if whole == shape else whole

@@ -87,7 +87,7 @@ def number_of_groups(channels: int, num_groups: int | None, group_size: int | No
             )
         return channels // group_size
     assert num_groups is not None
-    if not isinstance(num_groups, int) or num_groups <= 0 or channels % num_groups != 0:
+    if num_groups <= 0 or channels % num_groups != 0:
         raise ValueError(
             f"Number of groups ({num_groups}) does not divide the number of channels ({channels}). Expected one of its "
             "divisors; the default of 32 needs a multiple of 32 channels."
@@ -159,7 +159,7 @@ def apply(
                 mean=mean,
                 center=center,
                 axis_name=axis_name,
-                axis_index_groups=axis_index_groups,
+                axis_index_groups=None if axis_name is None else axis_index_groups,  # as Flax
                 batch_axis=batch_axis,
                 channel_axis=channel_axis,
             )

@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxnorm._devices import AxisName, all_sum, same_on_all_devices, varying_like
 from jaxnorm._groups import Shape, block_sum, elements, spread
-from jaxnorm._xla import all_true, barrier, by_platform, first_sums, to_channels, to_groups
+from jaxnorm._xla import all_true, barrier, by_platform, first_sums, kept_small, to_channels, to_groups
 
 CANCELLATION = 16.0
 """Sums about c cost the variance at most one digit while (mean - c)^2 <= 16 var; beyond, they are taken again
@@ -95,11 +95,18 @@ def _statistics(
 ) -> tuple[jax.Array, ...]:
     """Mean (unless it is fixed) and variance: sums about c, and again about the mean where cancellation would show."""
 
-    def again(m: jax.Array | None) -> jax.Array:
-        return over(_totals(sets, False, [_square_sum(sets, cpu, x, w, m)])[0], n)
+    def about(c: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        shift = None if c is None else to_channels(cpu, c, x.shape)
+        first = block_sum(_weighed(_counted(x, w, shift), w), first_sums(cpu, x.shape, sets.channels))
+        alias = barrier((x, c)) if cpu else (x, c)
+        total, square = _totals(sets, False, [first, _square_sum(sets, cpu, alias[0], w, alias[1])])
+        e = over(total, n)
+        v = jnp.maximum(over(square, n) - abs2(e), 0)
+        exact = (abs2(e) <= CANCELLATION * v) & jnp.isfinite(v)  # also false where squares overflow
+        return e if c is None else c + e, v, exact
 
     if not sets.centered:
-        return (again(None),)
+        return (over(_totals(sets, False, [_square_sum(sets, cpu, x, w, None)])[0], n),)
     rows = sets.shape == sets.channels and sets.shape[-1] < x.shape[-1]
     if rows and not sets.kept and (not cpu or elements(x.shape, sets.shape) <= SHORT_ROW):
         # Rows of channels stay on a GPU's chip from here to the end of what uses the statistics, in one kernel: 2 times the
@@ -108,20 +115,14 @@ def _statistics(
         alias, shift = barrier((x, m)) if cpu else (x, m)
         square = block_sum(_weighed(abs2(_counted(alias, w, spread(shift, x.shape))), w), sets.shape)
         return m, over(all_sum(square, sets.axis_name, sets.device_groups), n)
-    shift = None if c is None else to_channels(cpu, c, x.shape)
-    first = block_sum(_weighed(_counted(x, w, shift), w), first_sums(cpu, x.shape, sets.channels))
-    alias = barrier((x, c)) if cpu else (x, c)
-    total, square = _totals(sets, False, [first, _square_sum(sets, cpu, alias[0], w, alias[1])])
-    e = over(total, n)
-    m = e if c is None else c + e
+    m, v, exact = about(c)
     if sets.axis_name is not None and not same_on_all_devices(sets.axis_name, sets.device_groups):
-        return m, again(m)
-    v = jnp.maximum(over(square, n) - abs2(e), 0)
-    exact = (abs2(e) <= CANCELLATION * v) & jnp.isfinite(v)  # also false where squares overflow
-    return m, lax.cond(all_true(exact), lambda m: v, again, m)
+        return about(m)[:2]
+    return lax.cond(all_true(exact), lambda m: (m, v), lambda m: about(m)[:2], m)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.jit, static_argnums=0)
 def mean_var(sets: Sets, x: jax.Array, w: jax.Array | None, c: jax.Array | None, n: jax.Array) -> tuple[jax.Array, ...]:
     """Mean (unless it is fixed) and variance. The result does not depend on c, which therefore has no derivative; that along
     n is part of that along w."""
@@ -143,6 +144,10 @@ def _along_dx(sets, cpu, dx, x, w, m, n):
     return tuple(over(s, n) for s in (*sums[:-1], 2 * sums[-1]))
 
 
+def _along_dx_by_platform(sets, *args):
+    return by_platform(partial(_along_dx, sets), *args)
+
+
 def _along_dw(sets, dw, x, w, m, v, n):
     """Derivative along the weights: dmean = sum dw (x - mean) / n and dvar = sum dw (|x - mean|^2 - var) / n."""
     finite = jnp.isfinite(x)
@@ -160,12 +165,11 @@ def _tangent(sets, primals, tangents):
     if sets.axis_name is not None:
         out = tuple(checkpoint_name(t, SYNCED) for t in out)
     m, v = jax.tree.map(lambda t: varying_like(t, x), (out[0] if sets.centered else None, out[-1]))
-    # Checkpointed, so that reverse mode keeps x and small arrays instead of what the map computes from them.
     d_out = None
     if not isinstance(dx, SymbolicZero):
-        d_out = jax.checkpoint(partial(by_platform, partial(_along_dx, sets)), prevent_cse=False)(dx, x, w, m, n)
+        d_out = kept_small(_along_dx_by_platform, sets, dx, x, w, m, n)
     if w is not None and not isinstance(dw, SymbolicZero):
-        of_dw = jax.checkpoint(partial(_along_dw, sets), prevent_cse=False)(dw, x, w, m, v, n)
+        of_dw = kept_small(_along_dw, sets, dw, x, w, m, v, n)
         d_out = of_dw if d_out is None else tuple(a + b for a, b in zip(d_out, of_dw, strict=True))
     return out, tuple(jnp.zeros_like(t) for t in out) if d_out is None else d_out
 

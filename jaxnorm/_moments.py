@@ -10,7 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxnorm._devices import AxisName, DeviceGroups, all_sum, device_count, device_groups_of
+from jaxnorm._devices import AxisName, DeviceGroups, all_sum, device_count, device_groups_of, names_of
 from jaxnorm._groups import Shape, Specification, axes_of, block_sum, channel_resolution, check_mean, elements, resolve, spread
 from jaxnorm._mean_var import SYNCED, Sets, mean_var, statistic_dtype
 
@@ -58,7 +58,7 @@ def moments(
     Args:
         x: floating or complex array of rank 2 or more.
         groups: which elements form a set: `Groups`, `Method` or the statistic's shape.
-        weights: how much each element counts; anything that broadcasts against x. Booleans are a mask.
+        weights: how much each element counts, 0 or more; anything that broadcasts against x. Booleans are a mask.
         mean: 0 fixes the mean at zero, so that var is the mean square. None takes the set's mean.
         center: a value near the mean, of the statistic's shape, about which sums are taken (a running mean). It never
             changes the result, only its rounding, and spares a second read of x where the mean is large.
@@ -73,6 +73,7 @@ def moments(
     Raises:
         TypeError: x is not floating or complex.
         ValueError: axes that do not split, weights that do not broadcast, unequal device groups.
+        NameError: no axis of that name encloses the call.
 
     Example:
         >>> import jax.numpy as jnp
@@ -87,6 +88,7 @@ def moments(
     centered = fixed is None and mean is None
     device_groups = device_groups_of(axis_name, axis_index_groups)
     channels = channel_resolution(x.shape, shape, axes_of(channel_axis, x.shape))
+    axis_name = names_of(axis_name) or None
     sets = Sets(shape, channels, centered, False, axis_name, device_groups)
     real = statistic_dtype(x.dtype, real=True)
     per_set = elements(x.shape, shape)
@@ -94,7 +96,7 @@ def moments(
         w, n = None, jnp.full(shape, per_set * device_count(axis_name, device_groups), real)
     else:
         w = as_weights(weights, x)
-        own = tuple(g if k > 1 else 1 for g, k in zip(shape, w.shape, strict=True))
+        own = tuple(1 if k == 1 else g for g, k in zip(shape, w.shape, strict=True))
         others = elements(x.shape, tuple(g if k == 1 else n for n, g, k in zip(x.shape, shape, w.shape, strict=True)))
         n = all_sum(block_sum(w.astype(real), own) * others, axis_name, device_groups)
         n = n if axis_name is None else checkpoint_name(n, SYNCED)
@@ -115,7 +117,7 @@ def as_array(x: ArrayLike) -> jax.Array:
 
 
 def inexact(x: ArrayLike) -> jax.Array:
-    """x as a floating or complex array of rank 2 or more."""
+    """x as a floating or complex array."""
     x = as_array(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
@@ -143,7 +145,7 @@ def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
 
 def spread_to(v: jax.Array, shape: Shape) -> jax.Array:
     """`v`, whose sizes divide or are 1, spread over the groups that it shares."""
-    return spread(v, tuple(n if g > 1 else 1 for n, g in zip(shape, v.shape, strict=True)))
+    return spread(v, tuple(1 if g == 1 else n for n, g in zip(shape, v.shape, strict=True)))
 
 
 def _as_center(center: ArrayLike, sets: Sets, dtype: jnp.dtype) -> jax.Array:

@@ -10,7 +10,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
@@ -19,7 +18,7 @@ from jaxnorm._devices import AxisName, DeviceGroups, varying_like
 from jaxnorm._groups import Shape, Specification, axes_of, check_divides, single_axis
 from jaxnorm._mean_var import counts, statistic_dtype
 from jaxnorm._moments import Moments, as_weights, inexact, moments
-from jaxnorm._xla import barrier, by_first_sums, by_platform, to_channels
+from jaxnorm._xla import barrier, by_first_sums, by_platform, kept_small, to_channels
 
 
 def normalize(
@@ -82,14 +81,20 @@ def normalize(
     mean, var, g, b = jax.tree.map(lambda t: varying_like(t, x), (mean, var, g, b))
     var = var.astype(statistic_dtype(x.dtype, real=True))
     a = lax.rsqrt(var + jnp.asarray(epsilon, var.dtype)).astype(wide)
-    s, a = by_platform(lambda cpu, s, a: (to_channels(cpu, s, x.shape), to_channels(cpu, a, x.shape)), mean.astype(wide), a)
-    if g is not None and np.prod(np.broadcast_shapes(a.shape, g.shape)) < x.size:
+    s, a = _to_elements(x.shape, mean.astype(wide), a)
+    if g is not None and any(p == q == 1 != n for p, q, n in zip(a.shape, g.shape, x.shape, strict=True)):
         a, g = a * g, None  # one small product instead of a multiplication at full size
     w = None if weights is None else as_weights(weights, x)
     out = jnp.dtype(x.dtype if dtype is None else dtype)
     if activation is None:
         return _affine(out, False, x, w, s, a, g, b)
     return jax.checkpoint(lambda *args: activation(_affine(out, False, *args)), prevent_cse=False)(x, w, s, a, g, b)
+
+
+@partial(jax.jit, static_argnums=0)
+def _to_elements(shape: Shape, *statistics: jax.Array) -> list[jax.Array]:
+    """Each statistic spread over the groups of every axis that is split."""
+    return by_platform(lambda cpu, *ts: [to_channels(cpu, t, shape) for t in ts], *statistics)
 
 
 def _check_holds(mean: jax.Array, x: jax.Array, dtype: DTypeLike | None) -> None:
@@ -108,7 +113,7 @@ def _placed(
     t = jnp.asarray(t)
     batch = single_axis(batch_axis, x.shape)
     features = tuple(x.shape[i] for i in axes)
-    per_example = (x.shape[batch], *features)
+    per_example = features if batch in axes else (x.shape[batch], *features)
     if t.shape not in (features, per_example):
         message = f"{name} has shape {t.shape}, but axis {channel_axis} of x, shape {x.shape}, has size "
         message += f"{features[0] if len(features) == 1 else features}. Expected {features}, or {per_example} per example."
@@ -121,7 +126,7 @@ def _placed(
     if jnp.iscomplexobj(t) and not jnp.iscomplexobj(x):
         raise TypeError(f"{name} is complex ({t.dtype}) and x is {x.dtype}. Expected both real, or x complex.")
     t = t.astype(statistic_dtype(x.dtype))
-    if t.shape == per_example and len(per_example) != len(features):
+    if t.shape != features:
         examples = jnp.moveaxis(t.reshape(per_example[:1] + features), 0, sum(i < batch for i in axes))
         return examples.reshape([n if i in (*axes, batch) else 1 for i, n in enumerate(x.shape)])
     return t.reshape([n if i in axes else 1 for i, n in enumerate(x.shape)])
@@ -137,6 +142,7 @@ def _shifted(x: jax.Array, w: jax.Array | None, s: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1))
 def _affine(
     dtype: jnp.dtype,
     kept: bool,
@@ -194,6 +200,10 @@ def _affine_tangent(dtype, cpu, tangents, x, w, s, a, g):
     return jnp.broadcast_to(sum(terms[1:], terms[0]), x.shape).astype(dtype)
 
 
+def _affine_tangent_by_platform(dtype, *args):
+    return by_platform(partial(_affine_tangent, dtype), *args)
+
+
 def _tangent(dtype, kept, primals, tangents):
     x, w, s, a, g, b = primals
     dx, _, *small = tangents
@@ -201,7 +211,7 @@ def _tangent(dtype, kept, primals, tangents):
     live = tuple(None if t is None or isinstance(t, SymbolicZero) else t for t in (dx, *small))
     if all(t is None for t in live):
         return y, jnp.zeros_like(y)
-    return y, jax.checkpoint(partial(by_platform, partial(_affine_tangent, dtype)), prevent_cse=False)(live, x, w, s, a, g)
+    return y, kept_small(_affine_tangent_by_platform, dtype, live, x, w, s, a, g)
 
 
 _affine.defjvp(_tangent, symbolic_zeros=True)

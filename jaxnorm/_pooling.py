@@ -95,7 +95,10 @@ def merge(*parts: Moments) -> Moments:
         >>> merge(moments(x[:1], (1, 2)), moments(x[1:], (1, 2))).mean.tolist() == x.mean(0, keepdims=True).tolist()
         True
     """
-    stacked = _stacked(parts, "merge")
+    for part in parts:
+        _check_counted(part, "merge")
+    _check_shapes(parts, "merge")
+    stacked = jax.tree.map(lambda *ts: jnp.stack(ts), *parts)
     pooled = pool(stacked, (1, *parts[0].mean.shape))
     return jax.tree.map(lambda t: t[0], pooled)
 
@@ -114,7 +117,7 @@ def blend(parts: Sequence[Moments], weights: Sequence[ArrayLike]) -> Moments:
             so they should add up to 1.
 
     Returns:
-        `Moments` of that shape; counts add.
+        `Moments` of that shape; counts add, where all parts have one.
 
     Raises:
         ValueError: no parts, parts of different shapes, or another number of weights.
@@ -128,23 +131,25 @@ def blend(parts: Sequence[Moments], weights: Sequence[ArrayLike]) -> Moments:
     parts = list(parts)
     if len(parts) != len(weights):
         raise ValueError(f"blend needs one weight for each part. Got {len(parts)} parts and {len(weights)} weights.")
-    stacked = _stacked(parts, "blend")
+    _check_shapes(parts, "blend")
 
     def average(name: str) -> jax.Array:
         values = [getattr(part, name) for part in parts]
-        terms = [jnp.asarray(w).astype(t.dtype) * t for w, t in zip(weights, values, strict=True)]
-        return functools.reduce(operator.add, terms)
+        return _sum([jnp.asarray(w).astype(t.dtype) * t for w, t in zip(weights, values, strict=True)])
 
-    return Moments(stacked.count.sum(0), average("mean"), average("var"))
+    counts = [part.count for part in parts]
+    count = None if any(n is None for n in counts) else _sum(counts)
+    return Moments(count, average("mean"), average("var"))  # type: ignore[arg-type]  # running statistics may have no count
 
 
-def _stacked(parts: Sequence[Moments], verb: str) -> Moments:
-    for part in parts:
-        _check_counted(part, verb)
+def _sum(terms: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, terms)
+
+
+def _check_shapes(parts: Sequence[Moments], verb: str) -> None:
     shapes = [part.mean.shape for part in parts]
     if len(set(shapes)) != 1:
         raise ValueError(f"{verb} needs one or more moments of equal shape. Got shapes {shapes}.")
-    return jax.tree.map(lambda *ts: jnp.stack(ts), *parts)
 
 
 def _check_counted(m: Moments, verb: str) -> None:

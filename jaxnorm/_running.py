@@ -14,6 +14,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._groups import Groups, Method, Shape, single_axis
+from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments
 from jaxnorm._pooling import merge, pool
 
@@ -41,6 +42,8 @@ def running_shape(
         ((256,), (1, 1, 1, 256))
     """
     groups = groups.groups if isinstance(groups, Method) else groups
+    if not isinstance(groups, Groups):
+        raise TypeError(f"running statistics belong to a Groups or a Method. Got {groups!r}.")
     statistic = dataclasses.replace(groups, batch=1).shape(x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
     batch, channel = single_axis(batch_axis, x_shape), single_axis(channel_axis, x_shape)
     state = tuple(g for i, g in enumerate(statistic) if i == channel or (i != batch and g != 1))
@@ -63,8 +66,10 @@ def init_running(shape: Shape, *, dtype: DTypeLike = jnp.float32, counted: bool 
         >>> init_running((3,)).var.tolist()
         [1.0, 1.0, 1.0]
     """
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"running statistics are floating or complex. Got dtype {jnp.dtype(dtype).name}; expected float32.")
     real = jnp.finfo(dtype).dtype
-    count = jnp.zeros(shape, real) if counted else None
+    count = jnp.zeros(shape, statistic_dtype(real)) if counted else None
     return Moments(count, jnp.zeros(shape, dtype), jnp.ones(shape, real))  # type: ignore[arg-type]  # count is optional here
 
 
@@ -143,7 +148,7 @@ def update_running(
     """
     m = _as_state(m, state, batch_axis)
     usable = (m.count > 0) & jnp.isfinite(m.mean) & jnp.isfinite(m.var)
-    momentum = jnp.asarray(momentum, state.var.dtype)
+    momentum = jnp.asarray(momentum, statistic_dtype(state.var.dtype))
     count, rate = state.count, 1 - momentum
     if count is not None:
         count = jnp.where(usable, momentum * count + (1 - momentum), count)
@@ -152,8 +157,9 @@ def update_running(
     var = m.var * n / jnp.maximum(n - correction, 1) if correction else m.var
 
     def step(old: jax.Array, new: jax.Array) -> jax.Array:
-        average = (1 - rate).astype(old.dtype) * old + rate.astype(old.dtype) * new.astype(old.dtype)
-        return jnp.where(usable, average, old)
+        wide = statistic_dtype(old.dtype)
+        average = (1 - rate).astype(wide) * old.astype(wide) + rate.astype(wide) * new.astype(wide)
+        return jnp.where(usable, average.astype(old.dtype), old)
 
     return Moments(count, step(state.mean, m.mean), step(state.var, var))  # type: ignore[arg-type]
 
@@ -194,6 +200,8 @@ def update_cumulative(state: Moments, m: Moments, *, batch_axis: int = 0) -> Mom
 
 def _as_state(m: Moments, state: Moments, batch_axis: int) -> Moments:
     """A batch's moments with ghost batches pooled, in the state's shape."""
+    if m.count is None:
+        raise ValueError("m has no count. Expected a batch's moments, as moments(x, groups) returns, not running statistics.")
     shape = m.mean.shape
     if shape != state.mean.shape:
         batch = single_axis(batch_axis, shape)

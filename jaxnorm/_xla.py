@@ -64,6 +64,15 @@ def by_platform(f: Callable[..., Any], *args: Any) -> Any:
     return lax.platform_dependent(*args, cpu=partial(f, True), default=partial(f, False))
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def kept_small(f: Callable[..., Any], static: Any, *args: Any) -> Any:
+    """f(static, *args), checkpointed: reverse mode keeps the arguments, x and small arrays, not what f makes of them.
+
+    Under jit, because outside of it every call would compile the branches of `by_platform` again.
+    """
+    return jax.checkpoint(partial(f, static), prevent_cse=False)(*args)
+
+
 def first_sums(cpu: bool, shape: Shape, channels: Shape) -> Shape:
     """Shape of the sums that are taken at full size, finer than `channels` on a GPU.
 
@@ -72,7 +81,10 @@ def first_sums(cpu: bool, shape: Shape, channels: Shape) -> Shape:
     sum; group norm of (8, 64, 64, 320) then moves 8.1 times the tensor in a step instead of 16. On the CPU the cut costs
     1.6 to 3.9 times the forward pass.
     """
-    if cpu or len(shape) < 3 or 0 in shape or channels[-1] != shape[-1] or math.prod(channels) * 64 > math.prod(shape):
+    symbolic = not all(isinstance(n, int) for n in shape)  # jax.export
+    if cpu or symbolic or len(shape) < 3 or 0 in shape or channels[-1] != shape[-1]:
+        return channels
+    if math.prod(channels) * 64 > math.prod(shape):
         return channels
     blocks, rows = shape[0] * -(-shape[-1] // 128), math.prod(shape[1:-1])
     cuts = [t for t in range(channels[1], shape[1] + 1, channels[1]) if shape[1] % t == 0]

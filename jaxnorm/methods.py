@@ -305,9 +305,10 @@ def standardize_kernel(kernel: ArrayLike, *, epsilon: float = 1e-6) -> jax.Array
         epsilon: added to the variance, in the unit of the kernel squared.
 
     Returns:
-        The kernel, each output channel of mean 0 and variance 1; a constant one is 0.
+        The kernel, each output channel of mean 0 and variance 1 up to epsilon; a constant one is 0.
 
     Raises:
+        TypeError: the kernel is not floating or complex.
         ValueError: one weight an output channel, which would standardize to 0.
 
     Example:

@@ -7,7 +7,8 @@ its checkpoints: changing where they are imported from is the whole migration. T
 Beyond Flax, every layer takes at the call a `scale` and `bias` given per example, (N, C), in place of its own, and an
 `activation` that is applied to the output and recomputed in the backward pass; masks may be real weights. Layers with
 running statistics take `update_running_average`: by default they are updated when they are not used. Both at once, or
-neither, are possible. After Flax's fields comes `unit_offset`, which stores scale as its distance from 1.
+neither, are possible. After Flax's fields comes `unit_offset`, which stores scale as its distance from 1 (`scale_init` still
+gives the scale itself).
 """
 
 from jaxnorm.linen._batch import BatchNorm as BatchNorm

@@ -36,7 +36,7 @@ class BatchNorm(nn.Module):
         axis_index_groups: groups of indices of that axis that share statistics.
         use_fast_variance: False takes a second, centered pass always; True only where rounding would show.
         force_float32_reductions: False gives running statistics `param_dtype`; statistics are float32 or wider always.
-        unit_offset: store scale as its distance from 1.
+        unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
     Raises:
         ValueError: `use_running_average` given nowhere or twice, running statistics of another shape.

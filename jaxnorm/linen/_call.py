@@ -54,9 +54,10 @@ def _parameter(module: Any, name: str, given: ArrayLike | None, shape: Shape) ->
         return jnp.asarray(given)
     if not own:
         return None
-    init, offset = getattr(module, f"{name}_init"), name == "scale" and module.unit_offset
-    value = module.param(name, zeros if offset and init is ones else init, shape, module.param_dtype)
-    return value + 1 if offset else value
+    init = getattr(module, f"{name}_init")
+    if name == "scale" and module.unit_offset:
+        return 1 + module.param(name, lambda *args: init(*args) - 1, shape, module.param_dtype)
+    return module.param(name, init, shape, module.param_dtype)
 
 
 def call(

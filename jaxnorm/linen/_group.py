@@ -34,7 +34,7 @@ class GroupNorm(nn.Module):
         axis_index_groups: groups of indices of that axis that share statistics.
         use_fast_variance: False takes a second, centered pass always; True only where rounding would show.
         force_float32_reductions: accepted for Flax; statistics are float32 or wider always.
-        unit_offset: store scale as its distance from 1.
+        unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
     Raises:
         ValueError: both or neither of `num_groups` and `group_size`, or one that does not divide the channels.
@@ -99,7 +99,7 @@ class InstanceNorm(nn.Module):
         axis_index_groups: groups of indices of that axis that share statistics.
         use_fast_variance: False takes a second, centered pass always; True only where rounding would show.
         force_float32_reductions: accepted for Flax; statistics are float32 or wider always.
-        unit_offset: store scale as its distance from 1.
+        unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
     Raises:
         ValueError: the first axis is among `feature_axes`.

@@ -33,7 +33,7 @@ class LayerNorm(nn.Module):
         axis_index_groups: groups of indices of that axis that share statistics.
         use_fast_variance: False takes a second, centered pass always; True only where rounding would show.
         force_float32_reductions: accepted for Flax; statistics are float32 or wider always.
-        unit_offset: store scale as its distance from 1.
+        unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -92,7 +92,7 @@ class RMSNorm(nn.Module):
         axis_index_groups: groups of indices of that axis that share statistics.
         use_fast_variance: accepted for Flax; the mean square needs one pass.
         force_float32_reductions: accepted for Flax; statistics are float32 or wider always.
-        unit_offset: store scale as its distance from 1.
+        unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -38,7 +38,7 @@ class BatchNorm(Layer):
         rngs: random number streams for the initializers.
         bias_metadata: for the bias variable.
         scale_metadata: for the scale variable.
-        unit_offset: store scale as its distance from 1.
+        unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
     Raises:
         ValueError: `use_running_average` given nowhere, running statistics of another shape.

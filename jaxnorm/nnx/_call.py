@@ -49,8 +49,9 @@ class Layer(nnx.Module):
             if not getattr(self, f"use_{name}"):
                 setattr(self, name, nnx.data(None))
                 continue
-            init = zeros if name == "scale" and self.unit_offset and init is ones else init
-            setattr(self, name, nnx.Param(init(rngs.params(), (self.num_features,), self.param_dtype), **metadata))
+            value = init(rngs.params(), (self.num_features,), self.param_dtype)
+            value = value - 1 if name == "scale" and self.unit_offset else value
+            setattr(self, name, nnx.Param(value, **metadata))
 
     def _make_running(self, shape: Shape, counted: bool = False) -> None:
         complex_mean = self.dtype is not None and jnp.issubdtype(self.dtype, jnp.complexfloating)

@@ -38,7 +38,7 @@ class GroupNorm(Layer):
         rngs: random number streams for the initializers.
         bias_metadata: for the bias variable.
         scale_metadata: for the scale variable.
-        unit_offset: store scale as its distance from 1.
+        unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
     Raises:
         ValueError: both or neither of `num_groups` and `group_size`, or one that does not divide the channels.
@@ -123,7 +123,7 @@ class InstanceNorm(Layer):
         rngs: random number streams for the initializers.
         bias_metadata: for the bias variable.
         scale_metadata: for the scale variable.
-        unit_offset: store scale as its distance from 1.
+        unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
     Raises:
         ValueError: the first axis is among `feature_axes`.

@@ -37,7 +37,7 @@ class LayerNorm(Layer):
         rngs: random number streams for the initializers.
         bias_metadata: for the bias variable.
         scale_metadata: for the scale variable.
-        unit_offset: store scale as its distance from 1.
+        unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
     Example:
         >>> import jax.numpy as jnp
@@ -108,7 +108,7 @@ class RMSNorm(Layer):
         promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no statistics here.
         rngs: random number streams for the initializers.
         scale_metadata: for the scale variable.
-        unit_offset: store scale as its distance from 1.
+        unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
     Example:
         >>> import jax.numpy as jnp

@@ -54,8 +54,10 @@ class _Row(Layer):
                     f"running statistics of {row} keep positions apart. Got x_shape=None; expected the shape of an input, "
                     "any number of examples."
                 )
-            x_shape = tuple(num_features if axis == channel_axis % 5 else 1 for axis in range(5))  # any rank gives the same
-        self._make_running(self._shapes(x_shape)[0], self.debias)
+            shape = running_shape(row, (1, num_features))[0]
+        else:
+            shape = self._shapes(x_shape)[0]
+        self._make_running(shape, self.debias)
 
     def _row(self, x_shape: Shape | None) -> Method:
         """The row of the table, for x of this shape where it is known."""
@@ -112,7 +114,7 @@ class Norm(_Row):
         axis_name: axis of pmap, shard_map or vmap over which sets go on.
         axis_index_groups: groups of indices of that axis that share statistics.
         promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no statistics here.
-        unit_offset: store scale as its distance from 1.
+        unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
         debias: divide the initial 0 and 1 out of the running statistics; adds the variable `count`.
         correction: 1 stores the unbiased variance, as PyTorch does.
         batch_axis: axis of the examples.

@@ -1,0 +1,82 @@
+"""Programs that JAX makes of the library: outside of jit, and exported with symbolic sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx as flax_nnx
+from jax import export, monitoring
+
+from jaxnorm import linen, methods, nnx, norm
+
+METHODS = {
+    "batch": methods.batch_norm(),
+    "ghost": methods.ghost_batch_norm(ghost_size=2),
+    "group": methods.group_norm(2),
+    "layer": methods.layer_norm(),
+    "tokens": methods.token_layer_norm(),
+    "rms": methods.rms_norm(),
+    "batch group": methods.batch_group_norm(2),
+}
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """Names of what is compiled, as it is."""
+    names = []
+    monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: names.append(event) if "backend_compile" in event else None
+    )
+    return names
+
+
+def calls():
+    x = jax.random.normal(jax.random.key(0), (4, 3, 3, 8))
+    yield "norm", lambda: norm(x, methods.group_norm(2), scale=jnp.ones(8))[0]
+    yield "norm, weights", lambda: norm(x, methods.batch_norm(), weights=jnp.ones((4, 1, 1, 1)))[0]
+    batch, group = linen.BatchNorm(use_running_average=False), linen.GroupNorm(2)
+    state = batch.init(jax.random.key(0), x)
+    parameters = group.init(jax.random.key(0), x)
+    yield "linen.GroupNorm", lambda: group.apply(parameters, x)
+    yield "linen.BatchNorm", lambda: batch.apply(state, x, mutable="batch_stats")
+    layer = nnx.BatchNorm(8, rngs=flax_nnx.Rngs(0))
+    yield "nnx.BatchNorm", lambda: layer(x)
+    yield "grad", lambda: jax.grad(lambda x: batch.apply(state, x, mutable="batch_stats")[0].sum())(x)
+
+
+def test_the_second_call_outside_of_jit_compiles_nothing(compilations):
+    for name, call in calls():
+        for _ in range(2):
+            jax.block_until_ready(call())
+        compilations.clear()
+        jax.block_until_ready(call())
+        assert compilations == [], name
+
+
+@pytest.mark.parametrize("platform", ("cpu", "cuda"))
+@pytest.mark.parametrize("name", METHODS)
+def test_export_with_symbolic_sizes(name, platform):
+    """The batch for all; the image as well where the sets do not depend on it."""
+    method = METHODS[name]
+    n = "2*n" if name == "ghost" else "n"
+    shape = export.symbolic_shape(f"{n}, h, w, 8")
+
+    def f(x, scale):
+        return jax.value_and_grad(lambda x: (norm(x, method, scale=scale)[0] ** 2).sum())(x)
+
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    program = export.export(jax.jit(f), platforms=[platform])(x, jax.ShapeDtypeStruct((8,), jnp.float32))
+    if platform == "cpu":
+        x, scale = jax.random.normal(jax.random.key(0), (4, 3, 5, 8)), jnp.arange(8.0)
+        for got, want in zip(program.call(x, scale), jax.jit(f)(x, scale), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("value", (123.456, 100000.1, -1e18))
+def test_a_constant_is_its_mean(name, value):
+    """Whatever it is, y is 0: the mean is taken again about the first one, whose rounding would show."""
+    if name != "rms":
+        y, m = jax.jit(lambda x: norm(x, METHODS[name]))(jnp.full((16, 16, 16, 8), value))
+        assert (m.var == 0).all()
+        assert (y == 0).all()
