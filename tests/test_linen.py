@@ -196,7 +196,7 @@ def test_unit_offset_stores_the_distance_from_one():
         times = {"params": usual["params"] | {"scale": jnp.full(6, 1.25)}}
         same(offset.apply(moved, x), plain.apply(times, x))
         custom = cls(*args, unit_offset=True, scale_init=nn.initializers.constant(0.5))
-        assert custom.init(KEY, x)["params"]["scale"].tolist() == [0.5] * 6
+        assert custom.init(KEY, x)["params"]["scale"].tolist() == [-0.5] * 6  # the scale itself starts at 0.5
 
 
 @pytest.mark.parametrize("row", ["batch_norm", "ghost_batch_norm", "group_norm", "positional_norm"])
