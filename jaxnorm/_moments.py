@@ -93,7 +93,9 @@ def moments(
     real = statistic_dtype(x.dtype, real=True)
     per_set = elements(x.shape, shape)
     if weights is None:
-        w, n = None, jnp.full(shape, per_set * device_count(axis_name, device_groups), real)
+        count = per_set * device_count(axis_name, device_groups)
+        w, n = None, jnp.full(shape, count, real)
+        divisor = jnp.asarray(count or 1, real)  # one number for all sets: the backward pass keeps no array of counts
     else:
         w = as_weights(weights, x)
         own = tuple(1 if k == 1 else g for g, k in zip(shape, w.shape, strict=True))
@@ -101,11 +103,11 @@ def moments(
         n = all_sum(block_sum(w.astype(real), own) * others, axis_name, device_groups)
         n = n if axis_name is None else checkpoint_name(n, SYNCED)
         n = jnp.broadcast_to(spread_to(n, shape), shape)
+        divisor = jnp.where(n > 0, n, 1)
     if center is not None:
         center = _as_center(center, sets, x.dtype)
         if per_set == 1:  # the mean of one value is that value to the bit, which x - c + c is not
             center = None
-    divisor = n if w is None and per_set else jnp.where(n > 0, n, 1)
     statistics = mean_var(sets, x, w, center, divisor)
     m = statistics[0] if centered else jnp.zeros(shape, statistic_dtype(x.dtype))
     return Moments(n, m, statistics[-1])

@@ -80,10 +80,7 @@ def normalize(
     wide = statistic_dtype(x.dtype)
     mean, var, g, b = jax.tree.map(lambda t: varying_like(t, x), (mean, var, g, b))
     var = var.astype(statistic_dtype(x.dtype, real=True))
-    a = lax.rsqrt(var + jnp.asarray(epsilon, var.dtype)).astype(wide)
-    s, a = _to_elements(x.shape, mean.astype(wide), a)
-    if g is not None and any(p == q == 1 != n for p, q, n in zip(a.shape, g.shape, x.shape, strict=True)):
-        a, g = a * g, None  # one small product instead of a multiplication at full size
+    s, a, g = kept_small(_coefficients, x.shape, mean.astype(wide), var, g, jnp.asarray(epsilon, var.dtype))
     w = None if weights is None else as_weights(weights, x)
     out = jnp.dtype(x.dtype if dtype is None else dtype)
     if activation is None:
@@ -91,10 +88,17 @@ def normalize(
     return jax.checkpoint(lambda *args: activation(_affine(out, False, *args)), prevent_cse=False)(x, w, s, a, g, b)
 
 
-@partial(jax.jit, static_argnums=0)
-def _to_elements(shape: Shape, *statistics: jax.Array) -> list[jax.Array]:
-    """Each statistic spread over the groups of every axis that is split."""
-    return by_platform(lambda cpu, *ts: [to_channels(cpu, t, shape) for t in ts], *statistics)
+def _coefficients(
+    shape: Shape, mean: jax.Array, var: jax.Array, g: jax.Array | None, epsilon: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """s, a and g of y = (x - s) a g + b, spread over the groups of every axis that is split; g None where a carries it."""
+    a = lax.rsqrt(var + epsilon).astype(mean.dtype)
+    s = mean
+    if any(g not in (1, n) for t in (s, a) for n, g in zip(shape, t.shape, strict=True)):
+        s, a = by_platform(lambda cpu, *ts: [to_channels(cpu, t, shape) for t in ts], s, a)
+    if g is not None and any(p == q == 1 != n for p, q, n in zip(a.shape, g.shape, shape, strict=True)):
+        a, g = a * g, None  # one small product instead of a multiplication at full size
+    return s, a, g
 
 
 def _check_holds(mean: jax.Array, x: jax.Array, dtype: DTypeLike | None) -> None:
