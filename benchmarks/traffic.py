@@ -12,7 +12,6 @@ that read a whole tensor. `benchmarks.h200` says how they are counted and what t
 import argparse
 import csv
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -99,7 +98,7 @@ def _step(train: Train, parameters: Any, state: Any, x: jax.Array, dy: jax.Array
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program with the options `argv`, by default those of the command line, and returns its exit status."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs on a GPU, so none is occupied
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on a GPU: none is looked for, none is occupied
     parser = _parser()
     args = parser.parse_args(argv)
     reason = unavailable()
