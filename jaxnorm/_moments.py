@@ -56,7 +56,7 @@ def moments(
     float32, or float64 for float64 x, and exact to rounding however large the mean is beside the standard deviation.
 
     Args:
-        x: floating or complex array of rank 2 or more.
+        x: floating or complex array; `Groups` and `Method` need a rank of 2 or more.
         groups: which elements form a set: `Groups`, `Method` or the statistic's shape.
         weights: how much each element counts, 0 or more; anything that broadcasts against x. Booleans are a mask.
         mean: 0 fixes the mean at zero, so that var is the mean square. None takes the set's mean.

@@ -41,7 +41,7 @@ def normalize(
     The moments may be those of x, running ones, or anything made from them: gradients flow into all of them.
 
     Args:
-        x: floating or complex array of rank 2 or more.
+        x: floating or complex array.
         m: moments whose shape divides x's: each statistic serves a block of x.
         scale: gamma, (C,), or (N, C) to scale each example differently. None is 1.
         bias: beta, likewise. None is 0.
@@ -241,7 +241,7 @@ def norm(
     """Normalize x with its own statistics: `moments`, then `normalize`.
 
     Args:
-        x: floating or complex array of rank 2 or more.
+        x: floating or complex array.
         groups: which elements share statistics: `Groups`, `Method` or the statistic's shape.
         scale: gamma, (C,) or (N, C).
         bias: beta, (C,) or (N, C).

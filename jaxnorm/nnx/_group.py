@@ -24,7 +24,7 @@ class GroupNorm(Layer):
         num_groups: number of groups of channels, the last axis.
         group_size: or the channels in a group; then pass `num_groups=None`.
         epsilon: added to the variance, in the unit of x squared.
-        dtype: of the output; None promotes input, statistics and parameters.
+        dtype: of the output; None promotes input and parameters.
         param_dtype: of the parameters.
         use_bias: add a learned bias.
         use_scale: multiply by a learned scale.
@@ -109,7 +109,7 @@ class InstanceNorm(Layer):
     Args:
         num_features: channels, the size of scale and bias.
         epsilon: added to the variance, in the unit of x squared.
-        dtype: of the output; None promotes input, statistics and parameters.
+        dtype: of the output; None promotes input and parameters.
         param_dtype: of the parameters.
         use_bias: add a learned bias.
         use_scale: multiply by a learned scale.

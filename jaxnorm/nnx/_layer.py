@@ -22,7 +22,7 @@ class LayerNorm(Layer):
     Args:
         num_features: channels, the size of scale and bias.
         epsilon: added to the variance, in the unit of x squared.
-        dtype: of the output; None promotes input, statistics and parameters.
+        dtype: of the output; None promotes input and parameters.
         param_dtype: of the parameters.
         use_bias: add a learned bias.
         use_scale: multiply by a learned scale.
@@ -96,7 +96,7 @@ class RMSNorm(Layer):
     Args:
         num_features: channels, the size of scale and bias.
         epsilon: added to the variance, in the unit of x squared.
-        dtype: of the output; None promotes input, statistics and parameters.
+        dtype: of the output; None promotes input and parameters.
         param_dtype: of the parameters.
         use_scale: multiply by a learned scale.
         scale_init: initializer of the scale.
