@@ -77,25 +77,24 @@ def normalize(
     _check_holds(mean, x, dtype)
     axes = axes_of(channel_axis, x.shape)
     g, b = (_placed(t, name, x, batch_axis, axes, channel_axis) for t, name in ((scale, "scale"), (bias, "bias")))
-    wide = statistic_dtype(x.dtype)
     mean, var, g, b = jax.tree.map(lambda t: varying_like(t, x), (mean, var, g, b))
     var = var.astype(statistic_dtype(x.dtype, real=True))
-    s, a, g = kept_small(_coefficients, x.shape, mean.astype(wide), var, g, jnp.asarray(epsilon, var.dtype))
+    v = var + jnp.asarray(epsilon, var.dtype)
     w = None if weights is None else as_weights(weights, x)
+    arguments = (x, w, mean.astype(statistic_dtype(x.dtype)), v, g, b)
     out = jnp.dtype(x.dtype if dtype is None else dtype)
     if activation is None:
-        return _affine(out, False, x, w, s, a, g, b)
-    return jax.checkpoint(lambda *args: activation(_affine(out, False, *args)), prevent_cse=False)(x, w, s, a, g, b)
+        return _standardized(out, False, *arguments)
+    return jax.checkpoint(lambda *args: activation(_standardized(out, False, *args)), prevent_cse=False)(*arguments)
 
 
 def _coefficients(
-    shape: Shape, mean: jax.Array, var: jax.Array, g: jax.Array | None, epsilon: jax.Array
+    cpu: bool, shape: Shape, mean: jax.Array, v: jax.Array, g: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """s, a and g of y = (x - s) a g + b, spread over the groups of every axis that is split; g None where a carries it."""
-    a = lax.rsqrt(var + epsilon).astype(mean.dtype)
-    s = mean
-    if any(g not in (1, n) for t in (s, a) for n, g in zip(shape, t.shape, strict=True)):
-        s, a = by_platform(lambda cpu, *ts: [to_channels(cpu, t, shape) for t in ts], s, a)
+    s, a = mean, lax.rsqrt(v).astype(mean.dtype)
+    if any(k not in (1, n) for t in (s, a) for n, k in zip(shape, t.shape, strict=True)):
+        s, a = (to_channels(cpu, t, shape) for t in (s, a))
     if g is not None and any(p == q == 1 != n for p, q, n in zip(a.shape, g.shape, shape, strict=True)):
         a, g = a * g, None  # one small product instead of a multiplication at full size
     return s, a, g
@@ -147,21 +146,22 @@ def _shifted(x: jax.Array, w: jax.Array | None, s: jax.Array) -> jax.Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 @partial(jax.jit, static_argnums=(0, 1))
-def _affine(
+def _standardized(
     dtype: jnp.dtype,
     kept: bool,
     x: jax.Array,
     w: jax.Array | None,
-    s: jax.Array,
-    a: jax.Array,
+    mean: jax.Array,
+    v: jax.Array,
     g: jax.Array | None,
     b: jax.Array | None,
 ) -> jax.Array:
-    """y = (x - s) a g + b, in one pass; `kept` where s and a are kept for the backward pass."""
-    return by_platform(partial(_affine_pass, dtype, kept), x, w, s, a, g, b)
+    """y = (x - mean) / sqrt(v) g + b, in one pass; `kept` where it will be differentiated."""
+    return by_platform(partial(_pass, dtype, kept), x, w, mean, v, g, b)
 
 
-def _affine_pass(dtype, kept, cpu, x, w, s, a, g, b):
+def _pass(dtype, kept, cpu, x, w, mean, v, g, b):
+    s, a, g = _coefficients(cpu, x.shape, mean, v, g)
     if cpu or kept or g is None:  # else rows of channels: one kernel on a GPU, from the statistics on
         x, s, a, g, b = barrier((x, s, a, g, b))
     y = _shifted(x, w, s) * a
@@ -169,15 +169,33 @@ def _affine_pass(dtype, kept, cpu, x, w, s, a, g, b):
     return (y if b is None else y + b).astype(dtype)
 
 
-def _affine_tangent(dtype, cpu, tangents, x, w, s, a, g):
+def _coefficients_along(cpu, shape, primals, tangents):
+    """`_coefficients`, and their derivative along the tangents that are there; None where there is none."""
+    live = [i for i, t in enumerate(tangents) if t is not None]
+
+    def f(*ts):
+        return _coefficients(cpu, shape, *(ts[live.index(i)] if i in live else t for i, t in enumerate(primals)))
+
+    if not live:
+        return f(), (None, None, None)
+    (s, a, g), (ds, da, dg) = jax.jvp(f, [primals[i] for i in live], [tangents[i] for i in live])
+    of_mean, of_v, of_g = (i in live for i in range(3))
+    return (s, a, g), (ds if of_mean else None, da if of_v or (of_g and g is None) else None, dg if of_g else None)
+
+
+def _along(dtype, cpu, tangents, x, w, mean, v, g):
     """Derivative of y along the tangents that are there: linear in them, and read backwards the closed form.
+
+    s and a are made again from the statistics, so that reverse mode keeps x and these.
 
     Read backwards each term is a full-size pass over the cotangent: dx, and a sum for each small array. On the CPU each pass
     gets its own alias of what it reads, tied to the result of the pass before, so that none shares a float32 copy with
     another; a GPU wants them together.
     """
     tie = barrier if cpu else lambda tree: tree
-    tangents = {name: t for name, t in zip(("dx", "ds", "da", "dg", "db"), tangents, strict=True) if t is not None}
+    (s, a, g), small = _coefficients_along(cpu, x.shape, (mean, v, g), tangents[1:4])
+    tangents = zip(("dx", "ds", "da", "dg", "db"), (tangents[0], *small, tangents[4]), strict=True)
+    tangents = {name: t for name, t in tangents if t is not None}
     if g is None and w is None and "ds" in tangents:  # the same sum serves s and b
         small = -a * tangents.pop("ds")
         tangents["db"] = tangents["db"] + small if "db" in tangents else small
@@ -204,21 +222,21 @@ def _affine_tangent(dtype, cpu, tangents, x, w, s, a, g):
     return jnp.broadcast_to(sum(terms[1:], terms[0]), x.shape).astype(dtype)
 
 
-def _affine_tangent_by_platform(dtype, *args):
-    return by_platform(partial(_affine_tangent, dtype), *args)
+def _along_by_platform(dtype, *args):
+    return by_platform(partial(_along, dtype), *args)
 
 
 def _tangent(dtype, kept, primals, tangents):
-    x, w, s, a, g, b = primals
+    x, w, mean, v, g, b = primals
     dx, _, *small = tangents
-    y = _affine(dtype, True, *primals)
+    y = _standardized(dtype, True, *primals)
     live = tuple(None if t is None or isinstance(t, SymbolicZero) else t for t in (dx, *small))
     if all(t is None for t in live):
         return y, jnp.zeros_like(y)
-    return y, kept_small(_affine_tangent_by_platform, dtype, live, x, w, s, a, g)
+    return y, kept_small(_along_by_platform, dtype, live, x, w, mean, v, g)
 
 
-_affine.defjvp(_tangent, symbolic_zeros=True)
+_standardized.defjvp(_tangent, symbolic_zeros=True)
 
 
 def norm(
