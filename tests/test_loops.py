@@ -1,5 +1,7 @@
 """What a training loop does with the layers: whatever cuts the work in parts, the training is that of one device at once."""
 
+import functools
+import re
 from functools import partial
 
 import chex
@@ -12,11 +14,21 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_devices import collectives
 
-from jaxnorm import Moments, init_running, linen, merge, methods, moments, norm, normalize, pool, update_cumulative
+from jaxnorm import (
+    Moments,
+    init_running,
+    linen,
+    merge,
+    methods,
+    moments,
+    norm,
+    normalize,
+    pool,
+    update_cumulative,
+    update_running,
+)
 from jaxnorm import nnx as nnx_layers
-from jaxnorm import update_running
 
 DEVICES, BATCH, CLASSES = 8, 16, 3
 WIDE = {"param_dtype": jnp.float64, "force_float32_reductions": False}
@@ -46,11 +58,11 @@ def on_devices(context, f, shared=0):
         out = f(*args[:shared], *jax.tree.map(lambda t: t[0], args[shared:]))
         return jax.tree.map(lambda t: t[None], out)
 
-    @jax.jit
     def run(*args):
         parts = jax.tree.map(lambda t: t.reshape(DEVICES, -1, *t.shape[1:]), args[shared:])
-        if context == "pmap":
-            return jax.pmap(f, "data", in_axes=(None,) * shared + (0,) * len(parts))(*args[:shared], *parts)
+        if context in ("pmap", "vmap"):
+            over = jax.pmap if context == "pmap" else jax.vmap
+            return over(f, in_axes=(None,) * shared + (0,) * len(parts), axis_name="data")(*args[:shared], *parts)
         specs = (P(),) * shared + (P("data"),) * len(parts)
         sharded = jax.shard_map(part, mesh=mesh(), in_specs=specs, out_specs=P("data"), check_vma=context == "shard_map")
         return sharded(*args[:shared], *parts)
@@ -95,7 +107,7 @@ def test_moments_of_micro_batches_are_those_of_the_batch(context):
         sums = [jit(accumulated)(jax.device_put(micro, NamedSharding(mesh(), P(None, "data"))))]
     else:
         cut = partial(jax.tree.map, lambda t: t.reshape(3, 2, *t.shape[1:]))
-        run = [on_devices(context, lambda *b, s=s: accumulated(cut(b), "data", s)) for s in (True, False)]
+        run = [jit(on_devices(context, lambda *b, s=s: accumulated(cut(b), "data", s))) for s in (True, False)]
         sums = [first(f(x, w)) for f in run]
     for seen in sums:
         same(seen, want)
@@ -205,12 +217,27 @@ SAVED = jax.checkpoint_policies.save_only_these_names("jaxnorm_synced_moments")
 REMAT = {"plain": lambda f: f, "saved by name": partial(jax.checkpoint, policy=SAVED), "nothing saved": jax.checkpoint}
 
 
+def compiled(f, *args):
+    return jax.jit(f).lower(*args).compile()
+
+
+def all_reduces(program):
+    return len(re.findall(r" all-reduce(?:-start)?\(", program.as_text()))
+
+
 def conv(x, kernel):
     return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-@pytest.mark.parametrize("weighted", (False, True))
-@pytest.mark.parametrize("context", ("jit", "pmap", "shard_map", "shard_map unchecked"))
+def some(rows, default):
+    """Test parameters: those that are not in `default` are slow."""
+    return [pytest.param(*row, marks=[] if row in default else [pytest.mark.slow]) for row in rows]
+
+
+KINDS = [(context, weighted) for context in ("jit", "pmap", "shard_map", "shard_map unchecked") for weighted in (True, False)]
+
+
+@pytest.mark.parametrize("context, weighted", some(KINDS, [("jit", True), ("pmap", True), ("shard_map", False)]))
 def test_remat_repeats_no_collective(context, weighted):
     """In a convolutional network whose statistics are saved by name, as many all-reduces as without remat."""
     x, kernels = normal(BATCH, 4, 4, 2, dtype="f4"), [normal(3, 3, 2, 2, seed=i, dtype="f4") for i in range(2)]
@@ -235,26 +262,285 @@ def test_remat_repeats_no_collective(context, weighted):
         f, args = partial(gradient, remat), (kernels, x)
         if context == "jit":
             args = jax.device_put(args, (NamedSharding(mesh(), P()), NamedSharding(mesh(), P("data"))))
-            program = jax.jit(f)
         else:
-            program = on_devices(context, f, shared=1)
-        counts[name] = len(collectives(program, *args))
+            f = on_devices(context, f, shared=1)
+        counts[name] = all_reduces(compiled(f, *args))
     assert counts["saved by name"] == counts["plain"] < counts["nothing saved"]
 
 
-class Conv(nn.Module):
+class Block(nn.Module):
+    """A residual block of a convolutional network, as `nn.scan` likes it."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        y = nn.Conv(4, (3, 3), param_dtype=jnp.float64)(x)
+        y = linen.BatchNorm(use_running_average=False, momentum=0.5, axis_name="data", **WIDE)(y)
+        return x + nn.relu(y), None
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(4, 4, (3, 3), param_dtype=jnp.float64, rngs=rngs)
+        self.norm = nnx_layers.BatchNorm(4, momentum=0.5, axis_name="data", param_dtype=jnp.float64, rngs=rngs)
+
+    def __call__(self, x):
+        return x + nnx.relu(self.norm(self.conv(x)))
+
+
+def linen_layers(remat):
+    """Two blocks, as a function of their stacked parameters and statistics: the output and the new statistics."""
+    block = {"plain": Block, "saved by name": nn.remat(Block, policy=SAVED), "nothing saved": nn.remat(Block)}[remat]
+    axes = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
+    layers = nn.scan(block, **axes, length=2)()
+    variables = jit(layers.init)(jax.random.key(0), jnp.ones((1, 4, 4, 4), jnp.float64))
+
+    def apply(params, stats, x):
+        (y, _), new = layers.apply({"params": params, "batch_stats": stats}, x, mutable="batch_stats")
+        return y, new["batch_stats"]
+
+    return apply, variables["params"], variables["batch_stats"]
+
+
+def nnx_layers_of(remat):
+    call = {
+        "plain": lambda block, x: block(x),
+        "saved by name": nnx.remat(lambda block, x: block(x), policy=SAVED),
+        "nothing saved": nnx.remat(lambda block, x: block(x)),
+    }[remat]
+    layers = nnx.vmap(lambda key: NnxBlock(nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 2))
+    graphdef, params, stats = nnx.split(layers, nnx.Param, nnx.BatchStat)
+
+    def apply(params, stats, x):
+        copy = nnx.merge(graphdef, params, stats, copy=True)
+        y = nnx.scan(call, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(copy, x)
+        return y, nnx.state(copy, nnx.BatchStat)
+
+    return apply, params, stats
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("context", some([("shard_map",), ("pmap",)], [("shard_map",)]))
+@pytest.mark.parametrize("layers", (linen_layers, nnx_layers_of), ids=("linen", "nnx"))
+def test_remat_of_scanned_layers_updates_once(layers, context):
+    """remat inside scan over layers: as many collectives, the same gradients, the same running statistics."""
+    x, results, counts = normal(BATCH, 4, 4, 4), {}, {}
+    for remat in REMAT:
+        apply, params, stats = layers(remat)
+
+        def gradient(params, stats, x, apply=apply):
+            def loss(params):
+                y, new = apply(params, stats, x)
+                return jnp.sin(y).sum(), new
+
+            return jax.grad(loss, has_aux=True)(params)
+
+        program = compiled(on_devices(context, gradient, shared=2), params, stats, x)
+        counts[remat], (grads, new) = all_reduces(program), program(params, stats, x)
+        results[remat] = jax.tree.map(lambda t: t.sum(0), grads) if context == "pmap" else first(grads), first(new)
+    same(results["saved by name"], results["plain"])
+    same(results["nothing saved"], results["plain"])
+    assert counts["saved by name"] == counts["plain"] < counts["nothing saved"]
+
+
+class Net(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(4, (3, 3))(x)
-        return nn.relu(linen.BatchNorm(use_running_average=False, momentum=0.5, axis_name=self.axis_name)(x))
+    def __call__(self, x, mask=None, train=True):
+        options = WIDE | {"axis_name": self.axis_name}
+        x = nn.Conv(4, (3, 3), param_dtype=jnp.float64)(x)
+        x = nn.relu(linen.BatchNorm(use_running_average=not train, momentum=0.9, **options)(x, mask=mask))
+        x = linen.GroupNorm(2, param_dtype=jnp.float64)(x)
+        return nn.Dense(CLASSES, param_dtype=jnp.float64)(x.mean((1, 2)))
 
 
-class NnxConv(nnx.Module):
-    def __init__(self, rngs, axis_name=None):
-        self.conv = nnx.Conv(4, 4, (3, 3), rngs=rngs)
-        self.norm = nnx_layers.BatchNorm(4, momentum=0.5, axis_name=axis_name, rngs=rngs)
+class NnxNet(nnx.Module):
+    def __init__(self, axis_name, rngs):
+        wide = {"param_dtype": jnp.float64, "rngs": rngs}
+        self.conv = nnx.Conv(2, 4, (3, 3), **wide)
+        self.batch_norm = nnx_layers.BatchNorm(4, momentum=0.9, axis_name=axis_name, **wide)
+        self.group_norm = nnx_layers.GroupNorm(4, 2, **wide)
+        self.dense = nnx.Linear(4, CLASSES, **wide)
 
-    def __call__(self, x):
-        return nnx.relu(self.norm(self.conv(x)))
+    def __call__(self, x, mask=None):
+        x = self.group_norm(nnx.relu(self.batch_norm(self.conv(x), mask=mask)))
+        return self.dense(x.mean((1, 2)))
+
+
+def linen_net(axis_name):
+    """The network as a function of (params, statistics, x, mask, train), and where training starts."""
+    net = Net(axis_name)
+    variables = jit(Net().init)(jax.random.key(0), jnp.ones((1, 4, 4, 2), jnp.float64))
+
+    def apply(params, stats, x, mask=None, train=True):
+        y, new = net.apply({"params": params, "batch_stats": stats}, x, mask, train, mutable="batch_stats")
+        return y, new["batch_stats"]
+
+    return apply, variables["params"], variables["batch_stats"]
+
+
+def nnx_net(axis_name):
+    graphdef, params, stats = nnx.split(NnxNet(axis_name, nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
+
+    def apply(params, stats, x, mask=None, train=True):
+        copy = nnx.merge(graphdef, params, stats, copy=True)
+        copy.set_attributes(use_running_average=not train, raise_if_not_found=False)
+        return copy(x, mask), nnx.state(copy, nnx.BatchStat)
+
+    return apply, params, stats
+
+
+def batches(even):
+    """Three batches of images, labels and weights of the examples; device 3 has no example that counts."""
+    x, labels = normal(3, BATCH, 4, 4, 2), np.random.default_rng(1).integers(CLASSES, size=(3, BATCH))
+    w = np.ones((3, BATCH)) if even else np.random.default_rng(2).uniform(0, 1, (3, BATCH)) * (np.arange(BATCH) % 5 > 0)
+    if not even:
+        w[:, 6:8] = 0
+    return x, labels, w
+
+
+def training_step(apply, axis_name, reduced):
+    """One step of gradient descent; `reduced` says what is averaged over devices, the loss or its gradient.
+
+    The loss of a device's part divides by the mean number of examples of a device, not by its own: the mean over devices
+    is then that over examples.
+    """
+
+    def step(params, stats, x, labels, w):
+        def loss(params):
+            logits, new = apply(params, stats, x, w[:, None, None, None])
+            picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
+            count = w.sum() if axis_name is None else lax.pmean(w.sum(), axis_name)
+            value = -(w * picked).sum() / count
+            return lax.pmean(value, axis_name) if reduced == "loss" else value, new
+
+        (value, new), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        if reduced == "gradient":
+            value, grads = lax.pmean((value, grads), axis_name)
+        return jax.tree.map(lambda p, g: p - 0.5 * g, params, grads), new, value
+
+    return step
+
+
+def trained(net, context, reduced, even):
+    """Parameters, statistics and losses after three steps, and the network's outputs with running statistics."""
+    axis_name = "data" if reduced else None
+    apply, params, stats = net(axis_name)
+    step, evaluate = training_step(apply, axis_name, reduced), lambda *args: apply(*args, None, False)[0]
+    data, losses = batches(even), []
+    if reduced:
+        step, evaluate = on_devices(context, step, shared=2), on_devices(context, evaluate, shared=2)
+    elif context == "jit":
+        data = jax.device_put(data, NamedSharding(mesh(), P(None, "data")))
+    step = jit(step)
+    for batch in zip(*data, strict=True):
+        out = step(params, stats, *batch)
+        params, stats, value = first(out) if reduced else out
+        losses.append(value)
+    return params, stats, losses, jit(evaluate)(params, stats, data[0][0]).reshape(BATCH, -1)
+
+
+@functools.cache
+def trained_on_one_device(net, even):
+    return trained(net, "one device", None, even)
+
+
+CONTEXTS = [
+    ("pmap", "gradient"),
+    ("vmap", "gradient"),
+    ("shard_map unchecked", "gradient"),
+    ("shard_map", "loss"),
+    ("jit", None),
+]
+RUNS = [(net, *how, even) for net in (linen_net, nnx_net) for how in CONTEXTS for even in (False, True)]
+DEFAULT = [
+    *((linen_net, *how, False) for how in CONTEXTS if how[0] != "shard_map unchecked"),
+    (nnx_net, "shard_map", "loss", False),
+]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("net, context, reduced, even", some(RUNS, DEFAULT))
+def test_training_is_that_of_one_device(net, context, reduced, even):
+    """Parameters, statistics, losses and evaluation to rounding; on all devices the same parameters and statistics to the
+    bit. nnx keeps running statistics in float32."""
+    got, want = trained(net, context, reduced, even), trained_on_one_device(net, even)
+    same((got[0], got[2]), (want[0], want[2]))
+    same((got[1], got[3]), (want[1], want[3]), atol=1e-12 if net is linen_net else 1e-6)
+
+
+def linen_ensemble():
+    """Three networks at once, on the same images."""
+    axes = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
+    nets = nn.vmap(Net, **axes, in_axes=None, axis_size=3)()
+    variables = jit(nets.init)(jax.random.key(0), jnp.ones((1, 4, 4, 2), jnp.float64))
+
+    def apply(params, stats, x, mask):
+        y, new = nets.apply({"params": params, "batch_stats": stats}, x, mask, mutable="batch_stats")
+        return y, new["batch_stats"]
+
+    return apply, variables["params"], variables["batch_stats"]
+
+
+def nnx_ensemble():
+    nets = nnx.vmap(lambda key: NnxNet(None, nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 3))
+    graphdef, params, stats = nnx.split(nets, nnx.Param, nnx.BatchStat)
+
+    def apply(params, stats, x, mask):
+        copy = nnx.merge(graphdef, params, stats, copy=True)
+        y = nnx.vmap(lambda net, x: net(x, mask), in_axes=(0, None))(copy, x)
+        return y, nnx.state(copy, nnx.BatchStat)
+
+    return apply, params, stats
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("ensemble, net", [(linen_ensemble, linen_net), (nnx_ensemble, nnx_net)], ids=("linen", "nnx"))
+def test_an_ensemble_trains_as_its_members_alone(ensemble, net):
+    """Each member with its own statistics, in nn.vmap and nnx.vmap."""
+    apply, params, stats = ensemble()
+    single = net(None)[0]
+
+    def trained(apply, params, stats):
+        def step(carry, batch):
+            params, stats = carry
+            x, w = batch
+
+            def loss(params):
+                y, new = apply(params, stats, x, w[:, None, None, None])
+                return jnp.sin(y).sum(), new
+
+            grads, new = jax.grad(loss, has_aux=True)(params)
+            return (jax.tree.map(lambda p, g: p - 0.01 * g, params, grads), new), None
+
+        x, _, w = batches(even=False)
+        return lax.scan(step, (params, stats), (x, w))[0]
+
+    together = jit(partial(trained, apply))(params, stats)
+    alone = jit(partial(trained, single))
+    members = [alone(*jax.tree.map(lambda t, i=i: t[i], (params, stats))) for i in range(3)]
+    same(together[0], jax.tree.map(lambda *t: jnp.stack(t), *members)[0])
+    same(together[1], jax.tree.map(lambda *t: jnp.stack(t), *members)[1], atol=1e-12 if net is linen_net else 1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("api", ("linen", "nnx"))
+def test_a_mapped_data_axis_shares_synced_statistics(api):
+    """nn.vmap and nnx.vmap over parts of the batch, parameters and statistics broadcast: the whole batch at once."""
+    x = normal(BATCH, 4, 4, 2)
+    parts = x.reshape(4, -1, *x.shape[1:])
+    if api == "linen":
+        apply, params, stats = linen_net(None)
+        axes = {"variable_axes": {"params": None, "batch_stats": None}, "split_rngs": {"params": False}}
+        variables = {"params": params, "batch_stats": stats}
+        nets = nn.vmap(Net, **axes, in_axes=0, axis_name="data")(axis_name="data")
+        y, new = jit(lambda v, x: nets.apply(v, x, mutable="batch_stats"))(variables, parts)
+        new = new["batch_stats"]
+    else:
+        apply, params, stats = nnx_net(None)
+        net = NnxNet("data", nnx.Rngs(0))
+        y = nnx.jit(nnx.vmap(lambda net, x: net(x), in_axes=(None, 0), axis_name="data"))(net, parts)
+        new = nnx.state(net, nnx.BatchStat)
+    want = jit(apply)(params, stats, x)
+    same(y.reshape(BATCH, -1), want[0])
+    same(new, want[1], atol=1e-12 if api == "linen" else 1e-6)
