@@ -318,9 +318,11 @@ def nnx_layers_of(remat):
     return apply, params, stats
 
 
+SCANNED = [(layers, context) for layers in (linen_layers, nnx_layers_of) for context in ("shard_map", "pmap")]
+
+
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("context", some([("shard_map",), ("pmap",)], [("shard_map",)]))
-@pytest.mark.parametrize("layers", (linen_layers, nnx_layers_of), ids=("linen", "nnx"))
+@pytest.mark.parametrize("layers, context", some(SCANNED, [(nnx_layers_of, "shard_map")]))
 def test_remat_of_scanned_layers_updates_once(layers, context):
     """remat inside scan over layers: as many collectives, the same gradients, the same running statistics."""
     x, results, counts = normal(BATCH, 4, 4, 4), {}, {}
@@ -494,8 +496,11 @@ def nnx_ensemble():
     return apply, params, stats
 
 
+ENSEMBLES = [(linen_ensemble, linen_net), (nnx_ensemble, nnx_net)]
+
+
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("ensemble, net", [(linen_ensemble, linen_net), (nnx_ensemble, nnx_net)], ids=("linen", "nnx"))
+@pytest.mark.parametrize("ensemble, net", some(ENSEMBLES, ENSEMBLES[:1]))
 def test_an_ensemble_trains_as_its_members_alone(ensemble, net):
     """Each member with its own statistics, in nn.vmap and nnx.vmap."""
     apply, params, stats = ensemble()

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxnorm import linen, methods, norm
 
-LIMIT = 90
+LIMIT = 120
 """Seconds after which a process ends itself."""
 
 DEVICES, ROWS = 8, 32
