@@ -100,8 +100,7 @@ def moments(
         w = as_weights(weights, x)
         own = tuple(1 if k == 1 else g for g, k in zip(shape, w.shape, strict=True))
         others = elements(x.shape, tuple(g if k == 1 else n for n, g, k in zip(x.shape, shape, w.shape, strict=True)))
-        n = all_sum(block_sum(w.astype(real), own) * others, axis_name, device_groups)
-        n = n if axis_name is None else checkpoint_name(n, SYNCED)
+        n = checkpoint_name(all_sum(block_sum(w.astype(real), own) * others, axis_name, device_groups), SYNCED)
         n = jnp.broadcast_to(spread_to(n, shape), shape)
         divisor = jnp.where(n > 0, n, 1)
     if center is not None:

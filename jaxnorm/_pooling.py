@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jaxnorm._devices import AxisName, DeviceGroups, all_sum, device_groups_of
 from jaxnorm._groups import Specification, block_sum, resolve, spread
-from jaxnorm._mean_var import abs2, over, times
+from jaxnorm._mean_var import SYNCED, abs2, over, times
 from jaxnorm._moments import Moments
 
 
@@ -67,7 +68,7 @@ def pool(
     device_groups = device_groups_of(axis_name, axis_index_groups)
 
     def total(t: jax.Array) -> jax.Array:
-        return all_sum(block_sum(t, shape), axis_name, device_groups)
+        return checkpoint_name(all_sum(block_sum(t, shape), axis_name, device_groups), SYNCED)
 
     count = total(m.count)
     means, variances = (jnp.where(m.count > 0, t, 0) for t in (m.mean, m.var))  # an empty set may hold anything
