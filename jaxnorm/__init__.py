@@ -27,7 +27,9 @@ The map, in the order in which the files build on each other:
     remember them                 init_running(shape), update_running(state, m),     _running.py
                                   update_cumulative(state, m), running_shape(...),
                                   running_moments(state, groups, x_shape)
-    several devices               axis_name=, axis_index_groups= of the above        _devices.py
+    several devices               axis_name=, axis_index_groups= of the above,
+                                  device_groups(num_devices, size=)                  _devices.py
+    equal on all again            sync_running(state, axis_name=)                    _running.py
     a method by name              methods.group_norm(32), ...                        methods.py
     a method with a rule between  renorm.batch_renorm(x, state, train=)              renorm.py
     moments and normalize
@@ -45,6 +47,7 @@ divided by n.
 
 from jaxnorm import methods as methods
 from jaxnorm import renorm as renorm
+from jaxnorm._devices import device_groups as device_groups
 from jaxnorm._groups import EACH as EACH
 from jaxnorm._groups import Groups as Groups
 from jaxnorm._groups import Method as Method
@@ -59,5 +62,6 @@ from jaxnorm._normalize import normalize as normalize
 from jaxnorm._running import init_running as init_running
 from jaxnorm._running import running_moments as running_moments
 from jaxnorm._running import running_shape as running_shape
+from jaxnorm._running import sync_running as sync_running
 from jaxnorm._running import update_cumulative as update_cumulative
 from jaxnorm._running import update_running as update_running

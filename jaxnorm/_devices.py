@@ -1,19 +1,25 @@
-"""Sums over named axes: what `axis_name` and `axis_index_groups` mean.
+"""Several devices: what `axis_name` and `axis_index_groups` mean, and meshes whose axes are explicit.
 
 Inside `pmap`, `shard_map` and `vmap(axis_name=...)` an array is one device's part, and a sum over a set of statistics goes
 on over the named axis. Under plain `jit` with sharded arrays there is no named axis: the ordinary sum is already global.
 """
 
+import functools
+import math
 import operator
-from collections.abc import Hashable, Sequence
-from typing import Any
+import types
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 AxisName = Hashable | tuple[Hashable, ...] | None
 DeviceGroups = Sequence[Sequence[int]] | None
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def names_of(axis_name: AxisName) -> tuple[Hashable, ...]:
@@ -111,3 +117,92 @@ def varying_like(t: jax.Array, x: jax.Array) -> jax.Array:
 
     missing = tuple(sorted(varying(x) - varying(t), key=str))
     return lax.pcast(t, missing, to="varying") if missing else t
+
+
+def device_groups(num_devices: int, *, size: int, strided: bool = False) -> tuple[tuple[int, ...], ...]:
+    """Groups of devices for `axis_index_groups`: each index of a named axis in one group of `size`.
+
+    Args:
+        num_devices: size of the named axis.
+        size: devices in a group, a divisor of it.
+        strided: False puts neighbours together; True takes every (num_devices / size)-th, which are far apart.
+
+    Returns:
+        The groups, a tuple of tuples of indices.
+
+    Raises:
+        ValueError: the devices do not split into groups of that size.
+
+    Example:
+        >>> device_groups(8, size=4)
+        ((0, 1, 2, 3), (4, 5, 6, 7))
+        >>> device_groups(8, size=4, strided=True)
+        ((0, 2, 4, 6), (1, 3, 5, 7))
+    """
+    num_devices, size = operator.index(num_devices), operator.index(size)
+    if size < 1 or num_devices < 1 or num_devices % size:
+        raise ValueError(
+            f"{num_devices} devices do not split into groups of {size}. Expected a divisor of the number of devices: "
+            f"{[d for d in range(1, num_devices + 1) if num_devices % d == 0]}."
+        )
+    count = num_devices // size
+    starts = [range(i, num_devices, count) if strided else range(i * size, (i + 1) * size) for i in range(count)]
+    return tuple(tuple(group) for group in starts)
+
+
+def in_explicit_meshes(f: F) -> F:
+    """f, also for arrays on a mesh with axes of type Explicit, as `jax.make_mesh` makes them.
+
+    There JAX asks how the result of a reshape is sharded, and for groups that span shards no PartitionSpec says it. So f
+    runs with these axes as Auto ones, and what it returns is typed afterwards: see `_spec`. Elsewhere f is called as it is.
+    Its arguments are arrays, pytrees of them and hashable options; the first array's sharding is the one that results take.
+    """
+    implementation = _in_auto_mode
+
+    def call(*args: Any, **options: Any) -> Any:
+        return implementation(f, args, options)
+
+    # doctest takes only functions whose globals are the module's that it looks at
+    same_module = types.FunctionType(call.__code__, f.__globals__, closure=call.__closure__)
+    return functools.wraps(f)(same_module)  # type: ignore[return-value]  # with the signature of f
+
+
+def _in_auto_mode(f: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    leaves, tree = jax.tree.flatten((args, options))
+    arrays = [t if isinstance(t, jax.Array | np.ndarray) else None for t in leaves]
+    meshes = (jax.typeof(t).sharding.mesh for t in arrays if t is not None)
+    mesh = next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
+    if mesh is None:
+        return f(*args, **options)
+    rest = tuple(t if array is None else None for t, array in zip(leaves, arrays, strict=True))
+    with jax.sharding.use_abstract_mesh(mesh):
+        return _call_in_auto_mode(f, tree, rest, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _call_in_auto_mode(f: Callable[..., Any], tree: Any, rest: tuple[Any, ...], arrays: list[Any]) -> Any:
+    """Under jit, because outside of it what f makes from nothing belongs to no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    first = jax.typeof(next(t for t in arrays if t is not None))
+    with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(_explicit_axes(mesh), AxisType.Auto))):
+        arrays = jax.sharding.reshard(arrays, PartitionSpec())
+        args, options = jax.tree.unflatten(tree, [t if a is None else a for a, t in zip(arrays, rest, strict=True)])
+        out = f(*args, **options)
+    return jax.sharding.reshard(out, jax.tree.map(lambda t: _spec(t.shape, first), out))
+
+
+def _explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:
+    return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
+
+
+def _spec(shape: tuple[int, ...], x: Any) -> PartitionSpec:
+    """The sharding of a statistic of x, or of y: x's on every axis whose groups are whole on each device, else replicated."""
+    if len(shape) != x.ndim:
+        return PartitionSpec()
+    entries: list[Any] = []
+    for axis, (n, names) in enumerate(zip(shape, x.sharding.spec, strict=True)):
+        names = names_of(names)
+        sizes = [x.sharding.mesh.shape[name] for name in names]
+        whole = max(i for i in range(len(names) + 1) if n % math.prod(sizes[:i]) == 0)
+        entries.append(names[:whole] or None)
+    return PartitionSpec(*entries)

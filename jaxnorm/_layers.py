@@ -18,7 +18,7 @@ from jaxnorm._devices import AxisName, DeviceGroups
 from jaxnorm._groups import Method, Shape, Specification, axes_of
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments, moments
-from jaxnorm._normalize import normalize
+from jaxnorm._normalize import norm, normalize
 from jaxnorm._running import update_running
 
 Axes = int | Sequence[int]
@@ -178,43 +178,26 @@ def apply(
     channel_axis: Axes = -1,
 ) -> tuple[jax.Array, Moments | None]:
     """One call of a layer: y, and the new running statistics in the shape of the old ones."""
-    batch = None
-    if running is None or not running.use or running.update:
-
-        def statistics(center: jax.Array | None) -> Moments:
-            return moments(
-                x,
-                groups,
-                weights=mask,
-                mean=mean,
-                center=center,
-                axis_name=axis_name,
-                axis_index_groups=None if axis_name is None else axis_index_groups,  # as Flax
-                batch_axis=batch_axis,
-                channel_axis=channel_axis,
-            )
-
+    axes: Any = {"weights": mask, "batch_axis": batch_axis, "channel_axis": channel_axis}
+    affine: Any = {"scale": scale, "bias": bias, "epsilon": epsilon, "activation": activation, "dtype": dtype}
+    sets: Any = {
+        "mean": mean,
+        "axis_name": axis_name,
+        "axis_index_groups": None if axis_name is None else axis_index_groups,  # as Flax
         # About the running mean, one round of sums over devices is enough; on one device a second look is cheaper.
-        batch = statistics(None if running is None or axis_name is None else running.moments.mean)
-        if not use_fast_variance:
-            batch = statistics(lax.stop_gradient(batch.mean))
-    used = running.moments if running is not None and running.use else batch
-    assert used is not None
-    y = normalize(
-        x,
-        used,
-        scale=scale,
-        bias=bias,
-        epsilon=epsilon,
-        weights=mask,
-        activation=activation,
-        dtype=dtype,
-        batch_axis=batch_axis,
-        channel_axis=channel_axis,
-    )
+        "center": None if running is None or axis_name is None else running.moments.mean,
+    }
+    if running is not None and running.use and not running.update:
+        return normalize(x, running.moments, **affine, **axes), None
+    if not use_fast_variance:
+        sets["center"] = lax.stop_gradient(moments(x, groups, **sets, **axes).mean)
+    if running is not None and running.use:
+        batch = moments(x, groups, **sets, **axes)
+        y = normalize(x, running.moments, **affine, **axes)
+    else:
+        y, batch = norm(x, groups, **sets, **affine, **axes)
     if running is None or not running.update:
         return y, None
-    assert batch is not None
     new = update_running(
         running.moments, batch, momentum=running.momentum, correction=running.correction, batch_axis=batch_axis
     )

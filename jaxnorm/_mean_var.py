@@ -108,14 +108,14 @@ def _statistics(
 
     if not sets.centered:
         return (over(_totals(sets, False, [_square_sum(sets, cpu, x, w, None)])[0], n),)
-    rows = sets.shape == sets.channels and sets.shape[-1] < x.shape[-1]
+    rows = sets.shape == sets.channels and sets.shape[-1] < x.shape[-1] and sets.axis_name is None
     if rows and not sets.kept and (not cpu or elements(x.shape, sets.shape) <= SHORT_ROW):
         # Rows of channels stay on a GPU's chip from here to the end of what uses the statistics, in one kernel: 2 times the
         # tensor are moved. A statistic that is kept as well would break that kernel in two, 4.1 times; one pass then takes 3.
-        m = over(all_sum(block_sum(_weighed(_counted(x, w), w), sets.shape), sets.axis_name, sets.device_groups), n)
+        m = over(block_sum(_weighed(_counted(x, w), w), sets.shape), n)
         alias, shift = barrier((x, m)) if cpu else (x, m)
         square = block_sum(_weighed(abs2(_counted(alias, w, spread(shift, x.shape))), w), sets.shape)
-        return m, over(all_sum(square, sets.axis_name, sets.device_groups), n)
+        return m, over(square, n)
     m, v, exact = about(c)
     if sets.axis_name is not None and not same_on_all_devices(sets.axis_name, sets.device_groups):
         return about(m)[:2]

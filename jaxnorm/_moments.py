@@ -10,7 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxnorm._devices import AxisName, DeviceGroups, all_sum, device_count, device_groups_of, names_of
+from jaxnorm._devices import AxisName, DeviceGroups, all_sum, device_count, device_groups_of, in_explicit_meshes, names_of
 from jaxnorm._groups import Shape, Specification, axes_of, block_sum, channel_resolution, check_mean, elements, resolve, spread
 from jaxnorm._mean_var import SYNCED, Sets, mean_var, statistic_dtype
 
@@ -34,6 +34,7 @@ class Moments:
     var: jax.Array
 
 
+@in_explicit_meshes
 def moments(
     x: ArrayLike,
     groups: Specification,
@@ -100,7 +101,8 @@ def moments(
         w = as_weights(weights, x)
         own = tuple(1 if k == 1 else g for g, k in zip(shape, w.shape, strict=True))
         others = elements(x.shape, tuple(g if k == 1 else n for n, g, k in zip(x.shape, shape, w.shape, strict=True)))
-        n = checkpoint_name(all_sum(block_sum(w.astype(real), own) * others, axis_name, device_groups), SYNCED)
+        sums = block_sum(w.astype(real), channel_resolution(w.shape, own, ()))  # small before an axis is split
+        n = checkpoint_name(all_sum(block_sum(sums, own) * others, axis_name, device_groups), SYNCED)
         n = jnp.broadcast_to(spread_to(n, shape), shape)
         divisor = jnp.where(n > 0, n, 1)
     if center is not None:

@@ -14,13 +14,14 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._devices import AxisName, DeviceGroups, varying_like
+from jaxnorm._devices import AxisName, DeviceGroups, in_explicit_meshes, varying_like
 from jaxnorm._groups import Shape, Specification, axes_of, check_divides, single_axis
 from jaxnorm._mean_var import counts, statistic_dtype
 from jaxnorm._moments import Moments, as_weights, inexact, moments
 from jaxnorm._xla import barrier, by_first_sums, by_platform, kept_small, to_channels
 
 
+@in_explicit_meshes
 def normalize(
     x: ArrayLike,
     m: Moments,
@@ -239,6 +240,7 @@ def _tangent(dtype, kept, primals, tangents):
 _standardized.defjvp(_tangent, symbolic_zeros=True)
 
 
+@in_explicit_meshes
 def norm(
     x: ArrayLike,
     groups: Specification,

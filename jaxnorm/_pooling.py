@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxnorm._devices import AxisName, DeviceGroups, all_sum, device_groups_of
+from jaxnorm._devices import AxisName, DeviceGroups, all_sum, device_groups_of, in_explicit_meshes
 from jaxnorm._groups import Specification, block_sum, resolve, spread
 from jaxnorm._mean_var import SYNCED, abs2, over, times
 from jaxnorm._moments import Moments
@@ -24,6 +24,7 @@ def _divide(total: jax.Array, count: jax.Array) -> jax.Array:
     return over(total, jnp.where(count > 0, count, 1))
 
 
+@in_explicit_meshes
 def pool(
     m: Moments,
     groups: Specification,

@@ -7,12 +7,15 @@ dtypes of state are the same after an update, so it can be the carry of a `lax.s
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxnorm._devices import AxisName, DeviceGroups, all_sum, device_count, device_groups_of, in_explicit_meshes
 from jaxnorm._groups import Groups, Method, Shape, single_axis
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments
@@ -112,6 +115,7 @@ def serving(state: Moments, expected: Shape, statistic: Shape, x_shape: Shape) -
     return jax.tree.map(lambda t: t.reshape(statistic), state)
 
 
+@in_explicit_meshes
 def update_running(
     state: Moments, m: Moments, *, momentum: ArrayLike = 0.99, correction: int = 0, batch_axis: int = 0
 ) -> Moments:
@@ -164,6 +168,7 @@ def update_running(
     return Moments(count, step(state.mean, m.mean), step(state.var, var))  # type: ignore[arg-type]
 
 
+@in_explicit_meshes
 def update_cumulative(state: Moments, m: Moments, *, batch_axis: int = 0) -> Moments:
     """Moments of all elements seen so far: every batch counts alike, and the variance between batches is included.
 
@@ -196,6 +201,73 @@ def update_cumulative(state: Moments, m: Moments, *, batch_axis: int = 0) -> Mom
     wide = jax.tree.map(lambda old, t: old.astype(t.dtype), state, m)
     new = merge(wide, jax.tree.map(lambda t: jnp.where(usable, t, 0), m))
     return jax.tree.map(lambda old, t: jnp.where(usable, t.astype(old.dtype), old), state, new)
+
+
+def sync_running(
+    state: Any,
+    *,
+    axis_name: AxisName,
+    axis_index_groups: DeviceGroups = None,
+    weights: ArrayLike | None = None,
+) -> Any:
+    """Running statistics that each device kept for itself, made equal on all: those of the union of what they saw.
+
+    With w_i the weight of device i, its count where the state has one and else 1,
+
+        mean = sum w_i m_i / sum w_i,    var = sum w_i (v_i + |m_i - mean|^2) / sum w_i.
+
+    The variance between the devices' means is included, which the plain average of variances leaves out: activations are
+    normalized by one mean afterwards, so the spread of the means about it is part of their variance. Counts become their
+    average: each device holds an equal share, so that syncing twice is syncing once and the state goes on as before; with
+    cumulative statistics the result is exact after any number of rounds.
+
+    Args:
+        state: `Moments`, or a pytree with mappings that have "mean" and "var" (and "count") in it, such as the
+            collection batch_stats of linen and the pure dict of `nnx.BatchStat` variables.
+        axis_name: axis or axes of pmap, shard_map or vmap over which the devices differ.
+        axis_index_groups: groups of indices of that axis that become equal, see `device_groups`.
+        weights: how much this device counts, such as its number of examples, in place of the state's count.
+
+    Returns:
+        The state, of the same structure, shapes and dtypes.
+
+    Raises:
+        TypeError: a leaf that belongs to no running statistics.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> per_device = {"norm": {"mean": jnp.array([[0.0], [2.0]]), "var": jnp.ones((2, 1))}}
+        >>> jax.vmap(lambda s: sync_running(s, axis_name="i"), axis_name="i")(per_device)["norm"]["var"].tolist()
+        [[2.0], [2.0]]
+    """
+    groups = device_groups_of(axis_name, axis_index_groups)
+
+    def synced(s: Any) -> Any:
+        if isinstance(s, Moments):
+            return together(s)
+        if not _holds_statistics(s):
+            raise TypeError(
+                f"sync_running takes running statistics. Got a leaf of type {type(s).__name__}; expected Moments, or mappings "
+                'with "mean" and "var", such as batch_stats.'
+            )
+        new = together(Moments(s.get("count"), s["mean"], s["var"]))
+        return type(s)({name: getattr(new, name, t) for name, t in s.items()})
+
+    def together(s: Moments) -> Moments:
+        wide = jax.tree.map(lambda t: t.astype(statistic_dtype(t.dtype)), s)
+        w = weights if weights is not None else 1 if s.count is None else wide.count
+        w = jnp.broadcast_to(jnp.asarray(w).astype(wide.var.dtype), s.var.shape)
+        w = jnp.where(all_sum(w, axis_name, groups) > 0, w, 1)  # before the first update all devices count alike
+        m = Moments(w, wide.mean, wide.var)
+        new = pool(m, w.shape, axis_name=axis_name, axis_index_groups=axis_index_groups)
+        count = jax.tree.map(lambda n: all_sum(n, axis_name, groups) / device_count(axis_name, groups), wide.count)
+        return jax.tree.map(lambda old, t: t.astype(old.dtype), s, dataclasses.replace(new, count=count))
+
+    return jax.tree.map(synced, state, is_leaf=lambda t: isinstance(t, Moments) or _holds_statistics(t))
+
+
+def _holds_statistics(t: Any) -> bool:
+    return isinstance(t, Mapping) and "mean" in t and "var" in t
 
 
 def _as_state(m: Moments, state: Moments, batch_axis: int) -> Moments:

@@ -87,9 +87,17 @@ def first_sums(cpu: bool, shape: Shape, channels: Shape) -> Shape:
     if math.prod(channels) * 64 > math.prod(shape):
         return channels
     blocks, rows = shape[0] * -(-shape[-1] // 128), math.prod(shape[1:-1])
-    cuts = [t for t in range(channels[1], shape[1] + 1, channels[1]) if shape[1] % t == 0]
+    cuts = [t for t in range(channels[1], shape[1] + 1, channels[1]) if shape[1] % t == 0 and _keeps_shards(t, shape[1])]
     cut = next((t for t in cuts if t * blocks >= 264 and rows // t <= 1024), cuts[-1])
     return (shape[0], cut, *channels[2:])
+
+
+def _keeps_shards(cuts: int, n: int) -> bool:
+    """Whether an axis of n in so many cuts has whole shards in a cut or whole cuts in a shard, for shards a power of two.
+
+    A cut across shards would gather x. Where the axis is sharded is not known when the program is traced.
+    """
+    return (n & -n) % cuts == 0 or cuts % (n & -n) == 0
 
 
 def by_first_sums(cpu: bool, v: jax.Array, shape: Shape) -> jax.Array:
