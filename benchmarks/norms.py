@@ -5,12 +5,10 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from jaxnorm import Method, methods
+from jaxnorm.methods import batch_group_count
 
 NUM_GROUPS = 4
 """Groups of group normalization, at every channel count."""
-
-BATCH_ENOUGH = 16
-"""Number of examples from which BGN keeps every channel apart, and so is BN."""
 
 
 class Row(NamedTuple):
@@ -23,23 +21,6 @@ class Row(NamedTuple):
 
     label: str
     at: Callable[[int, int], Method]
-
-
-def batch_group_count(batch_size: int, num_channels: int) -> int:
-    """Number of channel groups G of batch group normalization: the largest divisor of C not above C * batch_size / 16.
-
-    A group then pools batch_size * C / G >= 16 pairs of an example and a channel, as many as BN pools from 16 examples.
-    From 16 examples on, G = C and the method is BN. (Fewer than 16 pairs where C < 16 / batch_size: there G = 1.)
-
-    The rule is ours. The paper chooses G by the batch size too, by a rule that we could not read.
-
-    >>> [batch_group_count(batch_size, 48) for batch_size in (2, 4, 8, 16, 32)]
-    [6, 12, 24, 48, 48]
-
-    Reference: Batch Group Normalization, 2020, arXiv:2012.02782.
-    """
-    limit = max(1, num_channels * min(batch_size, BATCH_ENOUGH) // BATCH_ENOUGH)
-    return max(count for count in range(1, limit + 1) if num_channels % count == 0)
 
 
 def _batch_group_norm(batch_size: int, num_channels: int) -> Method:

@@ -9,10 +9,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.norms import BATCH_ENOUGH, METHODS, batch_group_count
+from benchmarks.norms import METHODS
 from benchmarks.residual import MOMENTUM, WIDTHS
 from benchmarks.results import Cell, Interval, Result, Settings, interval
 from benchmarks.training import IMAGES_PER_STEP, WEIGHT_DECAY
+from jaxnorm.methods import BATCH_ENOUGH, batch_group_count
 
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which colour-blind readers can tell apart, in the order of `METHODS`."""

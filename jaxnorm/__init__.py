@@ -32,10 +32,20 @@ The map, in the order in which the files build on each other:
     equal on all again            sync_running(state, axis_name=)                    _running.py
     a method by name              methods.group_norm(32), ...                        methods.py
     a method with a rule between  renorm.batch_renorm(x, state, train=)              renorm.py
-    moments and normalize
+    moments and normalize         frn.filter_response_norm(x, threshold=)            frn.py
+                                  evonorm.evonorm_b0(x, state, train=, v=),          evonorm.py
+                                  evonorm_s0(x, v=)
+                                  proxy.proxy_norm(x, method, activation=)           proxy.py
+                                  group_plus.group_norm_plus(x, state, train=)       group_plus.py
+                                  positional.positional_norm(x), moment_shortcut     positional.py
+                                  batch_group.batch_group_norm(x, state, train=,     batch_group.py
+                                  num_groups=)
+    standardized kernels          methods.standardize_kernel(kernel)                 methods.py
     a layer                       linen.Norm(method), nnx.Norm(features, method),    linen/, nnx/
                                   BatchNorm, GroupNorm, LayerNorm, InstanceNorm,
-                                  RMSNorm, GhostBatchNorm, BatchGroupNorm, PositionalNorm
+                                  RMSNorm, GhostBatchNorm, BatchGroupNorm, PositionalNorm,
+                                  FilterResponseNorm, EvoNormB0, EvoNormS0, ProxyNorm,
+                                  GroupNormPlus, DynamicMomentShortcut, WSConv, WSDense
 
 `jaxnorm.linen` and `jaxnorm.nnx` are imported by name: the functions above need jax alone. Inside, `_mean_var.py` and the
 pass in `_normalize.py` are the two full-size computations with their derivatives, and `_xla.py` is what differs by platform.
@@ -45,7 +55,13 @@ Letters: N examples, H x W positions, C channels, G groups of channels; S a set 
 divided by n.
 """
 
+from jaxnorm import batch_group as batch_group
+from jaxnorm import evonorm as evonorm
+from jaxnorm import frn as frn
+from jaxnorm import group_plus as group_plus
 from jaxnorm import methods as methods
+from jaxnorm import positional as positional
+from jaxnorm import proxy as proxy
 from jaxnorm import renorm as renorm
 from jaxnorm._devices import device_groups as device_groups
 from jaxnorm._groups import EACH as EACH

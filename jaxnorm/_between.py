@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._devices import AxisName, DeviceGroups
-from jaxnorm._groups import Specification, single_axis
-from jaxnorm._mean_var import statistic_dtype
-from jaxnorm._moments import Moments, inexact, moments
-from jaxnorm._normalize import normalize
+from jaxnorm._devices import AxisName, DeviceGroups, varying_like
+from jaxnorm._groups import Specification, axes_of, single_axis
+from jaxnorm._mean_var import counts, statistic_dtype
+from jaxnorm._moments import Moments, as_weights, inexact, moments
+from jaxnorm._normalize import normalize, placed
+from jaxnorm._running import update_running
 
 State = dict[str, jax.Array]
 
@@ -46,16 +47,17 @@ def real(x: ArrayLike, method: str) -> jax.Array:
 
 def measured(x: jax.Array, groups: Specification, **options: Unpack[Options]) -> Moments:
     """`moments` of x, with the options that concern them."""
-    return moments(x, groups, **_named(options, "weights", "axis_name", "axis_index_groups", "batch_axis", "channel_axis"))
+    return moments(x, groups, **named(options, "weights", "axis_name", "axis_index_groups", "batch_axis", "channel_axis"))
 
 
 def applied(x: jax.Array, m: Moments, epsilon: float, **options: Unpack[Options]) -> jax.Array:
     """`normalize` x with m, with the options that concern it."""
     names = ("scale", "bias", "weights", "activation", "dtype", "batch_axis", "channel_axis")
-    return normalize(x, m, epsilon=epsilon, **_named(options, *names))
+    return normalize(x, m, epsilon=epsilon, **named(options, *names))
 
 
-def _named(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def named(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The options of these names that are given."""
     return {name: options[name] for name in names if name in options}
 
 
@@ -86,3 +88,34 @@ def averaged(old: jax.Array, new: jax.Array, momentum: ArrayLike, keep: ArrayLik
     """momentum old + (1 - momentum) new, in the shape and dtype of the state `old`."""
     wide = old.reshape(new.shape).astype(new.dtype)
     return remembered(old, wide + (1 - jnp.asarray(momentum, new.dtype)) * (new - wide), keep)
+
+
+def updated(state: State, m: Moments, momentum: ArrayLike, correction: int = 0) -> State:
+    """State of `mean`, `var` and perhaps `count` after a batch with moments m: `update_running`, without a derivative."""
+    old = Moments(state.get("count"), state["mean"], state["var"])  # pyright: ignore[reportArgumentType]  # None is no count
+    new = jax.lax.stop_gradient(update_running(old, m, momentum=momentum, correction=correction))
+    return state | {name: getattr(new, name) for name in ("count", "mean", "var") if name in state}
+
+
+def output_dtype(x: jax.Array, options: Options) -> DTypeLike:
+    """The dtype of y: what was asked for, or x's."""
+    dtype = options.get("dtype")
+    return x.dtype if dtype is None else dtype
+
+
+def local(options: Options) -> Options:
+    """The options without the named axes: for sets that end on each device."""
+    return {name: t for name, t in options.items() if name not in ("axis_name", "axis_index_groups")}  # type: ignore[return-value]
+
+
+def parameter(t: ArrayLike, name: str, x: jax.Array, options: Options) -> jax.Array:
+    """A parameter of shape (C,), or (N, C), in the shape and dtype in which it meets x."""
+    channel_axis = options.get("channel_axis", -1)
+    out = placed(t, name, x, options.get("batch_axis", 0), axes_of(channel_axis, x.shape), channel_axis)
+    assert out is not None
+    return varying_like(out, x)
+
+
+def seen(x: jax.Array, weights: ArrayLike | None) -> jax.Array:
+    """x, and 0 where it is not finite under a zero weight."""
+    return x if weights is None else jnp.where(counts(as_weights(weights, x)) | jnp.isfinite(x), x, 0)

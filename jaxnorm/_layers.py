@@ -54,6 +54,11 @@ def run(
     return y, new if update else state
 
 
+def with_batch(function: Callable[..., Any], state: State, x: jax.Array, **options: Any) -> jax.Array:
+    """A method with state as one without: always with the batch's statistics."""
+    return function(x, state, train=True, **options)[0]
+
+
 def whole_batch(method: Method) -> Method:
     """The method with the batch in one group, which any batch can be."""
     return dataclasses.replace(method, groups=dataclasses.replace(method.groups, batch=1))

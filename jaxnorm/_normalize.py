@@ -77,7 +77,7 @@ def normalize(
     check_divides(mean.shape, x.shape, "m.mean")
     _check_holds(mean, x, dtype)
     axes = axes_of(channel_axis, x.shape)
-    g, b = (_placed(t, name, x, batch_axis, axes, channel_axis) for t, name in ((scale, "scale"), (bias, "bias")))
+    g, b = (placed(t, name, x, batch_axis, axes, channel_axis) for t, name in ((scale, "scale"), (bias, "bias")))
     mean, var, g, b = jax.tree.map(lambda t: varying_like(t, x), (mean, var, g, b))
     var = var.astype(statistic_dtype(x.dtype, real=True))
     v = var + jnp.asarray(epsilon, var.dtype)
@@ -108,7 +108,7 @@ def _check_holds(mean: jax.Array, x: jax.Array, dtype: DTypeLike | None) -> None
         raise TypeError(f"dtype {jnp.dtype(dtype).name} cannot hold the result for x of dtype {x.dtype}. Pass a wider one.")
 
 
-def _placed(
+def placed(
     t: ArrayLike | None, name: str, x: jax.Array, batch_axis: int, axes: Shape, channel_axis: int | Sequence[int]
 ) -> jax.Array | None:
     """Scale or bias with a size-1 axis for each axis of x that it does not have."""

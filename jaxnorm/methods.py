@@ -13,11 +13,16 @@ import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm._groups import EACH, Groups, Method, Size, Split, single_axis
-from jaxnorm._moments import inexact
-from jaxnorm._normalize import norm
+from jaxnorm._moments import inexact, moments
+from jaxnorm._normalize import normalize
+from jaxnorm._parity import with_divisor
+
+BATCH_ENOUGH = 16
+"""Number of examples from which `batch_group_count` keeps every channel apart, so that batch group norm is batch norm."""
 
 
 def batch_norm() -> Method:
@@ -188,13 +193,35 @@ def rms_norm() -> Method:
     return Method(Groups(batch=EACH, spatial=EACH, channel=1), mean=0)
 
 
+def filter_response_norm() -> Method:
+    """Divide each channel of each example by the root mean square over the positions.
+
+    S_(n, c) = {(n, h, w, c): all h, w} with the mean fixed at 0: y = x / sqrt(mean_S(x^2) + epsilon) * scale + bias. The
+    paper lets a thresholded linear unit follow, and may learn epsilon: `frn.filter_response_norm`.
+
+    Returns:
+        The method; statistics of (64, 8, 8, 256) have shape (64, 1, 1, 256).
+
+    Example:
+        >>> filter_response_norm().shape((64, 8, 8, 256)), filter_response_norm().mean
+        ((64, 1, 1, 256), 0)
+
+    Reference:
+        Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep Neural Networks, 2019,
+        arXiv:1911.09737. The definition was read in implementations by others.
+    """
+    return Method(Groups(batch=EACH, spatial=1, channel=EACH), mean=0)
+
+
 def batch_group_norm(num_groups: int, x_shape: Sequence[int] | None = None, *, channel_axis: int = -1) -> Method:
     """Standardize each group of features over the whole batch.
 
     Each example, flattened in the order channel, row, column, is cut into G equal pieces; S_g is piece g of all examples.
     For G that divides C these are groups of channels: equals `batch_norm()` for G = C, and for a batch of one `layer_norm()`
     (G = 1), `group_norm(G)` and `instance_norm()` (G = C). For G = C k the positions of each channel are split into k parts
-    as well, rows first; the method then depends on the position and is tied to the image size.
+    as well, rows first; the method then depends on the position and is tied to the image size. Pieces of any other G are
+    not a row of the table: `batch_group.batch_group_norm` and the layers `BatchGroupNorm` take every G that divides C H W.
+    `batch_group_count` chooses G by the size of the batch.
 
     Args:
         num_groups: G.
@@ -232,9 +259,42 @@ def batch_group_norm(num_groups: int, x_shape: Sequence[int] | None = None, *, c
         raise ValueError(
             f"{num_groups} groups of x of shape {tuple(x_shape)} are not whole parts of every channel. Expected a divisor of "
             f"the {x_shape[channel]} channels, or {x_shape[channel]} times a divisor of the rows, or {x_shape[channel]} times "
-            "the rows times a divisor of the columns."
+            "the rows times a divisor of the columns; batch_group.batch_group_norm and the layers BatchGroupNorm take any "
+            "divisor of all features."
         )
     return Method(Groups(batch=1, spatial=tuple(spatial), channel=EACH))
+
+
+def batch_group_count(batch_size: int, num_channels: int) -> int:
+    """A number of groups for `batch_group_norm`: the largest divisor of C not above C * batch_size / 16.
+
+    A group then pools batch_size * C / G >= 16 pairs of an example and a channel, as many as batch normalization pools from
+    16 examples. From 16 examples on, G = C and the method is batch normalization. (Fewer than 16 pairs where C < 16 /
+    batch_size: there G = 1.)
+
+    The rule is ours. The paper chooses G by the size of the batch too, by a rule that could not be read.
+
+    Args:
+        batch_size: examples that are normalized together.
+        num_channels: C.
+
+    Returns:
+        G, a divisor of C.
+
+    Raises:
+        ValueError: less than one example or channel.
+
+    Example:
+        >>> [batch_group_count(batch_size, 48) for batch_size in (2, 4, 8, 16, 32)]
+        [6, 12, 24, 48, 48]
+
+    Reference:
+        For the method: Batch Group Normalization, 2020, arXiv:2012.02782.
+    """
+    if batch_size < 1 or num_channels < 1:
+        raise ValueError(f"Got batch_size={batch_size} and num_channels={num_channels}; expected one or more of each.")
+    limit = max(1, num_channels * min(batch_size, BATCH_ENOUGH) // BATCH_ENOUGH)
+    return max(count for count in range(1, limit + 1) if num_channels % count == 0)
 
 
 def batch_and_group_norm(
@@ -249,6 +309,10 @@ def batch_and_group_norm(
     S_(k, g) = {(n, h, w, c): n in ghost k, all h, w, c in group g}. With B examples in a ghost and G groups of channels,
     (B, G) = (N, C) is `batch_norm()`, (B, C) `ghost_batch_norm`, (1, C) `instance_norm()`, (1, G) `group_norm(G)`, (1, 1)
     `layer_norm()` and (N, G) `batch_group_norm(G)`.
+
+    In inference the authors weigh the running statistics of each group with the example's own, which gets the weight alpha;
+    alpha = 1 / B is the share that an example has of its set in training, and makes B = 1 group normalization in inference
+    too. The authors' code leaves alpha at 0, which is what the layers do by themselves: running statistics alone.
 
     Args:
         num_ghosts: number of ghost batches, a divisor of N.
@@ -293,23 +357,37 @@ def weight_standardization() -> Method:
     return Method(Groups(batch=1, spatial=1, channel=EACH))
 
 
-def standardize_kernel(kernel: ArrayLike, *, epsilon: float = 1e-6) -> jax.Array:
+def standardize_kernel(
+    kernel: ArrayLike,
+    *,
+    gain: ArrayLike | None = None,
+    epsilon: float = 1e-6,
+    correction: int = 0,
+    epsilon_outside: bool = False,
+) -> jax.Array:
     """The standardized kernel: (W - mean_o) / sqrt(var_o + epsilon) for each output channel o.
 
     Differentiable through both moments. Use it in front of a normalization layer. The variance is biased, with epsilon in
-    the root and smaller than elsewhere because a kernel's variance is about 2 / fan-in; the authors' torch code divides by
-    n - 1 and adds 1e-5 to the standard deviation.
+    the root and smaller than elsewhere because a kernel's variance is about 2 / fan-in. With a gain the kernel is
+
+        gain_o / sqrt(fan_in) * (W - mean_o) / sqrt(var_o + epsilon),
+
+    which keeps the variance of its input where no normalization follows. The kernel of a grouped convolution, whose inputs
+    are those of a group, needs nothing else.
 
     Args:
         kernel: (..., inputs, outputs), floating.
+        gain: (outputs,), divided by the root of the weights an output has. None multiplies by nothing.
         epsilon: added to the variance, in the unit of the kernel squared.
+        correction: 1 divides the variance by n - 1, as the authors' torch code does.
+        epsilon_outside: add epsilon to the standard deviation, as that code does with 1e-5.
 
     Returns:
         The kernel, each output channel of mean 0 and variance 1 up to epsilon; a constant one is 0.
 
     Raises:
         TypeError: the kernel is not floating or complex.
-        ValueError: one weight an output channel, which would standardize to 0.
+        ValueError: one weight an output channel, which would standardize to 0; a gain of another shape.
 
     Example:
         >>> import jax.numpy as jnp
@@ -317,7 +395,9 @@ def standardize_kernel(kernel: ArrayLike, *, epsilon: float = 1e-6) -> jax.Array
         [[-1.0], [1.0]]
 
     Reference:
-        Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019, arXiv:1903.10520.
+        Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019, arXiv:1903.10520. The gain
+        is that of timm's ScaledStdConv2d, after Characterizing signal propagation to close the performance gap in
+        unnormalized ResNets, 2021, arXiv:2101.08692.
     """
     kernel = inexact(kernel)
     fan_in = kernel.size // max(kernel.shape[-1], 1)
@@ -326,7 +406,9 @@ def standardize_kernel(kernel: ArrayLike, *, epsilon: float = 1e-6) -> jax.Array
             f"a kernel of shape {kernel.shape} has {fan_in if kernel.ndim > 1 else 1} weight for each output channel, which "
             "standardizes to 0. Expected (..., inputs, outputs) with two or more weights an output; leave this layer out."
         )
-    return norm(kernel, weight_standardization(), epsilon=epsilon)[0]
+    m = moments(kernel, weight_standardization())
+    m = with_divisor(m, epsilon, correction=correction, epsilon_outside=epsilon_outside)
+    return normalize(kernel, m, scale=None if gain is None else jnp.asarray(gain) * fan_in**-0.5, epsilon=0.0)
 
 
 def _one_of(count: int | None, size: int | None, count_name: str, size_name: str) -> Split:

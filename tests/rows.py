@@ -63,6 +63,7 @@ ROWS = (
     Row("token_layer_norm", lambda s, a: methods.token_layer_norm(), lambda n, p, c, N, P, C: (n, *p)),
     Row("positional_norm", lambda s, a: methods.positional_norm(), lambda n, p, c, N, P, C: (n, *p)),
     Row("rms_norm", lambda s, a: methods.rms_norm(), lambda n, p, c, N, P, C: (n, *p), mean=0),
+    Row("filter_response_norm", lambda s, a: methods.filter_response_norm(), lambda n, p, c, N, P, C: (n, c), mean=0),
     Row("batch_group_norm", lambda s, a: methods.batch_group_norm(3), lambda n, p, c, N, P, C: (c * 3 // C,)),
     Row(
         "batch_group_norm_rows",

@@ -25,6 +25,7 @@ FUNCTIONS = {name: v for name, v in DOCUMENTED.items() if inspect.isfunction(v)}
 # what comes first, by position: arrays, moments, shapes, and the numbers that make up a method; all else is an option
 BY_POSITION = {
     "x", "m", "parts", "weights", "groups", "state", "shape", "x_shape", "kernel", "num_ghosts", "num_groups",
+    "batch_size", "num_channels",
 }  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def test_every_method_has_a_row():
     """A method without a label of its sets is not tested."""
     returning = {name for name, f in METHODS.items() if inspect.signature(f).return_annotation is methods.Method}
     assert returning == {row.method_name for row in ROWS}
-    assert set(METHODS) - returning == {"standardize_kernel"}
+    assert set(METHODS) - returning == {"standardize_kernel", "batch_group_count"}
     for row in ROWS:
         assert f"{row.method_name}(" in inspect.getsource(row.call)
 
@@ -101,7 +102,19 @@ def uses(module, other):
     return any(name == other or name.startswith(other + ".") for name in FILES[module])
 
 
-FLOORS = ("_groups", "_devices", "_xla", "_mean_var", "_moments", "_pooling", "_normalize", "_running", "methods", "_between")
+FLOORS = (
+    "_groups",
+    "_devices",
+    "_xla",
+    "_mean_var",
+    "_moments",
+    "_pooling",
+    "_normalize",
+    "_running",
+    "_parity",
+    "methods",
+    "_between",
+)
 
 
 @pytest.mark.parametrize("floor", range(len(FLOORS)), ids=FLOORS)

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from benchmarks import batch_size, digits, training
-from benchmarks.norms import METHODS, batch_group_count
+from benchmarks.norms import METHODS
 from benchmarks.residual import WIDTHS, ResidualNet
 from benchmarks.results import Result, interval
 
@@ -228,14 +228,6 @@ def test_methods_start_from_the_same_parameters():
         return jax.jit(net.init, static_argnames="train")(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)["params"]
 
     jax.tree.map(np.testing.assert_array_equal, params("batch"), params("group"))
-
-
-@pytest.mark.parametrize("num_channels", WIDTHS)
-def test_batch_group_count_divides_the_channels_and_grows_to_them(num_channels):
-    counts = [batch_group_count(size, num_channels) for size in (1, 2, 4, 8, 16, 32)]
-    assert all(num_channels % count == 0 for count in counts)
-    assert counts == sorted(counts)
-    assert counts[-2:] == [num_channels, num_channels]
 
 
 def test_interval_is_that_of_the_t_test():

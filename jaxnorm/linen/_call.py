@@ -81,6 +81,11 @@ def _parameter(module: Any, name: str, given: ArrayLike | None, shape: Shape) ->
     return module.param(name, init, shape, module.param_dtype)
 
 
+def channel_parameter(module: Layer, name: str, init: Initializer, x: ArrayLike) -> jax.Array:
+    """A parameter with one number for each channel."""
+    return module.param(name, init, _layers.feature_shape(as_array(x), module.channel_axis), module.param_dtype)
+
+
 def call(
     module: Any,
     x: jax.Array,

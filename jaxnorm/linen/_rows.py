@@ -1,15 +1,19 @@
 """Layers that are a row of the table of methods: any row, and the ones that Flax does not have."""
 
+from functools import partial
+from typing import Unpack
+
 import jax
 from flax import linen as nn
 from jax.typing import ArrayLike
 
 from jaxnorm import _layers, methods
-from jaxnorm._groups import Groups, Method, Shape
-from jaxnorm._layers import Activation
+from jaxnorm._groups import Groups, Method, Shape, single_axis
+from jaxnorm._layers import Activation, StateOptions, with_batch
 from jaxnorm._moments import as_array
 from jaxnorm._running import running_shape
-from jaxnorm.linen._call import Layer, State, call
+from jaxnorm.batch_group import batch_group_norm, init_batch_group_norm
+from jaxnorm.linen._call import Layer, State, call, call_function
 
 
 class _Row(Layer, kw_only=True):
@@ -130,16 +134,20 @@ class GhostBatchNorm(_Row):
 
 
 class BatchGroupNorm(_Row):
-    """Normalization of groups of features over the whole batch: `methods.batch_group_norm`.
+    """Normalization of groups of features over the whole batch: `batch_group.batch_group_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
+    The collection `batch_stats` holds `mean` and `var`, (G,). Where G does not divide the channels, groups are of positions
+    too: the layer then depends on the position, takes real x, and is tied to the image size with which it was initialized;
+    the collection's `positions` has that shape, (H, W).
+
     Args:
-        num_groups: G. Up to the number of channels these are groups of channels, beyond also of positions.
+        num_groups: G, a divisor of channels times positions; `methods.batch_group_count` chooses one by the batch's size.
         Others: as `Norm`.
 
     Raises:
-        ValueError: G does not divide, or x of another image size than the running statistics of G > C.
+        ValueError: G does not divide, x of another image size than the running statistics.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -149,15 +157,27 @@ class BatchGroupNorm(_Row):
         ((32,), (64,))
 
     Reference:
-        Batch Group Normalization, 2020, arXiv:2012.02782; see `methods.batch_group_norm`.
+        Batch Group Normalization, 2020, arXiv:2012.02782; see `batch_group.batch_group_norm`.
     """
 
     num_groups: int
 
     def row(self, x_shape: Shape) -> Method:
-        if self.batch_axis % len(x_shape) != 0:
-            raise ValueError(f"BatchGroupNorm takes the batch on axis 0. Got batch_axis={self.batch_axis}; move that axis.")
-        return methods.batch_group_norm(self.num_groups, x_shape, channel_axis=self.channel_axis)
+        return methods.batch_group_norm(self.num_groups)
+
+    @nn.compact
+    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]) -> jax.Array:
+        """Normalize x; the options are those of `Norm`."""
+        x = as_array(x)
+        if x.shape[single_axis(self.channel_axis, x.shape)] % self.num_groups == 0:
+            return super().__call__(x, use_running_average, **options)
+        axes = {"batch_axis": self.batch_axis, "channel_axis": self.channel_axis}
+        first = partial(init_batch_group_norm, self.num_groups, x.shape, counted=self.debias, **axes)
+        static = {"num_groups": self.num_groups, "correction": self.correction}
+        if self.momentum is None:
+            return call_function(self, x, partial(with_batch, batch_group_norm, first(), **static), options)
+        function = partial(batch_group_norm, momentum=self.momentum, **static)
+        return call_function(self, x, function, options, state=lambda _: first(), use_running_average=use_running_average)
 
 
 class PositionalNorm(_Row):

@@ -1,6 +1,7 @@
 """Layers that are a row of the table of methods: any row, and the ones that Flax does not have."""
 
-from typing import Any
+from functools import partial
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ from jax.typing import ArrayLike
 
 from jaxnorm import methods
 from jaxnorm._groups import Groups, Method, Shape
-from jaxnorm._layers import Activation
+from jaxnorm._layers import Activation, StateOptions, with_batch
 from jaxnorm._moments import as_array
 from jaxnorm._running import running_shape
-from jaxnorm.nnx._call import NONE, Metadata, StatefulLayer, ones, promote_dtype, zeros
+from jaxnorm.batch_group import batch_group_norm, init_batch_group_norm
+from jaxnorm.nnx._call import NONE, Function, Metadata, StatefulLayer, ones, promote_dtype, zeros
 
 
 class _Row(StatefulLayer):
@@ -173,19 +175,22 @@ class GhostBatchNorm(_Row):
         return methods.ghost_batch_norm(self.num_ghosts, ghost_size=self.ghost_size)
 
 
-class BatchGroupNorm(_Row):
-    """Normalization of groups of features over the whole batch: `methods.batch_group_norm`.
+class BatchGroupNorm(_Row, Function):
+    """Normalization of groups of features over the whole batch: `batch_group.batch_group_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
+    Running statistics are `mean` and `var`, (G,). Where G does not divide the channels, groups are of positions too: the
+    layer then depends on the position, takes real x, and is tied to the image size of `x_shape`.
+
     Args:
         num_features: channels.
-        num_groups: G. Up to the number of channels these are groups of channels, beyond also of positions.
-        x_shape: shape of an input, needed for G > C; any number of examples.
+        num_groups: G, a divisor of channels times positions; `methods.batch_group_count` chooses one by the batch's size.
+        x_shape: shape of an input, needed where G does not divide the channels; any number of examples.
         Others: as `Norm`.
 
     Raises:
-        ValueError: G does not divide, or x of another image size than the running statistics of G > C.
+        ValueError: G does not divide, x of another image size than the running statistics.
 
     Example:
         >>> import jax.numpy as jnp
@@ -195,22 +200,42 @@ class BatchGroupNorm(_Row):
         ((2, 8, 8, 64), (32,))
 
     Reference:
-        Batch Group Normalization, 2020, arXiv:2012.02782; see `methods.batch_group_norm`.
+        Batch Group Normalization, 2020, arXiv:2012.02782; see `batch_group.batch_group_norm`.
     """
 
-    def __init__(self, num_features: int, num_groups: int, **options: Any):
-        self.num_groups = num_groups
-        super().__init__(num_features, **options)
+    def __init__(self, num_features: int, num_groups: int, *, momentum: float | None = 0.99, **options: Any):
+        self.num_groups, self._tied = num_groups, num_features % num_groups != 0
+        _Row.__init__(self, num_features, momentum=None if self._tied else momentum, **options)
+        if not self._tied:
+            return
+        if self.x_shape is None:
+            raise ValueError(
+                "groups that are not groups of channels split positions. Got "
+                f"{num_groups} groups of {num_features} channels and x_shape=None; expected the shape of an input, any number "
+                "of examples."
+            )
+        self.momentum = momentum
+        axes = {"batch_axis": self.batch_axis, "channel_axis": self.channel_axis}
+        first = init_batch_group_norm(num_groups, self.x_shape, counted=self.debias, **axes)
+        self._state = () if momentum is None else tuple(first)
+        for name in self._state:
+            setattr(self, name, nnx.BatchStat(first[name]))
 
     def _row(self, x_shape: Shape | None) -> Method:
-        if self.batch_axis != 0:
-            raise ValueError(f"BatchGroupNorm takes the batch on axis 0. Got batch_axis={self.batch_axis}; move that axis.")
-        if x_shape is None and self.num_groups > self.num_features:
-            raise ValueError(
-                f"more groups than channels split positions. Got {self.num_groups} groups of {self.num_features} channels and "
-                "x_shape=None; expected the shape of an input, any number of examples."
+        return methods.batch_group_norm(self.num_groups)
+
+    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]) -> jax.Array:
+        """Normalize x; the options are those of `Norm`."""
+        if not self._tied:
+            return super().__call__(x, use_running_average, **options)
+        static = {"num_groups": self.num_groups, "correction": self.correction}
+        if self.momentum is None:
+            first = init_batch_group_norm(
+                self.num_groups, self.x_shape, channel_axis=self.channel_axis, batch_axis=self.batch_axis
             )
-        return methods.batch_group_norm(self.num_groups, x_shape, channel_axis=self.channel_axis)
+            return self._run(x, partial(with_batch, batch_group_norm, first, **static), options)
+        function = partial(batch_group_norm, momentum=self.momentum, **static)
+        return self._run(x, function, options, use_running_average=use_running_average)
 
 
 class PositionalNorm(_Row):

@@ -1,0 +1,101 @@
+"""Proxy Normalization: the activation's output standardized as if its input were Gaussian."""
+
+import functools
+import statistics
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxnorm._between import Options, applied, measured, output_dtype, parameter, real
+from jaxnorm._devices import varying_like
+from jaxnorm._groups import EACH, Groups, Method
+from jaxnorm._mean_var import statistic_dtype
+
+
+def proxy_norm(
+    x: ArrayLike,
+    method: Method | Groups,
+    *,
+    proxy_scale: ArrayLike | None = None,
+    proxy_bias: ArrayLike | None = None,
+    num_quantiles: int = 200,
+    proxy_epsilon: float = 0.03,
+    epsilon: float = 1e-3,
+    **options: Unpack[Options],
+) -> jax.Array:
+    """Normalize x by a row of the table, scale and shift, activate, and standardize each channel by a Gaussian proxy.
+
+        z = activation(scale x^ + bias),                 x^ normalized by `method`
+        p = activation(scale (proxy_bias + (1 + proxy_scale) q) + bias)
+        y = (z - mean_q(p)) / sqrt(var_q(p) + proxy_epsilon)
+
+    with q the n quantiles sqrt(2) erfinv(2 (i + 1/2) / n - 1) of the normal distribution. So the channels of the output are
+    standardized, as batch normalization's are, without any statistic of the batch. Training and inference are the same. Mean
+    and variance of the proxy are computed at each call and pass gradients to all four parameters. The backward pass keeps x
+    and small arrays.
+
+    Args:
+        x: real floating array with examples and channels.
+        method: a row that shares no statistics between examples: `methods.layer_norm()`, `methods.group_norm(4)`.
+        proxy_scale: gamma', (C,), 0 at first. None is 0.
+        proxy_bias: beta', (C,), 0 at first. None is 0.
+        num_quantiles: n; 200 in the authors' code.
+        proxy_epsilon: added to the proxy's variance, in the unit of the activation squared.
+        epsilon: added to the variance of x, in the unit of x squared.
+        **options: as `norm`; `activation` is the one of the equation, and left out the identity.
+
+    Returns:
+        y, of x's shape.
+
+    Raises:
+        TypeError: x is complex or integer.
+        ValueError: a method that pools the batch, less than one quantile, parameters of another shape.
+
+    Example:
+        >>> from jaxnorm import methods
+        >>> x = jax.random.normal(jax.random.key(0), (4, 32, 32, 8))
+        >>> y = proxy_norm(x, methods.layer_norm(), activation=jax.nn.relu)
+        >>> round(abs(float(y.mean())), 1), round(float(y.var()), 1)  # var / (var + proxy_epsilon)
+        (0.0, 0.9)
+
+    Reference:
+        Proxy-Normalizing Activations to Match Batch Normalization while Removing Batch Dependence, 2021, arXiv:2106.03743.
+        The definition was read in the authors' code; the gradient of the proxy's statistics is taken by differentiation, not
+        by hand and from step to step as there.
+    """
+    x = real(x, "proxy_norm")
+    if (method if isinstance(method, Groups) else method.groups).batch != EACH:
+        raise ValueError(
+            f"proxy normalization stands in for statistics of the batch. Got {method}, which pools it; expected a row with "
+            "batch=EACH such as methods.layer_norm() or methods.group_norm(4)."
+        )
+    if num_quantiles < 1:
+        raise ValueError(f"the proxy needs quantiles. Got num_quantiles={num_quantiles}; expected 200, or at least 1.")
+    dtype, wide = output_dtype(x, options), statistic_dtype(x.dtype)
+    activation = options.get("activation") or (lambda y: y)
+    names = {"scale": (options.get("scale"), 1), "bias": (options.get("bias"), 0)}
+    names |= {"proxy_scale": (proxy_scale, 0), "proxy_bias": (proxy_bias, 0)}
+    scale, bias, more_scale, more_bias = (
+        jnp.full((1,) * x.ndim, first, wide) if t is None else parameter(t, name, x, options)
+        for name, (t, first) in names.items()
+    )
+    q = jnp.asarray(_quantiles(num_quantiles), wide).reshape(-1, *(1,) * x.ndim)
+    proxy = activation(scale[None] * (more_bias[None] + (1 + more_scale[None]) * q) + bias[None])
+    mean, var = proxy.mean(0), proxy.var(0)
+
+    def standardized(y: jax.Array) -> jax.Array:
+        s, a = (varying_like(t, y) for t in (mean, lax.rsqrt(var + proxy_epsilon)))
+        return ((activation(y) - s) * a).astype(dtype)
+
+    inside: Options = options | {"activation": standardized, "dtype": wide}  # type: ignore[assignment]
+    return applied(x, measured(x, method, **options), epsilon, **inside)
+
+
+@functools.cache
+def _quantiles(n: int) -> np.ndarray:
+    normal = statistics.NormalDist()
+    return np.array([normal.inv_cdf((i + 0.5) / n) for i in range(n)])
