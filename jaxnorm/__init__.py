@@ -27,10 +27,16 @@ The map, in the order in which the files build on each other:
     remember them                 init_running(shape), update_running(state, m),     _running.py
                                   update_cumulative(state, m), running_shape(...),
                                   running_moments(state, groups, x_shape)
+    of ghost batches              update_running(..., ghost_update="pooled")         _ghosts.py
     several devices               axis_name=, axis_index_groups= of the above        _devices.py
     a method by name              methods.group_norm(32), ...                        methods.py
     a method with a rule between  renorm.batch_renorm(x, state, train=)              renorm.py
-    moments and normalize
+    moments and normalize         momentum.momentum_batch_norm(x, state, train=)     momentum.py
+                                  memorized.memorized_batch_norm(...),               memorized.py
+                                  memorized.double_forward(loss, update)
+                                  switchable.switchable_norm(...)                    switchable.py
+                                  domains.domain_batch_norm(..., domain=),           domains.py
+                                  domains.domain_ensemble(forward, num_domains)
     a layer                       linen.Norm(method), nnx.Norm(features, method),    linen/, nnx/
                                   BatchNorm, GroupNorm, LayerNorm, InstanceNorm,
                                   RMSNorm, GhostBatchNorm, BatchGroupNorm, PositionalNorm
@@ -43,8 +49,12 @@ Letters: N examples, H x W positions, C channels, G groups of channels; S a set 
 divided by n.
 """
 
+from jaxnorm import domains as domains
+from jaxnorm import memorized as memorized
 from jaxnorm import methods as methods
+from jaxnorm import momentum as momentum
 from jaxnorm import renorm as renorm
+from jaxnorm import switchable as switchable
 from jaxnorm._groups import EACH as EACH
 from jaxnorm._groups import Groups as Groups
 from jaxnorm._groups import Method as Method

@@ -18,6 +18,7 @@ from jaxnorm._groups import Specification, single_axis
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments, inexact, moments
 from jaxnorm._normalize import normalize
+from jaxnorm._pooling import pool
 
 State = dict[str, jax.Array]
 
@@ -44,9 +45,21 @@ def real(x: ArrayLike, method: str) -> jax.Array:
     return x
 
 
-def measured(x: jax.Array, groups: Specification, **options: Unpack[Options]) -> Moments:
-    """`moments` of x, with the options that concern them."""
-    return moments(x, groups, **_named(options, "weights", "axis_name", "axis_index_groups", "batch_axis", "channel_axis"))
+def measured(x: jax.Array, groups: Specification, *, center: jax.Array | None = None, **options: Unpack[Options]) -> Moments:
+    """`moments` of x, with the options that concern them; over devices about `center`, which spares a round of sums."""
+    center = None if options.get("axis_name") is None else center
+    names = ("weights", "axis_name", "axis_index_groups", "batch_axis", "channel_axis")
+    return moments(x, groups, center=center, **_named(options, *names))
+
+
+def alone(options: Options) -> Options:
+    """The options on one device: what is whole on each has nothing to sum over a named axis."""
+    return {**options, "axis_name": None, "axis_index_groups": None}
+
+
+def pooled(m: Moments, groups: Specification, **options: Unpack[Options]) -> Moments:
+    """`pool` of m, with the options that concern it."""
+    return pool(m, groups, **_named(options, "axis_name", "axis_index_groups", "batch_axis", "channel_axis"))
 
 
 def applied(x: jax.Array, m: Moments, epsilon: float, **options: Unpack[Options]) -> jax.Array:
@@ -56,6 +69,10 @@ def applied(x: jax.Array, m: Moments, epsilon: float, **options: Unpack[Options]
 
 
 def _named(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    if unknown := sorted(set(options) - set(Options.__annotations__)):
+        raise TypeError(
+            f"unexpected keyword argument {', '.join(unknown)}. Expected some of {', '.join(Options.__annotations__)}."
+        )
     return {name: options[name] for name in names if name in options}
 
 
@@ -69,6 +86,12 @@ def along_channels(t: jax.Array, x: jax.Array, channel_axis: int = -1) -> jax.Ar
         )
     sizes = [n if i == channel else 1 for i, n in enumerate(x.shape)]
     return t.reshape(*t.shape[:-1], *sizes).astype(statistic_dtype(x.dtype))
+
+
+def recalled(state: State, x: jax.Array, channel_axis: int = -1, prefix: str = "") -> Moments:
+    """The state's mean and variance as moments that serve x."""
+    mean, var = (along_channels(state[prefix + name], x, channel_axis) for name in ("mean", "var"))
+    return Moments(jnp.ones_like(mean), mean, var)
 
 
 def usable(m: Moments) -> jax.Array:

@@ -12,12 +12,16 @@ gives the scale itself).
 """
 
 from jaxnorm.linen._batch import BatchNorm as BatchNorm
+from jaxnorm.linen._domains import DomainSpecificBatchNorm as DomainSpecificBatchNorm
 from jaxnorm.linen._group import GroupNorm as GroupNorm
 from jaxnorm.linen._group import InstanceNorm as InstanceNorm
 from jaxnorm.linen._layer import LayerNorm as LayerNorm
 from jaxnorm.linen._layer import RMSNorm as RMSNorm
+from jaxnorm.linen._memorized import MemorizedBatchNorm as MemorizedBatchNorm
+from jaxnorm.linen._momentum import MomentumBatchNorm as MomentumBatchNorm
 from jaxnorm.linen._renorm import BatchRenorm as BatchRenorm
 from jaxnorm.linen._rows import BatchGroupNorm as BatchGroupNorm
 from jaxnorm.linen._rows import GhostBatchNorm as GhostBatchNorm
 from jaxnorm.linen._rows import Norm as Norm
 from jaxnorm.linen._rows import PositionalNorm as PositionalNorm
+from jaxnorm.linen._switchable import SwitchableNorm as SwitchableNorm

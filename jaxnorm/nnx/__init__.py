@@ -7,12 +7,17 @@ default is applied to input, statistics and parameters as in Flax.
 """
 
 from jaxnorm.nnx._batch import BatchNorm as BatchNorm
+from jaxnorm.nnx._domains import DomainDistance as DomainDistance
+from jaxnorm.nnx._domains import DomainSpecificBatchNorm as DomainSpecificBatchNorm
 from jaxnorm.nnx._group import GroupNorm as GroupNorm
 from jaxnorm.nnx._group import InstanceNorm as InstanceNorm
 from jaxnorm.nnx._layer import LayerNorm as LayerNorm
 from jaxnorm.nnx._layer import RMSNorm as RMSNorm
+from jaxnorm.nnx._memorized import MemorizedBatchNorm as MemorizedBatchNorm
+from jaxnorm.nnx._momentum import MomentumBatchNorm as MomentumBatchNorm
 from jaxnorm.nnx._renorm import BatchRenorm as BatchRenorm
 from jaxnorm.nnx._rows import BatchGroupNorm as BatchGroupNorm
 from jaxnorm.nnx._rows import GhostBatchNorm as GhostBatchNorm
 from jaxnorm.nnx._rows import Norm as Norm
 from jaxnorm.nnx._rows import PositionalNorm as PositionalNorm
+from jaxnorm.nnx._switchable import SwitchableNorm as SwitchableNorm
