@@ -41,6 +41,16 @@ The map, in the order in which the files build on each other:
                                   batch_group.batch_group_norm(x, state, train=,     batch_group.py
                                   num_groups=)
     standardized kernels          methods.standardize_kernel(kernel)                 methods.py
+    of ghost batches              update_running(..., ghost_update="pooled")         _ghosts.py
+    several devices               axis_name=, axis_index_groups= of the above        _devices.py
+    a method by name              methods.group_norm(32), ...                        methods.py
+    a method with a rule between  renorm.batch_renorm(x, state, train=)              renorm.py
+    moments and normalize         momentum.momentum_batch_norm(x, state, train=)     momentum.py
+                                  memorized.memorized_batch_norm(...),               memorized.py
+                                  memorized.double_forward(loss, update)
+                                  switchable.switchable_norm(...)                    switchable.py
+                                  domains.domain_batch_norm(..., domain=),           domains.py
+                                  domains.domain_ensemble(forward, num_domains)
     a layer                       linen.Norm(method), nnx.Norm(features, method),    linen/, nnx/
                                   BatchNorm, GroupNorm, LayerNorm, InstanceNorm,
                                   RMSNorm, GhostBatchNorm, BatchGroupNorm, PositionalNorm,
@@ -64,6 +74,10 @@ from jaxnorm import positional as positional
 from jaxnorm import proxy as proxy
 from jaxnorm import renorm as renorm
 from jaxnorm._devices import device_groups as device_groups
+from jaxnorm import domains as domains
+from jaxnorm import memorized as memorized
+from jaxnorm import momentum as momentum
+from jaxnorm import switchable as switchable
 from jaxnorm._groups import EACH as EACH
 from jaxnorm._groups import Groups as Groups
 from jaxnorm._groups import Method as Method

@@ -18,6 +18,7 @@ from jaxnorm._groups import Specification, axes_of, single_axis
 from jaxnorm._mean_var import counts, statistic_dtype
 from jaxnorm._moments import Moments, as_weights, inexact, moments
 from jaxnorm._normalize import normalize, placed
+from jaxnorm._pooling import pool
 from jaxnorm._running import update_running
 
 State = dict[str, jax.Array]
@@ -45,9 +46,21 @@ def real(x: ArrayLike, method: str) -> jax.Array:
     return x
 
 
-def measured(x: jax.Array, groups: Specification, **options: Unpack[Options]) -> Moments:
-    """`moments` of x, with the options that concern them."""
-    return moments(x, groups, **named(options, "weights", "axis_name", "axis_index_groups", "batch_axis", "channel_axis"))
+def measured(x: jax.Array, groups: Specification, *, center: jax.Array | None = None, **options: Unpack[Options]) -> Moments:
+    """`moments` of x, with the options that concern them; over devices about `center`, which spares a round of sums."""
+    center = None if options.get("axis_name") is None else center
+    names = ("weights", "axis_name", "axis_index_groups", "batch_axis", "channel_axis")
+    return moments(x, groups, center=center, **named(options, *names))
+
+
+def alone(options: Options) -> Options:
+    """The options on one device: what is whole on each has nothing to sum over a named axis."""
+    return {**options, "axis_name": None, "axis_index_groups": None}
+
+
+def pooled(m: Moments, groups: Specification, **options: Unpack[Options]) -> Moments:
+    """`pool` of m, with the options that concern it."""
+    return pool(m, groups, **named(options, "axis_name", "axis_index_groups", "batch_axis", "channel_axis"))
 
 
 def applied(x: jax.Array, m: Moments, epsilon: float, **options: Unpack[Options]) -> jax.Array:
@@ -58,6 +71,10 @@ def applied(x: jax.Array, m: Moments, epsilon: float, **options: Unpack[Options]
 
 def named(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """The options of these names that are given."""
+    if unknown := sorted(set(options) - set(Options.__annotations__)):
+        raise TypeError(
+            f"unexpected keyword argument {', '.join(unknown)}. Expected some of {', '.join(Options.__annotations__)}."
+        )
     return {name: options[name] for name in names if name in options}
 
 
@@ -71,6 +88,12 @@ def along_channels(t: jax.Array, x: jax.Array, channel_axis: int = -1) -> jax.Ar
         )
     sizes = [n if i == channel else 1 for i, n in enumerate(x.shape)]
     return t.reshape(*t.shape[:-1], *sizes).astype(statistic_dtype(x.dtype))
+
+
+def recalled(state: State, x: jax.Array, channel_axis: int = -1, prefix: str = "") -> Moments:
+    """The state's mean and variance as moments that serve x."""
+    mean, var = (along_channels(state[prefix + name], x, channel_axis) for name in ("mean", "var"))
+    return Moments(jnp.ones_like(mean), mean, var)
 
 
 def usable(m: Moments) -> jax.Array:
@@ -101,11 +124,6 @@ def output_dtype(x: jax.Array, options: Options) -> DTypeLike:
     """The dtype of y: what was asked for, or x's."""
     dtype = options.get("dtype")
     return x.dtype if dtype is None else dtype
-
-
-def local(options: Options) -> Options:
-    """The options without the named axes: for sets that end on each device."""
-    return {name: t for name, t in options.items() if name not in ("axis_name", "axis_index_groups")}  # type: ignore[return-value]
 
 
 def parameter(t: ArrayLike, name: str, x: jax.Array, options: Options) -> jax.Array:

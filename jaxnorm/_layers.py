@@ -15,6 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._between import State
 from jaxnorm._devices import AxisName, DeviceGroups
+from jaxnorm._ghosts import GhostUpdate
 from jaxnorm._groups import Method, Shape, Specification, axes_of
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments, moments
@@ -151,6 +152,7 @@ class Running:
         update: fold the batch's moments into them.
         momentum: weight of the old value.
         correction: 1 stores the unbiased variance.
+        ghost_update: how several ghost batches enter, see `update_running`.
     """
 
     moments: Moments
@@ -158,6 +160,7 @@ class Running:
     update: bool
     momentum: ArrayLike = 0.99
     correction: int = 0
+    ghost_update: GhostUpdate = "pooled"
 
     def with_values(self, mean: jax.Array, var: jax.Array) -> "Running":
         """The same with other values, such as cast ones."""
@@ -204,6 +207,11 @@ def apply(
     if running is None or not running.update:
         return y, None
     new = update_running(
-        running.moments, batch, momentum=running.momentum, correction=running.correction, batch_axis=batch_axis
+        running.moments,
+        batch,
+        momentum=running.momentum,
+        correction=running.correction,
+        ghost_update=running.ghost_update,
+        batch_axis=batch_axis,
     )
     return y, new

@@ -16,6 +16,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._devices import AxisName, DeviceGroups, all_sum, device_count, device_groups_of, in_explicit_meshes
+from jaxnorm._ghosts import GhostUpdate, check_ghost_update, one_update
 from jaxnorm._groups import Groups, Method, Shape, single_axis
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments
@@ -117,7 +118,13 @@ def serving(state: Moments, expected: Shape, statistic: Shape, x_shape: Shape) -
 
 @in_explicit_meshes
 def update_running(
-    state: Moments, m: Moments, *, momentum: ArrayLike = 0.99, correction: int = 0, batch_axis: int = 0
+    state: Moments,
+    m: Moments,
+    *,
+    momentum: ArrayLike = 0.99,
+    correction: int = 0,
+    ghost_update: GhostUpdate = "pooled",
+    batch_axis: int = 0,
 ) -> Moments:
     """Exponential moving average of mean and variance, in Flax's convention.
 
@@ -127,13 +134,25 @@ def update_running(
     weight of all batches so far, the new batch enters with (1 - momentum) / W, so the initial 0 and 1 never count.
 
     Statistics of several ghost batches are pooled first, so the state is that of plain batch normalization whatever the
-    ghost size. Where a set is empty, or its moments are not finite, the state stays.
+    ghost size. Other conventions take k ghosts, of moments s_1 to s_k, as they are:
+
+        "averaged"              state <- momentum * state + (1 - momentum) * mean_i s_i
+        "sequential"            one update for each ghost in turn: later ghosts weigh more, and k ghosts forget k times as much
+        "sequential divided"    the same with the rate 1 - momentum divided by k
+
+    Their variances lack the variance between the ghosts' means. Pooled is the convention of the code of arXiv:1906.03548;
+    sequential of arXiv:1705.08741 and TabNet's Keras code, divided of MosaicML's Composer, averaged of Keras 2 (from memory).
+
+    Where a set is empty, or its moments are not finite, the state stays; where only some ghosts are so, they are left out,
+    but for non-finite ones in a pool.
 
     Args:
         state: old running statistics.
         m: moments of the batch, of the statistic's shape or of the state's.
         momentum: weight of the OLD value per update, a number or traced scalar. PyTorch's momentum is 1 minus this.
-        correction: 1 stores the unbiased variance, n / max(n - 1, 1) times the biased one, as PyTorch does.
+        correction: 1 stores the unbiased variance, n / max(n - 1, 1) times the biased one, as PyTorch does; n of the
+            pooled batch, or in the other conventions of each ghost.
+        ghost_update: how several ghost batches enter.
         batch_axis: axis of the ghost batches in m.
 
     Returns:
@@ -141,7 +160,7 @@ def update_running(
 
     Raises:
         TypeError: complex moments for a real state.
-        ValueError: moments of another shape.
+        ValueError: moments of another shape, an unknown convention.
 
     Example:
         >>> import jax.numpy as jnp
@@ -150,22 +169,26 @@ def update_running(
         >>> new.mean.tolist(), new.var.tolist()
         ([0.5, 0.5], [2.0, 2.0])
     """
-    m = _as_state(m, state, batch_axis)
-    usable = (m.count > 0) & jnp.isfinite(m.mean) & jnp.isfinite(m.var)
     momentum = jnp.asarray(momentum, statistic_dtype(state.var.dtype))
+    check_ghost_update(ghost_update)
+    if ghost_update == "pooled" or not _has_ghosts(m, state, batch_axis):
+        m = _corrected(_as_state(m, state, batch_axis), correction)
+    else:
+        m = _corrected(m, correction)
+        m, momentum = one_update(m, _usable(m), single_axis(batch_axis, m.mean.shape), momentum, ghost_update)
+        m, momentum = _as_state(m, state, batch_axis), momentum.reshape(state.mean.shape)
+    usable = _usable(m)
     count, rate = state.count, 1 - momentum
     if count is not None:
         count = jnp.where(usable, momentum * count + (1 - momentum), count)
         rate = (1 - momentum) / jnp.where(count > 0, count, 1)
-    n = m.count.astype(m.var.dtype)
-    var = m.var * n / jnp.maximum(n - correction, 1) if correction else m.var
 
     def step(old: jax.Array, new: jax.Array) -> jax.Array:
         wide = statistic_dtype(old.dtype)
         average = (1 - rate).astype(wide) * old.astype(wide) + rate.astype(wide) * new.astype(wide)
         return jnp.where(usable, average.astype(old.dtype), old)
 
-    return Moments(count, step(state.mean, m.mean), step(state.var, var))  # type: ignore[arg-type]
+    return Moments(count, step(state.mean, m.mean), step(state.var, m.var))  # type: ignore[arg-type]
 
 
 @in_explicit_meshes
@@ -197,7 +220,7 @@ def update_cumulative(state: Moments, m: Moments, *, batch_axis: int = 0) -> Mom
     if state.count is None:
         raise ValueError("a cumulative average needs a count. Got a state without one; make it by init_running(counted=True).")
     m = _as_state(m, state, batch_axis)
-    usable = (m.count > 0) & jnp.isfinite(m.mean) & jnp.isfinite(m.var)
+    usable = _usable(m)
     wide = jax.tree.map(lambda old, t: old.astype(t.dtype), state, m)
     new = merge(wide, jax.tree.map(lambda t: jnp.where(usable, t, 0), m))
     return jax.tree.map(lambda old, t: jnp.where(usable, t.astype(old.dtype), old), state, new)
@@ -268,6 +291,21 @@ def sync_running(
 
 def _holds_statistics(t: Any) -> bool:
     return isinstance(t, Mapping) and "mean" in t and "var" in t
+
+
+def _usable(m: Moments) -> jax.Array:
+    return (m.count > 0) & jnp.isfinite(m.mean) & jnp.isfinite(m.var)
+
+
+def _has_ghosts(m: Moments, state: Moments, batch_axis: int) -> bool:
+    shape = m.mean.shape
+    return m.count is not None and shape != state.mean.shape and shape[single_axis(batch_axis, shape)] > 1
+
+
+def _corrected(m: Moments, correction: int) -> Moments:
+    """With variances divided by n - correction."""
+    n = m.count.astype(m.var.dtype)
+    return dataclasses.replace(m, var=m.var * n / jnp.maximum(n - correction, 1)) if correction else m
 
 
 def _as_state(m: Moments, state: Moments, batch_axis: int) -> Moments:

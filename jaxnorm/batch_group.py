@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm import methods
-from jaxnorm._between import Options, State, applied, local, measured, named, real, updated
+from jaxnorm._between import Options, State, alone, applied, measured, named, real, updated
 from jaxnorm._groups import EACH, Groups, Shape, single_axis
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments
@@ -117,7 +117,7 @@ def batch_group_norm(
     grid = _grid(num_groups, x.shape, batch, channel)
     if train:
         devices = named(options, "axis_name", "axis_index_groups")
-        features = jax.tree.map(lambda t: _pieces(t, num_groups, channel), measured(x, grid, **local(options)))
+        features = jax.tree.map(lambda t: _pieces(t, num_groups, channel), measured(x, grid, **alone(options)))
         m = pool(features, (num_groups, 1), **devices)
         state = updated(state, jax.tree.map(jnp.ravel, m), momentum, correction)
     else:

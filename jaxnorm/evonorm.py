@@ -13,7 +13,6 @@ from jaxnorm._between import (
     along_channels,
     applied,
     averaged,
-    local,
     measured,
     named,
     output_dtype,
@@ -87,7 +86,7 @@ def evonorm_b0(
         Evolving Normalization-Activation Layers, 2020, arXiv:2004.02967. The definition was read in the authors' code.
     """
     x = real(x, "evonorm_b0")
-    own = measured(x, methods.instance_norm(), **local(options))
+    own = measured(x, methods.instance_norm(), **alone(options))
     var = along_channels(state["var"], x, options.get("channel_axis", -1))
     if train:
         axes = named(options, "axis_name", "axis_index_groups", "batch_axis", "channel_axis")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm import methods
-from jaxnorm._between import Options, State, applied, local, measured, named, output_dtype, real, updated
+from jaxnorm._between import Options, State, alone, applied, measured, named, output_dtype, real, updated
 from jaxnorm._devices import varying_like
 from jaxnorm._groups import EACH, Groups, Method
 from jaxnorm._mean_var import statistic_dtype
@@ -108,7 +108,7 @@ def group_norm_plus(
     def divisors(m: Moments) -> Moments:
         return with_divisor(m, epsilon, correction=correction, epsilon_outside=epsilon_outside)
 
-    m = divisors(measured(x, methods.group_norm(num_groups), **local(options)))
+    m = divisors(measured(x, methods.group_norm(num_groups), **alone(options)))
     bare: Options = options | {"scale": None, "bias": None, "activation": None, "dtype": wide}  # type: ignore[assignment]
     z = applied(x, m, 0.0, **bare)
     if options.get("weights") is not None:  # what does not count must not come back as a number

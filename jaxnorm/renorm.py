@@ -25,7 +25,7 @@ def init_batch_renorm(num_channels: int) -> State:
         >>> {name: t.shape for name, t in init_batch_renorm(3).items()}
         {'mean': (3,), 'std': (3,)}
     """
-    return {"mean": jnp.zeros(num_channels), "std": jnp.ones(num_channels)}
+    return {"mean": jnp.zeros(num_channels, jnp.float32), "std": jnp.ones(num_channels, jnp.float32)}
 
 
 def batch_renorm(
@@ -82,7 +82,7 @@ def batch_renorm(
     std = jnp.maximum(std, jnp.sqrt(jnp.asarray(epsilon, std.dtype)))
     if not train:
         return applied(x, Moments(jnp.ones_like(mean), mean, jnp.square(std)), 0.0, **options), state
-    m = measured(x, batch_norm(), **options)
+    m = measured(x, batch_norm(), center=mean, **options)
     batch_std = jnp.sqrt(m.var + epsilon)
     rmax, dmax = (jnp.asarray(t, std.dtype) for t in (rmax, dmax))
     r, d = lax.stop_gradient((jnp.clip(batch_std / std, 1 / rmax, rmax), jnp.clip((m.mean - mean) / std, -dmax, dmax)))

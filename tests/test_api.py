@@ -110,6 +110,7 @@ FLOORS = (
     "_moments",
     "_pooling",
     "_normalize",
+    "_ghosts",
     "_running",
     "_parity",
     "methods",

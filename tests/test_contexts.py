@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from contexts import AXES, CONTEXTS, EAGER, MESHES, NAMED, SHARDED, Context, fitting, parts, spec, whole
-from jax.sharding import PartitionSpec as P
+from contexts import CONTEXTS, MESHES, fitting, parts, spec, whole
 from rows import ROWS
 
 from jaxnorm import norm

@@ -15,6 +15,7 @@ from jaxnorm.linen._batch import BatchNorm as BatchNorm
 from jaxnorm.linen._evonorm import EvoNormB0 as EvoNormB0
 from jaxnorm.linen._evonorm import EvoNormS0 as EvoNormS0
 from jaxnorm.linen._frn import FilterResponseNorm as FilterResponseNorm
+from jaxnorm.linen._domains import DomainSpecificBatchNorm as DomainSpecificBatchNorm
 from jaxnorm.linen._group import GroupNorm as GroupNorm
 from jaxnorm.linen._group import InstanceNorm as InstanceNorm
 from jaxnorm.linen._group_plus import GroupNormPlus as GroupNormPlus
@@ -22,6 +23,8 @@ from jaxnorm.linen._layer import LayerNorm as LayerNorm
 from jaxnorm.linen._layer import RMSNorm as RMSNorm
 from jaxnorm.linen._positional import DynamicMomentShortcut as DynamicMomentShortcut
 from jaxnorm.linen._proxy import ProxyNorm as ProxyNorm
+from jaxnorm.linen._memorized import MemorizedBatchNorm as MemorizedBatchNorm
+from jaxnorm.linen._momentum import MomentumBatchNorm as MomentumBatchNorm
 from jaxnorm.linen._renorm import BatchRenorm as BatchRenorm
 from jaxnorm.linen._rows import BatchGroupNorm as BatchGroupNorm
 from jaxnorm.linen._rows import GhostBatchNorm as GhostBatchNorm
@@ -29,3 +32,4 @@ from jaxnorm.linen._rows import Norm as Norm
 from jaxnorm.linen._rows import PositionalNorm as PositionalNorm
 from jaxnorm.linen._weights import WSConv as WSConv
 from jaxnorm.linen._weights import WSDense as WSDense
+from jaxnorm.linen._switchable import SwitchableNorm as SwitchableNorm

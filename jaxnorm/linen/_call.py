@@ -56,7 +56,8 @@ class State:
 
     def running(self, use: bool, update: bool | None) -> Running:
         update = (not use if update is None else update) and not self.module.is_initializing()
-        return Running(self.moments, use, update, self.module.momentum, getattr(self.module, "correction", 0))
+        more = {name: getattr(self.module, name) for name in ("correction", "ghost_update") if hasattr(self.module, name)}
+        return Running(self.moments, use, update, self.module.momentum, **more)
 
     def store(self, new: Moments) -> None:
         for name, variable in self.variables.items():

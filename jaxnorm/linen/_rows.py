@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 
 from jaxnorm import _layers, methods
+from jaxnorm._ghosts import GhostUpdate
 from jaxnorm._groups import Groups, Method, Shape, single_axis
 from jaxnorm._layers import Activation, StateOptions, with_batch
 from jaxnorm._moments import as_array
@@ -103,12 +104,13 @@ class GhostBatchNorm(_Row):
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    with the moments of each channel in each ghost batch. Running statistics are pooled over the ghosts, so they are those of
-    `BatchNorm` and serve any batch at inference.
+    with the moments of each channel in each ghost batch. Running statistics are pooled over the ghosts, unless asked for
+    otherwise, so they are those of `BatchNorm`; they serve any batch at inference.
 
     Args:
         num_ghosts: number of ghost batches, a divisor of the batch.
         ghost_size: or the examples in each.
+        ghost_update: "pooled", "averaged", "sequential" or "sequential divided": see `update_running`.
         Others: as `Norm`.
 
     Raises:
@@ -128,6 +130,7 @@ class GhostBatchNorm(_Row):
 
     num_ghosts: int | None = None
     ghost_size: int | None = None
+    ghost_update: GhostUpdate = "pooled"
 
     def row(self, x_shape: Shape) -> Method:
         return methods.ghost_batch_norm(self.num_ghosts, ghost_size=self.ghost_size)

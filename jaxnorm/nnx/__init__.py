@@ -10,6 +10,8 @@ from jaxnorm.nnx._batch import BatchNorm as BatchNorm
 from jaxnorm.nnx._evonorm import EvoNormB0 as EvoNormB0
 from jaxnorm.nnx._evonorm import EvoNormS0 as EvoNormS0
 from jaxnorm.nnx._frn import FilterResponseNorm as FilterResponseNorm
+from jaxnorm.nnx._domains import DomainDistance as DomainDistance
+from jaxnorm.nnx._domains import DomainSpecificBatchNorm as DomainSpecificBatchNorm
 from jaxnorm.nnx._group import GroupNorm as GroupNorm
 from jaxnorm.nnx._group import InstanceNorm as InstanceNorm
 from jaxnorm.nnx._group_plus import GroupNormPlus as GroupNormPlus
@@ -17,6 +19,8 @@ from jaxnorm.nnx._layer import LayerNorm as LayerNorm
 from jaxnorm.nnx._layer import RMSNorm as RMSNorm
 from jaxnorm.nnx._positional import DynamicMomentShortcut as DynamicMomentShortcut
 from jaxnorm.nnx._proxy import ProxyNorm as ProxyNorm
+from jaxnorm.nnx._memorized import MemorizedBatchNorm as MemorizedBatchNorm
+from jaxnorm.nnx._momentum import MomentumBatchNorm as MomentumBatchNorm
 from jaxnorm.nnx._renorm import BatchRenorm as BatchRenorm
 from jaxnorm.nnx._rows import BatchGroupNorm as BatchGroupNorm
 from jaxnorm.nnx._rows import GhostBatchNorm as GhostBatchNorm
@@ -24,3 +28,4 @@ from jaxnorm.nnx._rows import Norm as Norm
 from jaxnorm.nnx._rows import PositionalNorm as PositionalNorm
 from jaxnorm.nnx._weights import WSConv as WSConv
 from jaxnorm.nnx._weights import WSDense as WSDense
+from jaxnorm.nnx._switchable import SwitchableNorm as SwitchableNorm

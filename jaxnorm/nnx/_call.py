@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import _layers
 from jaxnorm._between import State
+from jaxnorm._ghosts import GhostUpdate
 from jaxnorm._groups import Shape, Specification
 from jaxnorm._layers import Activation, Axes, CallOptions, Running, StateOptions
 from jaxnorm._moments import Moments, as_array
@@ -39,6 +40,7 @@ class Layer(nnx.Module):
     use_fast_variance: bool = True
     batch_axis: int = 0
     correction: int = 0
+    ghost_update: GhostUpdate = "pooled"
 
     def _construct(self, options: dict[str, Any]) -> None:
         """Keep a constructor's arguments as attributes and make scale and bias, in this order, as Flax does."""
@@ -135,7 +137,8 @@ class StatefulLayer(Layer):
         count = self.count[...] if hasattr(self, "count") else None
         state = Moments(count, self.mean[...], self.var[...])  # pyright: ignore[reportArgumentType]  # None is no count
         state = serving(state, shape, statistic, x.shape)
-        return Running(state, use, not use if update is None else update, self.momentum, self.correction)
+        update = not use if update is None else update
+        return Running(state, use, update, self.momentum, self.correction, self.ghost_update)
 
     def _uses_running(self, use: bool | None) -> bool:
         use = self.use_running_average if use is None else use

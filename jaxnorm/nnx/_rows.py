@@ -10,6 +10,7 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
 from jaxnorm import methods
+from jaxnorm._ghosts import GhostUpdate
 from jaxnorm._groups import Groups, Method, Shape
 from jaxnorm._layers import Activation, StateOptions, with_batch
 from jaxnorm._moments import as_array
@@ -145,12 +146,14 @@ class GhostBatchNorm(_Row):
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    Running statistics are pooled over the ghosts, so they are those of `BatchNorm` and serve any batch at inference.
+    Running statistics are pooled over the ghosts, unless asked for otherwise, so they are those of `BatchNorm`; they serve any
+    batch at inference.
 
     Args:
         num_features: channels.
         num_ghosts: number of ghost batches, a divisor of the batch.
         ghost_size: or the examples in each.
+        ghost_update: "pooled", "averaged", "sequential" or "sequential divided": see `update_running`.
         Others: as `Norm`.
 
     Raises:
@@ -167,8 +170,15 @@ class GhostBatchNorm(_Row):
         arXiv:1705.08741.
     """
 
-    def __init__(self, num_features: int, num_ghosts: int | None = None, ghost_size: int | None = None, **options: Any):
-        self.num_ghosts, self.ghost_size = num_ghosts, ghost_size
+    def __init__(
+        self,
+        num_features: int,
+        num_ghosts: int | None = None,
+        ghost_size: int | None = None,
+        ghost_update: GhostUpdate = "pooled",
+        **options: Any,
+    ):
+        self.num_ghosts, self.ghost_size, self.ghost_update = num_ghosts, ghost_size, ghost_update
         super().__init__(num_features, **options)
 
     def _row(self, x_shape: Shape | None) -> Method:

@@ -1,0 +1,68 @@
+"""How one training step of several ghost batches enters running statistics: the conventions in use.
+
+With k ghosts of moments s_i, in order, and momentum d:
+
+    "pooled"              state <- d state + (1 - d) moments of the whole batch, the variance between ghosts included
+    "averaged"            state <- d state + (1 - d) mean_i s_i
+    "sequential"          one update a ghost: state <- d^k state + sum_i (1 - d) d^(k - 1 - i) s_i, i = 0 to k - 1
+    "sequential divided"  the same with the rate 1 - d divided by k
+
+Pooled statistics are batch normalization's whatever the ghost size. The variances of the others are smaller by the variance
+of the ghosts' means; sequential ones forget k times as fast, which the divided rate undoes but for terms of order (1 - d)^2.
+
+So is it done elsewhere: pooled in the code of 1906.03548; sequential in that of 1705.08741 (eladhoffer/bigBatch) and of
+TabNet's Keras implementation (ostamand/tensorflow-tabnet); sequential divided in MosaicML's Composer; averaged, from memory,
+with `virtual_batch_size` of Keras 2.
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm._moments import Moments
+
+GhostUpdate = Literal["pooled", "averaged", "sequential", "sequential divided"]
+
+Weights = tuple[jax.Array, jax.Array]
+
+
+def _averaged(valid: jax.Array, axis: int, momentum: jax.Array) -> Weights:
+    count = valid.sum(axis, keepdims=True)
+    return valid / jnp.where(count > 0, count, 1), jnp.broadcast_to(momentum, count.shape)
+
+
+def _sequential(valid: jax.Array, axis: int, momentum: jax.Array) -> Weights:
+    later = jnp.flip(jnp.cumsum(jnp.flip(valid, axis), axis), axis) - valid
+    weights = valid * momentum**later
+    total = weights.sum(axis, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1), momentum ** valid.sum(axis, keepdims=True)
+
+
+def _sequential_divided(valid: jax.Array, axis: int, momentum: jax.Array) -> Weights:
+    return _sequential(valid, axis, 1 - (1 - momentum) / valid.shape[axis])
+
+
+WEIGHTS: dict[str, Callable[[jax.Array, int, jax.Array], Weights]] = {
+    "averaged": _averaged,
+    "sequential": _sequential,
+    "sequential divided": _sequential_divided,
+}
+"""Weights of the ghosts, adding up to 1, and the weight of the old state. `valid` is 1 for ghosts that count, else 0."""
+
+
+def check_ghost_update(convention: str) -> None:
+    if convention not in get_args(GhostUpdate):
+        raise ValueError(f"ghost_update={convention!r} is no convention. Expected one of {get_args(GhostUpdate)}.")
+
+
+def one_update(m: Moments, usable: jax.Array, axis: int, momentum: jax.Array, convention: str) -> tuple[Moments, jax.Array]:
+    """The ghosts along an axis as one batch: its moments, and the momentum with which it enters."""
+    weights, momentum = WEIGHTS[convention](usable.astype(momentum.dtype), axis, momentum)
+
+    def average(t: jax.Array) -> jax.Array:
+        return (jnp.where(usable, t, 0) * weights.astype(t.dtype)).sum(axis, keepdims=True)
+
+    counts = jnp.where(usable, m.count, 0).sum(axis, keepdims=True)
+    return Moments(counts, average(m.mean), average(m.var)), momentum
