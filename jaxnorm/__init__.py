@@ -31,6 +31,10 @@ The map, in the order in which the files build on each other:
     a method by name              methods.group_norm(32), ...                        methods.py
     a method with a rule between  renorm.batch_renorm(x, state, train=)              renorm.py
     moments and normalize
+    that needs the kernel         cross_iteration.cross_iteration_norm(y, state,     cross_iteration.py
+                                  train=, inputs=, kernel=)
+    with its own gradient         moving_average.moving_average_norm(x, state,       moving_average.py
+                                  train=, tap=)
     a layer                       linen.Norm(method), nnx.Norm(features, method),    linen/, nnx/
                                   BatchNorm, GroupNorm, LayerNorm, InstanceNorm,
                                   RMSNorm, GhostBatchNorm, BatchGroupNorm, PositionalNorm
@@ -43,7 +47,9 @@ Letters: N examples, H x W positions, C channels, G groups of channels; S a set 
 divided by n.
 """
 
+from jaxnorm import cross_iteration as cross_iteration
 from jaxnorm import methods as methods
+from jaxnorm import moving_average as moving_average
 from jaxnorm import renorm as renorm
 from jaxnorm._groups import EACH as EACH
 from jaxnorm._groups import Groups as Groups

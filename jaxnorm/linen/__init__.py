@@ -12,10 +12,12 @@ gives the scale itself).
 """
 
 from jaxnorm.linen._batch import BatchNorm as BatchNorm
+from jaxnorm.linen._cross_iteration import CrossIterationNorm as CrossIterationNorm
 from jaxnorm.linen._group import GroupNorm as GroupNorm
 from jaxnorm.linen._group import InstanceNorm as InstanceNorm
 from jaxnorm.linen._layer import LayerNorm as LayerNorm
 from jaxnorm.linen._layer import RMSNorm as RMSNorm
+from jaxnorm.linen._moving_average import MovingAverageNorm as MovingAverageNorm
 from jaxnorm.linen._renorm import BatchRenorm as BatchRenorm
 from jaxnorm.linen._rows import BatchGroupNorm as BatchGroupNorm
 from jaxnorm.linen._rows import GhostBatchNorm as GhostBatchNorm

@@ -7,10 +7,13 @@ default is applied to input, statistics and parameters as in Flax.
 """
 
 from jaxnorm.nnx._batch import BatchNorm as BatchNorm
+from jaxnorm.nnx._cross_iteration import CrossIterationNorm as CrossIterationNorm
 from jaxnorm.nnx._group import GroupNorm as GroupNorm
 from jaxnorm.nnx._group import InstanceNorm as InstanceNorm
 from jaxnorm.nnx._layer import LayerNorm as LayerNorm
 from jaxnorm.nnx._layer import RMSNorm as RMSNorm
+from jaxnorm.nnx._moving_average import MovingAverageNorm as MovingAverageNorm
+from jaxnorm.nnx._moving_average import Tap as Tap
 from jaxnorm.nnx._renorm import BatchRenorm as BatchRenorm
 from jaxnorm.nnx._rows import BatchGroupNorm as BatchGroupNorm
 from jaxnorm.nnx._rows import GhostBatchNorm as GhostBatchNorm
