@@ -51,6 +51,11 @@ The map, in the order in which the files build on each other:
                                   switchable.switchable_norm(...)                    switchable.py
                                   domains.domain_batch_norm(..., domain=),           domains.py
                                   domains.domain_ensemble(forward, num_domains)
+    moments and normalize
+    that needs the kernel         cross_iteration.cross_iteration_norm(y, state,     cross_iteration.py
+                                  train=, inputs=, kernel=)
+    with its own gradient         moving_average.moving_average_norm(x, state,       moving_average.py
+                                  train=, tap=)
     a layer                       linen.Norm(method), nnx.Norm(features, method),    linen/, nnx/
                                   BatchNorm, GroupNorm, LayerNorm, InstanceNorm,
                                   RMSNorm, GhostBatchNorm, BatchGroupNorm, PositionalNorm,
@@ -72,6 +77,9 @@ from jaxnorm import group_plus as group_plus
 from jaxnorm import methods as methods
 from jaxnorm import positional as positional
 from jaxnorm import proxy as proxy
+from jaxnorm import cross_iteration as cross_iteration
+from jaxnorm import methods as methods
+from jaxnorm import moving_average as moving_average
 from jaxnorm import renorm as renorm
 from jaxnorm._devices import device_groups as device_groups
 from jaxnorm import domains as domains

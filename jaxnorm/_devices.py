@@ -105,16 +105,17 @@ def same_on_all_devices(axis_name: AxisName, groups: tuple[tuple[int, ...], ...]
     return set(jax.sharding.get_abstract_mesh().manual_axes) <= set(names_of(axis_name))
 
 
+def varying(t: jax.Array) -> frozenset[Hashable]:
+    """The axes over which t differs between devices, where shard_map's check_vma=True tracks it."""
+    return frozenset(getattr(getattr(jax.typeof(t), "manual_axis_type", None), "varying", ()))
+
+
 def varying_like(t: jax.Array, x: jax.Array) -> jax.Array:
     """t, marked as differing between the devices over which x differs.
 
     Under shard_map's check_vma=True a statistic that is equal on all devices would be marked where it meets x, at full size,
     and the sum over devices of its cotangent, too, would then be taken at full size.
     """
-
-    def varying(a: jax.Array) -> frozenset[Hashable]:
-        return frozenset(getattr(getattr(jax.typeof(a), "manual_axis_type", None), "varying", ()))
-
     missing = tuple(sorted(varying(x) - varying(t), key=str))
     return lax.pcast(t, missing, to="varying") if missing else t
 

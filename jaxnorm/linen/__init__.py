@@ -16,6 +16,7 @@ from jaxnorm.linen._evonorm import EvoNormB0 as EvoNormB0
 from jaxnorm.linen._evonorm import EvoNormS0 as EvoNormS0
 from jaxnorm.linen._frn import FilterResponseNorm as FilterResponseNorm
 from jaxnorm.linen._domains import DomainSpecificBatchNorm as DomainSpecificBatchNorm
+from jaxnorm.linen._cross_iteration import CrossIterationNorm as CrossIterationNorm
 from jaxnorm.linen._group import GroupNorm as GroupNorm
 from jaxnorm.linen._group import InstanceNorm as InstanceNorm
 from jaxnorm.linen._group_plus import GroupNormPlus as GroupNormPlus
@@ -25,6 +26,7 @@ from jaxnorm.linen._positional import DynamicMomentShortcut as DynamicMomentShor
 from jaxnorm.linen._proxy import ProxyNorm as ProxyNorm
 from jaxnorm.linen._memorized import MemorizedBatchNorm as MemorizedBatchNorm
 from jaxnorm.linen._momentum import MomentumBatchNorm as MomentumBatchNorm
+from jaxnorm.linen._moving_average import MovingAverageNorm as MovingAverageNorm
 from jaxnorm.linen._renorm import BatchRenorm as BatchRenorm
 from jaxnorm.linen._rows import BatchGroupNorm as BatchGroupNorm
 from jaxnorm.linen._rows import GhostBatchNorm as GhostBatchNorm

@@ -12,6 +12,7 @@ from jaxnorm.nnx._evonorm import EvoNormS0 as EvoNormS0
 from jaxnorm.nnx._frn import FilterResponseNorm as FilterResponseNorm
 from jaxnorm.nnx._domains import DomainDistance as DomainDistance
 from jaxnorm.nnx._domains import DomainSpecificBatchNorm as DomainSpecificBatchNorm
+from jaxnorm.nnx._cross_iteration import CrossIterationNorm as CrossIterationNorm
 from jaxnorm.nnx._group import GroupNorm as GroupNorm
 from jaxnorm.nnx._group import InstanceNorm as InstanceNorm
 from jaxnorm.nnx._group_plus import GroupNormPlus as GroupNormPlus
@@ -21,6 +22,8 @@ from jaxnorm.nnx._positional import DynamicMomentShortcut as DynamicMomentShortc
 from jaxnorm.nnx._proxy import ProxyNorm as ProxyNorm
 from jaxnorm.nnx._memorized import MemorizedBatchNorm as MemorizedBatchNorm
 from jaxnorm.nnx._momentum import MomentumBatchNorm as MomentumBatchNorm
+from jaxnorm.nnx._moving_average import MovingAverageNorm as MovingAverageNorm
+from jaxnorm.nnx._moving_average import Tap as Tap
 from jaxnorm.nnx._renorm import BatchRenorm as BatchRenorm
 from jaxnorm.nnx._rows import BatchGroupNorm as BatchGroupNorm
 from jaxnorm.nnx._rows import GhostBatchNorm as GhostBatchNorm

@@ -1,0 +1,257 @@
+"""Cross-Iteration Batch Normalization: statistics of a window of batches, each carried over to the present weights."""
+
+from collections.abc import Callable, Sequence
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxnorm._between import Options, State, along_channels, applied, averaged, measured, real, remembered, usable
+from jaxnorm._devices import all_sum, device_groups_of, varying_like
+from jaxnorm._groups import single_axis
+from jaxnorm._mean_var import counts, statistic_dtype
+from jaxnorm._moments import Moments, as_weights
+from jaxnorm._pooling import pool
+from jaxnorm.methods import batch_norm
+
+Linear = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def init_cross_iteration(kernel_shape: Sequence[int], *, window: int = 3, feature_group_count: int = 1) -> State:
+    """State before the first step: mean 0 and variance 1 for each channel, and no batch in the window.
+
+    Args:
+        kernel_shape: of the convolution or dense layer in front, (*spatial, inputs, C): outputs last, and inputs those of one
+            group of features, as in Flax.
+        window: most batches before the present one that are pooled with it.
+        feature_group_count: groups of features of a grouped convolution.
+
+    Returns:
+        `mean` and `var`, (C,), of inference; and for each batch of the window, newest first, `past_count` (window,), its
+        elements or 0; `past_mean` and `past_var`, (window, C); `past_patch`, (window, *kernel_shape[:-1],
+        feature_group_count), the mean input patch; `past_slope`, (window, *kernel_shape), the derivative of its variance by
+        the kernel. float32.
+
+    Raises:
+        ValueError: a window below 1, a kernel that is none, groups that do not divide the channels.
+
+    Example:
+        >>> {name: t.shape for name, t in init_cross_iteration((3, 3, 8, 16), window=2).items() if name.startswith("past")}
+        {'past_count': (2,), 'past_mean': (2, 16), 'past_var': (2, 16), 'past_patch': (2, 3, 3, 8, 1),
+         'past_slope': (2, 3, 3, 8, 16)}
+    """
+    shape = tuple(kernel_shape)
+    if window < 1 or len(shape) < 2 or feature_group_count < 1 or shape[-1] % feature_group_count:
+        raise ValueError(
+            f"Got window={window}, feature_group_count={feature_group_count} for a kernel of shape {shape}. Expected a window of "
+            "1 or more, a kernel of shape (..., inputs, C), and groups that divide C."
+        )
+    return {
+        "mean": jnp.zeros(shape[-1]),
+        "var": jnp.ones(shape[-1]),
+        "past_count": jnp.zeros(window),
+        "past_mean": jnp.zeros((window, shape[-1])),
+        "past_var": jnp.zeros((window, shape[-1])),
+        "past_patch": jnp.zeros((window, *shape[:-1], feature_group_count)),
+        "past_slope": jnp.zeros((window, *shape)),
+    }
+
+
+def cross_iteration_norm(
+    y: ArrayLike,
+    state: State,
+    *,
+    train: bool,
+    inputs: ArrayLike,
+    kernel: ArrayLike,
+    layer: Linear = jnp.matmul,
+    window: ArrayLike | None = None,
+    rho: ArrayLike = 1.0,
+    momentum: ArrayLike = 0.9,
+    epsilon: float = 1e-5,
+    **options: Unpack[Options],
+) -> tuple[jax.Array, State]:
+    """Batch normalization of y = layer(inputs, kernel) over this batch and the last ones, as if with the present kernel.
+
+    With m and v the mean and variance of batch t in the window, W_t its kernel and W the present one, the first-order change
+    of m and of the mean square m^2 + v along rho (W - W_t) makes
+
+        m' = m + rho d,    v' = max(v + rho e - (rho d)^2, 0),    d = <dm/dW, W - W_t>,    e = <dv/dW, W - W_t>
+
+    These are pooled with the present batch's, weighed by count: mean = sum n m' / sum n, var = sum n (v' + (m' - mean)^2) /
+    sum n. Gradients flow through the present batch alone. No old kernel is kept: y is linear in W, so that <dm/dW, W_t> = m
+    and <dv/dW, W_t> = 2 v. d is exact for fixed inputs; v' is never more than what the old inputs give under W.
+
+    With rho = 0 the old statistics are pooled as they are; with window = 0, which is how training begins, this is batch
+    normalization. While the kernel does not change, as in gradient accumulation, both are exactly the statistics of the
+    concatenated batches for any rho: window = the number of the micro-batch within its step, from 0, is then Cross mini-Batch
+    Normalization (CmBN). Inference uses running statistics of the batches, each by itself, as batch normalization.
+
+    Args:
+        y: output of the layer in front, real; normalized.
+        state: see `init_cross_iteration`.
+        train: pool and update the state, or use the running mean and variance.
+        inputs: input of the layer in front, real, with y's batch and channel axes.
+        kernel: its weights, outputs last; no bias.
+        layer: the layer in front, `y = layer(inputs, kernel)`: linear in each, for any number of examples, and of output
+            channels that is a multiple of the groups. For example `functools.partial(lax.conv_general_dilated, ...)`; a
+            dense layer without one.
+        window: batches before this one to pool with, at most the state's: a number or traced scalar, see
+            `cross_iteration_window`. None takes all.
+        rho: how far statistics are carried over, 0 to 1.
+        momentum: weight of the old running statistics per update.
+        epsilon: added to the variance, in the unit of y squared.
+        **options: as `norm`. With `weights`, which may not differ between channels, the inputs must be finite also where
+            they do not count, as for the kernel's gradient. `axis_name` also sums one array of the kernel's size.
+
+    Returns:
+        The normalized y, and the new state. A batch that is empty or not finite does not enter it.
+
+    Raises:
+        TypeError: y is complex or integer.
+        ValueError: state of another kernel, weights that differ between channels.
+
+    Example:
+        >>> kernel, state = jnp.ones((1, 1)), init_cross_iteration((1, 1))
+        >>> for inputs in (jnp.array([[0.0], [2.0]]), jnp.array([[4.0], [6.0]])):
+        ...     y = inputs @ kernel
+        ...     z, state = cross_iteration_norm(y, state, train=True, inputs=inputs, kernel=kernel, epsilon=0.0)
+        >>> (z * jnp.sqrt(5.0)).round(5).tolist()  # mean 3 and variance 5 of both batches
+        [[1.0], [3.0]]
+
+    Reference:
+        Cross-Iteration Batch Normalization, 2020, arXiv:2002.05712. The definition follows the authors' code, except for
+        these: the maximum in v', which is the paper's as cited by others, where the code drops the entry; epsilon inside the
+        root; biased variances in the running statistics. CmBN: AlexeyAB's darknet.
+    """
+    y, inputs, kernel = (real(t, "cross_iteration_norm") for t in (y, inputs, kernel))
+    channel_axis = options.get("channel_axis", -1)
+    _check(state, y, inputs, kernel, channel_axis, options.get("weights"))
+    mean, var = (along_channels(state[name], y, channel_axis) for name in ("mean", "var"))
+    if not train:
+        return applied(y, Moments(jnp.ones_like(mean), mean, var), epsilon, **options), state
+    present = measured(y, batch_norm(), **options)
+    past = _carried_over(state, lax.stop_gradient(kernel), window, rho, y, channel_axis)
+    union = pool(jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), present, past), (1, *mean.shape))
+    z = applied(y, jax.tree.map(lambda t: t[0], union), epsilon, **options)
+
+    patch, slope = _derivatives(*lax.stop_gradient((y, inputs, kernel, present)), layer, state["past_patch"].shape[-1], options)
+    keep = usable(present)
+    entry = {"count": present.count.reshape(-1)[0], "mean": present.mean, "var": present.var, "patch": patch, "slope": slope}
+    finite = keep.all() & jnp.isfinite(patch).all() & jnp.isfinite(slope).all()
+    new = {"mean": averaged(state["mean"], present.mean, momentum, keep)}
+    new["var"] = averaged(state["var"], present.var, momentum, keep)
+    for name, value in entry.items():
+        old = state[f"past_{name}"]
+        pushed = jnp.concatenate([value.reshape(1, *old.shape[1:]).astype(old.dtype), old[:-1]])
+        new[f"past_{name}"] = remembered(old, pushed, finite)
+    return z, new
+
+
+def _carried_over(
+    state: State, kernel: jax.Array, window: ArrayLike | None, rho: ArrayLike, y: jax.Array, channel_axis: int
+) -> Moments:
+    """The window's moments for the present kernel, (window, 1, 1, 1, C); the count of what is outside of it is 0."""
+    wide = statistic_dtype(y.dtype)
+    count, mean, var, patch, slope = (
+        lax.stop_gradient(state[f"past_{name}"]).astype(wide) for name in ("count", "mean", "var", "patch", "slope")
+    )
+    used = count > 0 if window is None else (count > 0) & (jnp.arange(len(count), dtype=wide) < jnp.asarray(window, wide))
+    kernel, rho = kernel.astype(wide), jnp.asarray(rho, wide)
+    by_group = kernel.reshape(-1, patch.shape[-1], kernel.shape[-1] // patch.shape[-1])
+    patch, slope = patch.reshape(len(count), *by_group.shape[:2]), slope.reshape(len(count), -1, kernel.shape[-1])
+    exact = lax.Precision.HIGHEST
+    d = jnp.einsum("krg,rgc->kgc", patch, by_group, precision=exact).reshape(mean.shape) - mean
+    e = jnp.einsum("kro,ro->ko", slope, kernel.reshape(-1, kernel.shape[-1]), precision=exact) - 2 * var
+    mean, var = mean + rho * d, jnp.maximum(var + rho * e - jnp.square(rho * d), 0)
+    count = jnp.broadcast_to(jnp.where(used, count, 0)[:, None], mean.shape)
+    return Moments(*(along_channels(t, y, channel_axis) for t in (count, mean, var)))
+
+
+def _derivatives(
+    y: jax.Array, inputs: jax.Array, kernel: jax.Array, m: Moments, layer: Linear, groups: int, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    """Derivatives by the kernel: of the mean, which is the mean input patch, the same for all channels of a group; and of the
+    variance, twice the mean of patch times centered y."""
+    axis_name, batch = options.get("axis_name"), single_axis(options.get("batch_axis", 0), y.shape)
+    weights = options.get("weights")
+    w = None if weights is None else as_weights(weights, y)
+    inputs, kernel = (t.astype(statistic_dtype(y.dtype)) for t in (inputs, kernel))
+    kernel = varying_like(kernel, y)  # else shard_map's check_vma=True sums over devices also without an axis_name
+    divisor = jnp.where(m.count > 0, m.count, 1)
+
+    centered = y.astype(m.mean.dtype) - m.mean
+    if w is not None:
+        centered = jnp.where(counts(w), centered, 0) * w.astype(centered.dtype)
+    slope = _by_kernel(layer, inputs, kernel, 2 * centered / divisor)
+
+    # The patches do not depend on the output channel: one for each group will do, and without weights the sum over examples
+    # is taken first.
+    ones = jnp.full([1] * y.ndim, y.shape[batch], centered.dtype) if w is None else w.astype(centered.dtype)
+    inputs = inputs.mean(batch, keepdims=True) if w is None else inputs
+    one_channel = [
+        slice(1) if i == single_axis(options.get("channel_axis", -1), y.shape) else slice(None) for i in range(y.ndim)
+    ]
+    share = ones / divisor[tuple(one_channel)]
+    patch = _by_kernel(layer, inputs, kernel[..., :: kernel.shape[-1] // groups], share)
+    return all_sum((patch, slope), axis_name, device_groups_of(axis_name, options.get("axis_index_groups")))
+
+
+def _by_kernel(layer: Linear, inputs: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """The derivative of <cotangent, layer(inputs, kernel)> by the kernel."""
+    out = jax.eval_shape(layer, inputs, kernel)
+    cotangent = jnp.broadcast_to(varying_like(cotangent, inputs), out.shape).astype(out.dtype)
+    return jax.linear_transpose(lambda k: layer(inputs, k), kernel)(cotangent)[0]
+
+
+def _check(
+    state: State, y: jax.Array, inputs: jax.Array, kernel: jax.Array, channel_axis: int, weights: ArrayLike | None
+) -> None:
+    shape, groups = state["past_slope"].shape[1:], state["past_patch"].shape[-1]
+    channel = single_axis(channel_axis, y.shape)
+    if kernel.shape != shape or shape[-1] != y.shape[channel] or shape[-2] * groups != inputs.shape[channel]:
+        raise ValueError(
+            f"state is that of a kernel of shape {shape} in {groups} groups: {shape[-2] * groups} channels in, {shape[-1]} out. "
+            f"Got a kernel of shape {kernel.shape}, inputs of shape {inputs.shape}, y of shape {y.shape} with channel_axis="
+            f"{channel_axis}. Expected the state that init_cross_iteration makes for this kernel."
+        )
+    if weights is not None and as_weights(weights, y).shape[channel] != 1:
+        raise ValueError(
+            f"weights of shape {jnp.shape(weights)} differ between the channels of y, shape {y.shape}. Expected size 1 on "
+            f"axis {channel_axis}: all channels of cross-iteration statistics have the same input patches."
+        )
+
+
+def cross_iteration_window(step: ArrayLike, *, burn_in: int, window: int = 3, growing: bool = False) -> jax.Array:
+    """How many batches before this one to pool with, while training begins.
+
+    In two stages, batch normalization for `burn_in` steps, then the batches since: min(max(step - burn_in, 0), window). Or
+    growing: floor(window min(step / burn_in, 1)).
+
+    Args:
+        step: number of the training step, from 0; a number or traced scalar.
+        burn_in: steps until the batches count.
+        window: most batches; the state's.
+        growing: let the window grow during these steps, instead of starting after them.
+
+    Returns:
+        An integer scalar.
+
+    Raises:
+        ValueError: growing in no steps.
+
+    Example:
+        >>> [int(cross_iteration_window(step, burn_in=2)) for step in range(7)]
+        [0, 0, 0, 1, 2, 3, 3]
+        >>> [int(cross_iteration_window(step, burn_in=6, growing=True)) for step in range(7)]
+        [0, 0, 1, 1, 2, 2, 3]
+
+    Reference:
+        arXiv:2002.05712, by the authors' code.
+    """
+    if growing and burn_in < 1:
+        raise ValueError(f"a window cannot grow in burn_in={burn_in} steps. Expected 1 or more.")
+    step = jnp.asarray(step, jnp.int32)
+    return jnp.clip(window * step // burn_in if growing else step - burn_in, 0, window)

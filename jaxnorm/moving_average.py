@@ -1,0 +1,225 @@
+"""Moving Average Batch Normalization: no mean, and averages over steps both of the statistic and of its gradient."""
+
+from functools import partial
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxnorm._between import Options, State, along_channels, applied, averaged, measured, real, remembered, usable
+from jaxnorm._devices import device_count, device_groups_of, names_of, varying, varying_like
+from jaxnorm._groups import Method
+from jaxnorm._moments import Moments, inexact
+from jaxnorm.methods import batch_norm
+
+
+def init_moving_average(num_channels: int, *, window: int = 16) -> State:
+    """State before the first step.
+
+    Args:
+        num_channels: C.
+        window: K, batches over which to average: the batch size that one would like over the one that there is.
+
+    Returns:
+        `mean_square`, (C,), of inference, 1; `past_mean_square` and `past_gradient`, (K, C), newest first, 0; `step`, steps
+        taken. float32.
+
+    Raises:
+        ValueError: a window below 1.
+
+    Example:
+        >>> {name: t.shape for name, t in init_moving_average(3, window=8).items()}
+        {'mean_square': (3,), 'past_mean_square': (8, 3), 'past_gradient': (8, 3), 'step': ()}
+    """
+    if window < 1:
+        raise ValueError(f"window={window} averages over no batch. Expected 1 or more; 1 is the batch alone.")
+    past = jnp.zeros((window, num_channels))
+    return {"mean_square": jnp.ones(num_channels), "past_mean_square": past, "past_gradient": past, "step": jnp.zeros(())}
+
+
+def moving_average_norm(
+    x: ArrayLike,
+    state: State,
+    *,
+    train: bool,
+    tap: ArrayLike | None = None,
+    average_from: ArrayLike = 100,
+    correct_from: ArrayLike = 1001,
+    rmax: ArrayLike = 5.0,
+    momentum: ArrayLike = 0.98,
+    epsilon: float = 1e-5,
+    **options: Unpack[Options],
+) -> tuple[jax.Array, State]:
+    """Division by the root of a mean square that is averaged over the last K batches, forward and backward.
+
+        v = mean over K of mean(x^2),    z = x / sqrt(v + epsilon),    y = r z * scale + bias
+        r = clip(sqrt((v + epsilon) / (running + epsilon)), 1 / rmax, rmax),    running = momentum running + (1 - momentum) v
+        g = dL/dz,    psi = mean(g z),    Psi = mean over K of psi,    dL/dx = (g - z Psi) / sqrt(v + epsilon)
+
+    with r of the running mean square before this step, and constant. In inference y = x / sqrt(running + epsilon) * scale +
+    bias. The first steps, in which the batches before count little, use v = mean(x^2), Psi = psi, and r = 1. With K = 1 and
+    r = 1 gradients are the derivative of y; else they are not, on purpose. Nothing subtracts the mean: the convolution in
+    front takes `centralize_kernel` of its kernel.
+
+    The backward pass cannot write state. It returns psi as the gradient by `tap`, and the next step takes that as its tap:
+
+        (loss, state), (gradient, tap) = jax.value_and_grad(f, (0, 1), has_aux=True)(parameters, tap, state)
+
+    So a tap is replaced by its gradient, not optimized. It must have the scale of the gradients in the backward pass: keep it
+    out of clipping, multiply it by the ratio of the scales when loss scaling changes, and give each call a tap of its own.
+    Devices: with `axis_name` in pmap, vmap and shard_map with check_vma=False the gradient by the tap is one device's part.
+    Take its sum over these devices (also where other gradients are averaged). Under jit, and check_vma=True, it is the sum
+    already. Without `axis_name` state and tap are a device's own.
+
+    Args:
+        x: real floating array with examples and channels.
+        state: see `init_moving_average`.
+        train: use the batch and update the state, or use the state.
+        tap: in training, (C,): the gradient by it in the step before; zeros at first.
+        average_from: number of the first step, from 1, that averages over the K batches, if K have been seen.
+        correct_from: number of the first step that is corrected by r.
+        rmax: bound of r, 1 or more.
+        momentum: weight of the old running mean square per update.
+        epsilon: added to the mean square, in the unit of x squared.
+        **options: as `norm`.
+
+    Returns:
+        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those channels' statistics.
+
+    Raises:
+        TypeError: x is complex or integer. Forward-mode derivatives: JAX's error that a custom_vjp function has none.
+        ValueError: state or tap of another number of channels, training without a tap.
+
+    Example: three steps of a dense layer's training.
+        >>> def loss(kernel, tap, state, x):
+        ...     y, state = moving_average_norm(x @ centralize_kernel(kernel), state, train=True, tap=tap)
+        ...     return jnp.square(y - 1).mean(), state
+        >>> step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        >>> kernel, tap, state = jnp.array([[1.0], [0.0]]), jnp.zeros(1), init_moving_average(1, window=2)
+        >>> for x in (jnp.array([[2.0, 1.0], [1.0, 0.0]]),) * 3:
+        ...     (_, state), (gradient, tap) = step(kernel, tap, state, x)
+        ...     kernel = kernel - 0.1 * gradient
+        >>> int(state["step"]), tap.shape
+        (3, (1,))
+
+    Reference:
+        Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization, 2020, arXiv:2001.06838. The
+        definition was read in the authors' code, with the warm-up of its detection recipe; the one for ImageNet corrects from
+        the step in which it averages.
+    """
+    x = real(x, "moving_average_norm")
+    channel_axis = options.get("channel_axis", -1)
+    running = along_channels(state["mean_square"], x, channel_axis)
+    if not train:
+        return applied(x, Moments(jnp.ones_like(running), jnp.zeros_like(running), running), epsilon, **options), state
+    if tap is None or jnp.shape(tap) != state["mean_square"].shape:
+        raise ValueError(
+            f"tap has shape {None if tap is None else jnp.shape(tap)}. Expected {state['mean_square'].shape}, one number a "
+            "channel: zeros in the first step, then the gradient by the tap in the step before."
+        )
+    tap = jnp.asarray(tap)
+    m = measured(x, Method(batch_norm().groups, mean=0), **options)
+    keep, (window, _) = usable(m), state["past_gradient"].shape
+    squares = _pushed(state["past_mean_square"], m.var, keep)
+    gradients = _pushed(state["past_gradient"], tap, jnp.isfinite(tap))
+    step = state["step"] + keep.any().astype(state["step"].dtype)
+    average_from, correct_from = (jnp.asarray(t, step.dtype) for t in (average_from, correct_from))
+    averaging = (step > window) & (step >= average_from)
+
+    square = jnp.where(averaging, along_channels(squares, x, channel_axis).mean(0), lax.stop_gradient(m.var))
+    var, rmax = square + epsilon, jnp.asarray(rmax, square.dtype)
+    r = jnp.where(step < correct_from, 1, jnp.clip(jnp.sqrt(var / (running + epsilon)), 1 / rmax, rmax))
+    past = jnp.where(averaging, along_channels(gradients[: window - 1].sum(0), x, channel_axis), 0)
+    share = jnp.where(averaging, jnp.asarray(1 / window, var.dtype), 1)
+    count = jnp.where(m.count > 0, m.count, 1)
+    tap = varying_like(along_channels(tap, x, channel_axis), m.var)
+    divided = _corrected(_parts(x, m.var, options), m.var, tap, var, r, past, share, count)
+    y = applied(x, Moments(m.count, jnp.zeros_like(running), divided), 0.0, **options)
+    new = {
+        "mean_square": averaged(state["mean_square"], square, momentum, keep),
+        "past_mean_square": squares,
+        "past_gradient": gradients,
+        "step": lax.stop_gradient(step),
+    }
+    return y, new
+
+
+def _pushed(old: jax.Array, new: jax.Array, keep: jax.Array) -> jax.Array:
+    """The window `old`, newest first, with `new` in front, in the channels that `keep`."""
+    return remembered(old, jnp.concatenate([new.reshape(1, -1).astype(old.dtype), old[:-1]]), keep.reshape(1, -1))
+
+
+def _parts(x: jax.Array, statistic: jax.Array, options: Options) -> int:
+    """Over how many devices the gradient by the statistic comes in parts, to be summed on the way to x.
+
+    Where JAX tracks what differs between devices, it has summed it already.
+    """
+    names, groups = options.get("axis_name"), options.get("axis_index_groups")
+    if names is not None and set(names_of(names)) <= varying(x) - varying(statistic):
+        return 1
+    return device_count(names, device_groups_of(names, groups))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _corrected(
+    parts: int,
+    square: jax.Array,
+    tap: jax.Array,
+    var: jax.Array,
+    r: jax.Array,
+    past: jax.Array,
+    share: jax.Array,
+    count: jax.Array,
+) -> jax.Array:
+    """What x is divided by, squared. Backward, the gradient by the mean square is that of the window.
+
+    With y = x / sqrt(d) scale + bias and d = var / r^2, the gradient by d is -count psi / (2 d), from which psi comes. To
+    subtract z Psi / sqrt(var) = x Psi / var from dL/dx, the gradient by mean(x^2) has to be -count Psi / (2 var).
+    """
+    return var / jnp.square(r)
+
+
+def _corrected_forward(parts, square, tap, var, r, past, share, count):
+    divided = var / jnp.square(r)
+    return divided, (divided, var, past, share, count, tap)
+
+
+def _corrected_backward(parts, kept, gradient):
+    divided, var, past, share, count, tap = kept
+    psi = -2 * divided * gradient / count
+    averaged_psi = (past / parts + psi) * share
+    return -count * averaged_psi / (2 * var), varying_like(psi, tap), None, None, None, None, None
+
+
+_corrected.defvjp(_corrected_forward, _corrected_backward)
+
+
+def centralize_kernel(kernel: ArrayLike) -> jax.Array:
+    """The kernel less its mean for each output channel, so that a constant input gives 0 where there is no padding.
+
+    Args:
+        kernel: (..., inputs, outputs), floating or complex.
+
+    Returns:
+        The kernel, each output channel of mean 0.
+
+    Raises:
+        TypeError: the kernel is not floating or complex.
+        ValueError: one weight an output channel, which would become 0.
+
+    Example:
+        >>> centralize_kernel(jnp.array([[1.0], [3.0]])).tolist()
+        [[-1.0], [1.0]]
+
+    Reference:
+        arXiv:2001.06838, as in the authors' code.
+    """
+    kernel = inexact(kernel)
+    if kernel.ndim < 2 or kernel.size <= kernel.shape[-1]:
+        raise ValueError(
+            f"a kernel of shape {kernel.shape} has one weight for each output channel, which would become 0. Expected "
+            "(..., inputs, outputs) with two or more weights an output; leave this layer's kernel as it is."
+        )
+    return kernel - kernel.mean(tuple(range(kernel.ndim - 1)), keepdims=True)
