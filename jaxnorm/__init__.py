@@ -78,7 +78,6 @@ from jaxnorm import methods as methods
 from jaxnorm import positional as positional
 from jaxnorm import proxy as proxy
 from jaxnorm import cross_iteration as cross_iteration
-from jaxnorm import methods as methods
 from jaxnorm import moving_average as moving_average
 from jaxnorm import renorm as renorm
 from jaxnorm._devices import device_groups as device_groups

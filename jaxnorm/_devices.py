@@ -201,7 +201,7 @@ def _spec(shape: tuple[int, ...], x: Any) -> PartitionSpec:
     if len(shape) != x.ndim:
         return PartitionSpec()
     entries: list[Any] = []
-    for axis, (n, names) in enumerate(zip(shape, x.sharding.spec, strict=True)):
+    for n, names in zip(shape, x.sharding.spec, strict=True):
         names = names_of(names)
         sizes = [x.sharding.mesh.shape[name] for name in names]
         whole = max(i for i in range(len(names) + 1) if n % math.prod(sizes[:i]) == 0)

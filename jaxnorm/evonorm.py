@@ -10,6 +10,7 @@ from jaxnorm import methods
 from jaxnorm._between import (
     Options,
     State,
+    alone,
     along_channels,
     applied,
     averaged,
