@@ -78,9 +78,9 @@ def named(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: options[name] for name in names if name in options}
 
 
-def along_channels(t: jax.Array, x: jax.Array, channel_axis: int = -1) -> jax.Array:
+def along_channels(t: ArrayLike, x: jax.Array, channel_axis: int = -1) -> jax.Array:
     """State t, (..., C), in the shape and dtype of statistics that serve x: (..., 1, 1, 1, C)."""
-    channel = single_axis(channel_axis, x.shape)
+    t, channel = jnp.asarray(t), single_axis(channel_axis, x.shape)
     if t.shape[-1] != x.shape[channel]:
         raise ValueError(
             f"state of shape {t.shape} has {t.shape[-1]} channels, x of shape {x.shape} has {x.shape[channel]}. Expected as "

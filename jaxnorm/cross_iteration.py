@@ -45,8 +45,8 @@ def init_cross_iteration(kernel_shape: Sequence[int], *, window: int = 3, featur
     shape = tuple(kernel_shape)
     if window < 1 or len(shape) < 2 or feature_group_count < 1 or shape[-1] % feature_group_count:
         raise ValueError(
-            f"Got window={window}, feature_group_count={feature_group_count} for a kernel of shape {shape}. Expected a window of "
-            "1 or more, a kernel of shape (..., inputs, C), and groups that divide C."
+            f"Got window={window}, feature_group_count={feature_group_count} for a kernel of shape {shape}. Expected a window "
+            "of 1 or more, a kernel of shape (..., inputs, C), and groups that divide C."
         )
     return {
         "mean": jnp.zeros(shape[-1]),
@@ -176,27 +176,30 @@ def _derivatives(
     """Derivatives by the kernel: of the mean, which is the mean input patch, the same for all channels of a group; and of the
     variance, twice the mean of patch times centered y."""
     axis_name, batch = options.get("axis_name"), single_axis(options.get("batch_axis", 0), y.shape)
-    weights = options.get("weights")
+    channel, weights = single_axis(options.get("channel_axis", -1), y.shape), options.get("weights")
     w = None if weights is None else as_weights(weights, y)
     inputs, kernel = (t.astype(statistic_dtype(y.dtype)) for t in (inputs, kernel))
     kernel = varying_like(kernel, y)  # else shard_map's check_vma=True sums over devices also without an axis_name
-    divisor = jnp.where(m.count > 0, m.count, 1)
+    count = jnp.where(m.count > 0, m.count, 1)
 
     centered = y.astype(m.mean.dtype) - m.mean
     if w is not None:
         centered = jnp.where(counts(w), centered, 0) * w.astype(centered.dtype)
-    slope = _by_kernel(layer, inputs, kernel, 2 * centered / divisor)
+    centered = centered / count
+    slope = _by_kernel(layer, inputs, kernel, centered)
 
     # The patches do not depend on the output channel: one for each group will do, and without weights the sum over examples
     # is taken first.
-    ones = jnp.full([1] * y.ndim, y.shape[batch], centered.dtype) if w is None else w.astype(centered.dtype)
+    share = jnp.full([1] * y.ndim, y.shape[batch], count.dtype) if w is None else w.astype(count.dtype)
+    share = share / lax.slice_in_dim(count, 0, 1, axis=channel)
     inputs = inputs.mean(batch, keepdims=True) if w is None else inputs
-    one_channel = [
-        slice(1) if i == single_axis(options.get("channel_axis", -1), y.shape) else slice(None) for i in range(y.ndim)
-    ]
-    share = ones / divisor[tuple(one_channel)]
     patch = _by_kernel(layer, inputs, kernel[..., :: kernel.shape[-1] // groups], share)
-    return all_sum((patch, slope), axis_name, device_groups_of(axis_name, options.get("axis_index_groups")))
+
+    residual = centered.sum([i for i in range(y.ndim) if i != channel])  # 0, but for the rounding of the mean
+    sums = all_sum((patch, slope, residual), axis_name, device_groups_of(axis_name, options.get("axis_index_groups")))
+    patch, slope, residual = sums
+    residual = residual.reshape([1] * (kernel.ndim - 1) + [-1])
+    return patch, 2 * (slope - residual * jnp.repeat(patch, kernel.shape[-1] // groups, axis=-1))
 
 
 def _by_kernel(layer: Linear, inputs: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> jax.Array:
@@ -213,8 +216,8 @@ def _check(
     channel = single_axis(channel_axis, y.shape)
     if kernel.shape != shape or shape[-1] != y.shape[channel] or shape[-2] * groups != inputs.shape[channel]:
         raise ValueError(
-            f"state is that of a kernel of shape {shape} in {groups} groups: {shape[-2] * groups} channels in, {shape[-1]} out. "
-            f"Got a kernel of shape {kernel.shape}, inputs of shape {inputs.shape}, y of shape {y.shape} with channel_axis="
+            f"state is that of a kernel of shape {shape} in {groups} groups: {shape[-2] * groups} channels in, {shape[-1]} "
+            f"out. Got a kernel of shape {kernel.shape}, inputs of shape {inputs.shape}, y of shape {y.shape} with channel_axis="
             f"{channel_axis}. Expected the state that init_cross_iteration makes for this kernel."
         )
     if weights is not None and as_weights(weights, y).shape[channel] != 1:

@@ -252,7 +252,7 @@ def _rows(bank: Moments, domain: jax.Array, x: jax.Array, batch_axis: int) -> Mo
 
 def _of_each_domain(x: jax.Array, domain: jax.Array, shape: tuple[int, ...], options: Options) -> Moments:
     """Moments of the batch's examples of each domain, with a row for each, empty where the domain is absent."""
-    domains = jnp.arange(shape[0])
+    domains = jnp.arange(shape[0], dtype=domain.dtype)
     if domain.ndim == 0:
         m = measured(x, batch_norm(), **options)
         mean, var = (jnp.broadcast_to(t, shape) for t in (m.mean, m.var))

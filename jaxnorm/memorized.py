@@ -108,8 +108,8 @@ def memorized_batch_norm(
             "weight for each of them, oldest first, and one for the batch itself."
         )
     weights = weights.reshape(-1, *(1 for _ in x.shape))
-    age = jnp.arange(size, 0, -1).reshape(-1, *(1 for _ in x.shape))
-    memory = Moments(jnp.where(age <= count, weights[:-1], 0), mean, var)
+    age = jnp.arange(size, 0, -1, dtype=count.dtype).reshape(-1, *(1 for _ in x.shape))
+    memory = Moments(jnp.where(age <= count[None], weights[:-1], 0), mean, var)
     if not train:
         return applied(x, _combined(memory, variance), epsilon, **options), state
     m = measured(x, batch_norm(), center=mean[-1], **options)

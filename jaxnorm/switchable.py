@@ -88,12 +88,11 @@ def switchable_norm(
     parts = [instance, pooled(instance, layer_norm(), **alone(options))]
     new = state
     if len(shares[0]) == 3:
+        m = recalled(state, x, options.get("channel_axis", -1))
         if train:
             m = pooled(instance, batch_norm(), **options)
             keep = usable(m)
             new = {name: averaged(state[name], getattr(m, name), momentum, keep) for name in ("mean", "var")}
-        else:
-            m = recalled(state, x, options.get("channel_axis", -1))
         parts.append(m)
     parts = [jax.tree.map(lambda t: jnp.broadcast_to(t, instance.mean.shape), m) for m in parts]
     mean, var = (blend(parts, list(share)) for share in shares)

@@ -1,0 +1,360 @@
+"""What every method between moments and normalize does alike: masks, devices, transformations, layers, errors.
+
+What each method computes is tested in the file of its own name.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxnorm import domains, linen, memorized, momentum, renorm, switchable
+from jaxnorm import nnx as layers_nnx
+
+C = 4
+LOGITS = {"mean_logits": np.array([0.3, -0.2, 0.5]), "var_logits": np.array([-0.4, 0.1, 0.7])}
+TWO_LOGITS = {name: t[:2] for name, t in LOGITS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method: function(x, state, train=, **call), and the layer that is to do the same."""
+
+    name: str
+    function: Callable
+    init: Callable
+    layer: str
+    construct: dict = dataclasses.field(default_factory=dict)
+    call: dict = dataclasses.field(default_factory=dict)
+    parameters: dict = dataclasses.field(default_factory=dict)
+    by_example: bool = False  # whether the call takes domain=(N,)
+
+    def __call__(self, x, state, domain, train=True, **options):
+        call = self.call | ({"domain": domain} if self.by_example else {})
+        return self.function(x, state, train=train, **(self.construct_options | call | self.parameters | options))
+
+    @property
+    def construct_options(self):
+        return {name: value for name, value in self.construct.items() if name not in ("num_domains", "use_batch")}
+
+    def __str__(self):
+        return self.name
+
+
+CASES = (
+    Case(
+        "renorm",
+        renorm.batch_renorm,
+        renorm.init_batch_renorm,
+        "BatchRenorm",
+        {"momentum": 0.7},
+        {"rmax": 1.1, "dmax": 0.2},
+    ),
+    Case(
+        "momentum",
+        momentum.momentum_batch_norm,
+        momentum.init_momentum_batch_norm,
+        "MomentumBatchNorm",
+        {"momentum": 0.7},
+        {"train_momentum": 0.4},
+    ),
+    Case(
+        "memorized",
+        memorized.memorized_batch_norm,
+        partial(memorized.init_memorized_batch_norm, memory_size=2),
+        "MemorizedBatchNorm",
+        {"memory_weights": (0.2, 0.3, 0.5)},
+    ),
+    Case(
+        "switchable",
+        switchable.switchable_norm,
+        switchable.init_switchable_norm,
+        "SwitchableNorm",
+        {"momentum": 0.7},
+        parameters=LOGITS,
+    ),
+    Case(
+        "switchable without batch",
+        switchable.switchable_norm,
+        lambda channels: {},
+        "SwitchableNorm",
+        {"use_batch": False},
+        parameters=TWO_LOGITS,
+    ),
+    Case(
+        "domain",
+        domains.domain_batch_norm,
+        partial(domains.init_domain_batch_norm, num_domains=3),
+        "DomainSpecificBatchNorm",
+        {"num_domains": 3, "momentum": 0.7},
+        {"domain": 1},
+    ),
+    Case(
+        "domains",
+        domains.domain_batch_norm,
+        partial(domains.init_domain_batch_norm, num_domains=3),
+        "DomainSpecificBatchNorm",
+        {"num_domains": 3, "momentum": 0.7},
+        by_example=True,
+    ),
+)
+STATEFUL = [case for case in CASES if case.init(C)]
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+stateful = pytest.mark.parametrize("case", STATEFUL, ids=str)
+close = partial(chex.assert_trees_all_close, rtol=1e-11, atol=1e-11)
+
+
+def jit(f):
+    """Compiled as a whole, without optimizations: operation by operation takes longer."""
+    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def data(*shape, seed=0):
+    return np.random.default_rng(seed).normal(1, 2, shape)
+
+
+def labels(n):
+    """Domains 0 and 2 of three: the second is absent."""
+    return (np.arange(n) * 7 % 3 % 2 * 2).astype("i4")
+
+
+def some_state(case, dtype="f8"):
+    """After a training step, so that no number in it is special."""
+    rng = np.random.default_rng(9)
+    state = jax.tree.map(lambda t: (np.asarray(t) + rng.uniform(0.1, 0.5, t.shape)).astype(dtype), case.init(C))
+    return state | ({"count": np.ones(C, dtype)} if "count" in state else {})
+
+
+@pytest.mark.usefixtures("x64")
+@cases
+def test_state_is_float32_and_a_fixed_point(case):
+    """Also in double precision: a scan carries it, and a loop gives the same."""
+    xs, start = data(3, 6, 2, C).astype("f4"), case.init(C)
+    assert all(t.dtype == jnp.float32 for t in start.values())
+    run = jit(lambda state, xs: jax.lax.scan(lambda state, x: case(x, state, labels(6))[::-1], state, xs))
+    scanned, ys = run(start, xs)
+    step, state = jit(lambda x, state: case(x, state, labels(6))), start
+    for x, y in zip(xs, ys, strict=True):
+        one, state = step(x, state)
+        close(one, y, rtol=1e-5, atol=1e-5)
+    close(scanned, state, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_equal_shapes_and_dtypes(scanned, start)
+    if state:
+        assert all((scanned[name] != start[name]).any() for name in start)
+
+
+@pytest.mark.usefixtures("x64")
+@cases
+def test_transformations_and_layouts_agree(case):
+    """Forward and reverse mode, vmap, channels first, the batch last, per-example scale: one set of values."""
+    x, gy, state, domain = data(6, 2, 3, C), data(6, 2, 3, C, seed=1), some_state(case), labels(6)
+    scale = data(6, C, seed=2)
+
+    @jit
+    def run(x, gy):
+        f = partial(case, state=state, domain=domain, scale=scale)
+        y, pull, new = jax.vjp(f, x, has_aux=True)
+        _, ty, _ = jax.jvp(f, (x,), (gy,), has_aux=True)
+        stacked = jax.vmap(f)(jnp.stack([x, x[::-1]]))
+        first = case(jnp.moveaxis(x, -1, 1), state, domain, scale=scale, channel_axis=1)
+        last = case(jnp.moveaxis(x, 0, 2), state, domain, scale=scale, batch_axis=2)
+        back = jax.tree.map(lambda t: t[0], stacked), (jnp.moveaxis(first[0], 1, -1), first[1])
+        return (y, new), (*back, (jnp.moveaxis(last[0], 2, 0), last[1])), pull(ty)[0], ty
+
+    want, others, dx, ty = run(x, gy)
+    for other in others:
+        close(other, want)
+    np.testing.assert_allclose(np.sum(dx * gy), np.sum(ty * ty), rtol=1e-11)
+
+
+def padded(t, value=0):
+    return np.concatenate([t[:2], np.full_like(t[:1], value), t[2:], np.full_like(t[:2], value)])
+
+
+@pytest.mark.usefixtures("x64")
+@cases
+def test_what_is_masked_touches_nothing(case):
+    """Padding, whatever it holds: the rest, its gradient and the state are those without it. Weights count elements."""
+    x, gy, state, domain = data(6, 2, C), data(6, 2, C, seed=1), some_state(case), labels(6)
+
+    @jit
+    def run(x, gy, domain, weights):
+        y, pull, new = jax.vjp(lambda x: case(x, state, domain, weights=weights), x, has_aux=True)
+        return y, pull(gy)[0], new
+
+    y, dx, new = run(x, gy, domain, np.ones((6, 1, 1)))
+    mask = padded(np.ones((6, 1, 1), bool), False)
+    kept = mask.ravel()
+    for value in (1e3, np.nan):
+        y_padded, dx_padded, new_padded = run(padded(x, value), padded(gy), padded(domain, 1), mask)
+        close((y_padded[kept], dx_padded[kept], new_padded), (y, dx, new))
+        assert not dx_padded[~kept].any() and np.isfinite(y_padded).all()
+    twice = np.arange(6).repeat(1 + np.arange(6) % 2)
+    weights = (1.0 + np.arange(6) % 2).reshape(6, 1, 1)
+    y, _, new = run(x, gy, domain, weights)
+    y_twice, _, new_twice = run(x[twice], gy[twice], domain[twice], np.ones((9, 1, 1)))
+    close((y[twice], new), (y_twice, new_twice))
+
+
+def differentiated(case, state, x, w, gy, domain, **options):
+    y, pull, new = jax.vjp(lambda x: case(x, state, domain, weights=w, **options), x, has_aux=True)
+    return y, pull(gy)[0], new
+
+
+@pytest.mark.usefixtures("x64")
+@cases
+def test_devices_together_are_one(case):
+    """Value, gradient and state, with uneven weights and a device without any."""
+    x, gy, state, domain = data(16, 2, C), data(16, 2, C, seed=1), some_state(case), labels(16)
+    w = np.random.default_rng(2).uniform(0, 1, (16, 1, 1)) * (np.arange(16) > 1).reshape(16, 1, 1)
+    f = partial(differentiated, case)
+    want = jit(f)(state, x, w, gy, domain)
+    mesh, cut = Mesh(np.array(jax.devices()), "i"), P("i")
+    shard = partial(jax.shard_map, mesh=mesh, in_specs=(P(), *(cut,) * 4))
+    close(jit(shard(partial(f, axis_name="i"), out_specs=(cut, cut, P())))(state, x, w, gy, domain), want)
+
+
+@pytest.mark.usefixtures("x64")
+@cases
+def test_groups_of_devices_are_batches_of_their_own(case):
+    x, gy, state, domain = data(8, 2, C), data(8, 2, C, seed=1), some_state(case), labels(8)
+    f = partial(differentiated, case, state)
+    halves = jit(jax.vmap(lambda *args: f(*args)))
+    args = (x, np.ones((8, 1, 1)), gy, domain)
+    want = halves(*(t.reshape(2, 4, *t.shape[1:]) for t in args))
+    groups = jit(jax.vmap(partial(f, axis_name="i", axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]]), axis_name="i"))
+    y, dx, new = groups(*(t[:, None] for t in args))
+    close((y[:, 0], dx[:, 0]), jax.tree.map(lambda t: t.reshape(8, 2, C), want[:2]))
+    close(jax.tree.map(lambda t: t[::4], new), want[2])
+
+
+@cases
+def test_half_precision_is_computed_in_single(case):
+    x, state, domain = jnp.asarray(data(6, 2, 3, C), "bfloat16"), some_state(case, "f4"), labels(6)
+    y, new = jit(lambda x: case(x, state, domain))(x)
+    wide, new_wide = jit(lambda x: case(x, state, domain))(x.astype("f4"))
+    assert y.dtype == jnp.bfloat16 and all(t.dtype == jnp.float32 for t in new.values())
+    close(new, new_wide, rtol=1e-6, atol=1e-6)
+    close(y, wide.astype("bfloat16"), rtol=2**-7, atol=1e-2)
+
+
+@stateful
+def test_unusable_sets_leave_the_state(case):
+    """Channel by channel: one without finite moments stays to the bit, in its domain, the others move; y says so."""
+    x, state, domain = data(6, 2, C).astype("f4"), some_state(case, "f4"), labels(6)
+    x[1, 0, 2] = np.nan
+    run = jit(lambda x, w: case(x, state, domain, weights=w))
+    y, new = run(x, np.ones((1, 1, 1), "f4"))
+    rows = labels(6)[1] if case.by_example else ...
+    for name, old in state.items():
+        np.testing.assert_array_equal(new[name][rows][..., 2], old[rows][..., 2])
+        assert all((new[name][..., c] != old[..., c]).any() for c in (0, 1, 3))
+    assert np.isnan(y[1, 0, 2]) and np.isfinite(y[..., [0, 1, 3]]).all() == ("switchable" not in case.name)
+    y, new = run(x, np.zeros((1, 1, 1), "f4"))
+    chex.assert_trees_all_equal(new, state)
+    assert np.isfinite(y[2:]).all()
+
+
+@stateful
+def test_inference_leaves_the_state_and_examples_do_not_meet(case):
+    x, state, domain = data(6, 2, C).astype("f4"), some_state(case, "f4"), labels(6)
+    run = jit(lambda x, domain: case(x, state, domain, train=False))
+    y, new = run(x, domain)
+    chex.assert_trees_all_equal(new, state)
+    x[1:] = np.nan
+    np.testing.assert_array_equal(run(x, domain)[0][0], y[0])
+
+
+@cases
+def test_one_value_a_set_is_finite(case):
+    """One example without positions: y and its gradient."""
+    x, state = data(1, C).astype("f4"), case.init(C)
+    y, pull, _ = jax.vjp(lambda x: case(x, state, labels(1)), x, has_aux=True)
+    chex.assert_tree_all_finite((y, pull(jnp.ones_like(y))))
+
+
+@cases
+def test_layers_in_linen_and_nnx_are_the_function(case):
+    """Two steps of training, with a mask, and inference of another batch size; parameters and state by the same names."""
+    x, few, mask = data(6, 2, C).astype("f4"), data(3, 2, C, seed=1).astype("f4"), np.arange(6).reshape(6, 1, 1) < 5
+    values = {"scale": data(C, seed=2).astype("f4"), "bias": data(C, seed=3).astype("f4")}
+    values |= {name: t.astype("f4") for name, t in case.parameters.items()}
+    ours = getattr(linen, case.layer)(**case.construct)
+    theirs = getattr(layers_nnx, case.layer)(C, **case.construct, rngs=nnx.Rngs(0))
+    for name, value in values.items():
+        getattr(theirs, name)[...] = jnp.asarray(value)
+
+    def call(n):
+        return case.call | ({"domain": labels(n)} if case.by_example else {})
+
+    variables = jit(lambda x: ours.init(jax.random.key(0), x, use_running_average=True, **call(1)))(few[:1])
+    assert jax.tree.map(jnp.shape, variables["params"]) == jax.tree.map(jnp.shape, values)
+    stats = variables.get("batch_stats", {})
+    chex.assert_trees_all_equal(stats, case.init(C))
+    state = case.init(C)
+
+    @partial(jax.jit, static_argnames="use")
+    def in_linen(stats, x, mask, use):
+        more = {} if use else {"mutable": "batch_stats"}
+        options = {"use_running_average": use, "mask": mask, **call(len(x)), **more}
+        out = ours.apply({"params": values, "batch_stats": stats}, x, **options)
+        return (out, stats) if use else (out[0], out[1].get("batch_stats", {}))
+
+    @nnx.jit(static_argnames="use")
+    def in_nnx(layer, x, mask, use):
+        return layer(x, use_running_average=use, mask=mask, **call(len(x)))
+
+    @partial(jax.jit, static_argnames="train")
+    def in_function(state, x, mask, train):
+        options = {name: value for name, value in values.items() if name in ("scale", "bias")}
+        return case(x, state, labels(len(x)), train, weights=mask, **options)
+
+    for t, use in ((x, False), (x[::-1], False), (few, True)):
+        y, state = in_function(state, t, mask[: len(t)], not use)
+        y_linen, stats = in_linen(stats, t, mask[: len(t)], use)
+        y_nnx = in_nnx(theirs, t, mask[: len(t)], use)
+        close((y_linen, y_nnx), (y, y), rtol=1e-5, atol=1e-5)
+        close((stats, {name: getattr(theirs, name)[...] for name in state}), (state, state), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_use_and_update_apart():
+    """What normalizes, and whether the batch enters the state; initializing does neither."""
+    x, case = data(6, 2, C).astype("f4"), CASES[0]
+    layer = linen.BatchRenorm()
+    variables = layer.init(jax.random.key(0), x, use_running_average=False)
+    chex.assert_trees_all_equal(variables["batch_stats"], case.init(C))
+    trained, new = renorm.batch_renorm(x, case.init(C), train=True)
+    for use, update in ((True, True), (False, False)):
+        y, stats = layer.apply(variables, x, use_running_average=use, update_running_average=update, mutable="batch_stats")
+        close(y, renorm.batch_renorm(x, case.init(C), train=False)[0] if use else trained, rtol=1e-5, atol=1e-5)
+        close(stats["batch_stats"], new if update else case.init(C), rtol=1e-5, atol=1e-5)
+
+
+ERRORS = {
+    "complex x": (TypeError, r"is defined for real x\. Got complex64, shape \(6, 4\)", {"dtype": "c8"}),
+    "integer x": (TypeError, r"x must be floating or complex\. Got int32", {"dtype": "i4"}),
+    "an option by another name": (TypeError, r"unexpected keyword argument mask\. Expected some of scale, bias", {"mask": 1}),
+    "state of other channels": (
+        ValueError,
+        r"state of shape \(.*4,?\) has 4 channels, x of shape \(6, 5\) has 5",
+        {"channels": 5},
+    ),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@stateful
+def test_errors_at_the_door(case, error):
+    kind, message, wrong = ERRORS[error]
+    x = jnp.ones((6, wrong.get("channels", C)), wrong.get("dtype", "f4"))
+    for train in (True, False):
+        with pytest.raises(kind, match=message):
+            case(x, case.init(C), labels(6), train, **({"mask": None} if "mask" in wrong else {}))

@@ -1,0 +1,116 @@
+"""Conventions by which ghost batches enter running statistics."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxnorm import init_running, linen, methods, moments, update_running
+from jaxnorm import nnx as layers
+
+K, D = 4, 0.7
+SIZE = 2
+CONVENTIONS = ("pooled", "averaged", "sequential", "sequential divided")
+conventions = pytest.mark.parametrize("convention", CONVENTIONS)
+close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
+
+
+def data():
+    return np.random.default_rng(0).normal(1, 2, (K * SIZE, 3, 4)) * np.arange(1, 9).reshape(8, 1, 1)
+
+
+def start(counted=False):
+    state = init_running((4,), dtype="f8", counted=counted)
+    return update_running(state, moments(data()[::-1] + 1, methods.batch_norm()), momentum=0.5)
+
+
+def update(m, convention, state=None, correction=0):
+    f = partial(update_running, momentum=D, correction=correction, ghost_update=convention)
+    return jax.jit(f)(start() if state is None else state, m)
+
+
+def ghosts(x, method=methods.ghost_batch_norm(K), **options):  # noqa: B008
+    return moments(x, method, **options)
+
+
+@pytest.mark.usefixtures("x64")
+def test_closed_forms():
+    """In NumPy, with d^k and d^(k - 1 - i) written out; only pooled includes the variance between ghosts."""
+    x, state = data(), start()
+    parts = x.reshape(K, SIZE, 3, 4)
+    s = np.stack([parts.mean((1, 2)), parts.var((1, 2))])
+    old = np.stack([state.mean, state.var])
+    i = np.arange(K).reshape(K, 1)
+    divided = 1 - (1 - D) / K
+    whole = np.stack([x.mean((0, 1)), x.var((0, 1))])
+    want = {
+        "pooled": D * old + (1 - D) * whole,
+        "averaged": D * old + (1 - D) * s.mean(1),
+        "sequential": D**K * old + ((1 - D) * D ** (K - 1 - i) * s).sum(1),
+        "sequential divided": divided**K * old + ((1 - D) / K * divided ** (K - 1 - i) * s).sum(1),
+    }
+    for convention in CONVENTIONS:
+        new = update(ghosts(x), convention)
+        close((new.mean, new.var), tuple(want[convention]))
+    np.testing.assert_allclose(want["averaged"][1], want["pooled"][1] - (1 - D) * s[0].var(0))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("counted", (False, True))
+@pytest.mark.parametrize("correction", (0, 1))
+def test_sequential_is_one_update_after_the_other(counted, correction):
+    """Debiased or not, with each ghost's own correction; a ghost that is empty or not finite is left out, by channel."""
+    x, w = data(), np.ones((K * SIZE, 1, 1))
+    w[2:4] = 0
+    for convention, momentum in (("sequential", D), ("sequential divided", 1 - (1 - D) / K)):
+        for nan in (False, True):
+            x[5, 0, 1] = np.nan if nan else 1.0
+            m = ghosts(x, weights=w)
+            state = start(counted)
+            for i in range(K):
+                one = jax.tree.map(lambda t, i=i: t[i : i + 1], m)
+                state = update_running(state, one, momentum=momentum, correction=correction)
+            new = update(m, convention, start(counted), correction)
+            close((new.mean, new.var), (state.mean, state.var))
+            if counted:
+                close(new.count, state.count)
+
+
+@pytest.mark.usefixtures("x64")
+@conventions
+def test_one_ghost_is_plain_and_none_usable_changes_nothing(convention):
+    x = data()
+    close(update(moments(x, methods.batch_norm()), convention).var, update(ghosts(x), "pooled").var)
+    for m in (ghosts(x, weights=np.zeros((1, 1, 1))), ghosts(x * np.nan)):
+        new = update(m, convention)
+        assert all((a == b).all() for a, b in ((new.mean, start().mean), (new.var, start().var)))
+
+
+@pytest.mark.usefixtures("x64")
+def test_ghosts_on_another_axis():
+    x = data()
+    other = ghosts(x.transpose(2, 1, 0), batch_axis=2, channel_axis=0)
+    want = update(ghosts(x), "sequential")
+    new = update_running(start(), other, momentum=D, ghost_update="sequential", batch_axis=2)
+    close((new.mean, new.var), (want.mean, want.var))
+
+
+@conventions
+def test_layers_take_the_convention(convention):
+    x = jnp.asarray(data(), "f4")
+    want = update_running(init_running((4,)), ghosts(x), momentum=D, ghost_update=convention)
+    ours = linen.GhostBatchNorm(ghost_size=SIZE, ghost_update=convention, momentum=D, use_running_average=False)
+    stats = ours.init_with_output(jax.random.key(0), x[:1])[1]["batch_stats"]
+    new = ours.apply({"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}, "batch_stats": stats}, x, mutable="batch_stats")
+    theirs = layers.GhostBatchNorm(4, ghost_size=SIZE, ghost_update=convention, momentum=D, rngs=nnx.Rngs(0))
+    theirs(x)
+    for got in (new[1]["batch_stats"]["var"], theirs.var[...]):
+        np.testing.assert_allclose(got, want.var, rtol=1e-5)
+
+
+def test_another_convention_is_refused():
+    with pytest.raises(ValueError, match="ghost_update='mean' is no convention. Expected one of .*'sequential divided'"):
+        update_running(init_running((4,)), moments(jnp.ones((2, 4)), (2, 4)), ghost_update="mean")

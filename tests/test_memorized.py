@@ -1,0 +1,121 @@
+"""Memorized Batch Normalization: the memory, the two combinations, and the double forward."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from jaxnorm import methods, norm
+from jaxnorm.memorized import double_forward, init_memorized_batch_norm, memorized_batch_norm
+
+SHAPE, E = (6, 3, 4), 1e-3
+close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
+
+
+def data(seed=0):
+    return np.random.default_rng(seed).normal(seed, 1 + seed, SHAPE)
+
+
+def empty(size):
+    return jax.tree.map(lambda t: np.asarray(t, "f8"), init_memorized_batch_norm(4, size))
+
+
+@partial(jax.jit, static_argnames=("variance", "train"))
+def differentiated(x, gy, state, weights, variance="pool", train=True):
+    y, pull, new = jax.vjp(
+        lambda x: memorized_batch_norm(x, state, train=train, memory_weights=weights, variance=variance, epsilon=E),
+        x,
+        has_aux=True,
+    )
+    return y, pull(gy)[0], new
+
+
+def combined(moments, weights, variance):
+    a = np.array(weights) / np.sum(weights)
+    mean = sum(w * m for w, (m, _) in zip(a, moments, strict=True))
+    between = sum(w * (m - mean) ** 2 for w, (m, _) in zip(a, moments, strict=True))
+    return mean, sum(w * v for w, (_, v) in zip(a, moments, strict=True)) + (between if variance == "pool" else 0)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("variance", ("pool", "blend"))
+def test_definition(variance):
+    """Five batches through a memory of three: filling, then dropping the oldest; the same rule in inference."""
+    weights, state, memory = (0.1, 0.5, 0.2, 0.7), empty(3), []
+    y = differentiated(data(), data(), state, np.array(weights), variance, train=False)[0]
+    close(y, data() / np.sqrt(1 + E))
+    for seed in range(5):
+        x, g = data(seed), data(10 + seed)
+        own = x.mean((0, 1)), x.var((0, 1))
+        y, dx, state = differentiated(x, g, state, np.array(weights), variance)
+        used = weights[3 - len(memory) :]
+        mean, var = combined([*memory, own], used, variance)
+        a, s = used[-1] / sum(used), np.sqrt(var + E)
+        x_hat = (x - mean) / s
+        center = mean if variance == "pool" else own[0]
+        close(y, x_hat)
+        close(dx, (g - a * (g.mean((0, 1)) + (x - center) / s * (g * x_hat).mean((0, 1)))) / s)
+        memory = [*memory, own][-3:]
+        for i, name in enumerate(("mean", "var")):
+            close(state[name][3 - len(memory) :], np.array([m[i] for m in memory]))
+        close(state["count"], np.full(4, float(len(memory))))
+        mean, var = combined(memory, weights[3 - len(memory) : 3], variance)
+        y = differentiated(x, g, state, np.array(weights), variance, train=False)[0]
+        close(y, (x - mean) / np.sqrt(var + E))
+
+
+@pytest.mark.usefixtures("x64")
+def test_all_weight_on_the_batch_is_batch_norm():
+    state, x, g = empty(2), data(2), data(3)
+    for seed in range(2):
+        state = differentiated(data(seed), g, state, np.array([0.0, 0.0, 1.0]))[2]
+    bn, pull = jax.vjp(lambda x: norm(x, methods.batch_norm(), epsilon=E)[0], x)
+    for variance in ("pool", "blend"):
+        close(differentiated(x, g, state, np.array([0.0, 0.0, 1.0]), variance)[:2], (bn, pull(g)[0]))
+
+
+@pytest.mark.usefixtures("x64")
+def test_equal_weights_are_batch_norm_of_the_batches_together():
+    """Also while the memory fills. The gradient is that of the whole, for the batch's part of it."""
+    state = empty(2)
+    for seed in range(3):
+        x = np.concatenate([data(i) for i in range(seed + 1)])
+        gy = np.concatenate([np.zeros((6 * seed, 3, 4)), data(5)])
+        o = oracle.normalized(x, oracle.set_numbers(x.shape, lambda n, p, c, *_: (c,)), epsilon=E, gy=gy)
+        y, dx, state = differentiated(data(seed), data(5), state, np.ones(3))
+        close((y, dx), (o.y[-6:], o.dx[-6:]))
+
+
+@pytest.mark.usefixtures("x64")
+def test_double_forward():
+    """Only the second pass is remembered: with a learning rate of 0 one forward pass, else that of the new parameters."""
+    x, state = data(1), empty(2)
+
+    def loss(params, state, x):
+        y, state = memorized_batch_norm(x * params, state, train=True, memory_weights=np.ones(3), epsilon=E)
+        return jnp.mean(y**3 + x * params), state
+
+    for rate in (0.0, 0.1):
+        step = jax.jit(double_forward(loss, lambda g, opt, p, rate=rate: (p - rate * g, opt + 1)))
+        params, steps, new, value = step(np.full(4, 0.5), 0, state, x)
+        first, alone = loss(np.full(4, 0.5), state, x)
+        gradient = jax.grad(loss, has_aux=True)(np.full(4, 0.5), state, x)[0]
+        close((params, steps, value), (0.5 - rate * gradient, 1, first))
+        close(dict(new), dict(loss(params, state, x)[1]))
+        if rate == 0:
+            close(dict(new), dict(alone))
+        else:
+            assert np.abs(new["mean"] - alone["mean"]).max() > 1e-3
+
+
+def test_errors():
+    x, state = jnp.ones((6, 4)), init_memorized_batch_norm(4, 2)
+    with pytest.raises(ValueError, match=r"shape \(2,\), and the state remembers 2 batches\. Expected \(3,\)"):
+        memorized_batch_norm(x, state, train=True, memory_weights=[1, 1])
+    with pytest.raises(ValueError, match="Got variance='mix'; expected 'pool' or 'blend'"):
+        memorized_batch_norm(x, state, train=True, memory_weights=[1, 1, 1], variance="mix")
+    with pytest.raises(ValueError, match="Got memory_size=0; expected 1 or more"):
+        init_memorized_batch_norm(4, 0)

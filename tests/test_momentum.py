@@ -1,0 +1,97 @@
+"""Momentum Batch Normalization: its definition, gradient and limits, and the schedules."""
+
+from functools import partial
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from jaxnorm import methods, norm
+from jaxnorm.momentum import inference_momentum, init_momentum_batch_norm, momentum_batch_norm, train_momentum_schedule
+
+SHAPE, E = (6, 3, 4), 1e-3
+close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
+
+
+def data(seed=0):
+    return np.random.default_rng(seed).normal(1, 2, SHAPE)
+
+
+def some_state():
+    rng = np.random.default_rng(9)
+    return {name: rng.uniform(0.5, 4, 4) for name in ("train_mean", "train_var", "mean", "var")}
+
+
+@jax.jit
+def differentiated(x, gy, state, weight):
+    y, pull, new = jax.vjp(
+        lambda x: momentum_batch_norm(x, state, train=True, train_momentum=weight, momentum=0.7, epsilon=E), x, has_aux=True
+    )
+    return y, pull(gy)[0], new
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
+def test_definition_and_closed_form_of_the_gradient(weight):
+    """The batch keeps 1 - lambda of the gradient through statistics, centred at the batch's own mean."""
+    x, g, state = data(), data(1), some_state()
+    y, dx, new = differentiated(x, g, state, weight)
+    mean, var = x.mean((0, 1)), x.var((0, 1))
+    blended = {
+        "train_mean": weight * state["train_mean"] + (1 - weight) * mean,
+        "train_var": weight * state["train_var"] + (1 - weight) * var,
+    }
+    inference = {"mean": 0.7 * state["mean"] + 0.3 * mean, "var": 0.7 * state["var"] + 0.3 * var}
+    s = np.sqrt(blended["train_var"] + E)
+    x_hat = (x - blended["train_mean"]) / s
+    gradient = (g - (1 - weight) * (g.mean((0, 1)) + (x - mean) / s * (g * x_hat).mean((0, 1)))) / s
+    close((y, dx, dict(new)), (x_hat, gradient, blended | inference))
+    if weight == 0:  # batch normalization
+        bn, pull = jax.vjp(lambda x: norm(x, methods.batch_norm(), epsilon=E)[0], x)
+        close((y, dx), (bn, pull(g)[0]))
+    if weight == 1:  # frozen statistics
+        close((y, dx), ((x - state["train_mean"]) / s, g / s))
+    close(
+        momentum_batch_norm(x, new, train=False, epsilon=E)[0], (x - inference["mean"]) / np.sqrt(inference["var"] + E)
+    )  # which does not depend on lambda
+
+
+@pytest.mark.usefixtures("x64")
+def test_empty_sets_are_normalized_with_the_old_training_statistics():
+    x, state = data(), some_state()
+    y, new = momentum_batch_norm(x, state, train=True, train_momentum=0.4, epsilon=E, weights=np.zeros((1, 1, 1)))
+    close((y, dict(new)), ((x - state["train_mean"]) / np.sqrt(state["train_var"] + E), state))
+
+
+def test_training_needs_the_weight_and_inference_does_not():
+    state = init_momentum_batch_norm(4)
+    momentum_batch_norm(data().astype("f4"), state, train=False)
+    with pytest.raises(ValueError, match=r"Got train_momentum=None; expected 0 .* to 1.*train_momentum_schedule"):
+        momentum_batch_norm(data().astype("f4"), state, train=True)
+
+
+def test_schedule_is_the_papers_and_is_data():
+    """In the paper's form rho^(T / (T - 1) max(T - t, 0)) - rho^T; epochs change without compiling again."""
+    epochs = 200
+    table = {2: (0, 0.061, 0.186, 0.436, 0.9375), 8: (0, 0.102, 0.248, 0.456, 0.75), 32: (0,) * 5, 64: (0,) * 5}
+    for size, values in table.items():
+
+        @jax.jit
+        @chex.assert_max_traces(n=1)
+        def schedule(t, size=size):
+            return train_momentum_schedule(t, epochs=epochs, batch_size=size)
+
+        rho = min(size / 32, 1) ** (1 / epochs)
+        got = np.array([schedule(t) for t in range(1, epochs + 1)])
+        paper = [rho ** (epochs / (epochs - 1) * max(epochs - t, 0)) - rho**epochs for t in range(1, epochs + 1)]
+        np.testing.assert_allclose(got, paper, atol=1e-6)
+        np.testing.assert_allclose(got[[0, 49, 99, 149, 199]], values, atol=6e-4)
+        assert (np.diff(got) >= 0).all()
+        assert schedule(0) == 0 and schedule(300) == got[-1]
+    assert [round(inference_momentum(m), 5) for m in (2, 8, 32)] == [0.99344, 0.974, 0.9]
+    assert inference_momentum(64, base=0.8) == 0.8**2
+    with pytest.raises(ValueError, match="Got epochs=1; expected 2 or more"):
+        train_momentum_schedule(1, epochs=1, batch_size=2)
+    with pytest.raises(ValueError, match="Got batch_size=0 and ideal_batch_size=32"):
+        inference_momentum(0)

@@ -1,0 +1,106 @@
+"""Batch Renormalization: its definition, what it is with special bounds, and the paper's schedule."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from jaxnorm import methods, norm
+from jaxnorm.renorm import batch_renorm, batch_renorm_bounds, init_batch_renorm
+
+SHAPE, E = (6, 3, 4), 1e-3
+SETS = oracle.set_numbers(SHAPE, lambda n, p, c, *_: (c,))
+close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
+
+
+def data(seed=0):
+    return np.random.default_rng(seed).normal(1, 2, SHAPE)
+
+
+def some_state():
+    rng = np.random.default_rng(9)
+    return {"mean": rng.normal(1, 1, 4), "std": rng.uniform(0.5, 4, 4)}
+
+
+@jax.jit
+def differentiated(x, gy, state, rmax, dmax, scale, bias):
+    def f(x, scale, bias):
+        return batch_renorm(x, state, train=True, rmax=rmax, dmax=dmax, momentum=0.7, epsilon=E, scale=scale, bias=bias)
+
+    y, pull, new = jax.vjp(f, x, scale, bias, has_aux=True)
+    return y, new, pull(gy)
+
+
+def corrections(x, state, rmax, dmax):
+    std = np.sqrt(x.var((0, 1)) + E)
+    return np.clip(std / state["std"], 1 / rmax, rmax), np.clip((x.mean((0, 1)) - state["mean"]) / state["std"], -dmax, dmax)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("rmax, dmax", [(1.0, 0.0), (1.2, 0.1), (3.0, 5.0), (1e6, 1e6)])
+def test_definition(rmax, dmax):
+    """y and its derivatives are those of x_hat r + d with constants r and d; the state averages standard deviations."""
+    x, gy, scale, bias, state = data(), data(1), data(2)[0, 0], data(3)[0, 0], some_state()
+    y, new, (dx, dscale, dbias) = differentiated(x, gy, state, rmax, dmax, scale, bias)
+    r, d = corrections(x, state, rmax, dmax)
+    o = oracle.normalized(x, SETS, epsilon=E, scale=r * scale, gy=gy)
+    x_hat = (x - x.mean((0, 1))) / np.sqrt(x.var((0, 1)) + E) * r + d
+    close((y, dx), (x_hat * scale + bias, o.dx))
+    close((dscale, dbias), ((gy * x_hat).sum((0, 1)), gy.sum((0, 1))))
+    close(new["mean"], 0.7 * state["mean"] + 0.3 * x.mean((0, 1)))
+    close(new["std"], 0.7 * state["std"] + 0.3 * np.sqrt(x.var((0, 1)) + E))
+    if rmax == 1.0:  # batch normalization
+        y, pull = jax.vjp(lambda x: norm(x, methods.batch_norm(), epsilon=E, scale=scale, bias=bias)[0], x)
+        close((x_hat * scale + bias, dx), (y, pull(gy)[0]))
+    if rmax == 1e6:  # inference with the state before this step
+        close(batch_renorm(x, state, train=False, epsilon=E, scale=scale, bias=bias)[0], x_hat * scale + bias)
+
+
+@pytest.mark.usefixtures("x64")
+def test_inference():
+    x, state = data(), some_state()
+    y, new = batch_renorm(x, state, train=False, epsilon=E)
+    close(y, (x - state["mean"]) / state["std"])
+    assert new is state
+
+
+@pytest.mark.usefixtures("x64")
+def test_running_deviation_is_never_below_epsilon():
+    """A state of constant channels, or of zeros, does not divide by 0."""
+    x, state = data(), {"mean": np.zeros(4), "std": np.zeros(4)}
+    close(batch_renorm(x, state, train=False, epsilon=E)[0], x / np.sqrt(E))
+    constant, new = batch_renorm(np.full(SHAPE, 3.0), init_batch_renorm(4), train=True, epsilon=E, momentum=0.0, dmax=0.0)
+    close((constant, new["std"]), (np.zeros(SHAPE), np.full(4, np.float32(np.sqrt(E)))))
+
+
+def test_no_gradient_flows_into_the_state():
+    x = data().astype("f4")
+    g = jax.grad(lambda x: sum(jnp.sum(t) for t in batch_renorm(x, init_batch_renorm(4), train=True)[1].values()))(x)
+    assert not g.any()
+
+
+def test_schedule():
+    """Linear between its corners, and data: no second compilation."""
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(x, state, count):
+        rmax, dmax = batch_renorm_bounds(count)
+        return batch_renorm(x, state, train=True, rmax=rmax, dmax=dmax)[0], rmax, dmax
+
+    corners = {
+        0: (1, 0),
+        5000: (1, 0),
+        15000: (1 + 2 * 10 / 35, 2.5),
+        25000: (1 + 2 * 20 / 35, 5),
+        40000: (3, 5),
+        10**6: (3, 5),
+    }
+    for count, bounds in corners.items():
+        y, *got = step(data().astype("f4"), init_batch_renorm(4), count)
+        np.testing.assert_allclose(got, bounds, rtol=1e-6)
+    np.testing.assert_allclose(y.mean((0, 1)), np.clip(data().mean((0, 1)), -5, 5), rtol=1e-4)

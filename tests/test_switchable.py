@@ -1,0 +1,103 @@
+"""Switchable Normalization: its definition and gradient, and the three normalizations that it mixes."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnorm import methods, norm
+from jaxnorm.switchable import init_switchable_norm, switchable_norm
+
+SHAPE, E = (6, 3, 4), 1e-3
+close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
+AXES = {"instance": (1,), "layer": (1, 2), "batch": (0, 1)}
+METHODS = (methods.instance_norm(), methods.layer_norm(), methods.batch_norm())
+
+
+def data(seed=0, shape=SHAPE):
+    return np.random.default_rng(seed).normal(1, 2, shape)
+
+
+def state():
+    return {"mean": np.arange(4.0), "var": np.arange(1.0, 5.0)}
+
+
+def logits(n, seed=5):
+    return tuple(np.random.default_rng(seed).normal(size=(2, n)))
+
+
+@partial(jax.jit, static_argnames="train")
+def differentiated(x, gy, state, mean_logits, var_logits, train=True):
+    def f(x, a, b):
+        return switchable_norm(x, state, train=train, mean_logits=a, var_logits=b, momentum=0.7, epsilon=E)
+
+    y, pull, new = jax.vjp(f, x, mean_logits, var_logits, has_aux=True)
+    return y, pull(gy), new
+
+
+def by_hand(np, x, mean_logits, var_logits, batch=None):
+    """Each kind of statistic taken from x itself, by mean and variance of its axes."""
+    kinds = [(x.mean(axes, keepdims=True), x.var(axes, keepdims=True)) for axes in AXES.values()]
+    kinds[2] = kinds[2] if batch is None else batch
+    shares = [np.exp(t) / np.exp(t).sum() for t in (mean_logits, var_logits)]
+    mean, var = (sum(w * m[i] for w, m in zip(share, kinds, strict=False)) for i, share in enumerate(shares))
+    return (x - mean) / np.sqrt(var + E)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("n", (3, 2))
+def test_definition(n):
+    """Values by NumPy; the gradient of x and of the logits by differentiating the plain formula."""
+    x, gy, start = data(), data(1), state() if n == 3 else {}
+    y, gradients, new = differentiated(x, gy, start, *logits(n))
+    close(y, by_hand(np, x, *logits(n)))
+    with jax.numpy_rank_promotion("allow"):
+        plain = jax.jit(lambda *args: jax.vjp(partial(by_hand, jnp), *args)[1](gy))(x, *logits(n))
+    close(gradients, plain)
+    evaluated, _, same = differentiated(x, gy, start, *logits(n), train=False)
+    if n == 2:
+        assert new == same == {}
+        close(evaluated, y)
+        return
+    close(dict(new), {"mean": 0.7 * start["mean"] + 0.3 * x.mean((0, 1)), "var": 0.7 * start["var"] + 0.3 * x.var((0, 1))})
+    close(evaluated, by_hand(np, x, *logits(n), batch=(start["mean"], start["var"])))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("n", (3, 2))
+def test_one_kind_alone(n):
+    x, gy = data(), data(1)
+    for kind in range(n):
+        alone = np.where(np.arange(n) == kind, 0.0, -np.inf)
+        y, (dx, *_), _ = differentiated(x, gy, state() if n == 3 else {}, alone, alone)
+        want, pull = jax.vjp(lambda x, kind=kind: norm(x, METHODS[kind], epsilon=E)[0], x)
+        close((y, dx), (want, pull(gy)[0]))
+
+
+@pytest.mark.usefixtures("x64")
+def test_one_example_alone_makes_batch_and_instance_one():
+    x, gy = data(shape=(1, 3, 4)), data(1, (1, 3, 4))
+    a, b = logits(3)
+    swapped = [t[[2, 1, 0]] for t in (a, b)]
+    close(differentiated(x, gy, state(), a, b)[0], differentiated(x, gy, state(), *swapped)[0])
+
+
+@pytest.mark.usefixtures("x64")
+def test_variance_is_between_those_it_mixes():
+    """The blend of variances is at least the smallest: |dy/dx| at constant statistics is 1 / sqrt(var + epsilon)."""
+    x, (a, b) = data(), logits(3)
+    smallest = np.min([np.broadcast_to(x.var(axes, keepdims=True), SHAPE) for axes in AXES.values()], axis=0)
+    largest = np.max([np.broadcast_to(x.var(axes, keepdims=True), SHAPE) for axes in AXES.values()], axis=0)
+    y = differentiated(x, x, state(), a, b)[0]
+    var = ((x[:, :1] - x[:, 1:2]) / (y[:, :1] - y[:, 1:2])) ** 2 - E  # two positions share their statistics
+    assert (var >= smallest[:, :1] - 1e-9).all() and (var <= largest[:, :1] + 1e-9).all()
+
+
+def test_logits_and_state_belong_together():
+    x, start = jnp.ones((6, 4)), init_switchable_norm(4)
+    for sizes, given in (((3, 3), {}), ((2, 2), start), ((3, 2), start), ((4, 4), start)):
+        a, b = (jnp.ones(n) for n in sizes)
+        with pytest.raises(ValueError, match=r"Expected \(3,\) with the state of init_switchable_norm, or \(2,\)"):
+            switchable_norm(x, given, train=True, mean_logits=a, var_logits=b)
