@@ -24,11 +24,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from benchmarks import report, training
 from benchmarks.digits import NUM_IMAGES
 from benchmarks.interrupt import deferred_interrupt
-from benchmarks.norms import METHODS
+from benchmarks.norms import METHODS, Layer
 from benchmarks.residual import STRIDES, WIDTHS, ResidualNet
 from benchmarks.results import Cell, Result, Settings, interval
 from benchmarks.training import IMAGES_PER_STEP
-from jaxnorm import Method
 
 COMPILE_EPOCHS = 60
 """Compiling a cell takes about as long as so many epochs; the progress bar counts it so."""
@@ -53,7 +52,7 @@ class Plan(NamedTuple):
 
     method: str
     batch_size: int | None
-    norms: tuple[Method, ...]
+    layers: tuple[Layer, ...]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,9 +166,9 @@ def _plans(args: argparse.Namespace) -> list[Plan]:
     plans = []
     for method in args.methods:
         for size in args.batch_sizes:
-            norms = tuple(METHODS[method].at(size, width) for width in WIDTHS)
-            matters = args.protocol == "batch" or any(norm.pools_batch for norm in norms)
-            plans.append(Plan(method, size if matters else None, norms))
+            layers = tuple(METHODS[method].at(size, width) for width in WIDTHS)
+            matters = args.protocol == "batch" or any(layer.pools_batch for layer in layers)
+            plans.append(Plan(method, size if matters else None, layers))
     return list(dict.fromkeys(plans))
 
 
@@ -212,7 +211,7 @@ def _progress(console: Console) -> Progress:
 
 def _cell(result: Result, plan: Plan, on_epoch: Callable[[int], None]) -> Cell:
     """Trains what `plan` says, or shares the training of a finished cell whose norms are all the same."""
-    norms = [str(method) for method in plan.norms]
+    norms = [str(layer) for layer in plan.layers]
     twin = result.twin(plan.batch_size, norms)
     if twin:
         source = twin.same_run_as or twin.name
@@ -220,7 +219,7 @@ def _cell(result: Result, plan: Plan, on_epoch: Callable[[int], None]) -> Cell:
     settings = result.settings
     images = IMAGES_PER_STEP if plan.batch_size is None else plan.batch_size
     outcome = training.train(
-        ResidualNet(plan.norms, STRIDES[settings.network]),
+        ResidualNet(plan.layers, STRIDES[settings.network]),
         range(settings.seeds),
         num_train=settings.train_images,
         devices=IMAGES_PER_STEP // images if settings.protocol == "devices" else 1,

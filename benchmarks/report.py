@@ -9,8 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.norms import METHODS
-from benchmarks.residual import MOMENTUM, WIDTHS
+from benchmarks.norms import METHODS, MOMENTUM
+from benchmarks.residual import WIDTHS
 from benchmarks.results import Cell, Interval, Result, Settings, interval
 from benchmarks.training import IMAGES_PER_STEP, WEIGHT_DECAY
 from jaxnorm.methods import BATCH_ENOUGH, batch_group_count

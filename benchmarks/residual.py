@@ -1,22 +1,18 @@
 """A small residual network for 8x8 images whose normalization is chosen from outside."""
 
-from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnorm import Method
-from jaxnorm.linen import Norm
+from benchmarks.norms import NO_ACTIVATION, Layer
 
 WIDTHS: tuple[int, ...] = (12, 24, 48)
 """Channels of the three stages; the stem has those of the first."""
 
 STRIDES = {"1x1": (2, 2, 2), "2x2": (2, 2, 1)}
 """Strides of the stages, by the size of the last feature map: 8 -> 4 -> 2 -> 1 or 8 -> 4 -> 2 -> 2."""
-
-MOMENTUM = 0.9
-"""Weight of the old value in the running statistics, per step."""
 
 
 def patches(x: jax.Array, stride: int) -> jax.Array:
@@ -27,36 +23,51 @@ def patches(x: jax.Array, stride: int) -> jax.Array:
     return jnp.concatenate(shifted, axis=-1)
 
 
-class Conv3x3(nn.Module):
-    """3x3 convolution without bias, written as patches times a matrix.
+class Unit(nn.Module):
+    """A convolution without bias, its normalization and relu, or the layer that is both.
 
-    On a CPU `jax.lax.conv` is several times slower than this once it stands inside `vmap` and `scan`.
+    The convolution is written as patches times a matrix. On a CPU `jax.lax.conv` is several times slower than this once it
+    stands inside `vmap` and `scan`.
+
+    Attributes:
+        layer: the normalization.
+        features: channels of the output.
+        stride: of the convolution.
+        size: of its kernel, 3 or 1.
+        activate: whether an activation follows.
     """
 
+    layer: Layer
     features: int
     stride: int = 1
+    size: int = 3
+    activate: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        dense = nn.Dense(self.features, use_bias=False, kernel_init=nn.initializers.he_normal())
-        return dense(patches(x, self.stride))
+    def __call__(self, x: jax.Array, *, train: bool, done: jax.Array) -> jax.Array:
+        layer = self.layer if self.activate or not self.layer.activates else NO_ACTIVATION
+        x = patches(x, self.stride) if self.size == 3 else x[:, :: self.stride, :: self.stride]
+        kernel_init = nn.initializers.he_normal() if self.size == 3 else nn.initializers.lecun_normal()
+        dense: Any = self.layer.dense(features=self.features, use_bias=False, kernel_init=kernel_init, name="conv")  # type: ignore[call-arg]
+        options = dict(layer.options) | {"name": "norm"}
+        norm: Any = layer.module(layer=dense, **options) if layer.takes_dense else layer.module(**options)
+        schedule = layer.schedule(done) if layer.schedule and train else {}
+        y = norm(x if layer.takes_dense else dense(x), use_running_average=not train, **schedule)
+        return nn.relu(y) if self.activate and not layer.activates else y
 
 
 class Block(nn.Module):
     """relu(norm(conv(relu(norm(conv(x))))) + norm(x W)), where W is a 1x1 convolution with the stride of the block."""
 
-    norm: Callable[..., nn.Module]
+    layer: Layer
     features: int
     stride: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        y = Conv3x3(self.features, self.stride)(x)
-        y = nn.relu(self.norm(self.features, name="norm_1")(y, use_running_average=not train))
-        y = Conv3x3(self.features)(y)
-        y = self.norm(self.features, name="norm_2")(y, use_running_average=not train)
-        shortcut = nn.Dense(self.features, use_bias=False)(x[:, :: self.stride, :: self.stride])
-        shortcut = self.norm(self.features, name="norm_shortcut")(shortcut, use_running_average=not train)
+    def __call__(self, x: jax.Array, **now: Any) -> jax.Array:
+        y = Unit(self.layer, self.features, self.stride, name="unit_1")(x, **now)
+        y = Unit(self.layer, self.features, activate=False, name="unit_2")(y, **now)
+        shortcut = Unit(self.layer, self.features, self.stride, size=1, activate=False, name="shortcut")(x, **now)
         return nn.relu(y + shortcut)
 
 
@@ -64,24 +75,20 @@ class ResidualNet(nn.Module):
     """Stem, a block per stage, mean over the last map, linear classifier: ten convolutions, each normalized.
 
     Attributes:
-        methods: the normalization at each of the widths 12, 24 and 48.
+        layers: the normalization at each of the widths 12, 24 and 48.
         strides: the stride of each stage, a value of `STRIDES`.
         num_classes: size of the output.
     """
 
-    methods: tuple[Method, ...]
+    layers: tuple[Layer, ...]
     strides: tuple[int, ...] = STRIDES["1x1"]
     num_classes: int = 10
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        by_width = dict(zip(WIDTHS, self.methods, strict=True))
-
-        def norm(features: int, name: str) -> Norm:
-            return Norm(by_width[features], momentum=MOMENTUM, name=name)
-
-        x = Conv3x3(WIDTHS[0])(x)
-        x = nn.relu(norm(WIDTHS[0], name="norm_stem")(x, use_running_average=not train))
-        for features, stride in zip(WIDTHS, self.strides, strict=True):
-            x = Block(norm, features, stride)(x, train=train)
+    def __call__(self, x: jax.Array, *, train: bool, done: jax.Array | float = 1.0) -> jax.Array:
+        """Logits of images x; `done` is the finished part of the training, for layers with a schedule."""
+        now = {"train": train, "done": jnp.asarray(done)}
+        x = Unit(self.layers[0], WIDTHS[0], name="stem")(x, **now)
+        for layer, features, stride in zip(self.layers, WIDTHS, self.strides, strict=True):
+            x = Block(layer, features, stride)(x, **now)
         return nn.Dense(self.num_classes)(x.mean(axis=(1, 2)))

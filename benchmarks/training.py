@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
 from benchmarks import digits
+from benchmarks.residual import ResidualNet
 
 IMAGES_PER_STEP = 32
 """Images of a step where they are spread over devices."""
@@ -23,11 +25,13 @@ WEIGHT_DECAY = 5e-4
 
 
 class State(NamedTuple):
-    """What a step changes. `batch_stats` has a leading axis of devices."""
+    """What a step changes. `on_devices` are the variables that each device has for itself, with a leading axis of devices:
+    the collections batch_stats and, of layers whose backward pass has state, _overwrite_with_gradient."""
 
     params: Any
-    batch_stats: Any
+    on_devices: Any
     optimizer: optax.OptState
+    step: jax.Array
 
 
 class Outcome(NamedTuple):
@@ -40,7 +44,7 @@ class Outcome(NamedTuple):
 
 
 def train(
-    net: nn.Module,
+    net: ResidualNet,
     seeds: Sequence[int],
     *,
     num_train: int,
@@ -52,7 +56,7 @@ def train(
     """Trains `net` once per seed and evaluates it with its running statistics averaged over the devices.
 
     Args:
-        net: module called as `net(pixels, train=...)`, whose only state is `batch_stats`.
+        net: a `ResidualNet`.
         seeds: each decides split, initial parameters, order and shifts of the images.
         num_train: number of training images.
         devices: number of simulated devices a step is spread over.
@@ -72,7 +76,7 @@ def train(
     start = time.perf_counter()
     initialize = jax.jit(partial(_initialize, net, optimizer, devices))
     state = jax.block_until_ready(initialize(jnp.asarray(seeds)))
-    train_seeds = jax.vmap(partial(_train_epoch, net, optimizer))
+    train_seeds = jax.vmap(partial(_train_epoch, net, optimizer, steps * epochs))
     train_epoch = jax.jit(train_seeds, donate_argnums=0).lower(state, batches(0)).compile()
     held_out = _stack(_held_out(split) for split in splits)
     correct = jax.jit(jax.vmap(partial(_correct, net))).lower(state, held_out).compile()
@@ -118,37 +122,47 @@ def _is_kernel(params: Any) -> Any:
 def _initialize(net: nn.Module, optimizer: optax.GradientTransformation, devices: int, seeds: jax.Array) -> State:
     def one(seed: jax.Array) -> State:
         variables = net.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)), train=False)
-        params = variables["params"]
-        batch_stats = jax.tree.map(lambda s: jnp.stack([s] * devices), variables.get("batch_stats", {}))
-        return State(params, batch_stats, optimizer.init(params))
+        params = variables.pop("params")
+        return State(params, jax.tree.map(lambda s: jnp.stack([s] * devices), variables), optimizer.init(params), jnp.array(0))
 
     # A loop, because random numbers under vmap take three times as long to compile.
     return jax.lax.map(one, seeds)
 
 
-def _loss(params: Any, batch_stats: Any, batch: digits.Images, net: nn.Module) -> tuple[jax.Array, Any]:
+def _loss(
+    params: Any, taps: Any, on_devices: Any, batch: digits.Images, net: nn.Module, done: jax.Array
+) -> tuple[jax.Array, Any]:
     """Cross-entropy, averaged over devices, and the running statistics of each device."""
 
-    def on_device(batch_stats: Any, images: digits.Images) -> tuple[jax.Array, Any]:
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits, updates = net.apply(variables, images.pixels, train=True, mutable=["batch_stats"])
+    def on_device(on_device: Any, taps: Any, images: digits.Images) -> tuple[jax.Array, Any]:
+        variables = {"params": params, **on_device, **taps}
+        logits, updates = net.apply(variables, images.pixels, train=True, done=done, mutable=["batch_stats"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, images.labels)
-        return losses.mean(), updates.get("batch_stats", {})
+        return losses.mean(), updates
 
-    losses, batch_stats = jax.vmap(on_device)(batch_stats, batch)
-    return losses.mean(), batch_stats
+    losses, on_devices = jax.vmap(on_device)(on_devices, taps, batch)
+    return losses.mean(), on_devices
 
 
-def _train_epoch(net: nn.Module, optimizer: optax.GradientTransformation, state: State, batches: digits.Images) -> State:
+def _train_epoch(
+    net: ResidualNet, optimizer: optax.GradientTransformation, steps: int, state: State, batches: digits.Images
+) -> State:
     def step(state: State, batch: digits.Images) -> tuple[State, None]:
-        gradient, batch_stats = jax.grad(_loss, has_aux=True)(state.params, state.batch_stats, batch, net)
+        on_devices = dict(state.on_devices)
+        taps = {name: on_devices.pop(name) for name in (OVERWRITE_WITH_GRADIENT,) if name in on_devices}
+        rest = on_devices, batch, net, state.step / steps
+        (gradient, taps), new = jax.grad(_loss, (0, 1), has_aux=True)(state.params, taps, *rest)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-        return State(optax.apply_updates(state.params, updates), batch_stats, optimizer_state), None
+        params = optax.apply_updates(state.params, updates)
+        if any(layer.double_forward for layer in net.layers):
+            new = _loss(params, taps, *rest)[1]
+        taps = jax.tree.map(lambda t: t * len(t), taps)  # of the sum over devices, not the mean
+        return State(params, {**new, **taps}, optimizer_state, state.step + 1), None
 
     return jax.lax.scan(step, state, batches)[0]
 
 
 def _correct(net: nn.Module, state: State, images: digits.Images) -> jax.Array:
-    batch_stats = jax.tree.map(lambda s: s.mean(axis=0), state.batch_stats)
-    logits: Any = net.apply({"params": state.params, "batch_stats": batch_stats}, images.pixels, train=False)
+    on_devices = jax.tree.map(lambda s: s.mean(axis=0), state.on_devices)
+    logits: Any = net.apply({"params": state.params, **on_devices}, images.pixels, train=False)
     return logits.argmax(axis=-1) == images.labels
