@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
+from absl import flags
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from PIL import Image
 
@@ -61,8 +62,9 @@ def find(data: str, num_classes: int | None) -> Images:
                 f"{data} holds ArrayRecord files. Expected them in train/ and val/ both, and their --num-classes. Got "
                 f"{len(records[0])} in train/, {len(records[1])} in val/ and --num-classes {num_classes}."
             )
-        return Images(*(Records(grain.sources.ArrayRecordDataSource(paths)) for paths in records), num_classes)
-    train, val = (Folder(folder) for folder in folders)
+        train, val = (Records(grain.sources.ArrayRecordDataSource(paths)) for paths in records)
+        return Images(train, val, num_classes)
+    train, val = Folder(folders[0]), Folder(folders[1])
     if train.classes != val.classes:
         differing = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(
@@ -171,13 +173,12 @@ def _from_tfds(name: str) -> Images:
 def training_batches(source: Source, *, batch: int, num_classes: int, size: int, seed: int, workers: int) -> Iterator[Example]:
     """This process's part of every batch, without end: randomly cropped and flipped, in an order drawn for each epoch.
 
-    An epoch leaves out what does not fill a batch of all processes, other images each time. Crops and flips depend on seed,
-    epoch and image alone, not on how many processes there are.
+    An epoch leaves out what does not fill a batch, other images each time. Seed and step decide what a batch holds, however
+    many processes share it.
     """
     images = grain.MapDataset.source(source).seed(seed)
     images = images.random_map(partial(_train_example, size=size, num_classes=num_classes)).shuffle()
-    images = images[: len(source) // batch * batch][jax.process_index() :: jax.process_count()].repeat()
-    return iter(_batches(images, batch // jax.process_count(), workers))
+    return iter(_batches(images[: len(source) // batch * batch], batch, workers, epochs=None))
 
 
 def evaluation_batches(source: Source, *, batch: int, num_classes: int, size: int, workers: int) -> Iterable[Example]:
@@ -186,12 +187,32 @@ def evaluation_batches(source: Source, *, batch: int, num_classes: int, size: in
     nothing = {"image": np.zeros((size, size, 3), np.uint8), "label": np.int32(0), "weight": np.float32(0)}
     if missing := -len(source) % batch:
         images = grain.MapDataset.concatenate([images, grain.MapDataset.source([nothing] * missing)])
-    return _batches(images[jax.process_index() :: jax.process_count()], batch // jax.process_count(), workers)
+    return _batches(images, batch, workers, epochs=1)
 
 
-def _batches(images: grain.MapDataset[Any], size: int, workers: int) -> grain.IterDataset[Any]:
-    batches = images.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=READ_AHEAD)).batch(size)
-    return batches.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=workers)) if workers else batches
+class Share(grain.transforms.DatasetSelectionMap):
+    """The consecutive rows of every batch that belong to this process, so that all together read the batch in its order."""
+
+    def __init__(self, length: int, batch: int):
+        self.length, self.batch = length // jax.process_count(), batch
+        self.rows, self.first = batch // jax.process_count(), batch // jax.process_count() * jax.process_index()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return 0, index // self.rows * self.batch + self.first + index % self.rows
+
+
+def _batches(images: grain.MapDataset[Any], batch: int, workers: int, *, epochs: int | None) -> grain.IterDataset[Any]:
+    share = Share(len(images), batch)
+    images = grain.MapDataset.select_from_datasets([images], share).repeat(epochs)
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=READ_AHEAD)
+    batches = images.to_iter_dataset(options).batch(share.rows)
+    if not workers:
+        return batches
+    flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's flags, which this program leaves alone
+    return batches.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=workers))
 
 
 def _train_example(example: Example, rng: np.random.Generator, *, size: int, num_classes: int) -> Example:

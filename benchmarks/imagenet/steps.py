@@ -90,7 +90,8 @@ class Trainer(NamedTuple):
 
 
 def _pixels(batch: Batch) -> jax.Array:
-    return (batch["image"].astype(jnp.float32) - jnp.array(MEAN)) / jnp.array(STD)
+    mean, std = (jnp.array(values).reshape(1, 1, 1, 3) for values in (MEAN, STD))
+    return (batch["image"].astype(jnp.float32) - mean) / std
 
 
 def network(
