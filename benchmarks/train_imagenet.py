@@ -35,8 +35,8 @@ from jaxnorm import Method
 IMAGES_PER_RATE = 256
 """The batch to which --learning-rate belongs; with others the rate is scaled in proportion."""
 
-MAY_CHANGE = {"data", "output", "resume", "save_every", "keep", "workers", "distributed", "coordinator", "process_id"}
-"""Options that a resumed run may have otherwise, since no number depends on them."""
+MAY_CHANGE = {"data", "output", "resume", "save_every", "keep", "distributed", "coordinator", "process_id"}
+"""Options that a resumed run may have otherwise: no number depends on them, nor what a checkpoint looks like."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,32 +120,25 @@ def _train(args: argparse.Namespace, images: data.Images, method: Method, consol
         bar = progress.add_task("", total=total, completed=step)
         state = placement.load(state)
         with _log(args.output, step) as log, deferred_interrupt(lambda: console.print("Stopping after this step.")) as check:
-            waiting: list[tuple[int, dict[str, jax.Array]]] = []
-            since = time.perf_counter()
+            ahead = None
             while step < total:
-                state, metrics = train(state, placement.batch(next(batches)))
+                started = time.perf_counter()
+                state, metrics = train(state, ahead or placement.batch(next(batches)))
                 step += 1
-                waiting.append((step, metrics))
                 ends, saves = step % epoch == 0, step % args.save_every == 0 or step == total
-                # The last step is left to be read later, so that devices compute it while the host prepares the next.
-                ready, waiting = (waiting, []) if ends or saves else (waiting[:-1], waiting[-1:])
-                values = [{name: placement.value(x) for name, x in metrics.items()} for _, metrics in ready]
-                now = time.perf_counter()
-                for (done, _), numbers in zip(ready, values, strict=True):
-                    log({"step": done} | numbers | {"images_per_second": args.batch * len(ready) / (now - since)})
-                    progress.update(bar, completed=done, description=f"loss {numbers['loss']:.3f}")
-                if ready:
-                    since = now
+                # The next batch is read while the devices compute, but not before a checkpoint, which would miss it.
+                ahead = None if ends or saves else placement.batch(next(batches))
+                values = {name: placement.value(x) for name, x in metrics.items()}
+                log({"step": step} | values | {"images_per_second": args.batch / (time.perf_counter() - started)})
+                progress.update(bar, completed=step, description=f"loss {values['loss']:.3f}")
                 if ends:
                     found = _evaluate(evaluate, state, held_out, placement)
                     log({"step": step, "epoch": step // epoch} | found)
-                    summary = ", ".join(f"{name} {value:.2f}" for name, value in found.items() if name != "images")
+                    summary = ", ".join(f"{name} {value:.2f}" for name, value in found.items() if name != "val_images")
                     console.print(f"epoch {step // epoch} of {args.epochs}: {summary}")
                 if saves:
                     saved = {"state": ocp.args.StandardSave(placement.unload(state))}
                     checkpoints.save(step, args=ocp.args.Composite(**saved, batches=grain.checkpoint.CheckpointSave(batches)))
-                if not waiting:
-                    since = time.perf_counter()
                 check()
 
 

@@ -14,7 +14,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from PIL import Image
 
 Example = dict[str, Any]
-"""`image`: bytes of a JPEG or PNG file, later pixels (H, W, 3) uint8; `label`: class number; `name`: for error messages."""
+"""`image`: bytes of a JPEG or PNG file, later pixels (H, W, 3) uint8; `label`: class number; `name`: for errors, where known."""
 
 THREADS = 16
 """Threads of a process that read and decode."""
@@ -142,20 +142,6 @@ class Records:
         return {"image": image, "label": label, "name": f"record {index}"}
 
 
-class Named:
-    """Examples of TFDS, whose images were left encoded."""
-
-    def __init__(self, source: Any):
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Example:
-        example = self.source[index]
-        return {"image": example["image"], "label": int(example["label"]), "name": f"example {index}"}
-
-
 def _from_tfds(name: str) -> Images:
     try:
         import tensorflow_datasets as tfds  # type: ignore[reportMissingImports]
@@ -166,7 +152,7 @@ def _from_tfds(name: str) -> Images:
         ) from error
     builder = tfds.builder(name)
     decoders = {"image": tfds.decode.SkipDecoding()}
-    train, val = (Named(builder.as_data_source(split, decoders=decoders)) for split in ("train", "validation"))
+    train, val = (builder.as_data_source(split, decoders=decoders) for split in ("train", "validation"))
     return Images(train, val, builder.info.features["label"].num_classes)
 
 
@@ -207,11 +193,11 @@ class Share(grain.transforms.DatasetSelectionMap):
 def _batches(images: grain.MapDataset[Any], batch: int, workers: int, *, epochs: int | None) -> grain.IterDataset[Any]:
     share = Share(len(images), batch)
     images = grain.MapDataset.select_from_datasets([images], share).repeat(epochs)
-    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=READ_AHEAD)
-    batches = images.to_iter_dataset(options).batch(share.rows)
     if not workers:
-        return batches
+        return images.to_iter_dataset(grain.ReadOptions(THREADS, READ_AHEAD)).batch(share.rows)
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's flags, which this program leaves alone
+    # Workers take turns with whole batches, so that a batch holds the same images whatever their number.
+    batches = images.batch(share.rows).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
     return batches.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=workers))
 
 
@@ -234,7 +220,7 @@ def decode(example: Example) -> Image.Image:
     try:
         return Image.open(io.BytesIO(example["image"])).convert("RGB")
     except OSError as error:
-        raise ValueError(f"{example['name']} cannot be decoded: {error}. Replace or remove it.") from error
+        raise ValueError(f"{example.get('name', 'an image')} cannot be decoded: {error}. Replace or remove it.") from error
 
 
 def random_box(rng: np.random.Generator, width: int, height: int) -> tuple[int, int, int, int]:
@@ -259,5 +245,7 @@ def central_box(width: int, height: int) -> tuple[float, float, float, float]:
 
 def _label(example: Example, num_classes: int) -> np.int32:
     if not 0 <= example["label"] < num_classes:
-        raise ValueError(f"{example['name']} has the label {example['label']}. Expected 0 to {num_classes - 1}.")
+        raise ValueError(
+            f"{example.get('name', 'an image')} has the label {example['label']}. Expected 0 to {num_classes - 1}."
+        )
     return np.int32(example["label"])
