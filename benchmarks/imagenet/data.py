@@ -14,7 +14,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from PIL import Image
 
 Example = dict[str, Any]
-"""`image`: bytes of a JPEG or PNG file, later pixels (H, W, 3) uint8; `label`: class number; `name`: for errors, where known."""
+"""`image`: bytes of a JPEG or PNG file, later pixels (H, W, 3) uint8; `label`: its class; `name`: for errors, where known."""
 
 THREADS = 16
 """Threads of a process that read and decode."""
@@ -24,7 +24,6 @@ READ_AHEAD = 512
 
 CROP_MARGIN = 256 / 224
 """Shorter side of an evaluated image before its central square is cut out, over the side of that square."""
-
 
 Source = grain.sources.RandomAccessDataSource[Example]
 """Examples by number."""
