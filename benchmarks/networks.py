@@ -29,6 +29,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 import jaxnorm.linen
+from benchmarks.resnet import ResNet
 from benchmarks.timing import (
     Call,
     about,
@@ -45,40 +46,9 @@ NORMS: dict[str, Any] = {"jaxnorm": jaxnorm.linen, "flax.linen": flax.linen}
 """Where the norm classes come from."""
 
 
-class Bottleneck(nn.Module):
-    """Residual block of ResNet-50."""
-
-    norm: Callable[..., Any]
-    width: int
-    stride: int
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
-        y = nn.relu(self.norm()(conv(self.width, (1, 1))(x)))
-        y = nn.relu(self.norm()(conv(self.width, (3, 3), self.stride)(y)))
-        y = self.norm(scale_init=nn.initializers.zeros)(conv(4 * self.width, (1, 1))(y))
-        if x.shape != y.shape:
-            x = self.norm()(conv(4 * self.width, (1, 1), self.stride)(x))
-        return nn.relu(x + y)
-
-
-class ResNet50(nn.Module):
+def resnet50(norms: ModuleType, dtype: DTypeLike) -> ResNet:
     """ResNet-50 with batch norm, for 1000 classes."""
-
-    norms: ModuleType
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        norm = partial(self.norms.BatchNorm, use_running_average=False, dtype=self.dtype)
-        x = nn.Conv(64, (7, 7), 2, use_bias=False, dtype=self.dtype)(x)
-        x = nn.max_pool(nn.relu(norm()(x)), (3, 3), (2, 2), "SAME")
-        for stage, blocks in enumerate((3, 4, 6, 3)):
-            for block in range(blocks):
-                x = Bottleneck(norm, 64 * 2**stage, 2 if stage and not block else 1, self.dtype)(x)
-        return nn.Dense(1000)(x.mean((1, 2), dtype=jnp.float32))
+    return ResNet(partial(norms.BatchNorm, dtype=dtype), partial(nn.Conv, dtype=dtype))
 
 
 class UNet(nn.Module):
@@ -116,7 +86,7 @@ class Network(NamedTuple):
 
 NETWORKS = {
     "resnet50": Network(
-        ResNet50,
+        resnet50,
         lambda images: jnp.arange(images.shape[0]),
         optax.losses.softmax_cross_entropy_with_integer_labels,
         batch=8,

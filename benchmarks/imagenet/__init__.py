@@ -1,0 +1,1 @@
+"""The parts of `benchmarks.train_imagenet`."""
