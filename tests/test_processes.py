@@ -26,7 +26,7 @@ from jaxnorm import linen, methods, norm
 LIMIT = 120
 """Seconds after which a process ends itself."""
 
-DEVICES, ROWS = 8, 32
+DEVICES, ROWS = 8, 128
 MIRRORED = [[0, 7], [1, 6], [2, 5], [3, 4]]
 """Pairs of devices of which each spans both processes."""
 
