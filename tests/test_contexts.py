@@ -5,14 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from contexts import AXES, CONTEXTS, EAGER, MESHES, NAMED, SHARDED, Context, fitting, parts, spec, whole
-from jax.sharding import PartitionSpec as P
+from contexts import CONTEXTS, MESHES, fitting, parts, spec, whole
 from rows import ROWS
 
 from jaxnorm import norm
 from jaxnorm._groups import spread
 
-SHAPE = (16, 8, 3, 12)
+SHAPE = (16, 8, 3, 6)
 
 
 def normal(seed, shape=SHAPE):
