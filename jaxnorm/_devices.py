@@ -177,19 +177,40 @@ def _in_auto_mode(f: Callable[..., Any], args: tuple[Any, ...], options: dict[st
         return f(*args, **options)
     rest = tuple(t if array is None else None for t, array in zip(leaves, arrays, strict=True))
     with jax.sharding.use_abstract_mesh(mesh):
-        return _call_in_auto_mode(f, tree, rest, arrays)
+        if options.get("activation") is None:
+            return _compiled(f, tree, rest, arrays)
+        # compiled for this call only: what an activation closes over may be another value, or tracer, next time
+        return jax.jit(lambda arrays: _run_in_auto_mode(f, tree, rest, arrays))(arrays)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _call_in_auto_mode(f: Callable[..., Any], tree: Any, rest: tuple[Any, ...], arrays: list[Any]) -> Any:
-    """Under jit, because outside of it what f makes from nothing belongs to no mesh."""
+def _run_in_auto_mode(f: Callable[..., Any], tree: Any, rest: tuple[Any, ...], arrays: list[Any]) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     first = jax.typeof(next(t for t in arrays if t is not None))
-    with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(_explicit_axes(mesh), AxisType.Auto))):
-        arrays = jax.sharding.reshard(arrays, PartitionSpec())
+    auto = mesh.update_axis_types(dict.fromkeys(_explicit_axes(mesh), AxisType.Auto))
+
+    def typed(out: Any) -> Any:
+        return jax.sharding.reshard(out, jax.tree.map(lambda t: _spec(t.shape, first), out))
+
+    def enter(g: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(auto):
+            return g(*jax.sharding.reshard(args, PartitionSpec()), **options)
+
+    def leave(activation: Callable[..., Any], y: jax.Array) -> jax.Array:
+        """It may use arrays that were made outside of here."""
+        with jax.sharding.use_abstract_mesh(mesh):
+            return enter(lambda y: y, activation(typed(y)))
+
+    def run(*arrays: Any) -> Any:
         args, options = jax.tree.unflatten(tree, [t if a is None else a for a, t in zip(arrays, rest, strict=True)])
-        out = f(*args, **options)
-    return jax.sharding.reshard(out, jax.tree.map(lambda t: _spec(t.shape, first), out))
+        if (activation := options.get("activation")) is not None:
+            options["activation"] = functools.partial(leave, activation)
+        return f(*args, **options)
+
+    return typed(enter(run, *arrays))
+
+
+# Under jit, because outside of it what f makes from nothing belongs to no mesh.
+_compiled = jax.jit(_run_in_auto_mode, static_argnums=(0, 1, 2))
 
 
 def _explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:

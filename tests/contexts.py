@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-MESHES = {"N": (8,), "H": (8,), "NH": (2, 4), "NC": (2, 4)}
+MESHES = {"N": (8,), "H": (8,), "NH": (2, 4), "NC": (4, 2)}
 """Sizes of the device axes i and j that cut the batch N, the height H and the channels C of (N, H, W, C)."""
 
 AXES = {"N": 0, "H": 1, "C": 3}

@@ -11,7 +11,7 @@ from rows import ROWS
 from jaxnorm import norm
 from jaxnorm._groups import spread
 
-SHAPE = (16, 8, 3, 12)
+SHAPE = (16, 8, 3, 6)
 
 
 def normal(seed, shape=SHAPE):
