@@ -29,6 +29,8 @@ The map, in the order in which the files build on each other:
                                   running_moments(state, groups, x_shape)
     several devices               axis_name=, axis_index_groups= of the above        _devices.py
     a method by name              methods.group_norm(32), ...                        methods.py
+    a method with a rule between  renorm.batch_renorm(x, state, train=)              renorm.py
+    moments and normalize
     a layer                       linen.Norm(method), nnx.Norm(features, method),    linen/, nnx/
                                   BatchNorm, GroupNorm, LayerNorm, InstanceNorm,
                                   RMSNorm, GhostBatchNorm, BatchGroupNorm, PositionalNorm
@@ -42,6 +44,7 @@ divided by n.
 """
 
 from jaxnorm import methods as methods
+from jaxnorm import renorm as renorm
 from jaxnorm._groups import EACH as EACH
 from jaxnorm._groups import Groups as Groups
 from jaxnorm._groups import Method as Method

@@ -5,7 +5,7 @@ A layer holds parameters and running statistics; everything it computes is one c
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxnorm._between import State
 from jaxnorm._devices import AxisName, DeviceGroups
 from jaxnorm._groups import Method, Shape, Specification, axes_of
 from jaxnorm._mean_var import statistic_dtype
@@ -22,6 +23,35 @@ from jaxnorm._running import update_running
 
 Axes = int | Sequence[int]
 Activation = Callable[[jax.Array], jax.Array]
+
+
+class CallOptions(TypedDict, total=False):
+    """What every layer takes at the call, as `Norm` does.
+
+    `mask` broadcasts against x and says what counts, or how much; `scale` and `bias` stand in for the layer's own, also one
+    for each example; `activation` is applied to the output and recomputed in the backward pass.
+    """
+
+    mask: ArrayLike | None
+    scale: ArrayLike | None
+    bias: ArrayLike | None
+    activation: Activation | None
+
+
+class StateOptions(CallOptions, total=False):
+    """And what a layer with state takes: whether to update it, by default when it is not used."""
+
+    update_running_average: bool | None
+
+
+def run(
+    function: Callable[..., Any], x: jax.Array, state: State, use: bool, update: bool, options: dict[str, Any]
+) -> tuple[jax.Array, State]:
+    """One call of a method with state: y, and the new state where it is to be updated."""
+    y, new = function(x, state, train=not use, **options)
+    if update and use:
+        new = function(x, state, train=True, **options)[1]
+    return y, new if update else state
 
 
 def whole_batch(method: Method) -> Method:

@@ -101,7 +101,7 @@ def uses(module, other):
     return any(name == other or name.startswith(other + ".") for name in FILES[module])
 
 
-FLOORS = ("_groups", "_devices", "_xla", "_mean_var", "_moments", "_pooling", "_normalize", "_running", "methods")
+FLOORS = ("_groups", "_devices", "_xla", "_mean_var", "_moments", "_pooling", "_normalize", "_running", "methods", "_between")
 
 
 @pytest.mark.parametrize("floor", range(len(FLOORS)), ids=FLOORS)

@@ -16,6 +16,7 @@ from jaxnorm.linen._group import GroupNorm as GroupNorm
 from jaxnorm.linen._group import InstanceNorm as InstanceNorm
 from jaxnorm.linen._layer import LayerNorm as LayerNorm
 from jaxnorm.linen._layer import RMSNorm as RMSNorm
+from jaxnorm.linen._renorm import BatchRenorm as BatchRenorm
 from jaxnorm.linen._rows import BatchGroupNorm as BatchGroupNorm
 from jaxnorm.linen._rows import GhostBatchNorm as GhostBatchNorm
 from jaxnorm.linen._rows import Norm as Norm

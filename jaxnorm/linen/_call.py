@@ -1,19 +1,40 @@
 """Variables of a linen layer, and what every layer does once it knows its sets."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax.linen import initializers
+from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxnorm import _layers
+from jaxnorm import _between, _layers
 from jaxnorm._groups import Shape, Specification
-from jaxnorm._layers import Activation, Axes, Running
-from jaxnorm._moments import Moments
+from jaxnorm._layers import Activation, Axes, CallOptions, Running, StateOptions
+from jaxnorm._moments import Moments, as_array
 from jaxnorm._running import init_running, serving
 
 zeros, ones = initializers.zeros, initializers.ones
+
+
+class Layer(nn.Module, kw_only=True):
+    """Fields of every layer that Flax does not have; what they mean stands at `Norm`."""
+
+    use_running_average: bool | None = None
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = zeros
+    scale_init: Initializer = ones
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    unit_offset: bool = False
+    batch_axis: int = 0
+    channel_axis: int = -1
 
 
 class State:
@@ -97,4 +118,49 @@ def call(
     )
     if state is not None and new is not None:
         state.store(new)
+    return y
+
+
+def call_function(
+    module: Layer,
+    x: ArrayLike,
+    function: Callable[..., Any],
+    options: CallOptions | StateOptions,
+    *,
+    state: Callable[[int], _between.State] | None = None,
+    use_running_average: bool | None = None,
+) -> jax.Array:
+    """What a layer does whose method is a function: `function(x, state, train=, ...)` or, without state, `function(x, ...)`.
+
+    `state(C)` is the state before the first step; its arrays are variables of the collection `batch_stats`.
+    """
+    x = as_array(x)
+    features = _layers.feature_shape(x, module.channel_axis)
+    scale, bias = (_parameter(module, name, options.get(name), features) for name in ("scale", "bias"))
+    dtype = _layers.output_dtype(x, scale, bias, dtype=module.dtype)
+    initializing = module.is_initializing()  # outside the map in which a named axis exists
+    arguments = {
+        "scale": scale,
+        "bias": bias,
+        "epsilon": module.epsilon,
+        "weights": options.get("mask"),
+        "activation": options.get("activation"),
+        "dtype": dtype,
+        "axis_name": None if initializing else module.axis_name,
+        "axis_index_groups": None if initializing else module.axis_index_groups,
+        "batch_axis": module.batch_axis,
+        "channel_axis": module.channel_axis,
+    }
+    x = _layers.wide_enough(x, dtype)
+    if state is None:
+        return function(x, **arguments)
+    use = nn.merge_param("use_running_average", module.use_running_average, use_running_average)
+    update = options.get("update_running_average")
+    update = (not use if update is None else update) and not initializing
+    variables = {name: module.variable("batch_stats", name, lambda t=t: t) for name, t in state(*features).items()}
+    old = {name: variable.value for name, variable in variables.items()}
+    y, new = _layers.run(function, x, old, use, update, arguments)
+    if update:
+        for name, variable in variables.items():
+            variable.value = new[name]
     return y

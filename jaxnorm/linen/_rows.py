@@ -1,11 +1,7 @@
 """Layers that are a row of the table of methods: any row, and the ones that Flax does not have."""
 
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
-from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 from jaxnorm import _layers, methods
@@ -13,28 +9,15 @@ from jaxnorm._groups import Groups, Method, Shape
 from jaxnorm._layers import Activation
 from jaxnorm._moments import as_array
 from jaxnorm._running import running_shape
-from jaxnorm.linen._call import State, call, ones, zeros
+from jaxnorm.linen._call import Layer, State, call
 
 
-class _Row(nn.Module, kw_only=True):
+class _Row(Layer, kw_only=True):
     """Fields and call of the layers that are a row of the table; a final class adds which row."""
 
-    use_running_average: bool | None = None
     momentum: float | None = 0.99
-    epsilon: float = 1e-5
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = zeros
-    scale_init: Initializer = ones
-    axis_name: str | None = None
-    axis_index_groups: Any = None
-    unit_offset: bool = False
     debias: bool = False
     correction: int = 0
-    batch_axis: int = 0
-    channel_axis: int = -1
 
     def row(self, x_shape: Shape) -> Method:
         """The row of the table for x of this shape."""

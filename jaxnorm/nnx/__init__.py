@@ -11,6 +11,7 @@ from jaxnorm.nnx._group import GroupNorm as GroupNorm
 from jaxnorm.nnx._group import InstanceNorm as InstanceNorm
 from jaxnorm.nnx._layer import LayerNorm as LayerNorm
 from jaxnorm.nnx._layer import RMSNorm as RMSNorm
+from jaxnorm.nnx._renorm import BatchRenorm as BatchRenorm
 from jaxnorm.nnx._rows import BatchGroupNorm as BatchGroupNorm
 from jaxnorm.nnx._rows import GhostBatchNorm as GhostBatchNorm
 from jaxnorm.nnx._rows import Norm as Norm

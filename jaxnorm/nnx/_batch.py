@@ -11,10 +11,10 @@ from jax.typing import ArrayLike
 from jaxnorm import _layers
 from jaxnorm._layers import Activation, Axes
 from jaxnorm._moments import as_array
-from jaxnorm.nnx._call import NONE, Layer, Metadata, ones, promote_dtype, zeros
+from jaxnorm.nnx._call import NONE, Metadata, StatefulLayer, ones, promote_dtype, zeros
 
 
-class BatchNorm(Layer):
+class BatchNorm(StatefulLayer):
     """Batch normalization, a drop-in replacement for `flax.nnx.BatchNorm`: `methods.batch_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -96,8 +96,3 @@ class BatchNorm(Layer):
         shape = _layers.keep_axes(x, self.axis)
         running = self._running(x, (self.num_features,), shape, use_running_average, update_running_average)
         return self._apply(x, shape, (scale, bias), self.axis, mask, activation, running=running)
-
-    def set_view(self, use_running_average: bool | None = None) -> None:
-        """What `nnx.view` calls."""
-        if use_running_average is not None:
-            self.use_running_average = use_running_average

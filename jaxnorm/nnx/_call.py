@@ -1,7 +1,7 @@
 """Variables of an nnx layer, and what every layer does once it knows its sets."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes, initializers
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm import _layers
+from jaxnorm._between import State
 from jaxnorm._groups import Shape, Specification
-from jaxnorm._layers import Activation, Axes, Running
-from jaxnorm._moments import Moments
+from jaxnorm._layers import Activation, Axes, CallOptions, Running, StateOptions
+from jaxnorm._moments import Moments, as_array
 from jaxnorm._running import init_running, serving
 
 zeros, ones = initializers.zeros_init(), initializers.ones_init()
@@ -52,26 +54,6 @@ class Layer(nnx.Module):
             value = init(rngs.params(), (self.num_features,), self.param_dtype)
             value = value - 1 if name == "scale" and self.unit_offset else value
             setattr(self, name, nnx.Param(value, **metadata))
-
-    def _make_running(self, shape: Shape, counted: bool = False) -> None:
-        complex_mean = self.dtype is not None and jnp.issubdtype(self.dtype, jnp.complexfloating)
-        first = init_running(shape, dtype=jnp.complex64 if complex_mean else jnp.float32, counted=counted)
-        self.mean, self.var = nnx.BatchStat(first.mean), nnx.BatchStat(first.var)
-        if counted:
-            self.count = nnx.BatchStat(first.count)
-
-    def _running(self, x: jax.Array, shape: Shape, statistic: Shape, use: bool | None, update: bool | None) -> Running:
-        """The running statistics in the shape that serves x, and what the flags ask for."""
-        use = self.use_running_average if use is None else use
-        if use is None:
-            raise ValueError(
-                f"No `use_running_average` argument was provided to {type(self).__name__}. Got None from the constructor and "
-                "at the call; expected True or False from one of them, or from nnx.view(model, use_running_average=...)."
-            )
-        count = self.count[...] if hasattr(self, "count") else None
-        state = Moments(count, self.mean[...], self.var[...])  # pyright: ignore[reportArgumentType]  # None is no count
-        state = serving(state, shape, statistic, x.shape)
-        return Running(state, use, not use if update is None else update, self.momentum, self.correction)
 
     def _parameter(self, name: str, given: ArrayLike | None, x: jax.Array, axes: Axes) -> jax.Array | None:
         """Scale or bias: the layer's own, or what was given in its place at the call."""
@@ -134,4 +116,109 @@ class Layer(nnx.Module):
                     variable = getattr(self, name)
                     # A variable may be a reference shared with the outside, which must not keep a tracer of a derivative.
                     variable[...] = lax.stop_gradient(value.reshape(variable.shape).astype(variable.dtype))
+        return y
+
+
+class StatefulLayer(Layer):
+    """A layer that may keep running statistics."""
+
+    def _make_running(self, shape: Shape, counted: bool = False) -> None:
+        complex_mean = self.dtype is not None and jnp.issubdtype(self.dtype, jnp.complexfloating)
+        first = init_running(shape, dtype=jnp.complex64 if complex_mean else jnp.float32, counted=counted)
+        self.mean, self.var = nnx.BatchStat(first.mean), nnx.BatchStat(first.var)
+        if counted:
+            self.count = nnx.BatchStat(first.count)
+
+    def _running(self, x: jax.Array, shape: Shape, statistic: Shape, use: bool | None, update: bool | None) -> Running:
+        """The running statistics in the shape that serves x, and what the flags ask for."""
+        use = self._uses_running(use)
+        count = self.count[...] if hasattr(self, "count") else None
+        state = Moments(count, self.mean[...], self.var[...])  # pyright: ignore[reportArgumentType]  # None is no count
+        state = serving(state, shape, statistic, x.shape)
+        return Running(state, use, not use if update is None else update, self.momentum, self.correction)
+
+    def _uses_running(self, use: bool | None) -> bool:
+        use = self.use_running_average if use is None else use
+        if use is None:
+            raise ValueError(
+                f"No `use_running_average` argument was provided to {type(self).__name__}. Got None from the constructor and "
+                "at the call; expected True or False from one of them, or from nnx.view(model, use_running_average=...)."
+            )
+        return use
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """What `nnx.view` calls."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+
+class Function(StatefulLayer):
+    """A layer whose method is a function: `function(x, state, train=, ...)` or, without state, `function(x, ...)`.
+
+    `state(C)` is the state before the first step; its arrays are variables of the layer, `nnx.BatchStat`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        state: Callable[[int], State] | None = None,
+        use_running_average: bool | None = False,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        promote_dtype: PromoteDtypeFn = promote_dtype,
+        unit_offset: bool = False,
+        batch_axis: int = 0,
+        channel_axis: int = -1,
+        rngs: nnx.Rngs,
+        bias_metadata: Metadata = NONE,
+        scale_metadata: Metadata = NONE,
+    ):
+        first = {} if state is None else state(num_features)
+        self._state = tuple(first)
+        for name, value in first.items():
+            setattr(self, name, nnx.BatchStat(value))
+        options = {name: value for name, value in locals().items() if name not in ("state", "first", "name", "value")}
+        self._construct(options)
+
+    def _run(
+        self,
+        x: ArrayLike,
+        function: Callable[..., Any],
+        options: CallOptions | StateOptions,
+        *,
+        use_running_average: bool | None = None,
+    ) -> jax.Array:
+        x = as_array(x)
+        scale, bias = (self._parameter(name, options.get(name), x, self.channel_axis) for name in ("scale", "bias"))
+        dtype = _layers.output_dtype(x, scale, bias, dtype=self.dtype)
+        arguments = {
+            "scale": scale,
+            "bias": bias,
+            "epsilon": self.epsilon,
+            "weights": options.get("mask"),
+            "activation": options.get("activation"),
+            "dtype": dtype,
+            "axis_name": self.axis_name,
+            "axis_index_groups": self.axis_index_groups,
+            "batch_axis": self.batch_axis,
+            "channel_axis": self.channel_axis,
+        }
+        x = _layers.wide_enough(x, dtype)
+        if not self._state:
+            return function(x, **arguments)
+        use = self._uses_running(use_running_average)
+        update = options.get("update_running_average")
+        update = not use if update is None else update
+        old = {name: getattr(self, name)[...] for name in self._state}
+        y, new = _layers.run(function, x, old, use, update, arguments)
+        for name in self._state if update else ():
+            getattr(self, name)[...] = lax.stop_gradient(new[name])
         return y

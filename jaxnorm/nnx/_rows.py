@@ -13,10 +13,10 @@ from jaxnorm._groups import Groups, Method, Shape
 from jaxnorm._layers import Activation
 from jaxnorm._moments import as_array
 from jaxnorm._running import running_shape
-from jaxnorm.nnx._call import NONE, Layer, Metadata, ones, promote_dtype, zeros
+from jaxnorm.nnx._call import NONE, Metadata, StatefulLayer, ones, promote_dtype, zeros
 
 
-class _Row(Layer):
+class _Row(StatefulLayer):
     """Running statistics and call of the layers that are a row of the table; a final class adds which row."""
 
     def __init__(
@@ -84,11 +84,6 @@ class _Row(Layer):
             running = self._running(x, *self._shapes(x.shape), use_running_average, update_running_average)
         row = self._row(x.shape)
         return self._apply(x, row, (scale, bias), self.channel_axis, mask, activation, running=running)
-
-    def set_view(self, use_running_average: bool | None = None) -> None:
-        """What `nnx.view` calls."""
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
 
 
 class Norm(_Row):
