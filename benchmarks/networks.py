@@ -65,9 +65,9 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """ResNet-50 with batch norm, for 1000 classes."""
+    """ResNet-50 with batch norm, for 1000 classes; `norms` has the class."""
 
-    norms: ModuleType
+    norms: Any
     dtype: DTypeLike
 
     @nn.compact

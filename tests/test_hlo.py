@@ -54,6 +54,7 @@ def test_kinds_and_groups_of_devices():
     pairs = [[0, 1], [2, 3], [4, 5], [6, 7]]
     (one,) = found(lambda x: lax.psum(x, "i", axis_index_groups=pairs), X)
     assert (one.code, one.group_size, one.bytes) == ("all-reduce", 2, 12)
+    assert found(lambda x: lax.psum(x, "i", axis_index_groups=[[i] for i in range(8)]), X) == []
     (one,) = found(lambda x: lax.all_gather(x, "i", axis_index_groups=pairs), X)
     assert (one.code, one.group_size, one.bytes) == ("all-gather", 2, 24)
     (one,) = found(lambda x: lax.psum_scatter(x, "i"), np.ones((8, 2), "f4"))
