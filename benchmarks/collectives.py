@@ -43,6 +43,9 @@ TPU_METHODS = ("batch", "batch_groups", "ghost", "group", "group_channels")
 
 TOPOLOGIES = ("v5e:2x4", "v5e:16x16", "v5p:4x4x4", "v5p:16x16x16")
 
+NETWORK_TOPOLOGY = "v5e:8x16"
+"""With 8 groups of 16 chips, so that what is within groups can be told from what is across them."""
+
 GROUP = 16
 """Devices that share statistics where not all do; half of them where there are fewer."""
 
@@ -113,7 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
     facts = about(("jaxnorm", "jax", "jaxlib", "libtpu", "flax", "dm-haiku", "equinox"))
-    modelled = _modelled(steps)
+    try:
+        modelled = _modelled(steps)
+    except ValueError as error:
+        console.print(f"No model: {error}", highlight=False)
+        modelled = {}
     _write(results, modelled, facts, args.output)
     console.print(heading(facts), highlight=False)
     for platform in dict.fromkeys(result.platform for result in results):
@@ -242,11 +249,12 @@ MODELLED = {"two_pass": "jit", "flax": "jit", "jaxnorm": "jit", "groups": "jit",
 
 
 def _modelled(steps: Mapping[Any, Sequence[Collective]]) -> Modelled:
-    """The model for ResNet-50 as it was compiled for the last platform."""
-    if not steps:
+    """The model for ResNet-50 as it was compiled for the last platform with fewer or more groups than devices in one."""
+    sizes_of = {platform: len(_devices(platform)) for platform, _, _ in steps}
+    platform = next((p for p, devices in reversed(sizes_of.items()) if devices != _group(devices) ** 2), None)
+    if platform is None:
         return {}
-    platform = list(steps)[-1][0]
-    devices = len(_devices(platform))
+    devices = sizes_of[platform]
     modelled: Modelled = {pod.name: {} for pod in pods.PODS}
     for name, context in MODELLED.items():
         if found := steps.get((platform, context, name)):
