@@ -29,8 +29,10 @@ def chips(topology: str) -> Sequence[Any]:
     """
     import libtpu  # pyright: ignore[reportMissingImports]  # may be installed or not
 
-    # libtpu asks the cloud which slice it is on, for minutes where there is none, unless it is told.
+    # libtpu asks the cloud which slice it is on, for minutes where there is none, unless it is told. And it lets only one
+    # process at a time have the TPU, which is none here.
     told = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
-    for name, value in (told | {"TPU_WORKER_ID": "0", "TPU_LIBRARY_PATH": libtpu.get_library_path()}).items():
+    told |= {"TPU_WORKER_ID": "0", "TPU_LIBRARY_PATH": libtpu.get_library_path(), "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    for name, value in told.items():
         os.environ.setdefault(name, value)
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
