@@ -69,7 +69,9 @@ def test_two_passes_show():
     layer = flax.linen.BatchNorm(use_running_average=False, use_fast_variance=False, axis_name="i")
     x = jnp.ones((16, 4))
     mesh = Mesh(np.array(jax.devices()), ("i",), axis_types=(AxisType.Auto,))
-    f = jax.shard_map(lambda v, x: layer.apply(v, x, mutable=[])[0], mesh=mesh, in_specs=(P(), P("i")), out_specs=P("i"))
+    f = jax.shard_map(
+        lambda v, x: layer.apply(v, x, mutable=["batch_stats"])[0], mesh=mesh, in_specs=(P(), P("i")), out_specs=P("i")
+    )
     text = jax.jit(f).lower(layer.init(jax.random.key(0), x), x).compile().as_text()
     assert total(hlo.collectives(text)) == (2, 32, 2, 0, 0, 0)
 
