@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from benchmarks.hlo import Operation, arrays, parse
+
 MULTIPROCESSORS = 132
 """A grid of fewer thread blocks leaves some of them idle."""
 
@@ -128,7 +130,7 @@ def count(f: Callable[..., Any], *arguments: Any, tensor: jax.ShapeDtypeStruct) 
         compiled = jax.jit(f).lower(*arguments).compile(compiler_options={"xla_dump_to": folder})
         grids = _grids(Path(folder))
     size = math.prod(tensor.shape) * tensor.dtype.itemsize
-    return Traffic(tuple(_kernels(_computations(compiled.as_text() or ""), grids)), size)
+    return Traffic(tuple(_kernels(parse(compiled.as_text() or ""), grids)), size)
 
 
 def _grids(folder: Path) -> dict[str, int]:
@@ -146,46 +148,16 @@ def _grids(folder: Path) -> dict[str, int]:
     return grids
 
 
-class _Operation(NamedTuple):
-    """A line of a compiled program: `name = type code(operands), attributes`."""
-
-    name: str
-    type: str
-    code: str
-    operands: tuple[str, ...]
-    argument: str  # between the parentheses
-    attributes: str
-
-
-_OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z0-9\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b(pred|[a-z]+[0-9]+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-
 _NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "optimization-barrier", "after-all"}
-
-
-def _computations(text: str) -> dict[str, list[_Operation]]:
-    """The operations of each computation of a compiled program; the one that is run is called `ENTRY`."""
-    computations: dict[str, list[_Operation]] = {}
-    current: list[_Operation] = []
-    for line in text.splitlines():
-        header = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if header:
-            current = computations.setdefault("ENTRY" if header[1] else header[2], [])
-        elif found := _OPERATION.match(line):
-            name, kind, code, rest = found.groups()
-            argument, _, attributes = rest.partition(")")
-            current.append(_Operation(name, kind, code, tuple(re.findall(r"%([\w.\-]+)", argument)), argument, attributes))
-    return computations
 
 
 def _bytes(kind: str) -> int:
     """Size of an array type, or of all in a tuple."""
-    sizes = ((1 if name == "pred" else int(re.findall(r"\d+", name)[0]) / 8, dims) for name, dims in _ARRAY.findall(kind))
-    return int(sum(size * math.prod(int(n) for n in dims.split(",") if n) for size, dims in sizes))
+    return int(sum(array.bytes for array in arrays(kind)))
 
 
 def _kernels(
-    computations: dict[str, list[_Operation]], grids: dict[str, int], run: str = "ENTRY", conditional: bool = False
+    computations: dict[str, list[Operation]], grids: dict[str, int], run: str = "ENTRY", conditional: bool = False
 ) -> Iterator[Kernel]:
     """The launches of computation `run`, those of its conditionals' branches included."""
     types = {operation.name: operation.type for operation in computations[run]}
@@ -214,7 +186,7 @@ def _kernels(
         )
 
 
-def _read(fused: Sequence[_Operation], place: int, whole: int) -> int:
+def _read(fused: Sequence[Operation], place: int, whole: int) -> int:
     """Bytes that a fusion reads of its operand number `place`: all, unless it only takes slices."""
     names = {operation.name for operation in fused if operation.code == "parameter" and operation.argument == str(place)}
     taken = 0

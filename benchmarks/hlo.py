@@ -123,7 +123,7 @@ def total(found: Iterable[Collective]) -> Total:
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of a compiled program, in the order of its text; a loop's body counts once.
+    """The collectives of a compiled program, in the order of its text; a loop's body counts once, groups of one device not.
 
     Args:
         text: optimized HLO, what `as_text()` of a compiled function returns.
@@ -195,9 +195,11 @@ def _walk(
             index = int(re.findall(r"\bindex=(\d+)", operation.attributes)[0])
             depth = operands[0][index] if isinstance(operands[0], tuple) else operands[0]
         elif code in CODES:
-            depth = max(map(_deepest, operands)) + weight
-            given = tuple(array for operand in operation.operands for array in arrays(types[operand]))
-            found.append(Collective(code, given, _group_size(operation.attributes, devices), conditional, depth))
+            size = _group_size(operation.attributes, devices)
+            depth = max(map(_deepest, operands)) + (weight if size > 1 else 0)
+            if size > 1:
+                given = tuple(array for operand in operation.operands for array in arrays(types[operand]))
+                found.append(Collective(code, given, size, conditional, depth))
         elif operation.code == "conditional":
             chosen, *values = operands
             branches = _branches(operation.attributes)

@@ -1,6 +1,6 @@
 """The same normalization as a layer of each library, as pure functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import util
 from typing import Any, NamedTuple
@@ -26,6 +26,15 @@ Train = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
 """(parameters, state, x) -> y and the new state."""
 
 
+class Options(NamedTuple):
+    """What layers are made with; the axis and its groups of devices are batch norm's."""
+
+    num_groups: int = NUM_GROUPS
+    num_ghosts: int = NUM_GHOSTS
+    axis_name: str | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
+
+
 class Layer(NamedTuple):
     """A layer as pure functions.
 
@@ -44,18 +53,23 @@ class Layer(NamedTuple):
     channels_last: bool = True
 
 
-def _linen(layers: Any, method: str, x: jax.ShapeDtypeStruct) -> Layer | None:
+def _linen(layers: Any, method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer | None:
     """A layer of flax.linen, or of jaxnorm.linen, which take the same arguments."""
     running = method in ("batch", "batch_group", "ghost_batch")
+    devices = {"axis_name": options.axis_name, "axis_index_groups": options.axis_index_groups}
     made = {
-        "batch": lambda use: layers.BatchNorm(use_running_average=use, dtype=x.dtype),
-        "group": lambda use: layers.GroupNorm(NUM_GROUPS, dtype=x.dtype),
+        "batch": lambda use: layers.BatchNorm(use_running_average=use, dtype=x.dtype, **devices),
+        "group": lambda use: layers.GroupNorm(options.num_groups, dtype=x.dtype),
         "instance": lambda use: layers.InstanceNorm(dtype=x.dtype),
         "token_layer": lambda use: layers.LayerNorm(dtype=x.dtype),
     }
     if layers is ours:
-        made["batch_group"] = lambda use: ours.BatchGroupNorm(num_groups=NUM_GROUPS, use_running_average=use, dtype=x.dtype)
-        made["ghost_batch"] = lambda use: ours.GhostBatchNorm(num_ghosts=NUM_GHOSTS, use_running_average=use, dtype=x.dtype)
+        made["batch_group"] = lambda use: ours.BatchGroupNorm(
+            num_groups=options.num_groups, use_running_average=use, dtype=x.dtype
+        )
+        made["ghost_batch"] = lambda use: ours.GhostBatchNorm(
+            num_ghosts=options.num_ghosts, use_running_average=use, dtype=x.dtype
+        )
     if method not in made:
         return None
 
@@ -66,24 +80,25 @@ def _linen(layers: Any, method: str, x: jax.ShapeDtypeStruct) -> Layer | None:
     return Layer(partial(apply, False), partial(apply, True) if running else None, variables.pop("params"), variables)
 
 
-def _jaxnorm(method: str, x: jax.ShapeDtypeStruct) -> Layer | None:
-    return _linen(ours, method, x)
+def _jaxnorm(method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer | None:
+    return _linen(ours, method, x, options)
 
 
-def _flax_linen(method: str, x: jax.ShapeDtypeStruct) -> Layer | None:
+def _flax_linen(method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer | None:
     from flax import linen
 
-    return _linen(linen, method, x)
+    return _linen(linen, method, x, options)
 
 
-def _flax_nnx(method: str, x: jax.ShapeDtypeStruct) -> Layer | None:
+def _flax_nnx(method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer | None:
     from flax import nnx
 
     settings: dict[str, Any] = {"dtype": x.dtype, "rngs": nnx.Rngs(0)}
+    devices = {"axis_name": options.axis_name, "axis_index_groups": options.axis_index_groups}
     channels = x.shape[-1]
     made: dict[str, Callable[[], nnx.Module]] = {
-        "batch": lambda: nnx.BatchNorm(channels, **settings),
-        "group": lambda: nnx.GroupNorm(channels, NUM_GROUPS, **settings),
+        "batch": lambda: nnx.BatchNorm(channels, **devices, **settings),
+        "group": lambda: nnx.GroupNorm(channels, options.num_groups, **settings),
         "instance": lambda: nnx.InstanceNorm(channels, **settings),
         "token_layer": lambda: nnx.LayerNorm(channels, **settings),
     }
@@ -100,13 +115,19 @@ def _flax_nnx(method: str, x: jax.ShapeDtypeStruct) -> Layer | None:
     return Layer(partial(apply, False), partial(apply, True) if method == "batch" else None, parameters, state)
 
 
-def _haiku(method: str, x: jax.ShapeDtypeStruct) -> Layer | None:
+def _haiku(method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer | None:
     import haiku as hk  # pyright: ignore[reportMissingImports]  # may be installed or not
 
     learned = {"create_scale": True, "create_offset": True}
+    devices = {"cross_replica_axis": options.axis_name, "cross_replica_axis_index_groups": options.axis_index_groups}
+
+    def batch(x: jax.Array, inference: bool) -> jax.Array:
+        outside = hk.running_init()  # of the map in which a named axis exists
+        return hk.BatchNorm(decay_rate=0.99, **learned, **({} if outside else devices))(x, is_training=not inference)
+
     made: dict[str, Callable[[jax.Array, bool], jax.Array]] = {
-        "batch": lambda x, inference: hk.BatchNorm(decay_rate=0.99, **learned)(x, is_training=not inference),
-        "group": lambda x, inference: hk.GroupNorm(NUM_GROUPS, **learned)(x),
+        "batch": batch,
+        "group": lambda x, inference: hk.GroupNorm(options.num_groups, **learned)(x),
         "instance": lambda x, inference: hk.InstanceNorm(**learned)(x),
         "token_layer": lambda x, inference: hk.LayerNorm(axis=-1, param_axis=-1, **learned)(x),
     }
@@ -121,18 +142,19 @@ def _haiku(method: str, x: jax.ShapeDtypeStruct) -> Layer | None:
     return Layer(partial(apply, False), partial(apply, True) if method == "batch" else None, parameters, state)
 
 
-def _equinox(method: str, x: jax.ShapeDtypeStruct) -> Layer | None:
+def _equinox(method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer | None:
     """Equinox normalizes one example, channels first; a batch is vmap's."""
     import equinox as eqx  # pyright: ignore[reportMissingImports]  # may be installed or not
 
     channels = x.shape[-1]
+    axis_name = ("batch",) if options.axis_name is None else ("batch", options.axis_name)
     made: dict[str, Callable[[], Any]] = {
-        "batch": lambda: eqx.nn.BatchNorm(channels, axis_name="batch", mode="batch", dtype=jnp.float32),
-        "group": lambda: eqx.nn.GroupNorm(NUM_GROUPS, channels),
+        "batch": lambda: eqx.nn.BatchNorm(channels, axis_name=axis_name, mode="batch", dtype=jnp.float32),
+        "group": lambda: eqx.nn.GroupNorm(options.num_groups, channels),
         "instance": lambda: eqx.nn.GroupNorm(channels, channels),
         "token_layer": lambda: eqx.nn.LayerNorm(channels),
     }
-    if method not in made:
+    if method not in made or options.axis_index_groups is not None:
         return None
     layer, state = eqx.nn.make_with_state(made[method])()
     parameters, static = eqx.partition(layer, eqx.is_inexact_array)
@@ -152,10 +174,14 @@ def _equinox(method: str, x: jax.ShapeDtypeStruct) -> Layer | None:
 
 
 class Library(NamedTuple):
-    """A library: the module that it is imported from, and (method, x) -> its layer, or None where it has none."""
+    """A library: the module that it is imported from, and (method, x, options) -> its layer, or None where it has none."""
 
     module: str
-    layer: Callable[[str, jax.ShapeDtypeStruct], Layer | None]
+    make: Callable[[str, jax.ShapeDtypeStruct, Options], Layer | None]
+
+    def layer(self, method: str, x: jax.ShapeDtypeStruct, **options: Any) -> Layer | None:
+        """The layer of a method of `METHODS` for this x, with `Options`."""
+        return self.make(method, x, Options(**options))
 
 
 LIBRARIES = {

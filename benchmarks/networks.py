@@ -46,8 +46,8 @@ NORMS: dict[str, Any] = {"jaxnorm": jaxnorm.linen, "flax.linen": flax.linen}
 """Where the norm classes come from."""
 
 
-def resnet50(norms: ModuleType, dtype: DTypeLike) -> ResNet:
-    """ResNet-50 with batch norm, for 1000 classes."""
+def resnet50(norms: Any, dtype: DTypeLike) -> ResNet:
+    """ResNet-50 with batch norm, whose class `norms` has, for 1000 classes."""
     return ResNet(partial(norms.BatchNorm, dtype=dtype), partial(nn.Conv, dtype=dtype))
 
 

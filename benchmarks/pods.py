@@ -1,0 +1,144 @@
+"""What collectives cost on a pod of TPUs, by a model: nothing here ran on one.
+
+A chip is linked to its neighbours on a line or ring along each of two or three axes. An all-reduce of b bytes over p chips
+scatters the sums and gathers them again; along an axis of d chips that takes 2 ceil(d / 2) hops on a ring, 2 (d - 1) on a line:
+
+    seconds = hops * LATENCY + 2 (p - 1) / p * b / bandwidth
+
+with the bandwidth of all axes together. Left out are launching, the reduction itself, stragglers, and whatever XLA hides behind
+other work; small collectives took longer than hops alone wherever somebody published times.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from benchmarks.hlo import Collective
+
+LATENCY = 1e-6
+"""Seconds for a hop, "typically around 1us": How to Scale Your Model, part 3, https://jax-ml.github.io/scaling-book/sharding."""
+
+
+class Pod(NamedTuple):
+    """A generation of TPUs.
+
+    Attributes:
+        name: of the generation.
+        axis_bandwidth: bytes per second that a chip sends along one axis, both directions of a ring together.
+        shapes: the slices, by their number of chips.
+        ring: the multiple of chips an axis needs to be closed to a ring.
+        cube: the length that every axis needs for that.
+    """
+
+    name: str
+    axis_bandwidth: float
+    shapes: dict[int, tuple[int, ...]]
+    ring: int
+    cube: int
+
+    def all_reduce_seconds(self, chips: int, size: float) -> float:
+        """Seconds of an all-reduce of `size` bytes among `chips` chips that form a slice."""
+        if chips == 1:
+            return 0.0
+        shape = self.shapes[chips]
+        hops, bandwidth = 0, 0.0
+        for length in shape:
+            closed = length % self.ring == 0 and min(shape) >= self.cube
+            hops += 2 * -(-length // 2) if closed else 2 * (length - 1)
+            bandwidth += self.axis_bandwidth * ((1 if closed else 0.5) if length > 1 else 0)
+        return hops * LATENCY + 2 * (chips - 1) / chips * size / bandwidth
+
+
+V5E = Pod(
+    "v5e",
+    # 400 GB/s for each chip, four links: https://docs.cloud.google.com/tpu/docs/v5e; an axis is closed at 16 chips:
+    # https://jax-ml.github.io/scaling-book/tpus
+    1e11,
+    {8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
+    ring=16,
+    cube=1,
+)
+
+V5P = Pod(
+    "v5p",
+    # 1200 GB/s for each chip, six links; a torus from 4x4x4 on: https://docs.cloud.google.com/tpu/docs/v5p
+    2e11,
+    {
+        8: (2, 2, 2),
+        16: (2, 2, 4),
+        32: (2, 4, 4),
+        64: (4, 4, 4),
+        128: (4, 4, 8),
+        256: (4, 8, 8),
+        512: (8, 8, 8),
+        1024: (8, 8, 16),
+        2048: (8, 16, 16),
+        4096: (16, 16, 16),
+    },
+    ring=4,
+    cube=4,
+)
+
+PODS = (V5E, V5P)
+
+
+class Round(NamedTuple):
+    """A collective whatever the size of the slice: its bytes, and in which part of the devices it is.
+
+    Attributes:
+        size: bytes on each device.
+        over: `all` devices, `group`: those that share statistics, or `across`: one of each group.
+    """
+
+    size: int
+    over: str
+
+
+def rounds(found: Iterable[Collective], devices: int, group: int) -> list[Round]:
+    """The all-reduces of a program compiled for `devices` that always run, without their number of devices.
+
+    Raises:
+        ValueError: it gathers or exchanges, or over other groups.
+    """
+    names = {devices // group: "across", group: "group", devices: "all"}
+    always = [one for one in found if not one.conditional]
+    if odd := [one for one in always if one.code != "all-reduce" or one.group_size not in names]:
+        raise ValueError(f"The model knows all-reduces over all devices, groups of {group} or across them. Got {odd[0]}.")
+    return [Round(one.bytes, names[one.group_size]) for one in always]
+
+
+def step_seconds(pod: Pod, chips: int, group: int, found: Sequence[Round]) -> float:
+    """Seconds of these rounds one after the other, on `chips` chips of which `group` share statistics."""
+    group = min(group, chips)
+    among = {"all": chips, "group": group, "across": chips // group}
+    return sum(_seconds(pod, among[one.over], one.size) for one in found)
+
+
+def _seconds(pod: Pod, chips: int, size: float) -> float:
+    # a slice has at least 8 chips; what lies across a few groups is counted as that many
+    return pod.all_reduce_seconds(max(chips, 8), size) if chips > 1 else 0.0
+
+
+def draw(curves: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -> None:
+    """Milliseconds over chips: for each pod's name, for each program's title, seconds by number of chips."""
+    figure, axes = plt.subplots(1, len(curves), figsize=(11, 4.4), sharey=True, squeeze=False)
+    for ax, (pod, lines) in zip(axes[0], curves.items(), strict=True):
+        for title, by_chips in lines.items():
+            ax.plot(list(by_chips), [1e3 * seconds for seconds in by_chips.values()], marker="o", markersize=3, label=title)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xticks([8, 64, 512, 4096] if max(max(by) for by in lines.values()) > 256 else [8, 32, 128, 256])
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.set_title(f"TPU {pod}: a model, nothing was run", fontsize=10)
+        ax.set_xlabel("chips")
+        ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel("ms of collectives in a step of ResNet-50")
+    axes[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
