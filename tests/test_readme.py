@@ -1,10 +1,14 @@
 """What README.md shows runs, in a fresh namespace each."""
 
+import importlib
 import pathlib
 import re
 
 import jax
 import pytest
+
+import jaxnorm.linen
+import jaxnorm.nnx
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -25,3 +29,34 @@ def test_linked_files_exist():
     assert links
     missing = [link for link in links if not (pathlib.Path(__file__).parent.parent / link).exists()]
     assert missing == []
+
+
+# names of the table of methods that are not a function or a layer, or not of both frameworks alike
+NOT_LAYERS = {"example_weight="}
+
+
+def methods():
+    table = README.split("\n## Methods\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("| ") and "---" not in line]
+    return {row[0].strip(): [re.findall(r"`([\w.=]+)`", cell) for cell in row[1:3]] for row in rows[1:]}
+
+
+@pytest.mark.parametrize("name", methods())
+def test_methods_exist_by_the_names_of_the_table(name):
+    functions, layers = methods()[name]
+    module = None
+    for function in functions:
+        *path, last = function.split(".")
+        module = importlib.import_module(".".join(["jaxnorm", *path])) if path else module
+        assert callable(getattr(module, last)), function
+    for layer in set(layers) - NOT_LAYERS:
+        *path, last = layer.split(".")
+        for framework in path or ("linen", "nnx"):
+            assert callable(getattr(getattr(jaxnorm, framework), last)), layer
+
+
+def test_every_layer_is_in_the_table():
+    listed = {layer for _, layers in methods().values() for layer in layers}
+    for framework in (jaxnorm.linen, jaxnorm.nnx):
+        ours = {name for name, value in vars(framework).items() if isinstance(value, type) and not name.startswith("_")}
+        assert ours - {"Norm", "Folded", "FoldedNorm"} <= listed, framework.__name__
