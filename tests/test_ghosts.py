@@ -104,7 +104,7 @@ def test_ghosts_on_another_axis():
     close((new.mean, new.var), (want.mean, want.var))
 
 
-@conventions
+@pytest.mark.parametrize("convention", ["sequential", *(pytest.param(c, marks=pytest.mark.slow) for c in CONVENTIONS[::3])])
 def test_layers_take_the_convention(convention):
     x = jnp.asarray(data(), "f4")
     want = update_running(init_running((4,)), ghosts(x), momentum=D, ghost_update=convention)
