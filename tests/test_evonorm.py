@@ -102,7 +102,7 @@ def test_they_keep_x_alone():
         lambda x, v: evonorm.evonorm_s0(x, v=v, scale=v),
         lambda x, v: evonorm.evonorm_b0(x, evonorm.init_evonorm_b0(64), train=True, v=v, scale=v)[0],
     ):
-        kept = [t for t in jax.tree.leaves(jax.vjp(f, x, v)[1]) if t.size >= x.size]
+        kept = [t for t in jax.tree.leaves(jax.eval_shape(lambda x, v, f=f: jax.vjp(f, x, v)[1], x, v)) if t.size >= x.size]
         assert {(t.shape, t.dtype) for t in kept} == {(x.shape, x.dtype)}
 
 

@@ -71,7 +71,7 @@ def test_one_channel_and_another_layout():
     y, mean, std = positional.positional_norm(data((2, 3, 1)), correction=1)
     assert (y == 0).all() and (mean == data((2, 3, 1))).all()
     np.testing.assert_allclose(std, np.sqrt(1e-5))
-    dx = jax.grad(lambda x: sum(t.sum() for t in positional.positional_norm(x)))(jnp.ones((2, 3, 4)))
+    dx = jax.jit(jax.grad(lambda x: sum(t.sum() for t in positional.positional_norm(x))))(jnp.ones((2, 3, 4)))
     np.testing.assert_allclose(dx, 0.25)  # that of the mean: constant positions give no NaN
     x, other = data(), data((3, 4, 5, 8), seed=1)
     first = positional.positional_norm(jnp.moveaxis(x, -1, 1), channel_axis=1)
@@ -85,7 +85,7 @@ def test_one_channel_and_another_layout():
 def test_the_shortcut_keeps_x_and_the_moments():
     x = jnp.ones((16, 8, 8, 64), jnp.bfloat16)
     mean = jnp.ones((16, 8, 8, 1), jnp.float32)
-    y, pull = jax.vjp(positional.moment_shortcut, x, mean, mean)
+    y, pull = jax.eval_shape(lambda *args: jax.vjp(positional.moment_shortcut, *args), x, mean, mean)
     kept = [t for t in jax.tree.leaves(pull) if t.size >= x.size]
     assert y.dtype == jnp.bfloat16 and [(t.shape, t.dtype) for t in kept] == [(x.shape, x.dtype)]
 
@@ -98,7 +98,7 @@ def test_moments_of_another_resolution_are_refused():
         positional.moment_shortcut(x, jnp.ones((3, 4, 5, 1)), x)
 
 
-@pytest.mark.parametrize("channel_axis", (-1, 1))
+@pytest.mark.parametrize("channel_axis", (1, pytest.param(-1, marks=pytest.mark.slow)))
 def test_dynamic_shortcut(channel_axis):
     """It starts as the plain one; both frameworks agree with two convolutions written out."""
     x = jnp.asarray(data(), jnp.float32)
@@ -107,7 +107,7 @@ def test_dynamic_shortcut(channel_axis):
     layer = linen.DynamicMomentShortcut(hidden_features=4, channel_axis=channel_axis)
     y, variables = jax.jit(layer.init_with_output)(jax.random.key(0), *args)
     plain = positional.moment_shortcut(x, mean, std)
-    close(jnp.moveaxis(y, channel_axis, -1), plain, atol=1e-6)
+    close(jnp.moveaxis(y, channel_axis, -1), plain, atol=1e-5)
 
     rng = np.random.default_rng(2)
     variables = jax.tree.map(lambda t: jnp.asarray(rng.normal(size=t.shape), jnp.float32), variables)

@@ -120,7 +120,7 @@ def test_scale_and_bias_of_each_example():
 def test_it_keeps_x_alone():
     x, one = jnp.ones((16, 8, 8, 64), jnp.bfloat16), jnp.ones(64, jnp.float32)
     f = lambda x, g: proxy.proxy_norm(x, methods.layer_norm(), scale=g, proxy_scale=g, activation=jax.nn.silu)  # noqa: E731
-    kept = [t for t in jax.tree.leaves(jax.vjp(f, x, one)[1]) if t.size >= x.size]
+    kept = [t for t in jax.tree.leaves(jax.eval_shape(lambda x, g: jax.vjp(f, x, g)[1], x, one)) if t.size >= x.size]
     assert {(t.shape, t.dtype) for t in kept} == {(x.shape, x.dtype)}
 
 

@@ -71,7 +71,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("conv", "strided"))) for n in CASES])
 def test_layers_are_flax_layers_with_a_standardized_kernel(name):
     (shape, arguments, options), use_gain = CASES[name], name in ("grouped", "strided", "dense")
     conv = "kernel_size" in arguments
