@@ -1,4 +1,4 @@
-"""What README.md shows runs, in a fresh namespace each."""
+"""What README.md and the pages of docs/ show runs: README's examples in a fresh namespace each, a page from top to bottom."""
 
 import importlib
 import pathlib
@@ -10,8 +10,16 @@ import pytest
 import jaxnorm.linen
 import jaxnorm.nnx
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def examples(text):
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+EXAMPLES = examples(README)
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
@@ -20,15 +28,24 @@ def test_examples_run(code):
         exec(compile(code, "README.md", "exec"), {})
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if examples(page.read_text())], ids=lambda page: page.stem)
+def test_pages_run(page):
+    namespace = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for code in examples(page.read_text()):
+            exec(compile(code, page.name, "exec"), namespace)
+
+
 def test_there_are_examples():
     assert len(EXAMPLES) >= 3
+    assert any(examples(page.read_text()) for page in PAGES)
 
 
-def test_linked_files_exist():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+@pytest.mark.parametrize("page", (ROOT / "README.md", *PAGES), ids=lambda page: page.stem)
+def test_linked_files_exist(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text())
     assert links
-    missing = [link for link in links if not (pathlib.Path(__file__).parent.parent / link).exists()]
-    assert missing == []
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 # names of the table of methods that are not a function or a layer, or not of both frameworks alike
