@@ -26,11 +26,14 @@ The map, in the order in which the files build on each other:
     both at once                  norm(x, groups) -> y, Moments                      _normalize.py
     remember them                 init_running(shape), update_running(state, m),     _running.py
                                   update_cumulative(state, m), running_shape(...),
+                                  update_averaged(state, m),
                                   running_moments(state, groups, x_shape)
     several devices               axis_name=, axis_index_groups= of the above        _devices.py
     a method by name              methods.group_norm(32), ...                        methods.py
     a method with a rule between  renorm.batch_renorm(x, state, train=)              renorm.py
     moments and normalize
+    at test time                  inference.weigh_example, .adapt_moments,           inference.py
+                                  .choose_example_weight
     a layer                       linen.Norm(method), nnx.Norm(features, method),    linen/, nnx/
                                   BatchNorm, GroupNorm, LayerNorm, InstanceNorm,
                                   RMSNorm, GhostBatchNorm, BatchGroupNorm, PositionalNorm
@@ -43,6 +46,7 @@ Letters: N examples, H x W positions, C channels, G groups of channels; S a set 
 divided by n.
 """
 
+from jaxnorm import inference as inference
 from jaxnorm import methods as methods
 from jaxnorm import renorm as renorm
 from jaxnorm._groups import EACH as EACH
@@ -59,5 +63,6 @@ from jaxnorm._normalize import normalize as normalize
 from jaxnorm._running import init_running as init_running
 from jaxnorm._running import running_moments as running_moments
 from jaxnorm._running import running_shape as running_shape
+from jaxnorm._running import update_averaged as update_averaged
 from jaxnorm._running import update_cumulative as update_cumulative
 from jaxnorm._running import update_running as update_running

@@ -4,25 +4,33 @@ A layer holds parameters and running statistics; everything it computes is one c
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._between import State
 from jaxnorm._devices import AxisName, DeviceGroups
-from jaxnorm._groups import Method, Shape, Specification, axes_of
+from jaxnorm._groups import EACH, Method, Shape, Specification, axes_of, resolve
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments, moments
 from jaxnorm._normalize import normalize
-from jaxnorm._running import update_running
+from jaxnorm._pooling import pool
+from jaxnorm._running import update_averaged, update_cumulative, update_running
+from jaxnorm.inference import weigh_example
 
 Axes = int | Sequence[int]
 Activation = Callable[[jax.Array], jax.Array]
+
+REDUCERS = {"pooled": "elements", "averaged": "batches"}
+"""How `population_statistics` makes one from the statistics of batches, and what it counts."""
+POPULATION = {"elements": update_cumulative, "batches": update_averaged}
+"""Names of the counts that, beside running statistics, turn their update into that of a population: of what is counted."""
 
 
 class CallOptions(TypedDict, total=False):
@@ -52,6 +60,70 @@ def run(
     if update and use:
         new = function(x, state, train=True, **options)[1]
     return y, new if update else state
+
+
+def population_count(reducer: str) -> str:
+    """What a reducer counts, once it is known to be one."""
+    if reducer not in REDUCERS:
+        raise ValueError(f"reducer is one of {', '.join(map(repr, REDUCERS))}. Got {reducer!r}.")
+    return REDUCERS[reducer]
+
+
+def population_start(mean: jax.Array, var: jax.Array, count: str) -> dict[str, jax.Array]:
+    """What a layer's mean and var become while a population is measured: wide, and counted."""
+    mean, var = (t.astype(statistic_dtype(t.dtype)) for t in (mean, var))
+    return {"mean": mean, "var": var, count: jnp.zeros_like(var), "calls": jnp.zeros_like(var)}
+
+
+def population_found(name: str, start: Mapping[str, Any], end: Mapping[str, Any], batches: int) -> bool:
+    """Whether a layer was used, once it is certain that it was measured as it should be."""
+    calls = int(np.max(end["calls"], initial=0))
+    if calls > batches:
+        raise ValueError(
+            f"layer {name} was called {calls} times in {batches} batches, so its statistics would mix two inputs. Expected one "
+            "call a batch; give each call a layer of its own."
+        )
+    if calls == 0 and any(np.any(np.asarray(start[key]) != np.asarray(end[key])) for key in ("mean", "var")):
+        raise ValueError(
+            f"layer {name} updates its running statistics by a rule of its own. Expected a layer of jaxnorm that keeps the "
+            "moments of its input: BatchNorm (which loads the checkpoints of Flax's), Norm and the other rows of the table."
+        )
+    return calls > 0
+
+
+def population_exists(used: Iterable[bool], batches: int) -> None:
+    """There is something to return."""
+    if not any(used):
+        raise ValueError(
+            f"no running statistics were updated in {batches} batches. Expected batches, and a forward function that runs the "
+            "model in training mode, so that its layers with running statistics update them."
+        )
+
+
+def needs_running(example_weight: ArrayLike | None) -> None:
+    """A layer without running statistics has nothing to weigh an example against."""
+    if example_weight is not None:
+        raise ValueError(
+            f"example_weight={example_weight} weighs an example against running statistics, and this layer keeps none. Expected "
+            "a method that shares statistics between examples, with a momentum."
+        )
+
+
+def trained_weight(given: ArrayLike | None, use: bool, own: float | None, ghost_size: int | None) -> ArrayLike | None:
+    """Weight of an example at inference: given at the call, the layer's, or what it had in training."""
+    if given is not None or not use:
+        return given
+    if own is None and ghost_size is None:
+        raise ValueError(
+            "an example's weight at inference is 1 / ghost_size by default. Got num_ghosts, which does not tell the size; "
+            "expected ghost_size, or an example_weight."
+        )
+    return 1 / ghost_size if own is None else own  # pyright: ignore[reportOptionalOperand]  # one of the two is there
+
+
+def per_channel(method: Method) -> Method:
+    """The method with a statistic for every channel."""
+    return dataclasses.replace(method, groups=dataclasses.replace(method.groups, channel=EACH))
 
 
 def whole_batch(method: Method) -> Method:
@@ -146,6 +218,9 @@ class Running:
         update: fold the batch's moments into them.
         momentum: weight of the old value.
         correction: 1 stores the unbiased variance.
+        measured: the sets of these statistics, where those of the method are coarser.
+        example_weight: pool them with each example's own moments, of this weight, before they are used.
+        population: a name of `POPULATION` where the update is that of a population, and their count its.
     """
 
     moments: Moments
@@ -153,6 +228,22 @@ class Running:
     update: bool
     momentum: ArrayLike = 0.99
     correction: int = 0
+    measured: Specification | None = None
+    example_weight: ArrayLike | None = None
+    population: str | None = None
+
+    def __post_init__(self):
+        if self.example_weight is not None and not self.use:
+            raise ValueError(
+                f"example_weight={self.example_weight} weighs an example against running statistics. Got "
+                "use_running_average=False; expected True, or no example_weight."
+            )
+
+    def updated(self, batch: Moments, batch_axis: int) -> Moments:
+        """The running statistics after this batch."""
+        if self.population is not None:
+            return POPULATION[self.population](self.moments, batch, batch_axis=batch_axis)
+        return update_running(self.moments, batch, momentum=self.momentum, correction=self.correction, batch_axis=batch_axis)
 
     def with_values(self, mean: jax.Array, var: jax.Array) -> "Running":
         """The same with other values, such as cast ones."""
@@ -179,12 +270,13 @@ def apply(
 ) -> tuple[jax.Array, Moments | None]:
     """One call of a layer: y, and the new running statistics in the shape of the old ones."""
     batch = None
+    measured = groups if running is None or running.measured is None else running.measured
     if running is None or not running.use or running.update:
 
         def statistics(center: jax.Array | None) -> Moments:
             return moments(
                 x,
-                groups,
+                measured,
                 weights=mask,
                 mean=mean,
                 center=center,
@@ -198,8 +290,21 @@ def apply(
         batch = statistics(None if running is None or axis_name is None else running.moments.mean)
         if not use_fast_variance:
             batch = statistics(lax.stop_gradient(batch.mean))
-    used = running.moments if running is not None and running.use else batch
-    assert used is not None
+    if running is None or not running.use:
+        assert batch is not None
+        used = batch if measured is groups else pool(batch, resolve(groups, x.shape, batch_axis, channel_axis)[0])
+    elif running.example_weight is not None:
+        used = weigh_example(
+            x,
+            running.moments,
+            groups,
+            example_weight=running.example_weight,
+            weights=mask,
+            batch_axis=batch_axis,
+            channel_axis=channel_axis,
+        )
+    else:
+        used = running.moments
     y = normalize(
         x,
         used,
@@ -215,7 +320,4 @@ def apply(
     if running is None or not running.update:
         return y, None
     assert batch is not None
-    new = update_running(
-        running.moments, batch, momentum=running.momentum, correction=running.correction, batch_axis=batch_axis
-    )
-    return y, new
+    return y, running.updated(batch, batch_axis)

@@ -14,9 +14,12 @@ gives the scale itself).
 from jaxnorm.linen._batch import BatchNorm as BatchNorm
 from jaxnorm.linen._group import GroupNorm as GroupNorm
 from jaxnorm.linen._group import InstanceNorm as InstanceNorm
+from jaxnorm.linen._inference import call_norms_with as call_norms_with
+from jaxnorm.linen._inference import population_statistics as population_statistics
 from jaxnorm.linen._layer import LayerNorm as LayerNorm
 from jaxnorm.linen._layer import RMSNorm as RMSNorm
 from jaxnorm.linen._renorm import BatchRenorm as BatchRenorm
+from jaxnorm.linen._rows import BatchAndGroupNorm as BatchAndGroupNorm
 from jaxnorm.linen._rows import BatchGroupNorm as BatchGroupNorm
 from jaxnorm.linen._rows import GhostBatchNorm as GhostBatchNorm
 from jaxnorm.linen._rows import Norm as Norm

@@ -9,9 +9,11 @@ default is applied to input, statistics and parameters as in Flax.
 from jaxnorm.nnx._batch import BatchNorm as BatchNorm
 from jaxnorm.nnx._group import GroupNorm as GroupNorm
 from jaxnorm.nnx._group import InstanceNorm as InstanceNorm
+from jaxnorm.nnx._inference import population_statistics as population_statistics
 from jaxnorm.nnx._layer import LayerNorm as LayerNorm
 from jaxnorm.nnx._layer import RMSNorm as RMSNorm
 from jaxnorm.nnx._renorm import BatchRenorm as BatchRenorm
+from jaxnorm.nnx._rows import BatchAndGroupNorm as BatchAndGroupNorm
 from jaxnorm.nnx._rows import BatchGroupNorm as BatchGroupNorm
 from jaxnorm.nnx._rows import GhostBatchNorm as GhostBatchNorm
 from jaxnorm.nnx._rows import Norm as Norm
