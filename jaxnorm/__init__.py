@@ -34,6 +34,7 @@ The map, in the order in which the files build on each other:
     moments and normalize
     at test time                  inference.weigh_example, .adapt_moments,           inference.py
                                   .choose_example_weight
+    folded into a linear layer    folding.fold                                       folding.py
     a layer                       linen.Norm(method), nnx.Norm(features, method),    linen/, nnx/
                                   BatchNorm, GroupNorm, LayerNorm, InstanceNorm,
                                   RMSNorm, GhostBatchNorm, BatchGroupNorm, PositionalNorm
@@ -46,6 +47,7 @@ Letters: N examples, H x W positions, C channels, G groups of channels; S a set 
 divided by n.
 """
 
+from jaxnorm import folding as folding
 from jaxnorm import inference as inference
 from jaxnorm import methods as methods
 from jaxnorm import renorm as renorm

@@ -100,12 +100,25 @@ def population_exists(used: Iterable[bool], batches: int) -> None:
         )
 
 
+def is_plain(layer: Any) -> bool:
+    """Whether a Flax layer computes with its kernel as it is."""
+    hooks = ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
+    standard = (None, lax.dot_general, lax.conv_general_dilated)
+    return all(getattr(layer, hook, None) in standard for hook in hooks)
+
+
+def is_constant(x: jax.Array, axis: Axes, use: bool | None, options: Mapping[str, Any]) -> bool:
+    """Whether a norm with running statistics, called so, does the same to every element of a channel, the last axis."""
+    given = {name for name, value in options.items() if value is not None and value is not False}
+    return bool(use) and given <= {"activation"} and axes_of(axis, x.shape) == (x.ndim - 1,)
+
+
 def needs_running(example_weight: ArrayLike | None) -> None:
     """A layer without running statistics has nothing to weigh an example against."""
     if example_weight is not None:
         raise ValueError(
-            f"example_weight={example_weight} weighs an example against running statistics, and this layer keeps none. Expected "
-            "a method that shares statistics between examples, with a momentum."
+            f"example_weight={example_weight} weighs an example against running statistics, and this layer keeps none. "
+            "Expected a method that shares statistics between examples, with a momentum."
         )
 
 

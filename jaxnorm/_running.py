@@ -226,9 +226,7 @@ def update_averaged(state: Moments, m: Moments, *, batch_axis: int = 0) -> Momen
         ([1.0], [1.5], [2.0])
     """
     if state.count is None:
-        raise ValueError(
-            "an average over batches counts them. Got a state without count; make it by init_running(counted=True)."
-        )
+        raise ValueError("an average over batches counts them. Got no count; make the state by init_running(counted=True).")
     k = state.count
     new = update_running(
         Moments(None, state.mean, state.var),  # type: ignore[arg-type]  # the count is of batches here

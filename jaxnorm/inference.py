@@ -219,9 +219,7 @@ def choose_example_weight(
         totals += [float(np.asarray(total)) for total, _ in found]
         counts += [float(np.asarray(count)) for _, count in found]
     if not counts.size or not counts.all():
-        raise ValueError(
-            f"nothing to choose by. Got {len(alphas)} weights and counts {counts.tolist()}; expected some of both."
-        )
+        raise ValueError(f"nothing to choose by. Got {len(alphas)} weights, counts {counts.tolist()}; expected some of both.")
     values = totals / counts
     best = int(np.argmax(values if maximize else -values))
     return ExampleWeights(alphas, tuple(values.tolist()), alphas[best])

@@ -12,6 +12,7 @@ gives the scale itself).
 """
 
 from jaxnorm.linen._batch import BatchNorm as BatchNorm
+from jaxnorm.linen._folding import fold_norms as fold_norms
 from jaxnorm.linen._group import GroupNorm as GroupNorm
 from jaxnorm.linen._group import InstanceNorm as InstanceNorm
 from jaxnorm.linen._inference import call_norms_with as call_norms_with

@@ -7,6 +7,8 @@ default is applied to input, statistics and parameters as in Flax.
 """
 
 from jaxnorm.nnx._batch import BatchNorm as BatchNorm
+from jaxnorm.nnx._folding import FoldedNorm as FoldedNorm
+from jaxnorm.nnx._folding import fold_norms as fold_norms
 from jaxnorm.nnx._group import GroupNorm as GroupNorm
 from jaxnorm.nnx._group import InstanceNorm as InstanceNorm
 from jaxnorm.nnx._inference import population_statistics as population_statistics

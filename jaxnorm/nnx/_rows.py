@@ -16,7 +16,7 @@ from jaxnorm._running import running_shape
 from jaxnorm.nnx._call import NONE, Metadata, StatefulLayer, ones, promote_dtype, zeros
 
 
-class _Row(StatefulLayer):
+class Row(StatefulLayer):
     """Running statistics and call of the layers that are a row of the table; a final class adds which row."""
 
     def __init__(
@@ -103,7 +103,7 @@ class _Row(StatefulLayer):
         return self._apply(x, row, (scale, bias), self.channel_axis, mask, activation, running=running)
 
 
-class Norm(_Row):
+class Norm(Row):
     """Any row of the table of methods as a layer.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -155,7 +155,7 @@ class Norm(_Row):
         return self.method if isinstance(self.method, Method) else Method(self.method)
 
 
-class GhostBatchNorm(_Row):
+class GhostBatchNorm(Row):
     """Batch normalization inside consecutive parts of the batch: `methods.ghost_batch_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -190,7 +190,7 @@ class GhostBatchNorm(_Row):
         return methods.ghost_batch_norm(self.num_ghosts, ghost_size=self.ghost_size)
 
 
-class BatchGroupNorm(_Row):
+class BatchGroupNorm(Row):
     """Normalization of groups of features over the whole batch: `methods.batch_group_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -230,7 +230,7 @@ class BatchGroupNorm(_Row):
         return methods.batch_group_norm(self.num_groups, x_shape, channel_axis=self.channel_axis)
 
 
-class BatchAndGroupNorm(_Row):
+class BatchAndGroupNorm(Row):
     """Groups of channels over ghost batches, for small batches: `methods.batch_and_group_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -290,7 +290,7 @@ class BatchAndGroupNorm(_Row):
         return _layers.trained_weight(given, use, self.example_weight, self.ghost_size)
 
 
-class PositionalNorm(_Row):
+class PositionalNorm(Row):
     """Normalization of each position over its channels: `methods.positional_norm`, without scale and bias by default.
 
         y = (x - mean) / sqrt(var + epsilon)
