@@ -119,7 +119,10 @@ def _forward(forward: Callable[..., Any], norms: Mapping[str, Any], biased: froz
             x = jax.numpy.asarray(args[0]).astype(norms[name])
             return kwargs["activation"](x) if kwargs.get("activation") is not None else x
         y = call(*args, **kwargs)
-        return y + module.scope.get_variable("params", "bias").astype(y.dtype) if name in biased else y
+        if name not in biased:
+            return y
+        bias = module.scope.get_variable("params", "bias").astype(y.dtype)
+        return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
 
     def folded(variables: Any, *inputs: Any) -> Any:
         with nn.intercept_methods(interceptor):
