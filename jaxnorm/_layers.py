@@ -122,16 +122,18 @@ def needs_running(example_weight: ArrayLike | None) -> None:
         )
 
 
-def trained_weight(given: ArrayLike | None, use: bool, own: float | None, ghost_size: int | None) -> ArrayLike | None:
+def trained_weight(given: ArrayLike | None, use: bool, own: ArrayLike | None, ghost_size: int | None) -> ArrayLike | None:
     """Weight of an example at inference: given at the call, the layer's, or what it had in training."""
     if given is not None or not use:
         return given
-    if own is None and ghost_size is None:
+    if own is not None:
+        return own
+    if ghost_size is None:
         raise ValueError(
             "an example's weight at inference is 1 / ghost_size by default. Got num_ghosts, which does not tell the size; "
             "expected ghost_size, or an example_weight."
         )
-    return 1 / ghost_size if own is None else own  # pyright: ignore[reportOptionalOperand]  # one of the two is there
+    return 1 / ghost_size
 
 
 def per_channel(method: Method) -> Method:

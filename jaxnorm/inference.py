@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxnorm._groups import EACH, Groups, Method, Shape, Specification, check_divides, resolve, single_axis
+from jaxnorm._mean_var import abs2, times
 from jaxnorm._moments import Moments, inexact, moments
-from jaxnorm._pooling import blend, merge, pool
+from jaxnorm._pooling import blend, pool
 
 
 def weigh_example(
@@ -50,7 +52,7 @@ def weigh_example(
         channel_axis: axis of the channels.
 
     Returns:
-        `Moments` for `normalize`, one set of them for each example; counts are weights that add up to 1.
+        `Moments` for `normalize`, one for each example, with count 1.
 
     Raises:
         TypeError: running moments are complex and x is real.
@@ -78,8 +80,12 @@ def weigh_example(
     if jnp.iscomplexobj(known.mean) and not jnp.iscomplexobj(own.mean):
         raise TypeError(f"running.mean is complex ({known.mean.dtype}) and x is {x.dtype}. Expected both real, or x complex.")
     alpha = jnp.where(own.count > 0, alpha.astype(own.var.dtype), 0)
-    mean, var = (jnp.broadcast_to(t.astype(u.dtype), shape) for t, u in ((known.mean, own.mean), (known.var, own.var)))
-    return merge(Moments(1 - alpha, mean, var), Moments(alpha, own.mean, own.var))
+    mean, var = known.mean.astype(own.mean.dtype), known.var.astype(own.var.dtype)
+    # merge's formula without its care for empty parts, which has no derivative with respect to alpha at 0 and 1
+    between = alpha * (1 - alpha) * abs2(own.mean - mean)
+    return Moments(
+        jnp.ones_like(own.count), times(mean, 1 - alpha) + times(own.mean, alpha), (1 - alpha) * var + alpha * own.var + between
+    )
 
 
 def adapt_moments(
@@ -149,7 +155,7 @@ def pooled_to(running: Moments, shape: Shape, batch_axis: int = 0) -> Moments:
 
 def _as_weight(alpha: ArrayLike) -> jax.Array:
     """A weight, checked where its value is known."""
-    if not isinstance(alpha, jax.core.Tracer):
+    if not isinstance(alpha, Tracer):
         if np.ndim(alpha) != 0 or not 0 <= float(np.asarray(alpha)) <= 1:
             raise ValueError(f"example_weight is a weight. Got {alpha}; expected a number from 0 to 1.")
     return jnp.asarray(alpha, jnp.result_type(float))

@@ -102,6 +102,7 @@ def uses(module, other):
 
 
 FLOORS = ("_groups", "_devices", "_xla", "_mean_var", "_moments", "_pooling", "_normalize", "_running", "methods", "_between")
+FLOORS += ("inference", "folding")
 
 
 @pytest.mark.parametrize("floor", range(len(FLOORS)), ids=FLOORS)

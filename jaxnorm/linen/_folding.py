@@ -61,7 +61,7 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
     Reference:
         See `folding.fold`.
     """
-    tree = core.unfreeze(variables)
+    tree = core.unfreeze(dict(variables))
     layers: dict[str, dict[str, Any]] = {}
     norms: dict[str, dict[str, Any]] = {}
 
@@ -114,7 +114,7 @@ def _forward(forward: Callable[..., Any], norms: Mapping[str, Any], biased: froz
 
     def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module: Any = context.module
-        name = "/".join(module.scope.path) if context.method_name == "__call__" else None
+        name = "/".join(module.scope.path) if context.method_name == "__call__" else ""
         if name in norms:
             x = jax.numpy.asarray(args[0]).astype(norms[name])
             return kwargs["activation"](x) if kwargs.get("activation") is not None else x

@@ -127,10 +127,10 @@ def population_statistics(
         Rethinking "Batch" in BatchNorm, 2021, arXiv:2105.07576. The definition was read in fvcore's code.
     """
     count = _layers.population_count(reducer)
-    tree = core.unfreeze(variables)
+    tree = core.unfreeze(dict(variables))
     old = {path: node for path, node in _pairs(tree.get("batch_stats", {}))}
     start = {path: node | _layers.population_start(node["mean"], node["var"], count) for path, node in old.items()}
-    step = jax.jit(lambda tree, batch: core.unfreeze(forward(tree, batch)[1])["batch_stats"])
+    step = jax.jit(lambda tree, batch: core.unfreeze(dict(forward(tree, batch)[1]))["batch_stats"])
     now, used, done = start, {}, 0
     for batch in batches:
         found = dict(_pairs(step(_replaced(tree, now), batch)))

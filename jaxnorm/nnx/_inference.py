@@ -47,7 +47,7 @@ def population_statistics(
     count = _layers.population_count(reducer)
     names = ("mean", "var", count, "calls")
     copy = nnx.clone(model)
-    layers = {path: layer for path, layer in nnx.iter_modules(copy) if _has_pair(layer)}
+    layers: dict[Any, Any] = {path: layer for path, layer in nnx.iter_modules(copy) if _has_pair(layer)}
     start = {path: _layers.population_start(layer.mean[...], layer.var[...], count) for path, layer in layers.items()}
     for path, layer in layers.items():
         for name, value in start[path].items():
@@ -73,10 +73,11 @@ def population_statistics(
             used = found(done)
     used = found(done) if done else used
     _layers.population_exists(used.values(), done)
-    for path, layer in nnx.iter_modules(model):
+    for path, module in nnx.iter_modules(model):
+        layer: Any = module
         if used.get(path):
             for name in ("mean", "var"):
-                variable: Any = getattr(layer, name)
+                variable = getattr(layer, name)
                 variable[...] = getattr(layers[path], name)[...].astype(variable.dtype)
             if hasattr(layer, "count"):
                 layer.count[...] = jnp.ones_like(layer.count[...])
