@@ -37,9 +37,14 @@ The map, in the order in which the files build on each other:
     folded into a linear layer    folding.fold                                       folding.py
     a layer                       linen.Norm(method), nnx.Norm(features, method),    linen/, nnx/
                                   BatchNorm, GroupNorm, LayerNorm, InstanceNorm,
-                                  RMSNorm, GhostBatchNorm, BatchGroupNorm, PositionalNorm
+                                  RMSNorm, GhostBatchNorm, BatchGroupNorm,
+                                  BatchAndGroupNorm, PositionalNorm
+    a whole model at test time    linen., nnx.population_statistics, .fold_norms,    linen/, nnx/
+                                  linen.call_norms_with (nnx.view of Flax)
+    weight decay of norms         optim.add_norm_decay, .norm_mask, .decay_mask,     optim.py
+                                  .norm_penalty
 
-`jaxnorm.linen` and `jaxnorm.nnx` are imported by name: the functions above need jax alone. Inside, `_mean_var.py` and the
+`jaxnorm.linen`, `jaxnorm.nnx` and `jaxnorm.optim` (optax) are imported by name: all other functions need jax alone. Inside, `_mean_var.py` and the
 pass in `_normalize.py` are the two full-size computations with their derivatives, and `_xla.py` is what differs by platform.
 
 Letters: N examples, H x W positions, C channels, G groups of channels; S a set of elements that share statistics; gamma is

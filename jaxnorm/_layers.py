@@ -4,12 +4,11 @@ A layer holds parameters and running statistics; everything it computes is one c
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
@@ -21,16 +20,12 @@ from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments, moments
 from jaxnorm._normalize import normalize
 from jaxnorm._pooling import pool
-from jaxnorm._running import update_averaged, update_cumulative, update_running
+from jaxnorm._population import POPULATION
+from jaxnorm._running import update_running
 from jaxnorm.inference import weigh_example
 
 Axes = int | Sequence[int]
 Activation = Callable[[jax.Array], jax.Array]
-
-REDUCERS = {"pooled": "elements", "averaged": "batches"}
-"""How `population_statistics` makes one from the statistics of batches, and what it counts."""
-POPULATION = {"elements": update_cumulative, "batches": update_averaged}
-"""Names of the counts that, beside running statistics, turn their update into that of a population: of what is counted."""
 
 
 class CallOptions(TypedDict, total=False):
@@ -60,44 +55,6 @@ def run(
     if update and use:
         new = function(x, state, train=True, **options)[1]
     return y, new if update else state
-
-
-def population_count(reducer: str) -> str:
-    """What a reducer counts, once it is known to be one."""
-    if reducer not in REDUCERS:
-        raise ValueError(f"reducer is one of {', '.join(map(repr, REDUCERS))}. Got {reducer!r}.")
-    return REDUCERS[reducer]
-
-
-def population_start(mean: jax.Array, var: jax.Array, count: str) -> dict[str, jax.Array]:
-    """What a layer's mean and var become while a population is measured: wide, and counted."""
-    mean, var = (t.astype(statistic_dtype(t.dtype)) for t in (mean, var))
-    return {"mean": mean, "var": var, count: jnp.zeros_like(var), "calls": jnp.zeros_like(var)}
-
-
-def population_found(name: str, start: Mapping[str, Any], end: Mapping[str, Any], batches: int) -> bool:
-    """Whether a layer was used, once it is certain that it was measured as it should be."""
-    calls = int(np.max(end["calls"], initial=0))
-    if calls > batches:
-        raise ValueError(
-            f"layer {name} was called {calls} times in {batches} batches, so its statistics would mix two inputs. Expected one "
-            "call a batch; give each call a layer of its own."
-        )
-    if calls == 0 and any(np.any(np.asarray(start[key]) != np.asarray(end[key])) for key in ("mean", "var")):
-        raise ValueError(
-            f"layer {name} updates its running statistics by a rule of its own. Expected a layer of jaxnorm that keeps the "
-            "moments of its input: BatchNorm (which loads the checkpoints of Flax's), Norm and the other rows of the table."
-        )
-    return calls > 0
-
-
-def population_exists(used: Iterable[bool], batches: int) -> None:
-    """There is something to return."""
-    if not any(used):
-        raise ValueError(
-            f"no running statistics were updated in {batches} batches. Expected batches, and a forward function that runs the "
-            "model in training mode, so that its layers with running statistics update them."
-        )
 
 
 def is_plain(layer: Any) -> bool:

@@ -101,8 +101,10 @@ def uses(module, other):
     return any(name == other or name.startswith(other + ".") for name in FILES[module])
 
 
-FLOORS = ("_groups", "_devices", "_xla", "_mean_var", "_moments", "_pooling", "_normalize", "_running", "methods", "_between")
-FLOORS += ("inference", "folding")
+FLOORS = (
+    "_groups", "_devices", "_xla", "_mean_var", "_moments", "_pooling", "_normalize", "_running", "_population", "methods",
+    "_between", "inference", "folding",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("floor", range(len(FLOORS)), ids=FLOORS)

@@ -339,6 +339,18 @@ class Net(fnn.Module):
         return self.norm(use_running_average=not train, name="second")(x)
 
 
+def test_other_modules_are_called_as_they_are():
+    class Counts(fnn.Module):
+        @fnn.compact
+        def __call__(self, *, n):
+            return linen.BatchNorm()(x=jnp.ones((n, 1)), use_running_average=True)
+
+    variables = Counts().init(jax.random.key(0), n=2)
+    with linen.call_norms_with(use_running_average=False, update_running_average=False):
+        assert Counts().apply(variables, n=2).tolist() == [[0.0], [0.0]]
+    assert Counts().apply(variables, n=2)[0, 0] > 0.9
+
+
 def test_batch_statistics_at_test_with_the_rest_of_the_model_in_inference():
     x = jnp.asarray(data((8, 4), dtype=np.float32))
     variables = Net().init(jax.random.key(0), x, False)

@@ -14,6 +14,7 @@ from jaxnorm import _between, _layers
 from jaxnorm._groups import Shape, Specification
 from jaxnorm._layers import Activation, Axes, CallOptions, Running, StateOptions
 from jaxnorm._moments import Moments, as_array
+from jaxnorm._population import POPULATION
 from jaxnorm._running import init_running, serving
 
 zeros, ones = initializers.zeros, initializers.ones
@@ -45,7 +46,7 @@ class State:
         real = jnp.float32 if getattr(module, "force_float32_reductions", True) else module.param_dtype
         dtype = jnp.complex64 if complex_input else real
         first = init_running(shape, dtype=dtype, counted=getattr(module, "debias", False))
-        self.population = next((name for name in _layers.POPULATION if module.has_variable("batch_stats", name)), None)
+        self.population = next((name for name in POPULATION if module.has_variable("batch_stats", name)), None)
         self.variables = {
             name: module.variable("batch_stats", name, lambda value=value: value)
             for name, value in (("count", first.count), ("mean", first.mean), ("var", first.var))

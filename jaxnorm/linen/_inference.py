@@ -10,7 +10,7 @@ from flax import core
 from flax import linen as nn
 from jax.typing import ArrayLike
 
-from jaxnorm import _layers
+from jaxnorm import _population
 from jaxnorm.linen._batch import BatchNorm
 from jaxnorm.linen._call import Layer
 from jaxnorm.linen._rows import Row
@@ -51,7 +51,7 @@ def call_norms_with(
 
     def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module: Any = context.module
-        if context.method_name != "__call__" or not _keeps_running(module, args[0] if args else kwargs["x"]):
+        if context.method_name != "__call__" or not _keeps_running(module, args[0] if args else kwargs.get("x")):
             return call(*args, **kwargs)
         own = module.use_running_average
         (x, *flag), kwargs = args or (kwargs["x"],), {name: value for name, value in kwargs.items() if name != "x"}
@@ -126,10 +126,10 @@ def population_statistics(
     Reference:
         Rethinking "Batch" in BatchNorm, 2021, arXiv:2105.07576. The definition was read in fvcore's code.
     """
-    count = _layers.population_count(reducer)
+    count = _population.count_of(reducer)
     tree = core.unfreeze(dict(variables))
     old = {path: node for path, node in _pairs(tree.get("batch_stats", {}))}
-    start = {path: node | _layers.population_start(node["mean"], node["var"], count) for path, node in old.items()}
+    start = {path: node | _population.start(node["mean"], node["var"], count) for path, node in old.items()}
     step = jax.jit(lambda tree, batch: core.unfreeze(dict(forward(tree, batch)[1]))["batch_stats"])
     now, used, done = start, {}, 0
     for batch in batches:
@@ -137,9 +137,9 @@ def population_statistics(
         now = {path: found.get(path, node) for path, node in now.items()}
         done += 1
         if done == 1:
-            used = {path: _layers.population_found("/".join(path), start[path], now[path], done) for path in now}
-    used = {path: _layers.population_found("/".join(path), start[path], now[path], done) for path in now}
-    _layers.population_exists(used.values(), done)
+            used = {path: _population.was_used("/".join(path), start[path], now[path], done) for path in now}
+    used = {path: _population.was_used("/".join(path), start[path], now[path], done) for path in now}
+    _population.check_any(used.values(), done)
     new = {}
     for path in (path for path in old if used[path]):
         node = old[path]

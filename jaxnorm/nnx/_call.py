@@ -18,6 +18,7 @@ from jaxnorm._between import State
 from jaxnorm._groups import Shape, Specification
 from jaxnorm._layers import Activation, Axes, CallOptions, Running, StateOptions
 from jaxnorm._moments import Moments, as_array
+from jaxnorm._population import POPULATION
 from jaxnorm._running import init_running, serving
 
 zeros, ones = initializers.zeros_init(), initializers.ones_init()
@@ -151,7 +152,7 @@ class StatefulLayer(Layer):
         return Running(state, use, update, self.momentum, self.correction, population=population, **options)
 
     def _population(self) -> str | None:
-        return next((name for name in _layers.POPULATION if hasattr(self, name)), None)
+        return next((name for name in POPULATION if hasattr(self, name)), None)
 
     def _uses_running(self, use: bool | None) -> bool:
         use = self.use_running_average if use is None else use

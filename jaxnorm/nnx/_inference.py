@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxnorm import _layers
+from jaxnorm import _population
 
 
 def population_statistics(
@@ -44,11 +44,11 @@ def population_statistics(
     Reference:
         Rethinking "Batch" in BatchNorm, 2021, arXiv:2105.07576. The definition was read in fvcore's code.
     """
-    count = _layers.population_count(reducer)
+    count = _population.count_of(reducer)
     names = ("mean", "var", count, "calls")
     copy = nnx.clone(model)
     layers: dict[Any, Any] = {path: layer for path, layer in nnx.iter_modules(copy) if _has_pair(layer)}
-    start = {path: _layers.population_start(layer.mean[...], layer.var[...], count) for path, layer in layers.items()}
+    start = {path: _population.start(layer.mean[...], layer.var[...], count) for path, layer in layers.items()}
     for path, layer in layers.items():
         for name, value in start[path].items():
             setattr(layer, name, nnx.BatchStat(value))
@@ -63,7 +63,7 @@ def population_statistics(
     def found(done: int) -> dict[Any, bool]:
         nnx.update(copy, state)
         end = {path: {name: getattr(layer, name)[...] for name in names} for path, layer in layers.items()}
-        return {p: _layers.population_found("/".join(map(str, p)), start[p], end[p], done) for p in layers}
+        return {p: _population.was_used("/".join(map(str, p)), start[p], end[p], done) for p in layers}
 
     used, done = {}, 0
     for batch in batches:
@@ -72,7 +72,7 @@ def population_statistics(
         if done == 1:
             used = found(done)
     used = found(done) if done else used
-    _layers.population_exists(used.values(), done)
+    _population.check_any(used.values(), done)
     for path, module in nnx.iter_modules(model):
         layer: Any = module
         if used.get(path):
