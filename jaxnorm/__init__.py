@@ -26,6 +26,7 @@ The map, in the order in which the files build on each other:
     both at once                  norm(x, groups) -> y, Moments                      _normalize.py
     remember them                 init_running(shape), update_running(state, m),     _running.py
                                   update_cumulative(state, m), running_shape(...),
+                                  update_averaged(state, m),
                                   running_moments(state, groups, x_shape)
     several devices               axis_name=, axis_index_groups= of the above,
                                   device_groups(num_devices, size=)                  _devices.py
@@ -61,8 +62,19 @@ The map, in the order in which the files build on each other:
                                   RMSNorm, GhostBatchNorm, BatchGroupNorm, PositionalNorm,
                                   FilterResponseNorm, EvoNormB0, EvoNormS0, ProxyNorm,
                                   GroupNormPlus, DynamicMomentShortcut, WSConv, WSDense
+    at test time                  inference.weigh_example, .adapt_moments,           inference.py
+                                  .choose_example_weight
+    folded into a linear layer    folding.fold                                       folding.py
+    a layer                       linen.Norm(method), nnx.Norm(features, method),    linen/, nnx/
+                                  BatchNorm, GroupNorm, LayerNorm, InstanceNorm,
+                                  RMSNorm, GhostBatchNorm, BatchGroupNorm,
+                                  BatchAndGroupNorm, PositionalNorm
+    a whole model at test time    linen., nnx.population_statistics, .fold_norms,    linen/, nnx/
+                                  linen.call_norms_with (nnx.view of Flax)
+    weight decay of norms         optim.add_norm_decay, .norm_mask, .decay_mask,     optim.py
+                                  .norm_penalty
 
-`jaxnorm.linen` and `jaxnorm.nnx` are imported by name: the functions above need jax alone. Inside, `_mean_var.py` and the
+`jaxnorm.linen`, `jaxnorm.nnx` and `jaxnorm.optim` (optax) are imported by name: all other functions need jax alone. Inside, `_mean_var.py` and the
 pass in `_normalize.py` are the two full-size computations with their derivatives, and `_xla.py` is what differs by platform.
 
 Letters: N examples, H x W positions, C channels, G groups of channels; S a set of elements that share statistics; gamma is
@@ -74,6 +86,8 @@ from jaxnorm import batch_group as batch_group
 from jaxnorm import evonorm as evonorm
 from jaxnorm import frn as frn
 from jaxnorm import group_plus as group_plus
+from jaxnorm import folding as folding
+from jaxnorm import inference as inference
 from jaxnorm import methods as methods
 from jaxnorm import positional as positional
 from jaxnorm import proxy as proxy
@@ -100,5 +114,6 @@ from jaxnorm._running import init_running as init_running
 from jaxnorm._running import running_moments as running_moments
 from jaxnorm._running import running_shape as running_shape
 from jaxnorm._running import sync_running as sync_running
+from jaxnorm._running import update_averaged as update_averaged
 from jaxnorm._running import update_cumulative as update_cumulative
 from jaxnorm._running import update_running as update_running

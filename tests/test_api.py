@@ -103,19 +103,9 @@ def uses(module, other):
 
 
 FLOORS = (
-    "_groups",
-    "_devices",
-    "_xla",
-    "_mean_var",
-    "_moments",
-    "_pooling",
-    "_normalize",
-    "_ghosts",
-    "_running",
-    "_parity",
-    "methods",
-    "_between",
-)
+    "_groups", "_devices", "_xla", "_mean_var", "_moments", "_pooling", "_normalize", "_ghosts", "_running", "_population",
+    "_parity", "methods", "_between", "inference", "folding",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("floor", range(len(FLOORS)), ids=FLOORS)
