@@ -85,6 +85,15 @@ def needs_running(example_weight: ArrayLike | None) -> None:
         )
 
 
+def only_channel_groups(example_weight: ArrayLike | None) -> None:
+    """Statistics that depend on the position in ways of their own have no counterpart in a single example."""
+    if example_weight is not None:
+        raise ValueError(
+            f"example_weight={example_weight} with groups that are not groups of channels. Expected a number of groups that "
+            "divides the channels; inference.weigh_example takes any row of the table of methods."
+        )
+
+
 def trained_weight(given: ArrayLike | None, use: bool, own: ArrayLike | None, ghost_size: int | None) -> ArrayLike | None:
     """Weight of an example at inference: given at the call, the layer's, or what it had in training."""
     if given is not None or not use:

@@ -185,11 +185,19 @@ class BatchGroupNorm(Row):
         return methods.batch_group_norm(self.num_groups)
 
     @nn.compact
-    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]) -> jax.Array:
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        example_weight: ArrayLike | None = None,
+        **options: Unpack[StateOptions],
+    ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
         x = as_array(x)
         if x.shape[single_axis(self.channel_axis, x.shape)] % self.num_groups == 0:
-            return super().__call__(x, use_running_average, **options)
+            return super().__call__(x, use_running_average, example_weight=example_weight, **options)
+        _layers.only_channel_groups(example_weight)
         axes = {"batch_axis": self.batch_axis, "channel_axis": self.channel_axis}
         first = partial(init_batch_group_norm, self.num_groups, x.shape, counted=self.debias, **axes)
         static = {"num_groups": self.num_groups, "correction": self.correction}

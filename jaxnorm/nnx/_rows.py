@@ -251,10 +251,18 @@ class BatchGroupNorm(Row, Function):
     def _row(self, x_shape: Shape | None) -> Method:
         return methods.batch_group_norm(self.num_groups)
 
-    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]) -> jax.Array:
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        example_weight: ArrayLike | None = None,
+        **options: Unpack[StateOptions],
+    ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
         if not self._tied:
-            return super().__call__(x, use_running_average, **options)
+            return super().__call__(x, use_running_average, example_weight=example_weight, **options)
+        _layers.only_channel_groups(example_weight)
         static = {"num_groups": self.num_groups, "correction": self.correction}
         if self.momentum is None:
             first = init_batch_group_norm(
