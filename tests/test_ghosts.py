@@ -96,6 +96,12 @@ def test_one_ghost_is_plain_and_none_usable_changes_nothing(convention):
 
 
 @pytest.mark.usefixtures("x64")
+def test_without_memory_the_last_ghost_remains():
+    new = update(ghosts(data()), "sequential", momentum=0.0)
+    close((new.mean, new.var), (data()[-SIZE:].mean((0, 1)), data()[-SIZE:].var((0, 1))))
+
+
+@pytest.mark.usefixtures("x64")
 def test_ghosts_on_another_axis():
     x = data()
     other = ghosts(x.transpose(2, 1, 0), batch_axis=2, channel_axis=0)
