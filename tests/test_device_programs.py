@@ -81,26 +81,26 @@ def sharded(f, cut, kind, shape=SHAPE, jit=jax.jit):
     return counted(jit(f), jax.device_put(np.ones(shape, "f4"), NamedSharding(mesh(cut, kind), spec(cut))))
 
 
-ALWAYS = slice(0, 3)
 C = 4 * 6
-# method, cut -> number, bytes and depth of the collectives that always run, forward and with backward; one bit is apart.
+# method, cut -> number, bytes and depth of the collectives that always run forward; bytes and depth with backward, where XLA
+# of jax 0.12 sends independent sums apart. One bit is apart.
 WHOLE = [
-    (methods.batch_norm(), "N", (1, 2 * C, 1), (2, 4 * C, 2)),
-    (methods.batch_group_norm(3), "N", (1, 2 * C, 1), (2, 4 * C, 2)),
-    (methods.group_norm(3), "N", (0, 0), (0, 0)),
-    (methods.instance_norm(), "N", (0, 0), (0, 0)),
-    (methods.token_layer_norm(), "N", (0, 0), (0, 0)),
-    (methods.rms_norm(), "N", (0, 0), (0, 0)),
-    (methods.ghost_batch_norm(8), "N", (0, 0), (0, 0)),
-    (methods.ghost_batch_norm(16), "N", (0, 0), (0, 0)),
-    (methods.batch_and_group_norm(8, 3), "N", (0, 0), (0, 0)),
+    (methods.batch_norm(), "N", (1, 2 * C, 1), (4 * C, 2)),
+    (methods.batch_group_norm(3), "N", (1, 2 * C, 1), (4 * C, 2)),
+    (methods.group_norm(3), "N", (0, 0), (0,)),
+    (methods.instance_norm(), "N", (0, 0), (0,)),
+    (methods.token_layer_norm(), "N", (0, 0), (0,)),
+    (methods.rms_norm(), "N", (0, 0), (0,)),
+    (methods.ghost_batch_norm(8), "N", (0, 0), (0,)),
+    (methods.ghost_batch_norm(16), "N", (0, 0), (0,)),
+    (methods.batch_and_group_norm(8, 3), "N", (0, 0), (0,)),
     (methods.ghost_batch_norm(4), "N", (1, 2 * C), None),
     (methods.ghost_batch_norm(2), "N", (1, 2 * C), None),
-    (methods.batch_norm(), "H", (1, 2 * C, 1), (2, 4 * C, 2)),
-    (methods.group_norm(3), "H", (1, 16 * 2 * C, 1), (2, 16 * 4 * C, 2)),
-    (methods.rms_norm(), "H", (0, 0), (0, 0)),
+    (methods.batch_norm(), "H", (1, 2 * C, 1), (4 * C, 2)),
+    (methods.group_norm(3), "H", (1, 16 * 2 * C, 1), (16 * 4 * C, 2)),
+    (methods.rms_norm(), "H", (0, 0), (0,)),
     (methods.batch_norm(), "NC", (1, C), None),
-    (methods.group_norm(2), "NC", (0, 0), (0, 0)),
+    (methods.group_norm(2), "NC", (0, 0), (0,)),
     (methods.rms_norm(), "NC", (1, 4 * 8 * 3 * 4), None),
 ]
 
@@ -115,7 +115,8 @@ def test_whole_arrays(method, cut, forward, both):
     got = sharded(f, cut, AxisType.Auto)
     back = sharded(gradient(f), cut, AxisType.Auto)
     assert got[: len(forward)] == forward
-    assert both is None or back[: len(both)] == both
+    assert both is None or back[1 : 1 + len(both)] == both
+    assert back.number <= forward[0] + 2
     assert max(got.bytes, back.bytes, back.branch_bytes) < 4 * X.size / 4, "sums, no activations"
     assert sharded(f, cut, AxisType.Explicit) == got
     assert sharded(gradient(f), cut, AxisType.Explicit) == back
