@@ -44,8 +44,9 @@ The map, in the order in which the files build on each other:
     weight decay of norms         optim.add_norm_decay, .norm_mask, .decay_mask,     optim.py
                                   .norm_penalty
 
-`jaxnorm.linen`, `jaxnorm.nnx` and `jaxnorm.optim` (optax) are imported by name: all other functions need jax alone. Inside, `_mean_var.py` and the
-pass in `_normalize.py` are the two full-size computations with their derivatives, and `_xla.py` is what differs by platform.
+`jaxnorm.linen`, `jaxnorm.nnx` and `jaxnorm.optim` (optax) are imported by name: all other functions need jax alone. Inside,
+`_mean_var.py` and the pass in `_normalize.py` are the two full-size computations with their derivatives, and `_xla.py` is what
+differs by platform.
 
 Letters: N examples, H x W positions, C channels, G groups of channels; S a set of elements that share statistics; gamma is
 `scale`, beta `bias`. Two conventions to remember: `momentum` is the weight of the OLD value, and variances are biased,
