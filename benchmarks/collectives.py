@@ -41,10 +41,11 @@ ON_TPU = ("jaxnorm", "flax.linen")
 
 TPU_METHODS = ("batch", "batch_groups", "ghost", "group", "group_channels")
 
-TOPOLOGIES = ("v5e:2x4", "v5e:16x16", "v5p:4x4x4", "v5p:16x16x16")
+PLATFORMS = ("cpu", "v5e:2x4", "v5e:16x16", "v5p:4x4x4", "v5p:16x16x16")
+"""Simulated devices, and slices of TPUs."""
 
-NETWORK_TOPOLOGY = "v5e:8x16"
-"""With 8 groups of 16 chips, so that what is within groups can be told from what is across them."""
+NETWORK_PLATFORMS = ("cpu", "v5e:8x16")
+"""For ResNet-50: 8 groups of 16 chips, so that what is within groups can be told from what is across them."""
 
 GROUP = 16
 """Devices that share statistics where not all do; half of them where there are fewer."""
@@ -107,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"{name} is not installed, and left out.", highlight=False)
     if reason := tpu.unavailable():
         console.print(f"No TPUs: {reason}", highlight=False)
-        args.topologies = []
+        args.platforms = [platform for platform in args.platforms if platform == "cpu"]
+        args.network_platforms = [platform for platform in args.network_platforms if platform == "cpu"]
     results: list[Result] = []
     steps: dict[tuple[str, str], list[Collective]] = {}
     interrupted = False
@@ -144,34 +146,28 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="layers on 8 simulated devices only")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=f"some of {', '.join(METHODS)}")
     add("--contexts", nargs="+", choices=CONTEXTS, default=list(CONTEXTS), metavar="CONTEXT", help=f"of {', '.join(CONTEXTS)}")
-    add("--passes", nargs="+", choices=PASSES, default=list(PASSES), metavar="PASS", help=f"some of {', '.join(PASSES)}")
+    add("--passes", nargs="+", choices=PASSES, default=["forward", "step"], metavar="PASS", help=f"some of {', '.join(PASSES)}")
     names = [name for name in COMPARED if name in installed()]
     add("--libraries", nargs="+", choices=names, default=names, metavar="LIBRARY", help=f"some of {', '.join(names)}")
-    add("--topologies", nargs="*", default=list(TOPOLOGIES), metavar="SLICE", help=f"default: {' '.join(TOPOLOGIES)}")
-    add(
-        "--network-topologies",
-        nargs="*",
-        default=list(TOPOLOGIES[1:2]),
-        metavar="SLICE",
-        help="of ResNet-50; default: v5e:16x16",
-    )
+    for option, default, of in (("--platforms", PLATFORMS, "layers"), ("--network-platforms", NETWORK_PLATFORMS, "ResNet-50")):
+        shown = f"cpu and slices of TPUs for {of}; default: {' '.join(default)}"
+        add(option, nargs="*", default=list(default), metavar="PLATFORM", help=shown)
     add("--norms", nargs="*", choices=NORMS, default=list(NORMS), metavar="NORM", help=f"of ResNet-50: {', '.join(NORMS)}")
     add("--output", type=folder, default="results/collectives", metavar="FOLDER", help="default: %(default)s")
     return parser
 
 
 def _jobs(args: argparse.Namespace) -> list[Job]:
-    topologies = [] if args.quick else args.topologies
-    jobs = _layers("cpu", args.methods, args.contexts, args.passes, args.libraries)
-    for topology in topologies:
-        methods = [method for method in TPU_METHODS if method in args.methods]
-        contexts = [context for context in ("jit", "shard_map") if context in args.contexts]
-        passes = [what for what in ("forward", "step") if what in args.passes]
-        jobs += _layers(topology, methods, contexts, passes, [name for name in ON_TPU if name in args.libraries])
-    if not args.quick:
-        jobs += _networks("cpu", args.norms, args.contexts)
-        for topology in args.network_topologies if topologies else ():
-            jobs += _networks(topology, args.norms, [context for context in ("jit", "shard_map") if context in args.contexts])
+    jobs: list[Job] = []
+    on_tpu = [context for context in ("jit", "shard_map") if context in args.contexts]
+    for platform in ("cpu",) if args.quick else args.platforms:
+        if platform == "cpu":
+            jobs += _layers("cpu", args.methods, args.contexts, args.passes, args.libraries)
+        else:
+            methods = [method for method in TPU_METHODS if method in args.methods]
+            jobs += _layers(platform, methods, on_tpu, args.passes, [name for name in ON_TPU if name in args.libraries])
+    for platform in () if args.quick else args.network_platforms:
+        jobs += _networks(platform, args.norms, args.contexts if platform == "cpu" else on_tpu)
     return jobs
 
 

@@ -26,44 +26,43 @@ The map, in the order in which the files build on each other:
     both at once                  norm(x, groups) -> y, Moments                      _normalize.py
     remember them                 init_running(shape), update_running(state, m),     _running.py
                                   update_cumulative(state, m), running_shape(...),
+                                  update_averaged(state, m),
                                   running_moments(state, groups, x_shape)
     several devices               axis_name=, axis_index_groups= of the above,
-                                  device_groups(num_devices, size=)                  _devices.py
-    equal on all again            sync_running(state, axis_name=)                    _running.py
-    a method by name              methods.group_norm(32), ...                        methods.py
-    a method with a rule between  renorm.batch_renorm(x, state, train=)              renorm.py
-    moments and normalize         frn.filter_response_norm(x, threshold=)            frn.py
-                                  evonorm.evonorm_b0(x, state, train=, v=),          evonorm.py
-                                  evonorm_s0(x, v=)
-                                  proxy.proxy_norm(x, method, activation=)           proxy.py
-                                  group_plus.group_norm_plus(x, state, train=)       group_plus.py
-                                  positional.positional_norm(x), moment_shortcut     positional.py
-                                  batch_group.batch_group_norm(x, state, train=,     batch_group.py
-                                  num_groups=)
-    standardized kernels          methods.standardize_kernel(kernel)                 methods.py
-    of ghost batches              update_running(..., ghost_update="pooled")         _ghosts.py
-    several devices               axis_name=, axis_index_groups= of the above        _devices.py
-    a method by name              methods.group_norm(32), ...                        methods.py
-    a method with a rule between  renorm.batch_renorm(x, state, train=)              renorm.py
-    moments and normalize         momentum.momentum_batch_norm(x, state, train=)     momentum.py
-                                  memorized.memorized_batch_norm(...),               memorized.py
-                                  memorized.double_forward(loss, update)
-                                  switchable.switchable_norm(...)                    switchable.py
-                                  domains.domain_batch_norm(..., domain=),           domains.py
-                                  domains.domain_ensemble(forward, num_domains)
-    moments and normalize
-    that needs the kernel         cross_iteration.cross_iteration_norm(y, state,     cross_iteration.py
-                                  train=, inputs=, kernel=)
-    with its own gradient         moving_average.moving_average_norm(x, state,       moving_average.py
-                                  train=, tap=)
-    a layer                       linen.Norm(method), nnx.Norm(features, method),    linen/, nnx/
-                                  BatchNorm, GroupNorm, LayerNorm, InstanceNorm,
-                                  RMSNorm, GhostBatchNorm, BatchGroupNorm, PositionalNorm,
-                                  FilterResponseNorm, EvoNormB0, EvoNormS0, ProxyNorm,
-                                  GroupNormPlus, DynamicMomentShortcut, WSConv, WSDense
+                                  device_groups(num_devices, size=),                 _devices.py
+                                  sync_running(state, axis_name=)                    _running.py
+    a row of the table            methods.group_norm(32), ...                        methods.py
 
-`jaxnorm.linen` and `jaxnorm.nnx` are imported by name: the functions above need jax alone. Inside, `_mean_var.py` and the
-pass in `_normalize.py` are the two full-size computations with their derivatives, and `_xla.py` is what differs by platform.
+<<<<<<< HEAD
+Methods with a rule between `moments` and `normalize`, each in a file of its name. What they remember is a dict of arrays;
+`f(x, state, train=)` returns y and the next state:
+
+    towards running statistics    renorm.batch_renorm, momentum.momentum_batch_norm
+    over several batches          memorized.memorized_batch_norm, memorized.double_forward,
+                                  cross_iteration.cross_iteration_norm, moving_average.moving_average_norm
+    a mixture of statistics       switchable.switchable_norm, group_plus.group_norm_plus
+    of several domains            domains.domain_batch_norm, domains.domain_distance, domains.domain_ensemble
+    any number of groups          batch_group.batch_group_norm
+    with its activation           frn.filter_response_norm, evonorm.evonorm_b0, evonorm.evonorm_s0, proxy.proxy_norm
+    returned and used later       positional.positional_norm, positional.moment_shortcut
+    of a kernel                   methods.standardize_kernel
+
+At test time, and around:
+
+    an example's own statistics   inference.weigh_example, inference.choose_example_weight, inference.adapt_moments
+    into the layer in front       folding.fold
+    weight decay of norms         optim.add_norm_decay, optim.norm_mask, optim.decay_mask, optim.norm_penalty
+    layers                        linen.Norm(method), nnx.Norm(features, method), and one named after each method: linen/, nnx/
+    whole models                  population_statistics and fold_norms in linen and nnx
+
+`jaxnorm.linen`, `jaxnorm.nnx` and `jaxnorm.optim` are imported by name: all other functions need jax alone. Inside,
+`_mean_var.py` and the pass in `_normalize.py` are the two full-size computations with their derivatives, `_xla.py` is what
+differs by platform, and `_between.py` the frame of the methods with a rule.
+=======
+`jaxnorm.linen`, `jaxnorm.nnx` and `jaxnorm.optim` (optax) are imported by name: all other functions need jax alone. Inside,
+`_mean_var.py` and the pass in `_normalize.py` are the two full-size computations with their derivatives, and `_xla.py` is what
+differs by platform.
+>>>>>>> testtime
 
 Letters: N examples, H x W positions, C channels, G groups of channels; S a set of elements that share statistics; gamma is
 `scale`, beta `bias`. Two conventions to remember: `momentum` is the weight of the OLD value, and variances are biased,
@@ -71,20 +70,22 @@ divided by n.
 """
 
 from jaxnorm import batch_group as batch_group
+from jaxnorm import cross_iteration as cross_iteration
+from jaxnorm import domains as domains
 from jaxnorm import evonorm as evonorm
+from jaxnorm import folding as folding
 from jaxnorm import frn as frn
 from jaxnorm import group_plus as group_plus
+from jaxnorm import inference as inference
+from jaxnorm import memorized as memorized
 from jaxnorm import methods as methods
+from jaxnorm import momentum as momentum
+from jaxnorm import moving_average as moving_average
 from jaxnorm import positional as positional
 from jaxnorm import proxy as proxy
-from jaxnorm import cross_iteration as cross_iteration
-from jaxnorm import moving_average as moving_average
 from jaxnorm import renorm as renorm
-from jaxnorm._devices import device_groups as device_groups
-from jaxnorm import domains as domains
-from jaxnorm import memorized as memorized
-from jaxnorm import momentum as momentum
 from jaxnorm import switchable as switchable
+from jaxnorm._devices import device_groups as device_groups
 from jaxnorm._groups import EACH as EACH
 from jaxnorm._groups import Groups as Groups
 from jaxnorm._groups import Method as Method
@@ -100,5 +101,6 @@ from jaxnorm._running import init_running as init_running
 from jaxnorm._running import running_moments as running_moments
 from jaxnorm._running import running_shape as running_shape
 from jaxnorm._running import sync_running as sync_running
+from jaxnorm._running import update_averaged as update_averaged
 from jaxnorm._running import update_cumulative as update_cumulative
 from jaxnorm._running import update_running as update_running

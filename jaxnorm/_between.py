@@ -114,7 +114,9 @@ def averaged(old: jax.Array, new: jax.Array, momentum: ArrayLike, keep: ArrayLik
 
 
 def updated(state: State, m: Moments, momentum: ArrayLike, correction: int = 0) -> State:
-    """State of `mean`, `var` and perhaps `count` after a batch with moments m: `update_running`, without a derivative."""
+    """State of `mean`, `var` and perhaps `count` after a batch with moments m, of as many sets: `update_running`, without a
+    derivative."""
+    m = jax.tree.map(lambda t: t.reshape(state["mean"].shape), m)
     old = Moments(state.get("count"), state["mean"], state["var"])  # pyright: ignore[reportArgumentType]  # None is no count
     new = jax.lax.stop_gradient(update_running(old, m, momentum=momentum, correction=correction))
     return state | {name: getattr(new, name) for name in ("count", "mean", "var") if name in state}

@@ -9,10 +9,7 @@ With k ghosts of moments s_i, in order, and momentum d:
 
 Pooled statistics are batch normalization's whatever the ghost size. The variances of the others are smaller by the variance
 of the ghosts' means; sequential ones forget k times as fast, which the divided rate undoes but for terms of order (1 - d)^2.
-
-So is it done elsewhere: pooled in the code of 1906.03548; sequential in that of 1705.08741 (eladhoffer/bigBatch) and of
-TabNet's Keras implementation (ostamand/tensorflow-tabnet); sequential divided in MosaicML's Composer; averaged, from memory,
-with `virtual_batch_size` of Keras 2.
+Who uses which stands at `update_running`.
 """
 
 from collections.abc import Callable

@@ -4,7 +4,7 @@ A layer holds parameters and running statistics; everything it computes is one c
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import jax
@@ -16,11 +16,14 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxnorm._between import State
 from jaxnorm._devices import AxisName, DeviceGroups
 from jaxnorm._ghosts import GhostUpdate
-from jaxnorm._groups import Method, Shape, Specification, axes_of
+from jaxnorm._groups import EACH, Method, Shape, Specification, axes_of, resolve
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments, moments
 from jaxnorm._normalize import norm, normalize
+from jaxnorm._pooling import pool
+from jaxnorm._population import POPULATION
 from jaxnorm._running import update_running
+from jaxnorm.inference import weigh_example
 
 Axes = int | Sequence[int]
 Activation = Callable[[jax.Array], jax.Array]
@@ -58,6 +61,56 @@ def run(
 def with_batch(function: Callable[..., Any], state: State, x: jax.Array, **options: Any) -> jax.Array:
     """A method with state as one without: always with the batch's statistics."""
     return function(x, state, train=True, **options)[0]
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether a Flax layer computes with its kernel as it is."""
+    hooks = ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
+    standard = (None, lax.dot_general, lax.conv_general_dilated)
+    return all(getattr(layer, hook, None) in standard for hook in hooks)
+
+
+def is_constant(x: jax.Array, axis: Axes, use: bool | None, options: Mapping[str, Any]) -> bool:
+    """Whether a norm with running statistics, called so, does the same to every element of a channel, the last axis."""
+    given = {name for name, value in options.items() if value is not None and value is not False}
+    return bool(use) and given <= {"activation"} and axes_of(axis, x.shape) == (x.ndim - 1,)
+
+
+def needs_running(example_weight: ArrayLike | None) -> None:
+    """A layer without running statistics has nothing to weigh an example against."""
+    if example_weight is not None:
+        raise ValueError(
+            f"example_weight={example_weight} weighs an example against running statistics, and this layer keeps none. "
+            "Expected a method that shares statistics between examples, with a momentum."
+        )
+
+
+def only_channel_groups(example_weight: ArrayLike | None) -> None:
+    """Statistics that depend on the position in ways of their own have no counterpart in a single example."""
+    if example_weight is not None:
+        raise ValueError(
+            f"example_weight={example_weight} with groups that are not groups of channels. Expected a number of groups that "
+            "divides the channels; inference.weigh_example takes any row of the table of methods."
+        )
+
+
+def trained_weight(given: ArrayLike | None, use: bool, own: ArrayLike | None, ghost_size: int | None) -> ArrayLike | None:
+    """Weight of an example at inference: given at the call, the layer's, or what it had in training."""
+    if given is not None or not use:
+        return given
+    if own is not None:
+        return own
+    if ghost_size is None:
+        raise ValueError(
+            "an example's weight at inference is 1 / ghost_size by default. Got num_ghosts, which does not tell the size; "
+            "expected ghost_size, or an example_weight."
+        )
+    return 1 / ghost_size
+
+
+def per_channel(method: Method) -> Method:
+    """The method with a statistic for every channel."""
+    return dataclasses.replace(method, groups=dataclasses.replace(method.groups, channel=EACH))
 
 
 def whole_batch(method: Method) -> Method:
@@ -153,6 +206,9 @@ class Running:
         momentum: weight of the old value.
         correction: 1 stores the unbiased variance.
         ghost_update: how several ghost batches enter, see `update_running`.
+        measured: the sets of these statistics, where those of the method are coarser.
+        example_weight: pool them with each example's own moments, of this weight, before they are used.
+        population: a name of `POPULATION` where the update is that of a population, and their count its.
     """
 
     moments: Moments
@@ -161,6 +217,29 @@ class Running:
     momentum: ArrayLike = 0.99
     correction: int = 0
     ghost_update: GhostUpdate = "pooled"
+    measured: Specification | None = None
+    example_weight: ArrayLike | None = None
+    population: str | None = None
+
+    def __post_init__(self):
+        if self.example_weight is not None and not self.use:
+            raise ValueError(
+                f"example_weight={self.example_weight} weighs an example against running statistics. Got "
+                "use_running_average=False; expected True, or no example_weight."
+            )
+
+    def updated(self, batch: Moments, batch_axis: int) -> Moments:
+        """The running statistics after this batch."""
+        if self.population is not None:
+            return POPULATION[self.population](self.moments, batch, batch_axis=batch_axis)
+        return update_running(
+            self.moments,
+            batch,
+            momentum=self.momentum,
+            correction=self.correction,
+            ghost_update=self.ghost_update,
+            batch_axis=batch_axis,
+        )
 
     def with_values(self, mean: jax.Array, var: jax.Array) -> "Running":
         """The same with other values, such as cast ones."""
@@ -195,23 +274,21 @@ def apply(
         # About the running mean, one round of sums over devices is enough; on one device a second look is cheaper.
         "center": None if running is None or axis_name is None else running.moments.mean,
     }
-    if running is not None and running.use and not running.update:
-        return normalize(x, running.moments, **affine, **axes), None
+    used = running.moments if running is not None and running.use else None
+    if running is not None and used is not None and running.example_weight is not None:
+        used = weigh_example(x, used, groups, example_weight=running.example_weight, **axes)
+    if running is not None and used is not None and not running.update:
+        return normalize(x, used, **affine, **axes), None
+    measured = groups if running is None or running.measured is None else running.measured
     if not use_fast_variance:
-        sets["center"] = lax.stop_gradient(moments(x, groups, **sets, **axes).mean)
-    if running is not None and running.use:
-        batch = moments(x, groups, **sets, **axes)
-        y = normalize(x, running.moments, **affine, **axes)
-    else:
+        sets["center"] = lax.stop_gradient(moments(x, measured, **sets, **axes).mean)
+    if used is None and measured is groups:
         y, batch = norm(x, groups, **sets, **affine, **axes)
+    else:
+        batch = moments(x, measured, **sets, **axes)
+        if used is None:
+            used = pool(batch, resolve(groups, x.shape, batch_axis, channel_axis)[0])
+        y = normalize(x, used, **affine, **axes)
     if running is None or not running.update:
         return y, None
-    new = update_running(
-        running.moments,
-        batch,
-        momentum=running.momentum,
-        correction=running.correction,
-        ghost_update=running.ghost_update,
-        batch_axis=batch_axis,
-    )
-    return y, new
+    return y, running.updated(batch, batch_axis)

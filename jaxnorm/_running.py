@@ -308,6 +308,48 @@ def _corrected(m: Moments, correction: int) -> Moments:
     return dataclasses.replace(m, var=m.var * n / jnp.maximum(n - correction, 1)) if correction else m
 
 
+def update_averaged(state: Moments, m: Moments, *, batch_axis: int = 0) -> Moments:
+    """Averages of the batches' means and unbiased variances: every batch counts alike, however large.
+
+        k <- k + 1,    mean <- mean + (m - mean) / k,    var <- var + (v n / (n - 1) - var) / k
+
+    It estimates the variance inside batches; `update_cumulative` that of all elements, and is exact where batches differ.
+
+    Args:
+        state: old running statistics with a count, here of batches: `init_running(shape, counted=True)`.
+        m: moments of the batch, of the statistic's shape or of the state's.
+        batch_axis: axis of the ghost batches in m.
+
+    Returns:
+        The new state, of the same shapes and dtypes.
+
+    Raises:
+        TypeError: complex moments for a real state.
+        ValueError: a state without count, or moments of another shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> state = init_running((1,), counted=True)
+        >>> for value in (0.0, 2.0):
+        ...     state = update_averaged(state, Moments(jnp.full((1, 1), 3.0), jnp.full((1, 1), value), jnp.ones((1, 1))))
+        >>> state.mean.tolist(), state.var.tolist(), state.count.tolist()
+        ([1.0], [1.5], [2.0])
+    """
+    if state.count is None:
+        raise ValueError("an average over batches counts them. Got no count; make the state by init_running(counted=True).")
+    k = state.count
+    new = update_running(
+        Moments(None, state.mean, state.var),  # type: ignore[arg-type]  # the count is of batches here
+        m,
+        momentum=k / (k + 1),
+        correction=1,
+        batch_axis=batch_axis,
+    )
+    m = _as_state(m, state, batch_axis)
+    usable = (m.count > 0) & jnp.isfinite(m.mean) & jnp.isfinite(m.var)
+    return dataclasses.replace(new, count=jnp.where(usable, k + 1, k))
+
+
 def _as_state(m: Moments, state: Moments, batch_axis: int) -> Moments:
     """A batch's moments with ghost batches pooled, in the state's shape."""
     if m.count is None:

@@ -18,6 +18,7 @@ from jaxnorm._groups import EACH, Groups, Shape, single_axis
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments
 from jaxnorm._pooling import pool
+from jaxnorm._running import init_running
 
 
 def init_batch_group_norm(
@@ -44,9 +45,9 @@ def init_batch_group_norm(
         {'mean': (4,), 'var': (4,), 'positions': (8, 8)}
     """
     channels, positions = _sizes(num_groups, x_shape, batch_axis, channel_axis)
-    state = {"mean": jnp.zeros(num_groups), "var": jnp.ones(num_groups)}
-    state |= {"count": jnp.zeros(num_groups)} if counted else {}
-    return state if channels % num_groups == 0 else state | {"positions": jnp.zeros(positions)}
+    first = init_running((num_groups,), counted=counted)
+    state = {"mean": first.mean, "var": first.var} | ({"count": first.count} if counted else {})
+    return state if channels % num_groups == 0 else state | {"positions": jnp.zeros(positions, jnp.float32)}
 
 
 def batch_group_norm(
@@ -119,7 +120,7 @@ def batch_group_norm(
         devices = named(options, "axis_name", "axis_index_groups")
         features = jax.tree.map(lambda t: _pieces(t, num_groups, channel), measured(x, grid, **alone(options)))
         m = pool(features, (num_groups, 1), **devices)
-        state = updated(state, jax.tree.map(jnp.ravel, m), momentum, correction)
+        state = updated(state, m, momentum, correction)
     else:
         mean, var = (state[name].reshape(-1, 1).astype(statistic_dtype(x.dtype)) for name in ("mean", "var"))
         m = Moments(jnp.ones_like(mean), mean, var)

@@ -217,8 +217,8 @@ def _check(
     if kernel.shape != shape or shape[-1] != y.shape[channel] or shape[-2] * groups != inputs.shape[channel]:
         raise ValueError(
             f"state is that of a kernel of shape {shape} in {groups} groups: {shape[-2] * groups} channels in, {shape[-1]} "
-            f"out. Got a kernel of shape {kernel.shape}, inputs of shape {inputs.shape}, y of shape {y.shape} with channel_axis="
-            f"{channel_axis}. Expected the state that init_cross_iteration makes for this kernel."
+            f"out. Got a kernel of shape {kernel.shape}, inputs of shape {inputs.shape}, y of shape {y.shape} with "
+            f"channel_axis={channel_axis}. Expected the state that init_cross_iteration makes for this kernel."
         )
     if weights is not None and as_weights(weights, y).shape[channel] != 1:
         raise ValueError(

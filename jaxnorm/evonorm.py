@@ -41,7 +41,7 @@ def init_evonorm_b0(num_channels: int) -> State:
         >>> init_evonorm_b0(3)["var"].tolist()
         [1.0, 1.0, 1.0]
     """
-    return {"var": jnp.ones(num_channels)}
+    return {"var": jnp.ones(num_channels, jnp.float32)}
 
 
 def evonorm_b0(

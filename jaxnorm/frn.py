@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm import methods
-from jaxnorm._between import Options, applied, measured, named, parameter, real
+from jaxnorm._between import Options, applied, measured, named, output_dtype, parameter, real
 from jaxnorm._mean_var import statistic_dtype
 
 
@@ -56,17 +56,18 @@ def filter_response_norm(
     x = real(x, "filter_response_norm")
     if threshold is None and slope is not None:
         raise ValueError("slope is that of the affine thresholded linear unit. Got threshold=None; expected one, (C,).")
+    wide = statistic_dtype(x.dtype)
     if learned_epsilon is not None:
-        dtype = statistic_dtype(x.dtype)
-        epsilon = jnp.abs(jnp.asarray(learned_epsilon, dtype)) + jnp.asarray(epsilon, dtype)  # type: ignore[assignment]
+        epsilon = jnp.abs(jnp.asarray(learned_epsilon, wide)) + jnp.asarray(epsilon, wide)  # type: ignore[assignment]
     if threshold is not None:
-        after = options.get("activation")
+        after, dtype = options.get("activation"), output_dtype(x, options)
 
         def thresholded(y: jax.Array) -> jax.Array:
             y = thresholded_linear_unit(y, threshold, slope=slope, **named(options, "batch_axis", "channel_axis"))
+            y = y.astype(dtype)
             return y if after is None else after(y)
 
-        options["activation"] = thresholded
+        options |= {"activation": thresholded, "dtype": wide}
     return applied(x, measured(x, methods.filter_response_norm(), **options), epsilon, **options)
 
 

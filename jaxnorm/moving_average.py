@@ -135,7 +135,7 @@ def moving_average_norm(
     share = jnp.where(averaging, jnp.asarray(1 / window, var.dtype), 1)
     count = jnp.where(m.count > 0, m.count, 1)
     tap = varying_like(along_channels(tap, x, channel_axis), m.var)
-    divided = _corrected(_parts(x, m.var, options), m.var, tap, var, r, past, share, count)
+    divided: jax.Array = _corrected(_parts(x, m.var, options), m.var, tap, var, r, past, share, count)
     y = applied(x, Moments(m.count, jnp.zeros_like(running), divided), 0.0, **options)
     new = {
         "mean_square": averaged(state["mean_square"], square, momentum, keep),

@@ -47,8 +47,7 @@ def positional_norm(
     """
     x = real(x, "positional_norm")
     m = with_divisor(measured(x, methods.positional_norm(), **options), epsilon, correction=correction)
-    std = jnp.where(m.var > 0, jnp.sqrt(jnp.where(m.var > 0, m.var, 1)), 0)  # with epsilon 0 a position may be constant
-    return applied(x, m, 0.0, **options), m.mean, std
+    return applied(x, m, 0.0, **options), m.mean, jnp.sqrt(m.var)
 
 
 def moment_shortcut(x: ArrayLike, mean: ArrayLike, std: ArrayLike, *, channel_axis: int = -1) -> jax.Array:

@@ -25,7 +25,7 @@ FUNCTIONS = {name: v for name, v in DOCUMENTED.items() if inspect.isfunction(v)}
 # what comes first, by position: arrays, moments, shapes, and the numbers that make up a method; all else is an option
 BY_POSITION = {
     "x", "m", "parts", "weights", "groups", "state", "shape", "x_shape", "kernel", "num_ghosts", "num_groups",
-    "batch_size", "num_channels",
+    "batch_size", "num_channels", "num_devices",
 }  # fmt: skip
 
 
@@ -103,19 +103,9 @@ def uses(module, other):
 
 
 FLOORS = (
-    "_groups",
-    "_devices",
-    "_xla",
-    "_mean_var",
-    "_moments",
-    "_pooling",
-    "_normalize",
-    "_ghosts",
-    "_running",
-    "_parity",
-    "methods",
-    "_between",
-)
+    "_groups", "_devices", "_xla", "_mean_var", "_moments", "_pooling", "_normalize", "_ghosts", "_running", "_population",
+    "_parity", "methods", "_between", "inference", "folding",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("floor", range(len(FLOORS)), ids=FLOORS)

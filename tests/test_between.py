@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import jit
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -107,14 +108,15 @@ CASES = (
     ),
 )
 STATEFUL = [case for case in CASES if case.init(C)]
-cases = pytest.mark.parametrize("case", CASES, ids=str)
-stateful = pytest.mark.parametrize("case", STATEFUL, ids=str)
+
+
+def some(*names, of=CASES):
+    """All cases, those of other names only in the full product."""
+    marked = [case if case.name in names else pytest.param(case, marks=pytest.mark.slow) for case in of]
+    return pytest.mark.parametrize("case", marked, ids=str)
+
+
 close = partial(chex.assert_trees_all_close, rtol=1e-11, atol=1e-11)
-
-
-def jit(f):
-    """Compiled as a whole, without optimizations: operation by operation takes longer."""
-    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def data(*shape, seed=0):
@@ -134,7 +136,7 @@ def some_state(case, dtype="f8"):
 
 
 @pytest.mark.usefixtures("x64")
-@cases
+@some("renorm", "memorized", "switchable")
 def test_state_is_float32_and_a_fixed_point(case):
     """Also in double precision: a scan carries it, and a loop gives the same."""
     xs, start = data(3, 6, 2, C).astype("f4"), case.init(C)
@@ -152,7 +154,7 @@ def test_state_is_float32_and_a_fixed_point(case):
 
 
 @pytest.mark.usefixtures("x64")
-@cases
+@some("memorized", "switchable", "domains")
 def test_transformations_and_layouts_agree(case):
     """Forward and reverse mode, vmap, channels first, the batch last, per-example scale: one set of values."""
     x, gy, state, domain = data(6, 2, 3, C), data(6, 2, 3, C, seed=1), some_state(case), labels(6)
@@ -180,7 +182,7 @@ def padded(t, value=0):
 
 
 @pytest.mark.usefixtures("x64")
-@cases
+@some("renorm", "switchable", "domains")
 def test_what_is_masked_touches_nothing(case):
     """Padding, whatever it holds: the rest, its gradient and the state are those without it. Weights count elements."""
     x, gy, state, domain = data(6, 2, C), data(6, 2, C, seed=1), some_state(case), labels(6)
@@ -210,7 +212,7 @@ def differentiated(case, state, x, w, gy, domain, **options):
 
 
 @pytest.mark.usefixtures("x64")
-@cases
+@some("momentum", "switchable", "domains")
 def test_devices_together_are_one(case):
     """Value, gradient and state, with uneven weights and a device without any."""
     x, gy, state, domain = data(16, 2, C), data(16, 2, C, seed=1), some_state(case), labels(16)
@@ -223,7 +225,7 @@ def test_devices_together_are_one(case):
 
 
 @pytest.mark.usefixtures("x64")
-@cases
+@some("renorm", "domains")
 def test_groups_of_devices_are_batches_of_their_own(case):
     x, gy, state, domain = data(8, 2, C), data(8, 2, C, seed=1), some_state(case), labels(8)
     f = partial(differentiated, case, state)
@@ -236,7 +238,7 @@ def test_groups_of_devices_are_batches_of_their_own(case):
     close(jax.tree.map(lambda t: t[::4], new), want[2])
 
 
-@cases
+@some("renorm", "switchable", "domains")
 def test_half_precision_is_computed_in_single(case):
     x, state, domain = jnp.asarray(data(6, 2, 3, C), "bfloat16"), some_state(case, "f4"), labels(6)
     y, new = jit(lambda x: case(x, state, domain))(x)
@@ -246,7 +248,7 @@ def test_half_precision_is_computed_in_single(case):
     close(y, wide.astype("bfloat16"), rtol=2**-7, atol=1e-2)
 
 
-@stateful
+@some("memorized", "momentum", "domains", of=STATEFUL)
 def test_unusable_sets_leave_the_state(case):
     """Channel by channel: one without finite moments stays to the bit, in its domain, the others move; y says so."""
     x, state, domain = data(6, 2, C).astype("f4"), some_state(case, "f4"), labels(6)
@@ -263,7 +265,7 @@ def test_unusable_sets_leave_the_state(case):
     assert np.isfinite(y[2:]).all()
 
 
-@stateful
+@some("momentum", "switchable", "domains", of=STATEFUL)
 def test_inference_leaves_the_state_and_examples_do_not_meet(case):
     x, state, domain = data(6, 2, C).astype("f4"), some_state(case, "f4"), labels(6)
     run = jit(lambda x, domain: case(x, state, domain, train=False))
@@ -273,15 +275,14 @@ def test_inference_leaves_the_state_and_examples_do_not_meet(case):
     np.testing.assert_array_equal(run(x, domain)[0][0], y[0])
 
 
-@cases
+@some("renorm", "momentum", "switchable", "domains")
 def test_one_value_a_set_is_finite(case):
     """One example without positions: y and its gradient."""
     x, state = data(1, C).astype("f4"), case.init(C)
-    y, pull, _ = jax.vjp(lambda x: case(x, state, labels(1)), x, has_aux=True)
-    chex.assert_tree_all_finite((y, pull(jnp.ones_like(y))))
+    chex.assert_tree_all_finite(jit(partial(differentiated, case))(state, x, np.ones((1, 1)), x, labels(1)))
 
 
-@cases
+@some("renorm", "momentum", "memorized", "switchable", "switchable without batch", "domains")
 def test_layers_in_linen_and_nnx_are_the_function(case):
     """Two steps of training, with a mask, and inference of another batch size; parameters and state by the same names."""
     x, few, mask = data(6, 2, C).astype("f4"), data(3, 2, C, seed=1).astype("f4"), np.arange(6).reshape(6, 1, 1) < 5
@@ -301,7 +302,7 @@ def test_layers_in_linen_and_nnx_are_the_function(case):
     chex.assert_trees_all_equal(stats, case.init(C))
     state = case.init(C)
 
-    @partial(jax.jit, static_argnames="use")
+    @partial(jit, static_argnames="use")
     def in_linen(stats, x, mask, use):
         more = {} if use else {"mutable": "batch_stats"}
         options = {"use_running_average": use, "mask": mask, **call(len(x)), **more}
@@ -312,7 +313,7 @@ def test_layers_in_linen_and_nnx_are_the_function(case):
     def in_nnx(layer, x, mask, use):
         return layer(x, use_running_average=use, mask=mask, **call(len(x)))
 
-    @partial(jax.jit, static_argnames="train")
+    @partial(jit, static_argnames="train")
     def in_function(state, x, mask, train):
         options = {name: value for name, value in values.items() if name in ("scale", "bias")}
         return case(x, state, labels(len(x)), train, weights=mask, **options)
@@ -329,12 +330,13 @@ def test_layers_use_and_update_apart():
     """What normalizes, and whether the batch enters the state; initializing does neither."""
     x, case = data(6, 2, C).astype("f4"), CASES[0]
     layer = linen.BatchRenorm()
-    variables = layer.init(jax.random.key(0), x, use_running_average=False)
+    variables = jit(partial(layer.init, use_running_average=False))(jax.random.key(0), x)
     chex.assert_trees_all_equal(variables["batch_stats"], case.init(C))
-    trained, new = renorm.batch_renorm(x, case.init(C), train=True)
+    (trained, new), (evaluated, _) = (jit(partial(renorm.batch_renorm, train=t))(x, case.init(C)) for t in (True, False))
     for use, update in ((True, True), (False, False)):
-        y, stats = layer.apply(variables, x, use_running_average=use, update_running_average=update, mutable="batch_stats")
-        close(y, renorm.batch_renorm(x, case.init(C), train=False)[0] if use else trained, rtol=1e-5, atol=1e-5)
+        flags = {"use_running_average": use, "update_running_average": update, "mutable": "batch_stats"}
+        y, stats = jit(partial(layer.apply, **flags))(variables, x)
+        close(y, evaluated if use else trained, rtol=1e-5, atol=1e-5)
         close(stats["batch_stats"], new if update else case.init(C), rtol=1e-5, atol=1e-5)
 
 
@@ -351,7 +353,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("error", ERRORS)
-@stateful
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
 def test_errors_at_the_door(case, error):
     kind, message, wrong = ERRORS[error]
     x = jnp.ones((6, wrong.get("channels", C)), wrong.get("dtype", "f4"))

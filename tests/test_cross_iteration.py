@@ -1,4 +1,4 @@
-"""Cross-Iteration Batch Normalization against the concatenated batches, the Taylor form with old kernels, and the authors' code."""
+"""Cross-Iteration Batch Normalization: concatenated batches, the Taylor form with old kernels, the authors' code."""
 
 from functools import partial
 
@@ -30,7 +30,7 @@ LAYERS = {
     ),
     "grouped": (partial(lax.conv_general_dilated, **GROUPED, dimension_numbers=NHWC), (3, 3, 2, 6), (3, 5, 6, 4), 2),
 }
-each_layer = pytest.mark.parametrize("name", LAYERS)
+each_layer = pytest.mark.parametrize("name", ["dense", "grouped", pytest.param("valid", marks=pytest.mark.slow)])
 
 
 def batches(shape, count=3, seed=0):
@@ -158,7 +158,8 @@ def test_window_of_no_batches_is_batch_norm(name):
         z = step(name, state, x, w, window=0)[0] if cross else jaxnorm.norm(y, methods.batch_norm())[0]
         return (jnp.sin(z) * weight).sum(), z
 
-    ours, theirs = (jax.grad(partial(loss, cross=cross), (0, 1), has_aux=True)(xs[-1], ws[-1]) for cross in (True, False))
+    gradients = (jax.jit(jax.grad(partial(loss, cross=cross), (0, 1), has_aux=True)) for cross in (True, False))
+    ours, theirs = (gradient(xs[-1], ws[-1]) for gradient in gradients)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), ours, theirs)
     first = step(name, first_state(name), xs[-1], ws[-1])[0]  # and nothing is in the window of the first step
     np.testing.assert_allclose(first, ours[1], atol=1e-12)
@@ -186,7 +187,7 @@ def test_mean_is_exact_and_variance_never_too_large(name):
 
 @pytest.mark.usefixtures("x64")
 def test_variance_is_never_negative():
-    name = "valid"
+    name = "grouped"
     layer, shape, inputs, _ = LAYERS[name]
     state = first_state(name)
     for seed in range(8):
@@ -207,7 +208,7 @@ def test_gradient_in_closed_form():
     def loss(y, x, w, state):
         return (cross_iteration_norm(y, state, train=True, inputs=x, kernel=w)[0] * weight).sum()
 
-    value, *rest = jax.grad(loss, (0, 1, 2, 3))(y, xs[-1], ws[-1], state)
+    value, *rest = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(y, xs[-1], ws[-1], state)
     mean, var = pooled(taylor("dense", xs, ws, 1.0))
     s, g, z = np.sqrt(var + 1e-5), np.asarray(weight), normalized(y, mean, var)
     expected = (g - g.mean(0) / 3 - (np.asarray(y) - mean) / s * (g * z).mean(0) / 3) / s
@@ -217,22 +218,22 @@ def test_gradient_in_closed_form():
 
 @pytest.mark.usefixtures("x64")
 def test_order_of_the_window_does_not_matter():
-    xs, ws = batches((3, 5, 6, 4), 4), kernels((3, 2, 4, 6), 4)
-    state = after("valid", xs[:-1], ws[:-1])
+    xs, ws = batches((3, 5, 6, 4), 4), kernels((3, 3, 2, 6), 4)
+    state = after("grouped", xs[:-1], ws[:-1])
     turned = {k: t[jnp.array([2, 0, 1])] if k.startswith("past_") else t for k, t in state.items()}
-    one, other = (step("valid", s, xs[-1], ws[-1])[0] for s in (state, turned))
+    one, other = (step("grouped", s, xs[-1], ws[-1])[0] for s in (state, turned))
     np.testing.assert_allclose(one, other, atol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
 def test_batches_of_different_size_and_masks():
-    layer, shape, inputs, _ = LAYERS["valid"]
+    layer, shape, inputs, _ = LAYERS["grouped"]
     w = kernels(shape)[0]
     x, more = batches(inputs)[:2]
     keep = jnp.array([1.0, 0.5, 0.0]).reshape(3, 1, 1, 1)
     padded = more.at[2].set(1e6)
-    state = after("valid", [x[:1]], [w])
-    z, state = step("valid", state, padded, w, weights=keep)
+    state = after("grouped", [x[:1]], [w])
+    z, state = step("grouped", state, padded, w, weights=keep)
     weight = np.concatenate([[1.0], [1.0], [0.5]])
     ys = np.concatenate([layer(x[:1], w), layer(more[:2], w)])
     weight = np.broadcast_to(weight.reshape(3, 1, 1, 1), ys.shape)
@@ -240,8 +241,8 @@ def test_batches_of_different_size_and_masks():
     var = np.average((ys - mean) ** 2, (0, 1, 2), weight)
     np.testing.assert_allclose(z[:2], normalized(layer(more[:2], w), mean, var), atol=1e-12)
     # and what is remembered is that of the kept examples: compensation for another kernel
-    clean = after("valid", [x[:1]], [w])
-    _, clean = step("valid", clean, more[:2], w, weights=keep[:2])
+    clean = after("grouped", [x[:1]], [w])
+    _, clean = step("grouped", clean, more[:2], w, weights=keep[:2])
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-10), state, clean)
 
 
@@ -249,12 +250,12 @@ def test_batches_of_different_size_and_masks():
 def test_authors_code():
     """Their training steps in NumPy: list of entries, burn-in, dropped entries, running statistics.
 
-    Differences by design: theirs divides by sqrt(v) + epsilon (here epsilon = 0 compares), normalizes with the unbiased variance
-    during burn-in, keeps it in the running statistics, and drops entries whose variance is negative.
+    Differences by design: theirs divides by sqrt(v) + epsilon (here epsilon = 0 compares), normalizes with the unbiased
+    variance during burn-in, keeps it in the running statistics, and drops entries whose variance is negative.
     """
-    layer, shape, inputs, _ = LAYERS["valid"]
+    layer, shape, inputs, _ = LAYERS["grouped"]
     xs, ws = batches(inputs, 8), kernels(shape, 8, step=0.02)
-    state, entries, running = first_state("valid", window=2), [], (np.zeros(6), np.ones(6))
+    state, entries, running = first_state("grouped", window=2), [], (np.zeros(6), np.ones(6))
     for it, (x, w) in enumerate(zip(xs, ws, strict=True), start=1):
         y = np.asarray(layer(x, w))
         n = y[..., 0].size
@@ -262,7 +263,7 @@ def test_authors_code():
         active = it > 3
         if active:
             entries = ([(x, w)] + entries)[:3]
-            both = taylor("valid", [e[0] for e in entries[::-1]], [e[1] for e in entries[::-1]], 1.0)
+            both = taylor("grouped", [e[0] for e in entries[::-1]], [e[1] for e in entries[::-1]], 1.0)
             kept = both[:, 1] - both[:, 0] ** 2 >= 0
             assert kept.all()
             used_mean = (both[:, 0] * kept).sum(0) / kept.sum(0)
@@ -272,7 +273,7 @@ def test_authors_code():
         expected = (y - used_mean) / np.sqrt(used_var)
         running = 0.9 * running[0] + 0.1 * mean, 0.9 * running[1] + 0.1 * (square - mean**2) * n / (n - 1)
         window = cross_iteration_window(it - 1, burn_in=3, window=2)
-        z, state = step("valid", state, x, w, window=window, epsilon=0.0)
+        z, state = step("grouped", state, x, w, window=window, epsilon=0.0)
         z = z if active else z * np.sqrt((n - 1) / n)
         np.testing.assert_allclose(z, expected, atol=1e-10)
     np.testing.assert_allclose(state["mean"], running[0], atol=1e-12)
@@ -324,16 +325,14 @@ def test_schedule_in_a_scan_traces_once():
 
 
 def test_half_precision():
-    layer, shape, inputs, _ = LAYERS["valid"]
+    layer, shape, inputs, _ = LAYERS["grouped"]
     x, w = batches(inputs)[0].astype(jnp.bfloat16), kernels(shape)[0].astype(jnp.bfloat16)
-    state = init_cross_iteration(shape)
-    for _ in range(2):
-        z, state = cross_iteration_norm(layer(x, w), state, train=True, inputs=x, kernel=w, layer=layer)
+    y, state = layer(x, w), init_cross_iteration(shape, feature_group_count=2)
+    run = jax.jit(partial(cross_iteration_norm, train=True, layer=layer))
+    z, state = run(y, state, inputs=x, kernel=w)
     assert z.dtype == jnp.bfloat16 and all(t.dtype == jnp.float32 for t in state.values())
-    wide = x.astype(jnp.float32), w.astype(jnp.float32)
-    _, exact = cross_iteration_norm(
-        layer(x, w).astype(jnp.float32), init_cross_iteration(shape), train=True, inputs=wide[0], kernel=wide[1], layer=layer
-    )
+    y, x, w = (t.astype(jnp.float32) for t in (y, x, w))
+    _, exact = run(y, init_cross_iteration(shape, feature_group_count=2), inputs=x, kernel=w)
     np.testing.assert_allclose(state["past_slope"][0], exact["past_slope"][0], atol=1e-5)
 
 
@@ -346,8 +345,8 @@ def test_channels_first_vmap_and_forward_mode():
     x, w = xs[-1], ws[-1]
     z, new = step("grouped", state, x, w)
     t = jnp.moveaxis(x, -1, 1)
-    options = {"inputs": t, "kernel": w, "layer": first, "channel_axis": 1}
-    z_first, new_first = cross_iteration_norm(first(t, w), state, train=True, **options)
+    run = jax.jit(partial(cross_iteration_norm, train=True, layer=first, channel_axis=1))
+    z_first, new_first = run(first(t, w), state, inputs=t, kernel=w)
     np.testing.assert_allclose(jnp.moveaxis(z_first, 1, -1), z, atol=1e-12)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), new_first, new)
 
@@ -357,55 +356,43 @@ def test_channels_first_vmap_and_forward_mode():
     def loss(w):
         return jnp.sin(step("grouped", state, x, w)[0] * jnp.arange(6.0).reshape(1, 1, 1, 6)).sum()
 
-    _, forward = jax.jvp(loss, (w,), (ws[0],))
-    np.testing.assert_allclose(forward, (jax.grad(loss)(w) * ws[0]).sum(), rtol=1e-9)
+    forward, gradient = jax.jit(lambda w: (jax.jvp(loss, (w,), (ws[0],))[1], jax.grad(loss)(w)))(w)
+    np.testing.assert_allclose(forward, (gradient * ws[0]).sum(), rtol=1e-9)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_devices_equal_one(check_vma):
     layer, shape, _, _ = LAYERS["grouped"]
     xs, ws = batches((8, 5, 6, 4)), kernels(shape)
     state = after("grouped", xs[:-1], ws[:-1])
     mask = jnp.arange(8.0).reshape(8, 1, 1, 1) != 3
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    for options in ({}, {"weights": mask}):
-        expected = step("grouped", state, xs[-1], ws[-1], **options)
+    groups = ((0, 1, 2, 3), (4, 5, 6, 7))
 
-        def f(x, w, state, mask, given=bool(options)):
-            return step("grouped", state, x, w, axis_name="data", **({"weights": mask} if given else {}))
+    def f(x, w, state, mask):
+        synced = [step("grouped", state, x, w, axis_name="data", **options) for options in ({}, {"weights": mask})]
+        halves, _ = step("grouped", state, x, w, axis_name="data", axis_index_groups=groups)
+        _, local = step("grouped", state, x, w)  # without an axis, each device's own, also of what it remembers
+        return ([z for z, _ in synced], halves, jax.tree.map(lambda t: t[None], local)), [new for _, new in synced]
 
-        specs = (P("data"), P(), P(), P("data"))
-        synced = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=(P("data"), P()), check_vma=check_vma))
-        got = synced(xs[-1], ws[-1], state, mask)
-        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-11), got, expected)
-
-    groups = [[0, 1, 2, 3], [4, 5, 6, 7]]
-
-    def halves(x):
-        return step("grouped", state, x, ws[-1], axis_name="data", axis_index_groups=groups)[0]
-
-    got = jax.jit(jax.shard_map(halves, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma))(xs[-1])
-    expected = jnp.concatenate([step("grouped", state, x, ws[-1])[0] for x in (xs[-1][:4], xs[-1][4:])])
-    np.testing.assert_allclose(got, expected, atol=1e-11)
-
-    def local(x):  # without an axis, each device's own, also of what it remembers
-        return jax.tree.map(lambda t: t[None], step("grouped", state, x, ws[-1])[1])
-
-    got = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma))(xs[-1])
-    expected = step("grouped", state, xs[-1][5:6], ws[-1])[1]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[5], b, atol=1e-11), got, expected)
+    specs = {"in_specs": (P("data"), P(), P(), P("data")), "out_specs": (P("data"), P()), "check_vma": check_vma}
+    (zs, halves, local), news = jax.jit(jax.shard_map(f, mesh=mesh, **specs))(xs[-1], ws[-1], state, mask)
+    same = partial(jax.tree.map, partial(np.testing.assert_allclose, atol=1e-11))
+    for z, new, options in zip(zs, news, ({}, {"weights": mask}), strict=True):
+        same((z, new), step("grouped", state, xs[-1], ws[-1], **options))
+    same(halves, jnp.concatenate([step("grouped", state, x, ws[-1])[0] for x in (xs[-1][:4], xs[-1][4:])]))
+    same({name: t[5] for name, t in local.items()}, step("grouped", state, xs[-1][5:6], ws[-1])[1])
 
 
+@pytest.mark.usefixtures("x64")
 def test_bad_batches_leave_the_state():
-    layer, shape, inputs, _ = LAYERS["valid"]
-    state = init_cross_iteration(shape)
-    w = kernels(shape)[0].astype(jnp.float32)
-    x = batches(inputs)[0].astype(jnp.float32)
-    _, state = step("valid", state, x, w)
-    _, new = step("valid", state, x.at[0].set(jnp.nan), w)
+    layer, shape, inputs, _ = LAYERS["grouped"]
+    x, w = batches(inputs)[0], kernels(shape)[0]
+    _, state = step("grouped", first_state("grouped"), x, w)
+    _, new = step("grouped", state, x.at[0].set(jnp.nan), w)
     jax.tree.map(np.testing.assert_array_equal, new, state)
-    z, new = step("valid", state, x, w, weights=jnp.zeros((3, 1, 1, 1)))
+    z, new = step("grouped", state, x, w, weights=jnp.zeros((3, 1, 1, 1)))
     jax.tree.map(np.testing.assert_array_equal, new, state)
     assert np.isfinite(z).all()
 
@@ -433,7 +420,7 @@ def test_errors():
         jnnx.CrossIterationNorm(nnx.Linear(5, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("kind", ["conv", "dense"])
+@pytest.mark.parametrize("kind", ["conv", pytest.param("dense", marks=pytest.mark.slow)])
 def test_layers_equal_the_function(kind):
     rngs = nnx.Rngs(0)
     if kind == "conv":
@@ -444,7 +431,7 @@ def test_layers_equal_the_function(kind):
         front, front_nnx = nn.Dense(6, use_bias=False), nnx.Linear(4, 6, use_bias=False, rngs=rngs)
         xs = [x.astype(jnp.float32) for x in batches((4, 3, 4))]
     layer, other = linen.CrossIterationNorm(front, window=2), jnnx.CrossIterationNorm(front_nnx, window=2, rngs=rngs)
-    variables = layer.init(jax.random.key(0), xs[0], use_running_average=False)
+    variables = jax.jit(partial(layer.init, use_running_average=False))(jax.random.key(0), xs[0])
     kernel = variables["params"]["layer"]["kernel"]
     assert variables["params"].keys() == {"layer", "scale", "bias"}
     groups = 2 if kind == "conv" else 1
@@ -463,12 +450,13 @@ def test_layers_equal_the_function(kind):
 
         return jax.grad(loss, has_aux=True)(variables["params"])
 
+    function = jax.jit(partial(cross_iteration_norm, train=True, layer=plain))
     train_nnx = nnx.jit(nnx.value_and_grad(lambda model, x: jnp.sin(model(x)).sum()))
     for x in xs:
         gradients, (y, updates) = train(variables, x)
         kernel = variables["params"]["layer"]["kernel"]
         options = {"inputs": x, "kernel": kernel, "scale": variables["params"]["scale"], "bias": variables["params"]["bias"]}
-        expected, state = cross_iteration_norm(plain(x, kernel), state, train=True, layer=plain, **options)
+        expected, state = function(plain(x, kernel), state, **options)
         np.testing.assert_allclose(y, expected, atol=2e-5)
         loss, gradients_nnx = train_nnx(other, x)
         np.testing.assert_allclose(loss, jnp.sin(y).sum(), rtol=1e-3, atol=1e-4)
@@ -483,7 +471,7 @@ def test_layers_equal_the_function(kind):
         for name, value in state.items():
             np.testing.assert_allclose(updates["batch_stats"][name], value, atol=1e-5)
             np.testing.assert_allclose(getattr(other, name)[...], value, atol=1e-5)
-    y = layer.apply(variables, xs[0], use_running_average=True)
+    y = jax.jit(partial(layer.apply, use_running_average=True))(variables, xs[0])
     np.testing.assert_allclose(other(xs[0], use_running_average=True), y, atol=1e-5)
     m = variables["batch_stats"]
     expected = normalized(plain(xs[0], kernel_), m["mean"], m["var"]) * np.asarray(scale_) + np.asarray(bias_)

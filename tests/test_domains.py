@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from compiled import jit, norm_and_gradient
 from flax import linen as nn
 from flax import nnx
 
-from jaxnorm import domains, linen, methods, norm
+from jaxnorm import domains, linen, methods
 from jaxnorm import nnx as layers
 
 SHAPE, D, E = (6, 3, 4), 3, 1e-3
@@ -27,7 +28,10 @@ def bank(count=D, dtype="f8"):
     return {"mean": rng.normal(1, 1, (count, 4)).astype(dtype), "var": rng.uniform(0.5, 4, (count, 4)).astype(dtype)}
 
 
-@partial(jax.jit, static_argnames="train")
+distance = partial(jit, static_argnames=("batch_axis", "channel_axis"))(domains.domain_distance)
+
+
+@partial(jit, static_argnames="train")
 def differentiated(x, gy, state, domain, train=True):
     y, pull, new = jax.vjp(
         lambda x: domains.domain_batch_norm(x, state, train=train, domain=domain, momentum=0.7, epsilon=E), x, has_aux=True
@@ -63,11 +67,11 @@ def mean_of(x):
 def test_one_domain_is_batch_norm():
     """The domain given for the batch or for each example, one of several or the only one."""
     x, gy = data(), data(1)
-    bn, pull = jax.vjp(lambda x: norm(x, methods.batch_norm(), epsilon=E)[0], x)
+    bn = norm_and_gradient(x, gy, methods.batch_norm(), E)
     for count, d in ((1, 0), (D, 2)):
         state = bank(count)
         per_batch = differentiated(x, gy, state, d)
-        close(per_batch[:2], (bn, pull(gy)[0]))
+        close(per_batch[:2], bn)
         close(differentiated(x, gy, state, np.full(6, d, "i4")), per_batch)
         close(per_batch[2]["var"][d], 0.7 * state["var"][d] + 0.3 * x.var((0, 1)))
         np.testing.assert_array_equal(per_batch[2]["var"][:d], state["var"][:d])
@@ -94,18 +98,18 @@ def test_distance_is_wasserstein():
         return ((mean - m) ** 2 + var + v - 2 * np.sqrt(var * v)).sum(-1)
 
     for d in range(D):
-        close(domains.domain_distance(x, state, domain=d), by_hand(state["mean"][d], state["var"][d]))
-    mixed = domains.domain_distance(x, state, domain=DOMAIN)
+        close(distance(x, state, domain=np.int32(d)), by_hand(state["mean"][d], state["var"][d]))
+    mixed = distance(x, state, domain=DOMAIN)
     close(mixed, by_hand(state["mean"][DOMAIN], state["var"][DOMAIN]))
-    first = domains.domain_distance(np.moveaxis(x, -1, 1), state, domain=DOMAIN, channel_axis=1)
-    last = domains.domain_distance(np.moveaxis(x, 0, 1), state, domain=DOMAIN, batch_axis=1)
+    first = distance(np.moveaxis(x, -1, 1), state, domain=DOMAIN, channel_axis=1)
+    last = distance(np.moveaxis(x, 0, 1), state, domain=DOMAIN, batch_axis=1)
     close((first, last), (mixed, mixed))
     own = {"mean": m, "var": v}  # each example's own statistics as its domain
-    close(domains.domain_distance(x, own, domain=np.arange(6)), np.zeros(6))
-    close(domains.domain_distance(x[0:1], own, domain=1), domains.domain_distance(x[1:2], own, domain=0))  # symmetric
-    padded = domains.domain_distance(x, state, domain=DOMAIN, weights=np.arange(6).reshape(6, 1, 1) < 4)
+    close(distance(x, own, domain=np.arange(6)), np.zeros(6))
+    close(distance(x[0:1], own, domain=np.int32(1)), distance(x[1:2], own, domain=np.int32(0)))  # symmetric
+    padded = distance(x, state, domain=DOMAIN, weights=np.arange(6).reshape(6, 1, 1) < 4)
     close(padded, np.where(np.arange(6) < 4, mixed, 0))
-    flat = jax.grad(lambda x: domains.domain_distance(x, state, domain=0).sum())(x[:, 0])  # one position: variance 0
+    flat = jit(jax.grad(lambda x: domains.domain_distance(x, state, domain=0).sum()))(x[:, 0])  # one position: variance 0
     close(flat, 2 * (x[:, 0] - state["mean"][0]))
 
 
@@ -140,7 +144,7 @@ def test_prediction_for_an_unknown_domain():
     """Each domain's pass by itself, then the weighted average: in linen by a mutable collection, in nnx by capture."""
     x, states = data().astype("f4"), [bank(dtype="f4"), jax.tree.map(lambda t: t + 0.5, bank(dtype="f4"))]
     network = Network()
-    variables = network.init(jax.random.key(0), x, 0)
+    variables = jit(network.init)(jax.random.key(0), x, 0)
     stats = {f"DomainSpecificBatchNorm_{i}": state for i, state in enumerate(states)}
     variables = {"params": variables["params"], "batch_stats": stats}
 
@@ -148,8 +152,8 @@ def test_prediction_for_an_unknown_domain():
         logits, stored = network.apply(variables, x, domain, mutable="distances")
         return jax.nn.softmax(logits), stored["distances"]
 
-    predicted, weights = jax.jit(lambda: domains.domain_ensemble(forward, D, exponent=1.5))()
-    outputs, distances = zip(*(forward(d) for d in range(D)), strict=True)
+    predicted, weights = jit(lambda: domains.domain_ensemble(forward, D, exponent=1.5))()
+    outputs, distances = zip(*map(jit(forward), range(D)), strict=True)
     total = np.array([sum(jax.tree.leaves(t)) for t in distances])
     assert len(jax.tree.leaves(distances[0])) == 2 and total.shape == (D, 6)
     np.testing.assert_allclose(weights, total**-1.5 / (total**-1.5).sum(0), rtol=1e-5)
@@ -159,15 +163,15 @@ def test_prediction_for_an_unknown_domain():
     layer.mean[...], layer.var[...] = (jnp.asarray(states[0][name]) for name in ("mean", "var"))
     layer.eval()
     y, stored = nnx.capture(layer, layers.DomainDistance)(x, domain=1)
-    np.testing.assert_allclose(jax.tree.leaves(stored)[0], domains.domain_distance(x, states[0], domain=1), rtol=1e-5)
+    np.testing.assert_allclose(jax.tree.leaves(stored)[0], distance(x, states[0], domain=1), rtol=1e-5)
     graph, state = nnx.split(layer)
 
     def captured(domain):
         return nnx.capture(nnx.merge(graph, state), layers.DomainDistance)(x, domain=domain)
 
-    predicted, weights = jax.jit(lambda: domains.domain_ensemble(captured, D))()
-    distance = np.array([domains.domain_distance(x, states[0], domain=d) for d in range(D)])
-    np.testing.assert_allclose(weights, (1 / distance) / (1 / distance).sum(0), rtol=1e-5)
+    predicted, weights = jit(lambda: domains.domain_ensemble(captured, D))()
+    far = np.array([distance(x, states[0], domain=d) for d in range(D)])
+    np.testing.assert_allclose(weights, (1 / far) / (1 / far).sum(0), rtol=1e-5)
     np.testing.assert_allclose(y, layer(x, domain=1), rtol=1e-5)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import jit
 from flax import nnx
 
 from jaxnorm import init_running, linen, methods, moments, update_running
@@ -22,16 +23,21 @@ def data():
     return np.random.default_rng(0).normal(1, 2, (K * SIZE, 3, 4)) * np.arange(1, 9).reshape(8, 1, 1)
 
 
+@partial(jit, static_argnames=("convention", "correction"))
+def step(state, m, momentum, convention, correction):
+    return update_running(state, m, momentum=momentum, correction=correction, ghost_update=convention)
+
+
 def start(counted=False):
     state = init_running((4,), dtype="f8", counted=counted)
-    return update_running(state, moments(data()[::-1] + 1, methods.batch_norm()), momentum=0.5)
+    return step(state, ghosts(data()[::-1] + 1, methods.batch_norm()), 0.5, "pooled", 0)
 
 
-def update(m, convention, state=None, correction=0):
-    f = partial(update_running, momentum=D, correction=correction, ghost_update=convention)
-    return jax.jit(f)(start() if state is None else state, m)
+def update(m, convention, state=None, correction=0, momentum=D):
+    return step(start() if state is None else state, m, momentum, convention, correction)
 
 
+@partial(jit, static_argnames=("method", "batch_axis", "channel_axis"))
 def ghosts(x, method=methods.ghost_batch_norm(K), **options):  # noqa: B008
     return moments(x, method, **options)
 
@@ -72,7 +78,7 @@ def test_sequential_is_one_update_after_the_other(counted, correction):
             state = start(counted)
             for i in range(K):
                 one = jax.tree.map(lambda t, i=i: t[i : i + 1], m)
-                state = update_running(state, one, momentum=momentum, correction=correction)
+                state = update(one, "pooled", state, correction, momentum)
             new = update(m, convention, start(counted), correction)
             close((new.mean, new.var), (state.mean, state.var))
             if counted:
@@ -83,10 +89,16 @@ def test_sequential_is_one_update_after_the_other(counted, correction):
 @conventions
 def test_one_ghost_is_plain_and_none_usable_changes_nothing(convention):
     x = data()
-    close(update(moments(x, methods.batch_norm()), convention).var, update(ghosts(x), "pooled").var)
+    close(update(ghosts(x, methods.batch_norm()), convention).var, update(ghosts(x), "pooled").var)
     for m in (ghosts(x, weights=np.zeros((1, 1, 1))), ghosts(x * np.nan)):
         new = update(m, convention)
         assert all((a == b).all() for a, b in ((new.mean, start().mean), (new.var, start().var)))
+
+
+@pytest.mark.usefixtures("x64")
+def test_without_memory_the_last_ghost_remains():
+    new = update(ghosts(data()), "sequential", momentum=0.0)
+    close((new.mean, new.var), (data()[-SIZE:].mean((0, 1)), data()[-SIZE:].var((0, 1))))
 
 
 @pytest.mark.usefixtures("x64")
@@ -98,15 +110,15 @@ def test_ghosts_on_another_axis():
     close((new.mean, new.var), (want.mean, want.var))
 
 
-@conventions
+@pytest.mark.parametrize("convention", ["sequential", *(pytest.param(c, marks=pytest.mark.slow) for c in CONVENTIONS[::3])])
 def test_layers_take_the_convention(convention):
     x = jnp.asarray(data(), "f4")
     want = update_running(init_running((4,)), ghosts(x), momentum=D, ghost_update=convention)
     ours = linen.GhostBatchNorm(ghost_size=SIZE, ghost_update=convention, momentum=D, use_running_average=False)
-    stats = ours.init_with_output(jax.random.key(0), x[:1])[1]["batch_stats"]
-    new = ours.apply({"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}, "batch_stats": stats}, x, mutable="batch_stats")
+    variables = jit(ours.init)(jax.random.key(0), x[:1])
+    new = jit(lambda x: ours.apply(variables, x, mutable="batch_stats"))(x)
     theirs = layers.GhostBatchNorm(4, ghost_size=SIZE, ghost_update=convention, momentum=D, rngs=nnx.Rngs(0))
-    theirs(x)
+    nnx.jit(lambda layer, x: layer(x))(theirs, x)
     for got in (new[1]["batch_stats"]["var"], theirs.var[...]):
         np.testing.assert_allclose(got, want.var, rtol=1e-5)
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from compiled import jit, norm_and_gradient
 
+from jaxnorm import methods
 from jaxnorm.memorized import double_forward, init_memorized_batch_norm, memorized_batch_norm
 
 SHAPE, E = (6, 3, 4), 1e-3
@@ -22,7 +24,7 @@ def empty(size):
     return jax.tree.map(lambda t: np.asarray(t, "f8"), init_memorized_batch_norm(4, size))
 
 
-@partial(jax.jit, static_argnames=("variance", "train"))
+@partial(jit, static_argnames=("variance", "train"))
 def differentiated(x, gy, state, weights, variance="pool", train=True):
     y, pull, new = jax.vjp(
         lambda x: memorized_batch_norm(x, state, train=train, memory_weights=weights, variance=variance, epsilon=E),
@@ -87,13 +89,14 @@ def test_double_forward():
         y, state = memorized_batch_norm(x * params, state, train=True, memory_weights=np.ones(3), epsilon=E)
         return jnp.mean(y**3 + x * params), state
 
+    start = np.full((1, 1, 4), 0.5)
+    step = jit(lambda rate: double_forward(loss, lambda g, opt, p: (p - rate * g, opt + 1))(start, 0, state, x))
+    once = jit(jax.value_and_grad(loss, has_aux=True))
+    (first, alone), gradient = once(start, state, x)
     for rate in (0.0, 0.1):
-        step = jax.jit(double_forward(loss, lambda g, opt, p, rate=rate: (p - rate * g, opt + 1)))
-        params, steps, new, value = step(np.full(4, 0.5), 0, state, x)
-        first, alone = loss(np.full(4, 0.5), state, x)
-        gradient = jax.grad(loss, has_aux=True)(np.full(4, 0.5), state, x)[0]
-        close((params, steps, value), (0.5 - rate * gradient, 1, first))
-        close(dict(new), dict(loss(params, state, x)[1]))
+        params, steps, new, value = step(rate)
+        close((params, steps, value), (start - rate * gradient, 1, first))
+        close(dict(new), dict(once(params, state, x)[0][1]))
         if rate == 0:
             close(dict(new), dict(alone))
         else:

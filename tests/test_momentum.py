@@ -6,7 +6,9 @@ import chex
 import jax
 import numpy as np
 import pytest
+from compiled import jit, norm_and_gradient
 
+from jaxnorm import methods
 from jaxnorm.momentum import inference_momentum, init_momentum_batch_norm, momentum_batch_norm, train_momentum_schedule
 
 SHAPE, E = (6, 3, 4), 1e-3
@@ -22,7 +24,7 @@ def some_state():
     return {name: rng.uniform(0.5, 4, 4) for name in ("train_mean", "train_var", "mean", "var")}
 
 
-@jax.jit
+@jit
 def differentiated(x, gy, state, weight):
     y, pull, new = jax.vjp(
         lambda x: momentum_batch_norm(x, state, train=True, train_momentum=weight, momentum=0.7, epsilon=E), x, has_aux=True
@@ -46,15 +48,15 @@ def test_definition_and_closed_form_of_the_gradient(weight):
     x_hat = (x - blended["train_mean"]) / s
     gradient = (g - (1 - weight) * (g.mean((0, 1)) + (x - mean) / s * (g * x_hat).mean((0, 1)))) / s
     close((y, dx, dict(new)), (x_hat, gradient, blended | inference))
-    close(
-        momentum_batch_norm(x, new, train=False, epsilon=E)[0], (x - inference["mean"]) / np.sqrt(inference["var"] + E)
-    )  # which does not depend on lambda
+    evaluated = jit(lambda x, state: momentum_batch_norm(x, state, train=False, epsilon=E)[0])(x, new)
+    close(evaluated, (x - inference["mean"]) / np.sqrt(inference["var"] + E))  # whatever lambda is
 
 
 @pytest.mark.usefixtures("x64")
 def test_empty_sets_are_normalized_with_the_old_training_statistics():
     x, state = data(), some_state()
-    y, new = momentum_batch_norm(x, state, train=True, train_momentum=0.4, epsilon=E, weights=np.zeros((1, 1, 1)))
+    options = {"train_momentum": 0.4, "epsilon": E, "weights": np.zeros((1, 1, 1))}
+    y, new = jit(lambda x: momentum_batch_norm(x, state, train=True, **options))(x)
     close((y, dict(new)), ((x - state["train_mean"]) / np.sqrt(state["train_var"] + E), state))
 
 
@@ -69,20 +71,20 @@ def test_schedule_is_the_papers_and_is_data():
     """In the paper's form rho^(T / (T - 1) max(T - t, 0)) - rho^T; epochs change without compiling again."""
     epochs = 200
     table = {2: (0, 0.061, 0.186, 0.436, 0.9375), 8: (0, 0.102, 0.248, 0.456, 0.75), 32: (0,) * 5, 64: (0,) * 5}
+
+    @partial(jit, static_argnames="size")
+    @chex.assert_max_traces(n=len(table))
+    def schedule(t, size):
+        return train_momentum_schedule(t, epochs=epochs, batch_size=size)
+
     for size, values in table.items():
-
-        @jax.jit
-        @chex.assert_max_traces(n=1)
-        def schedule(t, size=size):
-            return train_momentum_schedule(t, epochs=epochs, batch_size=size)
-
         rho = min(size / 32, 1) ** (1 / epochs)
-        got = np.array([schedule(t) for t in range(1, epochs + 1)])
+        got = np.array([schedule(t, size) for t in range(1, epochs + 1)])
         paper = [rho ** (epochs / (epochs - 1) * max(epochs - t, 0)) - rho**epochs for t in range(1, epochs + 1)]
         np.testing.assert_allclose(got, paper, atol=1e-6)
         np.testing.assert_allclose(got[[0, 49, 99, 149, 199]], values, atol=6e-4)
         assert (np.diff(got) >= 0).all()
-        assert schedule(0) == 0 and schedule(300) == got[-1]
+        assert schedule(0, size) == 0 and schedule(300, size) == got[-1]
     assert [round(inference_momentum(m), 5) for m in (2, 8, 32)] == [0.99344, 0.974, 0.9]
     assert inference_momentum(64, base=0.8) == 0.8**2
     with pytest.raises(ValueError, match="Got epochs=1; expected 2 or more"):

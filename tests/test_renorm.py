@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
+from compiled import jit
 
 from jaxnorm.renorm import batch_renorm, batch_renorm_bounds, init_batch_renorm
 
@@ -24,7 +25,7 @@ def some_state():
     return {"mean": rng.normal(1, 1, 4), "std": rng.uniform(0.5, 4, 4)}
 
 
-@jax.jit
+@jit
 def differentiated(x, gy, state, rmax, dmax, scale, bias):
     def f(x, scale, bias):
         return batch_renorm(x, state, train=True, rmax=rmax, dmax=dmax, momentum=0.7, epsilon=E, scale=scale, bias=bias)
@@ -75,7 +76,7 @@ def test_running_deviation_is_never_below_epsilon():
 def test_schedule():
     """Linear between its corners, and data: no second compilation."""
 
-    @jax.jit
+    @jit
     @chex.assert_max_traces(n=1)
     def step(x, state, count):
         rmax, dmax = batch_renorm_bounds(count)

@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import jit, norm_and_gradient
 
+from jaxnorm import methods
 from jaxnorm.switchable import init_switchable_norm, switchable_norm
 
 SHAPE, E = (6, 3, 4), 1e-3
 close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
 AXES = {"instance": (1,), "layer": (1, 2), "batch": (0, 1)}
+METHODS = (methods.instance_norm(), methods.layer_norm(), methods.batch_norm())
 
 
 def data(seed=0, shape=SHAPE):
@@ -26,7 +29,7 @@ def logits(n, seed=5):
     return tuple(np.random.default_rng(seed).normal(size=(2, n)))
 
 
-@partial(jax.jit, static_argnames="train")
+@partial(jit, static_argnames="train")
 def differentiated(x, gy, state, mean_logits, var_logits, train=True):
     def f(x, a, b):
         return switchable_norm(x, state, train=train, mean_logits=a, var_logits=b, momentum=0.7, epsilon=E)
@@ -52,7 +55,7 @@ def test_definition(n):
     y, gradients, new = differentiated(x, gy, start, *logits(n))
     close(y, by_hand(np, x, *logits(n)))
     with jax.numpy_rank_promotion("allow"):
-        plain = jax.jit(lambda *args: jax.vjp(partial(by_hand, jnp), *args)[1](gy))(x, *logits(n))
+        plain = jit(lambda *args: jax.vjp(partial(by_hand, jnp), *args)[1](gy))(x, *logits(n))
     close(gradients, plain)
     evaluated, _, same = differentiated(x, gy, start, *logits(n), train=False)
     if n == 2:

@@ -20,6 +20,9 @@ from jaxnorm.linen._cross_iteration import CrossIterationNorm as CrossIterationN
 from jaxnorm.linen._group import GroupNorm as GroupNorm
 from jaxnorm.linen._group import InstanceNorm as InstanceNorm
 from jaxnorm.linen._group_plus import GroupNormPlus as GroupNormPlus
+from jaxnorm.linen._folding import fold_norms as fold_norms
+from jaxnorm.linen._inference import call_norms_with as call_norms_with
+from jaxnorm.linen._inference import population_statistics as population_statistics
 from jaxnorm.linen._layer import LayerNorm as LayerNorm
 from jaxnorm.linen._layer import RMSNorm as RMSNorm
 from jaxnorm.linen._positional import DynamicMomentShortcut as DynamicMomentShortcut
@@ -28,6 +31,7 @@ from jaxnorm.linen._memorized import MemorizedBatchNorm as MemorizedBatchNorm
 from jaxnorm.linen._momentum import MomentumBatchNorm as MomentumBatchNorm
 from jaxnorm.linen._moving_average import MovingAverageNorm as MovingAverageNorm
 from jaxnorm.linen._renorm import BatchRenorm as BatchRenorm
+from jaxnorm.linen._rows import BatchAndGroupNorm as BatchAndGroupNorm
 from jaxnorm.linen._rows import BatchGroupNorm as BatchGroupNorm
 from jaxnorm.linen._rows import GhostBatchNorm as GhostBatchNorm
 from jaxnorm.linen._rows import Norm as Norm

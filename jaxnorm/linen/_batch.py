@@ -77,14 +77,16 @@ class BatchNorm(nn.Module):
         *,
         mask: ArrayLike | None = None,
         update_running_average: bool | None = None,
+        example_weight: ArrayLike | None = None,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
         activation: Activation | None = None,
     ) -> jax.Array:
-        """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
+        """Normalize x; `mask` broadcasts against x and says what counts, or how much, and `example_weight` is
+        `inference.weigh_example`'s, with running statistics."""
         use = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x = as_array(x)
         shape = _layers.keep_axes(x, self.axis)
         state = State(self, x, _layers.feature_shape(x, self.axis), shape)
-        running = state.running(use, update_running_average)
+        running = state.running(use, update_running_average, example_weight=example_weight)
         return call(self, x, shape, (scale, bias), self.axis, mask, activation, state=state, running=running)

@@ -14,6 +14,7 @@ from jaxnorm import _between, _layers
 from jaxnorm._groups import Shape, Specification
 from jaxnorm._layers import Activation, Axes, CallOptions, Running, StateOptions
 from jaxnorm._moments import Moments, as_array
+from jaxnorm._population import POPULATION
 from jaxnorm._running import init_running, serving
 
 zeros, ones = initializers.zeros, initializers.ones
@@ -45,6 +46,7 @@ class State:
         real = jnp.float32 if getattr(module, "force_float32_reductions", True) else module.param_dtype
         dtype = jnp.complex64 if complex_input else real
         first = init_running(shape, dtype=dtype, counted=getattr(module, "debias", False))
+        self.population = next((name for name in POPULATION if module.has_variable("batch_stats", name)), None)
         self.variables = {
             name: module.variable("batch_stats", name, lambda value=value: value)
             for name, value in (("count", first.count), ("mean", first.mean), ("var", first.var))
@@ -52,16 +54,22 @@ class State:
         }
         self.module, self.shape = module, shape
         values: dict[str, Any] = {"count": None} | {name: variable.value for name, variable in self.variables.items()}
+        if self.population is not None:
+            self.variables["count"] = module.variable("batch_stats", self.population)
+            values["count"] = self.variables["count"].value
         self.moments = serving(Moments(**values), shape, statistic, x.shape)
 
-    def running(self, use: bool, update: bool | None) -> Running:
+    def running(self, use: bool, update: bool | None, **options: Any) -> Running:
         update = (not use if update is None else update) and not self.module.is_initializing()
         more = {name: getattr(self.module, name) for name in ("correction", "ghost_update") if hasattr(self.module, name)}
-        return Running(self.moments, use, update, self.module.momentum, **more)
+        return Running(self.moments, use, update, self.module.momentum, population=self.population, **more, **options)
 
     def store(self, new: Moments) -> None:
         for name, variable in self.variables.items():
             variable.value = getattr(new, name).reshape(self.shape)
+        if self.population is not None:
+            calls = self.module.variable("batch_stats", "calls")
+            calls.value = calls.value + 1
 
 
 def _parameter(module: Any, name: str, given: ArrayLike | None, shape: Shape) -> jax.Array | None:

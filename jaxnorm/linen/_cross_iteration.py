@@ -20,7 +20,8 @@ class CrossIterationNorm(Layer):
     The collection `batch_stats` holds `mean` and `var` of inference and the window, about `window` times the kernel.
 
     Args:
-        layer: `nn.Conv` or `nn.Dense` with use_bias=False; its parameters are those of this layer's child `layer`.
+        layer: `nn.Conv` or `nn.Dense` with use_bias=False. Its kernel is that of a child of the module in which it was made,
+            such as `Conv_0`, or else of this layer's child `layer`.
         window: most batches before the present one that are pooled with it.
         momentum: weight of the old running statistics per update.
         Others: as `Norm`.

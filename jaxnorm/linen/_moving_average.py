@@ -26,7 +26,8 @@ class MovingAverageNorm(Layer):
 
     Args:
         layer: `nn.Conv` or `nn.Dense` with use_bias=False, to be applied first, with its kernel less its mean for each output
-            channel: nothing else subtracts a mean. None normalizes x.
+            channel: nothing else subtracts a mean. None normalizes x. Its kernel is that of a child of the module in which
+            it was made, such as `Conv_0`, or else of this layer's child `layer`.
         window: K, batches over which to average.
         momentum: weight of the old running mean square per update.
         Others: as `Norm`.

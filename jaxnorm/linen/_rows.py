@@ -17,7 +17,7 @@ from jaxnorm.batch_group import batch_group_norm, init_batch_group_norm
 from jaxnorm.linen._call import Layer, State, call, call_function
 
 
-class _Row(Layer, kw_only=True):
+class Row(Layer, kw_only=True):
     """Fields and call of the layers that are a row of the table; a final class adds which row."""
 
     momentum: float | None = 0.99
@@ -28,6 +28,14 @@ class _Row(Layer, kw_only=True):
         """The row of the table for x of this shape."""
         raise NotImplementedError
 
+    def measured(self, row: Method) -> Method:
+        """The sets of the running statistics."""
+        return row
+
+    def weight(self, given: ArrayLike | None, use: bool) -> ArrayLike | None:
+        """Of an example at inference, from what the call was given."""
+        return given
+
     @nn.compact
     def __call__(
         self,
@@ -36,11 +44,13 @@ class _Row(Layer, kw_only=True):
         *,
         mask: ArrayLike | None = None,
         update_running_average: bool | None = None,
+        example_weight: ArrayLike | None = None,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
         activation: Activation | None = None,
     ) -> jax.Array:
-        """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
+        """Normalize x; `mask` broadcasts against x and says what counts, or how much, and `example_weight` is
+        `inference.weigh_example`'s, with running statistics."""
         x = as_array(x)
         row = self.row(x.shape)
         state = running = None
@@ -48,13 +58,19 @@ class _Row(Layer, kw_only=True):
             row = _layers.whole_batch(row)  # any batch initializes, also one that ghosts do not divide
         if row.pools_batch and self.momentum is not None:
             use = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-            shapes = running_shape(row, x.shape, batch_axis=self.batch_axis, channel_axis=self.channel_axis)
+            measured = self.measured(row)
+            shapes = running_shape(measured, x.shape, batch_axis=self.batch_axis, channel_axis=self.channel_axis)
             state = State(self, x, *shapes)
-            running = state.running(use, update_running_average)
+            weight = self.weight(example_weight, use)
+            running = state.running(
+                use, update_running_average, measured=None if measured == row else measured, example_weight=weight
+            )
+        else:
+            _layers.needs_running(example_weight)
         return call(self, x, row, (scale, bias), self.channel_axis, mask, activation, state=state, running=running)
 
 
-class Norm(_Row):
+class Norm(Row):
     """Any row of the table of methods as a layer.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -99,7 +115,7 @@ class Norm(_Row):
         return self.method if isinstance(self.method, Method) else Method(self.method)
 
 
-class GhostBatchNorm(_Row):
+class GhostBatchNorm(Row):
     """Batch normalization inside consecutive parts of the batch: `methods.ghost_batch_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -136,7 +152,7 @@ class GhostBatchNorm(_Row):
         return methods.ghost_batch_norm(self.num_ghosts, ghost_size=self.ghost_size)
 
 
-class BatchGroupNorm(_Row):
+class BatchGroupNorm(Row):
     """Normalization of groups of features over the whole batch: `batch_group.batch_group_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -169,11 +185,19 @@ class BatchGroupNorm(_Row):
         return methods.batch_group_norm(self.num_groups)
 
     @nn.compact
-    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]) -> jax.Array:
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        example_weight: ArrayLike | None = None,
+        **options: Unpack[StateOptions],
+    ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
         x = as_array(x)
         if x.shape[single_axis(self.channel_axis, x.shape)] % self.num_groups == 0:
-            return super().__call__(x, use_running_average, **options)
+            return super().__call__(x, use_running_average, example_weight=example_weight, **options)
+        _layers.only_channel_groups(example_weight)
         axes = {"batch_axis": self.batch_axis, "channel_axis": self.channel_axis}
         first = partial(init_batch_group_norm, self.num_groups, x.shape, counted=self.debias, **axes)
         static = {"num_groups": self.num_groups, "correction": self.correction}
@@ -183,7 +207,60 @@ class BatchGroupNorm(_Row):
         return call_function(self, x, function, options, state=lambda _: first(), use_running_average=use_running_average)
 
 
-class PositionalNorm(_Row):
+class BatchAndGroupNorm(Row):
+    """Groups of channels over ghost batches, for small batches: `methods.batch_and_group_norm`.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    with the moments of each group of channels in each ghost batch. Running statistics are those of each channel over the whole
+    batch, as `BatchNorm`'s. Inference pools them over each group and weighs the example's own in: `inference.weigh_example`,
+    by default with the weight that an example has in training. A ghost of one example is group normalization, in both.
+
+    Args:
+        num_ghosts: number of ghost batches, a divisor of the batch.
+        num_groups: number of channel groups, a divisor of the channels.
+        ghost_size: or the examples in each ghost.
+        group_size: or the channels in each group.
+        example_weight: of an example at inference, where the call gives none. None is 1 / ghost_size. The authors' code has 0,
+            to be chosen after training: see `inference.choose_example_weight`.
+        Others: as `Norm`.
+
+    Raises:
+        ValueError: both or neither are given, of ghosts or of groups, axes that do not split, or no `example_weight` at
+            inference with ghosts given by number.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> layer = BatchAndGroupNorm(ghost_size=2, num_groups=4)
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 16)), use_running_average=False)
+        >>> variables["batch_stats"]["mean"].shape
+        (16,)
+        >>> layer.apply(variables, jnp.ones((5, 8, 8, 16)), use_running_average=True, example_weight=0.25).shape
+        (5, 8, 8, 16)
+
+    Reference:
+        Four Things Everyone Should Know to Improve Batch Normalization, 2020, arXiv:1906.03548; see `inference.weigh_example`.
+    """
+
+    num_ghosts: int | None = None
+    num_groups: int | None = None
+    ghost_size: int | None = None
+    group_size: int | None = None
+    example_weight: float | None = None
+
+    def row(self, x_shape: Shape) -> Method:
+        return methods.batch_and_group_norm(
+            self.num_ghosts, self.num_groups, ghost_size=self.ghost_size, group_size=self.group_size
+        )
+
+    def measured(self, row: Method) -> Method:
+        return _layers.per_channel(row)
+
+    def weight(self, given: ArrayLike | None, use: bool) -> ArrayLike | None:
+        return _layers.trained_weight(given, use, self.example_weight, self.ghost_size)
+
+
+class PositionalNorm(Row):
     """Normalization of each position over its channels: `methods.positional_norm`, without scale and bias by default.
 
         y = (x - mean) / sqrt(var + epsilon)

@@ -16,6 +16,9 @@ from jaxnorm.nnx._cross_iteration import CrossIterationNorm as CrossIterationNor
 from jaxnorm.nnx._group import GroupNorm as GroupNorm
 from jaxnorm.nnx._group import InstanceNorm as InstanceNorm
 from jaxnorm.nnx._group_plus import GroupNormPlus as GroupNormPlus
+from jaxnorm.nnx._folding import FoldedNorm as FoldedNorm
+from jaxnorm.nnx._folding import fold_norms as fold_norms
+from jaxnorm.nnx._inference import population_statistics as population_statistics
 from jaxnorm.nnx._layer import LayerNorm as LayerNorm
 from jaxnorm.nnx._layer import RMSNorm as RMSNorm
 from jaxnorm.nnx._positional import DynamicMomentShortcut as DynamicMomentShortcut
@@ -25,6 +28,7 @@ from jaxnorm.nnx._momentum import MomentumBatchNorm as MomentumBatchNorm
 from jaxnorm.nnx._moving_average import MovingAverageNorm as MovingAverageNorm
 from jaxnorm.nnx._moving_average import Tap as Tap
 from jaxnorm.nnx._renorm import BatchRenorm as BatchRenorm
+from jaxnorm.nnx._rows import BatchAndGroupNorm as BatchAndGroupNorm
 from jaxnorm.nnx._rows import BatchGroupNorm as BatchGroupNorm
 from jaxnorm.nnx._rows import GhostBatchNorm as GhostBatchNorm
 from jaxnorm.nnx._rows import Norm as Norm

@@ -87,12 +87,16 @@ class BatchNorm(StatefulLayer):
         *,
         mask: ArrayLike | None = None,
         update_running_average: bool | None = None,
+        example_weight: ArrayLike | None = None,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
         activation: Activation | None = None,
     ) -> jax.Array:
-        """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
+        """Normalize x; `mask` broadcasts against x and says what counts, or how much, and `example_weight` is
+        `inference.weigh_example`'s, with running statistics."""
         x = as_array(x)
         shape = _layers.keep_axes(x, self.axis)
-        running = self._running(x, (self.num_features,), shape, use_running_average, update_running_average)
+        flags = use_running_average, update_running_average
+        weight = self._weight(example_weight, self._uses_running(use_running_average))
+        running = self._running(x, (self.num_features,), shape, *flags, example_weight=weight)
         return self._apply(x, shape, (scale, bias), self.axis, mask, activation, running=running)

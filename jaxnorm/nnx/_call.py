@@ -19,6 +19,7 @@ from jaxnorm._ghosts import GhostUpdate
 from jaxnorm._groups import Shape, Specification
 from jaxnorm._layers import Activation, Axes, CallOptions, Running, StateOptions
 from jaxnorm._moments import Moments, as_array
+from jaxnorm._population import POPULATION
 from jaxnorm._running import init_running, serving
 
 zeros, ones = initializers.zeros_init(), initializers.ones_init()
@@ -113,9 +114,12 @@ class Layer(nnx.Module):
             channel_axis=feature_axes,
         )
         if new is not None:
+            population = running.population if running is not None else None
+            if population is not None:
+                self.calls[...] = self.calls[...] + 1
             for name in ("count", "mean", "var"):
                 if (value := getattr(new, name)) is not None:
-                    variable = getattr(self, name)
+                    variable = getattr(self, population if name == "count" and population is not None else name)
                     # A variable may be a reference shared with the outside, which must not keep a tracer of a derivative.
                     variable[...] = lax.stop_gradient(value.reshape(variable.shape).astype(variable.dtype))
         return y
@@ -124,6 +128,10 @@ class Layer(nnx.Module):
 class StatefulLayer(Layer):
     """A layer that may keep running statistics."""
 
+    # what nnx.view sets
+    update_running_average: bool | None = None
+    example_weight: ArrayLike | None = None
+
     def _make_running(self, shape: Shape, counted: bool = False) -> None:
         complex_mean = self.dtype is not None and jnp.issubdtype(self.dtype, jnp.complexfloating)
         first = init_running(shape, dtype=jnp.complex64 if complex_mean else jnp.float32, counted=counted)
@@ -131,14 +139,23 @@ class StatefulLayer(Layer):
         if counted:
             self.count = nnx.BatchStat(first.count)
 
-    def _running(self, x: jax.Array, shape: Shape, statistic: Shape, use: bool | None, update: bool | None) -> Running:
+    def _running(
+        self, x: jax.Array, shape: Shape, statistic: Shape, use: bool | None, update: bool | None, **options: Any
+    ) -> Running:
         """The running statistics in the shape that serves x, and what the flags ask for."""
         use = self._uses_running(use)
-        count = self.count[...] if hasattr(self, "count") else None
+        population = self._population()
+        count = getattr(self, population or "count", None)
+        count = None if count is None else count[...]
         state = Moments(count, self.mean[...], self.var[...])  # pyright: ignore[reportArgumentType]  # None is no count
         state = serving(state, shape, statistic, x.shape)
+        update = self.update_running_average if update is None else update
         update = not use if update is None else update
-        return Running(state, use, update, self.momentum, self.correction, self.ghost_update)
+        more = {"ghost_update": self.ghost_update, "population": population}
+        return Running(state, use, update, self.momentum, self.correction, **more, **options)
+
+    def _population(self) -> str | None:
+        return next((name for name in POPULATION if hasattr(self, name)), None)
 
     def _uses_running(self, use: bool | None) -> bool:
         use = self.use_running_average if use is None else use
@@ -149,10 +166,31 @@ class StatefulLayer(Layer):
             )
         return use
 
-    def set_view(self, use_running_average: bool | None = None) -> None:
-        """What `nnx.view` calls."""
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
+    def set_view(
+        self,
+        use_running_average: bool | None = None,
+        update_running_average: bool | None = None,
+        example_weight: ArrayLike | None = None,
+    ) -> None:
+        """What `nnx.view` calls.
+
+        Args:
+            use_running_average: as at the call.
+            update_running_average: as at the call.
+            example_weight: as at the call, wherever running statistics are used.
+        """
+        options = {
+            "use_running_average": use_running_average,
+            "update_running_average": update_running_average,
+            "example_weight": example_weight,
+        }
+        for name, value in options.items():
+            if value is not None:
+                setattr(self, name, value)
+
+    def _weight(self, given: ArrayLike | None, use: bool) -> ArrayLike | None:
+        """Of an example at inference: from the call, or the layer's."""
+        return self.example_weight if given is None and use else given
 
 
 class Function(StatefulLayer):
@@ -219,6 +257,7 @@ class Function(StatefulLayer):
             return function(x, **arguments)
         use = self._uses_running(use_running_average)
         update = options.get("update_running_average")
+        update = self.update_running_average if update is None else update
         update = not use if update is None else update
         old = {name: getattr(self, name)[...] for name in self._state}
         y, new = _layers.run(function, x, old, use, update, arguments)

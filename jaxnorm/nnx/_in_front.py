@@ -12,16 +12,18 @@ def in_front(layer: Any) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], ja
     check_in_front(layer)
 
     def function(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-        definition, state = nnx.split(layer)
+        parts: tuple[Any, Any] = nnx.split(layer)
+        definition, state = parts
         state["kernel"] = state["kernel"].replace(kernel)
-        return nnx.merge(definition, state)(inputs)
+        copy: Any = nnx.merge(definition, state)
+        return copy(inputs)
 
     return layer.kernel[...], function
 
 
 def check_in_front(layer: Any) -> None:
-    if not isinstance(layer, nnx.Module) or not isinstance(getattr(layer, "out_features", None), int) or layer.use_bias:
+    if not isinstance(layer, nnx.Module) or not hasattr(layer, "kernel") or getattr(layer, "use_bias", True):
         raise ValueError(
-            f"layer is a Flax layer with `out_features` and a kernel, without a bias. Got {type(layer).__name__}; expected "
+            f"layer is a Flax layer with a kernel, without a bias. Got {type(layer).__name__}; expected "
             "for example nnx.Conv(3, 64, (3, 3), use_bias=False, rngs=rngs) or nnx.Linear(3, 64, use_bias=False, rngs=rngs)."
         )

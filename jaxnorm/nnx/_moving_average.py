@@ -62,7 +62,7 @@ class MovingAverageNorm(Function):
             check_in_front(layer)
         self.layer: Any = None if isinstance(layer, int) else layer
         self.momentum = momentum
-        channels = layer if isinstance(layer, int) else self.layer.out_features
+        channels = layer if isinstance(layer, int) else self.layer.kernel.shape[-1]
         self.tap = Tap(jnp.zeros(channels))
         super().__init__(channels, state=partial(init_moving_average, window=window), **options)
 

@@ -9,7 +9,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
-from jaxnorm import methods
+from jaxnorm import _layers, methods
 from jaxnorm._ghosts import GhostUpdate
 from jaxnorm._groups import Groups, Method, Shape
 from jaxnorm._layers import Activation, StateOptions, with_batch
@@ -19,7 +19,7 @@ from jaxnorm.batch_group import batch_group_norm, init_batch_group_norm
 from jaxnorm.nnx._call import NONE, Function, Metadata, StatefulLayer, ones, promote_dtype, zeros
 
 
-class _Row(StatefulLayer):
+class Row(StatefulLayer):
     """Running statistics and call of the layers that are a row of the table; a final class adds which row."""
 
     def __init__(
@@ -57,7 +57,7 @@ class _Row(StatefulLayer):
                     f"running statistics of {row} keep positions apart. Got x_shape=None; expected the shape of an input, "
                     "any number of examples."
                 )
-            shape = running_shape(row, (1, num_features))[0]
+            shape = running_shape(self._measured(row), (1, num_features))[0]
         else:
             shape = self._shapes(x_shape)[0]
         self._make_running(shape, self.debias)
@@ -66,8 +66,13 @@ class _Row(StatefulLayer):
         """The row of the table, for x of this shape where it is known."""
         raise NotImplementedError
 
+    def _measured(self, row: Method) -> Method:
+        """The sets of the running statistics."""
+        return row
+
     def _shapes(self, x_shape: Shape) -> tuple[Shape, Shape]:
-        return running_shape(self._row(x_shape), x_shape, batch_axis=self.batch_axis, channel_axis=self.channel_axis)
+        row = self._measured(self._row(x_shape))
+        return running_shape(row, x_shape, batch_axis=self.batch_axis, channel_axis=self.channel_axis)
 
     def __call__(
         self,
@@ -76,20 +81,32 @@ class _Row(StatefulLayer):
         *,
         mask: ArrayLike | None = None,
         update_running_average: bool | None = None,
+        example_weight: ArrayLike | None = None,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
         activation: Activation | None = None,
     ) -> jax.Array:
-        """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
+        """Normalize x; `mask` broadcasts against x and says what counts, or how much, and `example_weight` is
+        `inference.weigh_example`'s, with running statistics."""
         x = as_array(x)
         running = None
-        if hasattr(self, "mean"):
-            running = self._running(x, *self._shapes(x.shape), use_running_average, update_running_average)
         row = self._row(x.shape)
+        if hasattr(self, "mean"):
+            measured = self._measured(row)
+            running = self._running(
+                x,
+                *self._shapes(x.shape),
+                use_running_average,
+                update_running_average,
+                measured=None if measured == row else measured,
+                example_weight=self._weight(example_weight, self._uses_running(use_running_average)),
+            )
+        else:
+            _layers.needs_running(example_weight)
         return self._apply(x, row, (scale, bias), self.channel_axis, mask, activation, running=running)
 
 
-class Norm(_Row):
+class Norm(Row):
     """Any row of the table of methods as a layer.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -141,7 +158,7 @@ class Norm(_Row):
         return self.method if isinstance(self.method, Method) else Method(self.method)
 
 
-class GhostBatchNorm(_Row):
+class GhostBatchNorm(Row):
     """Batch normalization inside consecutive parts of the batch: `methods.ghost_batch_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -185,7 +202,7 @@ class GhostBatchNorm(_Row):
         return methods.ghost_batch_norm(self.num_ghosts, ghost_size=self.ghost_size)
 
 
-class BatchGroupNorm(_Row, Function):
+class BatchGroupNorm(Row, Function):
     """Normalization of groups of features over the whole batch: `batch_group.batch_group_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -215,7 +232,7 @@ class BatchGroupNorm(_Row, Function):
 
     def __init__(self, num_features: int, num_groups: int, *, momentum: float | None = 0.99, **options: Any):
         self.num_groups, self._tied = num_groups, num_features % num_groups != 0
-        _Row.__init__(self, num_features, momentum=None if self._tied else momentum, **options)
+        Row.__init__(self, num_features, momentum=None if self._tied else momentum, **options)
         if not self._tied:
             return
         if self.x_shape is None:
@@ -234,10 +251,18 @@ class BatchGroupNorm(_Row, Function):
     def _row(self, x_shape: Shape | None) -> Method:
         return methods.batch_group_norm(self.num_groups)
 
-    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]) -> jax.Array:
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        example_weight: ArrayLike | None = None,
+        **options: Unpack[StateOptions],
+    ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
         if not self._tied:
-            return super().__call__(x, use_running_average, **options)
+            return super().__call__(x, use_running_average, example_weight=example_weight, **options)
+        _layers.only_channel_groups(example_weight)
         static = {"num_groups": self.num_groups, "correction": self.correction}
         if self.momentum is None:
             first = init_batch_group_norm(
@@ -248,7 +273,67 @@ class BatchGroupNorm(_Row, Function):
         return self._run(x, function, options, use_running_average=use_running_average)
 
 
-class PositionalNorm(_Row):
+class BatchAndGroupNorm(Row):
+    """Groups of channels over ghost batches, for small batches: `methods.batch_and_group_norm`.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    Running statistics are those of each channel over the whole batch, as `BatchNorm`'s. Inference pools them over each group
+    and weighs the example's own in: `inference.weigh_example`, by default with the weight that an example has in training.
+
+    Args:
+        num_features: channels.
+        num_ghosts: number of ghost batches, a divisor of the batch.
+        num_groups: number of channel groups, a divisor of the channels.
+        ghost_size: or the examples in each ghost.
+        group_size: or the channels in each group.
+        example_weight: of an example at inference, where the call gives none. None is 1 / ghost_size. The authors' code has 0,
+            to be chosen after training: see `inference.choose_example_weight`.
+        Others: as `Norm`.
+
+    Raises:
+        ValueError: both or neither are given, of ghosts or of groups, axes that do not split, or no `example_weight` at
+            inference with ghosts given by number.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> layer = BatchAndGroupNorm(16, ghost_size=2, num_groups=4, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((4, 8, 8, 16))).shape, layer.mean.shape
+        ((4, 8, 8, 16), (16,))
+
+    Reference:
+        Four Things Everyone Should Know to Improve Batch Normalization, 2020, arXiv:1906.03548; see `inference.weigh_example`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_ghosts: int | None = None,
+        num_groups: int | None = None,
+        *,
+        ghost_size: int | None = None,
+        group_size: int | None = None,
+        example_weight: float | None = None,
+        **options: Any,
+    ):
+        self.num_ghosts, self.num_groups, self.ghost_size, self.group_size = num_ghosts, num_groups, ghost_size, group_size
+        self.example_weight = example_weight
+        super().__init__(num_features, **options)
+
+    def _row(self, x_shape: Shape | None) -> Method:
+        return methods.batch_and_group_norm(
+            self.num_ghosts, self.num_groups, ghost_size=self.ghost_size, group_size=self.group_size
+        )
+
+    def _measured(self, row: Method) -> Method:
+        return _layers.per_channel(row)
+
+    def _weight(self, given: ArrayLike | None, use: bool) -> ArrayLike | None:
+        return _layers.trained_weight(given, use, self.example_weight, self.ghost_size)
+
+
+class PositionalNorm(Row):
     """Normalization of each position over its channels: `methods.positional_norm`, without scale and bias by default.
 
         y = (x - mean) / sqrt(var + epsilon)

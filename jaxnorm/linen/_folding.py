@@ -1,0 +1,170 @@
+"""Norms of a whole linen model folded into the layers before them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from flax import core
+from flax import linen as nn
+
+from jaxnorm import _layers, folding
+from jaxnorm._moments import Moments
+from jaxnorm.linen._batch import BatchNorm
+from jaxnorm.linen._rows import Row
+
+Path = tuple[str, ...]
+
+
+class Folded(NamedTuple):
+    """What `fold_norms` returns.
+
+    Args:
+        forward: as the one given, for the new variables.
+        variables: without the folded norms; the layers before them have other kernels, and all have a bias.
+        pairs: path of each folded norm -> path of its layer.
+    """
+
+    forward: Callable[..., Any]
+    variables: dict[str, Any]
+    pairs: dict[str, str]
+
+
+def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *example: Any) -> Folded:
+    """Fold norms that use running statistics into the convolution or dense layer before them, in a whole model.
+
+    A norm is folded where its input is exactly the output of a `Conv`, `ConvTranspose` or `Dense` and nothing else uses that
+    output, as read from the traced program; all others stay. Flax's own `BatchNorm` is folded too. The result is equal up to
+    rounding. Its variables also fit a model that is written without these norms and with `use_bias=True`.
+
+    Args:
+        forward: (variables, *inputs) -> outputs, an inference call of the model.
+        variables: of the model.
+        *example: inputs, arrays or `jax.ShapeDtypeStruct`; nothing is computed with them.
+
+    Returns:
+        `forward`, `variables` and `pairs`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> class Model(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x):
+        ...         return nn.relu(BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3), use_bias=False)(x)))
+        >>> x = jnp.ones((1, 8, 8, 3))
+        >>> variables = Model().init(jax.random.key(0), x)
+        >>> forward, variables, pairs = fold_norms(Model().apply, variables, x)
+        >>> pairs, sorted(variables["params"])
+        ({'BatchNorm_0': 'Conv_0'}, ['Conv_0'])
+        >>> jax.jit(forward)(variables, x).shape
+        (1, 8, 8, 4)
+
+    Reference:
+        See `folding.fold`.
+    """
+    tree = core.unfreeze(dict(variables))
+    layers: dict[str, dict[str, Any]] = {}
+    norms: dict[str, dict[str, Any]] = {}
+
+    def trace(tree: Any, *inputs: Any) -> Any:
+        def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            module: Any = context.module
+            if context.method_name != "__call__" or not args:
+                return call(*args, **kwargs)
+            name = "/".join(module.scope.path)
+            if _is_layer(module) and _owns(module, tree, "params"):
+                layers[name] = {"output_axis": -2 if getattr(module, "transpose_kernel", False) else -1}
+                return folding.mark(call(*args, **kwargs), folding.LAYER, name)
+            if _is_norm(module, *args, **kwargs) and all(_owns(module, tree, name) for name in ("params", "batch_stats")):
+                y = call(folding.mark(args[0], folding.NORM, name), *args[1:], **kwargs)
+                offset = getattr(module, "unit_offset", False)
+                norms[name] = {"epsilon": module.epsilon, "unit_offset": offset, "dtype": y.dtype}
+                return y
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(interceptor):
+            return forward(tree, *inputs)
+
+    pairs = folding.pairs(jax.make_jaxpr(trace)(tree, *example))
+    dtypes = {norm: norms[norm]["dtype"] for norm in pairs}
+    biased = set()
+    for norm, layer in pairs.items():
+        at, of = _path(layer), _path(norm)
+        parameters, affine = _get(tree["params"], at), _get(tree["params"], of)
+        statistics, options = _get(tree["batch_stats"], of), norms[norm]
+        scale = affine.get("scale")
+        kernel, bias = folding.fold(
+            parameters["kernel"],
+            parameters.get("bias"),
+            Moments(None, statistics["mean"], statistics["var"]),  # pyright: ignore[reportArgumentType]  # no count
+            scale=scale + 1 if scale is not None and options["unit_offset"] else scale,
+            shift=affine.get("bias"),
+            epsilon=options["epsilon"],
+            **layers[layer],
+        )
+        if "bias" not in parameters:
+            biased.add(layer)
+        tree["params"] = _without(tree["params"], of)
+        tree["batch_stats"] = _without(tree["batch_stats"], of)
+        _get(tree["params"], at).update(kernel=kernel, bias=bias)
+    return Folded(_forward(forward, dtypes, frozenset(biased)), {name: t for name, t in tree.items() if t}, pairs)
+
+
+def _forward(forward: Callable[..., Any], norms: Mapping[str, Any], biased: frozenset[str]) -> Callable[..., Any]:
+    """`forward` in which these norms do nothing, and these layers have a bias that they do not know of."""
+
+    def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        module: Any = context.module
+        name = "/".join(module.scope.path) if context.method_name == "__call__" else ""
+        if name in norms:
+            x = jax.numpy.asarray(args[0]).astype(norms[name])
+            return kwargs["activation"](x) if kwargs.get("activation") is not None else x
+        y = call(*args, **kwargs)
+        if name not in biased:
+            return y
+        bias = module.scope.get_variable("params", "bias").astype(y.dtype)
+        return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+    def folded(variables: Any, *inputs: Any) -> Any:
+        with nn.intercept_methods(interceptor):
+            return forward(variables, *inputs)
+
+    return folded
+
+
+def _is_layer(module: Any) -> bool:
+    return type(module) in (nn.Conv, nn.ConvTranspose, nn.Dense) and _layers.is_plain(module)
+
+
+def _is_norm(module: Any, x: Any, use_running_average: bool | None = None, **options: Any) -> bool:
+    """Whether this call multiplies and shifts each channel by constants of the variables."""
+    use = getattr(module, "use_running_average", None) if use_running_average is None else use_running_average
+    if isinstance(module, Row):
+        row = module.row(x.shape) if module.momentum is not None else None
+        kept = row is not None and row.pools_batch and module.measured(row) == row
+        return kept and _layers.is_constant(x, module.channel_axis, use, options)
+    if isinstance(module, nn.BatchNorm | BatchNorm):
+        return _layers.is_constant(x, module.axis, use, options)
+    return False
+
+
+def _owns(module: Any, tree: Any, collection: str) -> bool:
+    """Whether a module's variables are those of the tree, not something made of them on the way, as in a scan."""
+    own, seen = _get(tree.get(collection, {}), module.scope.path), module.scope.variables().get(collection, {})
+    return set(own) == set(seen) and all(seen[name] is value for name, value in own.items())
+
+
+def _path(name: str) -> Path:
+    return tuple(part for part in name.split("/") if part)
+
+
+def _get(tree: Any, path: Path) -> dict[str, Any]:
+    for name in path:
+        tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
+    return tree
+
+
+def _without(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The tree without what is at that path, nor what is then empty."""
+    name, *rest = path
+    inner = _without(tree[name], tuple(rest)) if rest and name in tree else None
+    return {key: inner if key == name else t for key, t in tree.items() if key != name or inner}

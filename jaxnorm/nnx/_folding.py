@@ -1,0 +1,147 @@
+"""Norms of a whole nnx model folded into the layers before them."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+from jaxnorm import _layers, folding
+from jaxnorm._layers import Activation
+from jaxnorm._moments import Moments
+from jaxnorm.nnx._batch import BatchNorm
+from jaxnorm.nnx._rows import Row
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+class FoldedNorm(nnx.Module):
+    """What is left of a norm that was folded into the layer before it: the dtype of its output, and its activation."""
+
+    dtype: Any = None
+
+    def __call__(
+        self, x: jax.Array, use_running_average: bool | None = None, *, activation: Activation | None = None, **options: Any
+    ) -> jax.Array:
+        """x, in the norm's output dtype, and activated."""
+        x = x.astype(self.dtype)
+        return x if activation is None else activation(x)
+
+
+def fold_norms(model: Model, *example: Any, forward: Callable[..., Any] | None = None) -> Model:
+    """Fold norms that use running statistics into the convolution or dense layer before them, in a whole model.
+
+    A norm is folded where its input is exactly the output of a `Conv`, `ConvTranspose` or `Linear` and nothing else uses that
+    output, as read from the traced program; all others stay. Flax's own `BatchNorm` is folded too. The result is equal up to
+    rounding.
+
+    Args:
+        model: in inference, such as `nnx.view(model, use_running_average=True)`.
+        *example: inputs, arrays or `jax.ShapeDtypeStruct`; nothing is computed with them.
+        forward: (model, *inputs) -> outputs, an inference call. None calls the model.
+
+    Returns:
+        A copy in which folded norms are `FoldedNorm`, without variables, and the layers before them have other kernels and a
+        bias.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> model = nnx.Sequential(nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)), BatchNorm(4, rngs=nnx.Rngs(0)))
+        >>> model = nnx.view(model, use_running_average=True)
+        >>> x = jnp.ones((1, 8, 8, 3))
+        >>> folded = fold_norms(model, x)
+        >>> type(folded.layers[1]).__name__, folded(x).shape
+        ('FoldedNorm', (1, 8, 8, 4))
+
+    Reference:
+        See `folding.fold`.
+    """
+    run = forward or (lambda model, *inputs: model(*inputs))
+    probe, dtypes = nnx.clone(model), {}
+    for path, module in list(nnx.iter_modules(probe)):
+        _probe(module, "/".join(map(str, path)), dtypes)
+    graph, state = nnx.split(probe)
+
+    def trace(state: Any, *inputs: Any) -> Any:
+        traced = nnx.merge(graph, state)
+        for _, module in nnx.iter_modules(traced):
+            if isinstance(module, _Probe):
+                object.__setattr__(module, "_first", _values(module))
+        return run(traced, *inputs)
+
+    pairs = folding.pairs(jax.make_jaxpr(trace)(state, *example))
+    copy = nnx.clone(model)
+    modules: dict[str, Any] = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(copy)}
+    for norm, layer in pairs.items():
+        _fold(modules[layer], modules[norm], dtypes[norm])
+    return copy
+
+
+def _fold(layer: Any, norm: Any, dtype: Any) -> None:
+    """Change a layer and its norm in place."""
+    scale, shift, bias = (None if t is None else t[...] for t in (norm.scale, norm.bias, layer.bias))
+    kernel, bias = folding.fold(
+        layer.kernel[...],
+        bias,
+        Moments(None, norm.mean[...], norm.var[...]),  # pyright: ignore[reportArgumentType]  # no count
+        scale=scale + 1 if scale is not None and getattr(norm, "unit_offset", False) else scale,
+        shift=shift,
+        epsilon=norm.epsilon,
+        output_axis=-2 if getattr(layer, "transpose_kernel", False) else -1,
+    )
+    layer.kernel[...], layer.bias, layer.use_bias = kernel, nnx.Param(bias), True
+    for name in [name for name in vars(norm) if not name.startswith("_")]:
+        delattr(norm, name)
+    object.__setattr__(norm, "__class__", FoldedNorm)
+    norm.dtype = dtype
+
+
+class _Probe:
+    """A module of the copy that is traced: it marks what it takes or gives. Its class is made for it alone."""
+
+    __slots__ = ()  # so that an object may change to such a class
+
+    def _is_own(self) -> bool:
+        """Whether variables are those of the model, not something made of them on the way, as in a scan."""
+        first: dict[str, Any] = getattr(self, "_first", {})
+        return bool(first) and all(getattr(self, name)[...] is value for name, value in first.items())
+
+
+def _probe(module: Any, name: str, dtypes: dict[str, Any]) -> None:
+    """Let a module that can be of a pair mark what it takes or gives."""
+    of = type(module)
+
+    def layer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        y = of.__call__(self, *args, **kwargs)
+        return folding.mark(y, folding.LAYER, name) if self._is_own() else y
+
+    def norm(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_constant(self, x, *args, **kwargs) and self._is_own():
+            x = folding.mark(x, folding.NORM, name)
+        y = of.__call__(self, x, *args, **kwargs)
+        dtypes[name] = y.dtype
+        return y
+
+    if of in (nnx.Conv, nnx.ConvTranspose, nnx.Linear) and _layers.is_plain(module):
+        call = layer
+    elif isinstance(module, nnx.BatchNorm | BatchNorm | Row) and isinstance(getattr(module, "mean", None), nnx.BatchStat):
+        call = norm
+    else:
+        return
+    object.__setattr__(module, "__class__", type(of.__name__, (of, _Probe), {"__call__": call}))
+
+
+def _values(module: Any) -> dict[str, Any]:
+    """The arrays of a module's own variables."""
+    return {name: value[...] for name, value in vars(module).items() if isinstance(value, nnx.Variable)}
+
+
+def _is_constant(module: Any, x: Any, use_running_average: bool | None = None, **options: Any) -> bool:
+    """Whether this call multiplies and shifts each channel by constants of the variables."""
+    use = module.use_running_average if use_running_average is None else use_running_average
+    set_options = {name: getattr(module, name, None) for name in ("update_running_average", "example_weight")}
+    options = set_options | {name: value for name, value in options.items() if value is not None}
+    if isinstance(module, Row):
+        row = module._row(x.shape)
+        return module._measured(row) == row and _layers.is_constant(x, module.channel_axis, use, options)
+    return _layers.is_constant(x, module.axis, use, options)

@@ -1,0 +1,146 @@
+"""Weight decay on the scale and bias of normalization layers, as optax transformations and masks.
+
+A parameter of a norm is found by its name and its neighbours in the tree, as Flax and jaxnorm name them, in dicts of linen and
+states of nnx: `scale` beside no `kernel` or `embedding`, and `bias` beside such a scale or alone.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+
+def norm_mask(params: Any) -> Any:
+    """Where the scales and biases of norms are, for `optax.masked` and everything else that takes a mask.
+
+    Args:
+        params: tree of parameters: nested dicts of linen, or `nnx.state(model, nnx.Param)`.
+
+    Returns:
+        The same tree of True and False.
+
+    Example:
+        >>> norm_mask({"Dense_0": {"kernel": 1.0, "bias": 0.0}, "LayerNorm_0": {"bias": 0.0}})
+        {'Dense_0': {'bias': False, 'kernel': False}, 'LayerNorm_0': {'bias': True}}
+    """
+    return _select(params, lambda name, is_norm: is_norm)
+
+
+def decay_mask(params: Any, *, biases: bool = False) -> Any:
+    """What the usual recipes decay: everything but the scales and biases of norms, and no other bias.
+
+        optax.adamw(1e-3, weight_decay=1e-4, mask=decay_mask)
+
+    Args:
+        params: tree of parameters.
+        biases: also decay the biases of other layers.
+
+    Returns:
+        The same tree of True and False.
+
+    Example:
+        >>> decay_mask({"Dense_0": {"kernel": 1.0, "bias": 0.0}, "LayerNorm_0": {"bias": 0.0}})
+        {'Dense_0': {'bias': False, 'kernel': True}, 'LayerNorm_0': {'bias': False}}
+    """
+    return _select(params, lambda name, is_norm: not is_norm and (biases or name != "bias"))
+
+
+def add_norm_decay(
+    weight_decay: optax.ScalarOrSchedule, *, target: float = 1.0, unit_offset: bool = False
+) -> optax.GradientTransformation:
+    """Decay the scales of norms toward 1 and their biases toward 0.
+
+        g_scale <- g_scale + weight_decay (scale - target),    g_bias <- g_bias + weight_decay bias
+
+    the gradient of `norm_penalty`. 1 is the identity, where a scale of 0 would switch a layer off; `target=0` is the recipe of
+    Group Normalization, in which norms decay as weights do. Other parameters stay as they are. In front of an optimizer this is
+    a penalty of the loss; behind `optax.scale_by_adam` and in front of the learning rate, decoupled decay.
+
+    Args:
+        weight_decay: coefficient, or a schedule of it, a function of the step.
+        target: of the scales.
+        unit_offset: scales are stored as their distance from 1, as by layers with `unit_offset=True`.
+
+    Returns:
+        An optax transformation; its update needs the parameters.
+
+    Example:
+        >>> params = {"BatchNorm_0": {"scale": jnp.array([3.0]), "bias": jnp.array([2.0])}}
+        >>> decay = add_norm_decay(0.5)
+        >>> decayed, _ = decay.update(jax.tree.map(jnp.zeros_like, params), decay.init(params), params)
+        >>> decayed["BatchNorm_0"]["scale"].tolist(), decayed["BatchNorm_0"]["bias"].tolist()
+        ([1.0], [1.0])
+
+    Reference:
+        Four Things Everyone Should Know to Improve Batch Normalization, 2020, arXiv:1906.03548: toward 1, as in the authors'
+        code. Group Normalization, 2018, arXiv:1803.08494: toward 0, as cited by reproductions.
+    """
+    inner = optax.add_decayed_weights(weight_decay)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("add_norm_decay decays parameters. Got params=None; expected update(updates, state, params).")
+        return inner.update(updates, state, _distances(params, target - 1 if unit_offset else target))
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def norm_penalty(params: Any, weight_decay: ArrayLike, *, target: float = 1.0, unit_offset: bool = False) -> jax.Array:
+    """What `add_norm_decay` descends: weight_decay / 2 (sum (scale - target)^2 + sum bias^2) over all norms.
+
+    Args:
+        params: tree of parameters.
+        weight_decay: coefficient.
+        target: of the scales.
+        unit_offset: scales are stored as their distance from 1.
+
+    Returns:
+        A scalar, 0 for freshly initialized norms and target 1.
+
+    Example:
+        >>> float(norm_penalty({"BatchNorm_0": {"scale": jnp.array([3.0]), "bias": jnp.array([2.0])}}, 0.5))
+        2.0
+
+    Reference:
+        See `add_norm_decay`.
+    """
+    distances = jax.tree.leaves(_distances(params, target - 1 if unit_offset else target))
+    return jnp.asarray(weight_decay) / 2 * sum((jnp.sum(jnp.square(t)) for t in distances), jnp.zeros(()))
+
+
+def _distances(params: Any, target: float) -> Any:
+    """How far the scales of norms are from their target and their biases from 0; 0 for everything else."""
+
+    def distance(t: Any, name: str, is_norm: bool) -> Any:
+        t = jnp.asarray(t)
+        return t - jnp.asarray(target if name == "scale" else 0, t.dtype) if is_norm else jnp.zeros_like(t)
+
+    return jax.tree.map(distance, params, _select(params, lambda name, _: name), norm_mask(params))
+
+
+def _select(params: Any, rule: Any) -> Any:
+    """The tree of rule(name, whether of a norm) over the parameters."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    paths = [_names(path) for path, _ in leaves]
+    neighbours = defaultdict(set)
+    for path in paths:
+        for i, name in enumerate(path):
+            neighbours[path[:i]].add(name)
+
+    def is_norm(path: tuple[str, ...]) -> bool:
+        beside = neighbours[path[:-1]]
+        if not path or beside & {"kernel", "embedding"}:
+            return False
+        return path[-1] == "scale" or (path[-1] == "bias" and ("scale" in beside or len(beside) == 1))
+
+    return structure.unflatten([rule(path[-1] if path else "", is_norm(path)) for path in paths])
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    """Names on the way to a leaf; the value inside of a variable of nnx has none."""
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)

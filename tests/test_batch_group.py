@@ -1,0 +1,152 @@
+"""Batch Group Normalization with any number of groups: the flat definition of the paper's implementations."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxnorm import batch_group, linen, methods, norm
+from jaxnorm import nnx as nnx_layers
+
+SHAPE = (4, 2, 6, 6)  # 72 features
+KEY = jax.random.key(0)
+
+
+def flat(xp, x, scale, bias, groups):
+    """Channel, row, column in one axis, cut into pieces; and the statistics, (G,)."""
+    t = xp.moveaxis(x, -1, 1).reshape(x.shape[0], groups, -1)
+    mean, var = t.mean((0, 2), keepdims=True), t.var((0, 2), keepdims=True)
+    y = ((t - mean) / xp.sqrt(var + 1e-5)).reshape(x.shape[0], x.shape[3], *x.shape[1:3])
+    return xp.moveaxis(y, 1, -1) * scale + bias, (mean.ravel(), var.ravel())
+
+
+def differentiated(f):
+    def run(*args):
+        y, pull, aux = jax.vjp(f, *args, has_aux=True)
+        return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), aux
+
+    return jax.jit(run)
+
+
+def close(a, b, atol=1e-11):
+    jax.tree.map(lambda s, t: np.testing.assert_allclose(s, t, rtol=0, atol=atol), a, b)
+
+
+def draw():
+    rng = np.random.default_rng(0)
+    return rng.normal(1, 2, SHAPE) * rng.uniform(0.5, 2, SHAPE[1:]), *rng.normal(size=(2, 6))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "groups", [4, 9, 12, 72] + [pytest.param(g, marks=pytest.mark.slow) for g in (1, 2, 3, 6, 8, 18, 24, 36)]
+)
+def test_any_number_of_groups_is_the_flat_definition(groups):
+    """Output, gradients, state, and inference by it."""
+    args, first = draw(), batch_group.init_batch_group_norm(groups, SHAPE)
+
+    def ours(x, scale, bias, state=first, train=True):
+        options = {"num_groups": groups, "momentum": 0.5, "scale": scale, "bias": bias}
+        return batch_group.batch_group_norm(x, state, train=train, **options)
+
+    y, gradients, state = differentiated(ours)(*args)
+    expected, (mean, var) = flat(np, *args, groups)
+    close(y, expected)
+    close(
+        gradients, differentiated(lambda *args: flat(jnp, args[0], *(t[None, None, None] for t in args[1:]), groups))(*args)[1]
+    )
+    close({"mean": state["mean"], "var": state["var"]}, {"mean": mean / 2, "var": 0.5 + var / 2}, atol=1e-5)
+    served, unchanged = jax.jit(partial(ours, train=False))(args[0][:1], *args[1:], state=state)
+    t = np.moveaxis(args[0][:1], -1, 1).reshape(1, groups, -1)
+    t = (t - np.asarray(state["mean"], "f8")[:, None]) / np.sqrt(np.asarray(state["var"], "f8")[:, None] + 1e-5)
+    close(served, np.moveaxis(t.reshape(1, 6, 2, 6), 1, -1) * args[1] + args[2])
+    close(unchanged, state)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "groups, method", [(6, methods.batch_norm()), (3, methods.batch_group_norm(3)), (12, methods.batch_group_norm(12, SHAPE))]
+)
+def test_where_groups_are_a_row_it_is_that_row(groups, method):
+    x = jnp.asarray(draw()[0])
+    state = batch_group.init_batch_group_norm(groups, SHAPE)
+    ours = differentiated(lambda x: batch_group.batch_group_norm(x, state, train=True, num_groups=groups))
+    close(ours(x)[:2], differentiated(lambda x: norm(x, method))(x)[:2])
+
+
+@pytest.mark.usefixtures("x64")
+def test_it_depends_on_the_position():
+    """Where G does not divide C; where it does, permuted positions give permuted outputs."""
+    x = jnp.asarray(draw()[0])
+    for groups, equivariant in ((3, True), (4, False)):
+        state = batch_group.init_batch_group_norm(groups, SHAPE)
+        run = jax.jit(lambda x, s=state, g=groups: batch_group.batch_group_norm(x, s, train=True, num_groups=g)[0])
+        assert (np.abs(run(x[:, ::-1]) - run(x)[:, ::-1]).max() < 1e-12) == equivariant
+
+
+def test_another_image_size_is_refused_also_under_jit():
+    state = batch_group.init_batch_group_norm(4, SHAPE)
+    x = jnp.ones((2, 6, 2, 6))  # as many features
+    for train in (True, False):
+        run = jax.jit(lambda x, state, t=train: batch_group.batch_group_norm(x, state, train=t, num_groups=4))
+        with pytest.raises(ValueError, match=r"belongs to images of \(2, 6\) does not fit x of shape \(2, 6, 2, 6\)"):
+            run(x, state)
+    layer = linen.BatchGroupNorm(4, use_running_average=True)
+    variables = layer.init(KEY, jnp.ones(SHAPE))
+    with pytest.raises(ValueError, match=r"belongs to images of \(2, 6\)"):
+        layer.apply(variables, x)
+    with pytest.raises(ValueError, match=r"belongs to images of \(2, 6\)"):
+        nnx_layers.BatchGroupNorm(6, 4, x_shape=SHAPE, rngs=nnx.Rngs(0))(x)
+    for layer_groups in (3, 6):  # groups of channels serve any size
+        layer = linen.BatchGroupNorm(layer_groups, use_running_average=True)
+        assert layer.apply(layer.init(KEY, jnp.ones(SHAPE)), x).shape == x.shape
+
+
+def test_errors():
+    x = jnp.ones(SHAPE)
+    with pytest.raises(ValueError, match="5 groups do not divide the features of x.*a divisor of 72"):
+        batch_group.init_batch_group_norm(5, SHAPE)
+    with pytest.raises(ValueError, match="state of 3 groups, without positions, does not fit 4 groups"):
+        batch_group.batch_group_norm(x, batch_group.init_batch_group_norm(3, SHAPE), train=True, num_groups=4)
+    with pytest.raises(ValueError, match="4 groups of 6 channels and x_shape=None"):
+        nnx_layers.BatchGroupNorm(6, 4, rngs=nnx.Rngs(0))
+
+
+def test_layers_debias_correct_and_keep_no_state():
+    x = jnp.asarray(draw()[0], "f4")
+    _, (mean, var) = flat(np, np.asarray(x, "f8"), 1, 0, 4)
+    layer = linen.BatchGroupNorm(4, debias=True, correction=1)
+    variables = layer.init(KEY, x, use_running_average=False)
+    _, new = layer.apply(variables, x, use_running_average=False, mutable="batch_stats")
+    twin = nnx_layers.BatchGroupNorm(6, 4, debias=True, correction=1, x_shape=SHAPE, rngs=nnx.Rngs(0))
+    twin(x)
+    for stats in (new["batch_stats"], {name: getattr(twin, name)[...] for name in new["batch_stats"]}):
+        close((stats["mean"], stats["var"]), (mean, var * 72 / 71), atol=1e-4)
+        close(stats["count"], np.full(4, 0.01), atol=1e-6)
+    bare = linen.BatchGroupNorm(4, momentum=None)
+    y, variables = bare.init_with_output(KEY, x)
+    assert set(variables) == {"params"}
+    twin = nnx_layers.BatchGroupNorm(6, 4, momentum=None, x_shape=SHAPE, rngs=nnx.Rngs(0))
+    assert not hasattr(twin, "mean")
+    close((y, twin(x)), (flat(np, np.asarray(x, "f8"), 1, 0, 4)[0],) * 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_channels", (1, 6, 16, 48))
+def test_batch_group_count_divides_the_channels_and_grows_to_them(num_channels):
+    counts = [methods.batch_group_count(size, num_channels) for size in (1, 2, 4, 8, 16, 32)]
+    assert all(num_channels % count == 0 for count in counts)
+    assert counts == sorted(counts)
+    assert counts[-2:] == [num_channels, num_channels]
+    for size, count in zip((1, 2, 4, 8, 16), counts, strict=False):
+        assert count == 1 or size * num_channels // count >= 16
+        larger = [g for g in range(count + 1, num_channels + 1) if num_channels % g == 0]
+        assert all(size * num_channels < 16 * g for g in larger)  # the next one would pool too few
+
+
+def test_batch_group_count_refuses_nothing():
+    for sizes in ((0, 4), (4, 0)):
+        with pytest.raises(ValueError, match="expected one or more of each"):
+            methods.batch_group_count(*sizes)

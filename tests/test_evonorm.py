@@ -1,0 +1,116 @@
+"""EvoNorm B0 and S0 against their definitions in NumPy."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnorm import evonorm, methods, moments
+
+SHAPE = (4, 2, 3, 6)
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def draw(shape=SHAPE):
+    rng = np.random.default_rng(0)
+    return rng.normal(1, 2, shape), *rng.normal(size=(3, 1, 1, 1, shape[-1]))
+
+
+def b0(xp, x, v, scale, bias, var=None):
+    var = x.var((0, 1, 2), keepdims=True) if var is None else var
+    own = x.var((1, 2), keepdims=True)
+    return x / xp.maximum(xp.sqrt(var + 1e-5), v * x + xp.sqrt(own + 1e-5)) * scale + bias
+
+
+def s0(xp, x, v, scale, bias):
+    groups = x.reshape(*x.shape[:3], 3, 2)
+    var = groups.var((1, 2, 4), keepdims=True)
+    var = xp.broadcast_to(var, (x.shape[0], 1, 1, 3, 2)).reshape(x.shape[0], 1, 1, 6)
+    return x / (1 + xp.exp(-v * x)) / xp.sqrt(var + 1e-5) * scale + bias
+
+
+def differentiated(f):
+    def run(*args):
+        y, pull, aux = jax.vjp(f, *args, has_aux=True)
+        return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), aux
+
+    return jax.jit(run)
+
+
+def close(a, b, atol=1e-11):
+    jax.tree.map(lambda s, t: np.testing.assert_allclose(s, t, rtol=0, atol=atol), a, b)
+
+
+def flat(f):
+    """f of parameters (C,)."""
+    return lambda x, v, scale, bias, *rest: f(x, *(t.reshape(-1) for t in (v, scale, bias)), *rest)
+
+
+def test_b0():
+    args = draw()
+    state = {"var": jnp.asarray(np.random.default_rng(1).uniform(0.5, 2, 6), jnp.float32)}
+
+    def ours(x, v, scale, bias, train=True):
+        return evonorm.evonorm_b0(x, state, train=train, v=v, scale=scale, bias=bias)
+
+    y, gradients, new = differentiated(flat(ours))(*args)
+    close(y, b0(np, *args))
+    close(gradients, differentiated(lambda *args: (b0(jnp, *args), None))(*args)[1])
+    np.testing.assert_allclose(new["var"], 0.9 * np.asarray(state["var"]) + 0.1 * args[0].var((0, 1, 2)), rtol=1e-6)
+    y, gradients, unchanged = differentiated(flat(partial(ours, train=False)))(*args)
+    var = np.asarray(state["var"], "f8")
+    close(y, b0(np, *args, var=var))
+    close(gradients, differentiated(lambda *args: (b0(jnp, *args, var=var[None, None, None]), None))(*args)[1])
+    assert (unchanged["var"] == state["var"]).all()
+
+
+def test_s0():
+    args = draw()
+
+    def ours(x, v, scale, bias):
+        return evonorm.evonorm_s0(x, v=v, num_groups=3, scale=scale, bias=bias), None
+
+    y, gradients, _ = differentiated(flat(ours))(*args)
+    close(y, s0(np, *args))
+    close(gradients, differentiated(lambda *args: (s0(jnp, *args), None))(*args)[1])
+
+
+def test_limits_and_bounds():
+    x, v, *_ = draw()
+    x, v = jnp.asarray(x), jnp.abs(jnp.asarray(v).ravel())
+    first = evonorm.init_evonorm_b0(6)
+    batch = jax.jit(lambda x, v: evonorm.evonorm_b0(x, first, train=True, v=v, epsilon=0.0)[0])
+    sample = jax.jit(lambda x, v: evonorm.evonorm_s0(x, v=v, num_groups=3, epsilon=0.0))
+    std, own, group = (
+        jnp.sqrt(moments(x, m()).var) for m in (methods.batch_norm, methods.instance_norm, partial(methods.group_norm, 3))
+    )
+    group = jnp.repeat(group, 2, axis=-1)
+    close(batch(x, jnp.zeros(6)), x / jnp.maximum(std, own))
+    assert (batch(x, v) < 1 / v[None, None, None]).all()
+    close(batch(x[:1], v), x[:1] / (own[:1] + jnp.maximum(0, v[None, None, None] * x[:1])))  # one example
+    close(sample(x, jnp.zeros(6)), x / (2 * group))
+    close(sample(x, jnp.full(6, 1e6)), jax.nn.relu(x) / group)
+    close(sample(x[:2], v), sample(x, v)[:2])  # of the others S0 knows nothing
+    close(sample(2 * x, v / 2), sample(x, v))
+
+
+def test_they_keep_x_alone():
+    x, v = jnp.ones((16, 8, 8, 64), jnp.bfloat16), jnp.ones(64, jnp.float32)
+    for f in (
+        lambda x, v: evonorm.evonorm_s0(x, v=v, scale=v),
+        lambda x, v: evonorm.evonorm_b0(x, evonorm.init_evonorm_b0(64), train=True, v=v, scale=v)[0],
+    ):
+        kept = [t for t in jax.tree.leaves(jax.eval_shape(lambda x, v, f=f: jax.vjp(f, x, v)[1], x, v)) if t.size >= x.size]
+        assert {(t.shape, t.dtype) for t in kept} == {(x.shape, x.dtype)}
+
+
+def test_errors():
+    x, first = jnp.ones(SHAPE), evonorm.init_evonorm_b0(6)
+    with pytest.raises(ValueError, match="channel axis -1 of x has size 6, which does not split into 32"):
+        evonorm.evonorm_s0(x, v=jnp.ones(6))
+    with pytest.raises(ValueError, match="v has shape \\(4,\\).*Expected \\(6,\\)"):
+        evonorm.evonorm_b0(x, first, train=True, v=jnp.ones(4))
+    with pytest.raises(ValueError, match="state of shape \\(4,\\) has 4 channels"):
+        evonorm.evonorm_b0(x, evonorm.init_evonorm_b0(4), train=False, v=jnp.ones(6))

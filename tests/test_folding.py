@@ -1,0 +1,221 @@
+"""Norms folded into the layers before them: equal outputs, and only where it is right."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as fnn
+from flax import nnx as fnnx
+
+import jaxnorm
+from benchmarks.networks import Bottleneck
+from jaxnorm import folding, linen, methods, nnx
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Flax's own batch normalization promotes float64."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def trained(tree, dtype=jnp.float32, seed=0):
+    """Variables as after training, from their shapes: nothing is 0 or 1."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    rng = np.random.default_rng(seed)
+
+    def value(path, t):
+        names = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
+        low, high = (0.5, 2.0) if "var" in names or "scale" in names else (-0.5, 0.5)
+        return jnp.asarray(rng.uniform(low, high, t.shape), dtype)
+
+    return structure.unflatten([value(path, t) for path, t in leaves])
+
+
+def tolerance(dtype):
+    return {"rtol": 0, "atol": 1e-12 if dtype == jnp.float64 else 1e-5}
+
+
+class Layers(fnn.Module):
+    """Every kind of layer and of norm that can be folded."""
+
+    dtype: object = jnp.float32
+
+    @fnn.compact
+    def __call__(self, x):
+        norm = {"use_running_average": True, "param_dtype": self.dtype}
+        conv = {"kernel_size": (3, 3), "param_dtype": self.dtype}
+        x = linen.BatchNorm(**norm)(fnn.Conv(8, use_bias=False, strides=2, **conv)(x), activation=jax.nn.relu)
+        x = linen.GhostBatchNorm(2, use_scale=False, **norm)(fnn.Conv(8, feature_group_count=8, padding="CIRCULAR", **conv)(x))
+        x = linen.BatchGroupNorm(2, unit_offset=True, epsilon=0.1, **norm)(fnn.Conv(12, feature_group_count=4, **conv)(x))
+        x = fnn.BatchNorm(use_bias=False, **norm)(fnn.ConvTranspose(6, transpose_kernel=True, **conv)(jax.nn.relu(x)))
+        x = linen.Norm(methods.batch_norm(), **norm)(fnn.ConvTranspose(6, use_bias=False, strides=(2, 2), **conv)(x))
+        x = fnn.Dense(5, use_bias=False, param_dtype=self.dtype)(x.mean((1, 2)))
+        return linen.BatchNorm(use_bias=False, use_scale=False, **norm)(x)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
+def test_every_layer_and_norm(dtype, x64):
+    dtype = jnp.dtype(dtype)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 6, 4)), dtype)
+    model = Layers(dtype)
+    variables = trained(jax.eval_shape(model.init, jax.random.key(0), x), dtype)
+    forward, folded, pairs = linen.fold_norms(model.apply, variables, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    assert len(pairs) == 6 and "batch_stats" not in folded
+    assert all("Conv" in name or "Dense" in name for name in folded["params"])
+    assert all("bias" in layer for layer in folded["params"].values())
+    expected = jax.jit(model.apply)(variables, x)
+    np.testing.assert_allclose(jax.jit(forward)(folded, x), expected, **tolerance(dtype))
+    assert "rsqrt" not in str(jax.make_jaxpr(forward)(folded, x))
+    assert np.abs(expected).max() > 0.1
+
+
+def _without_biases(tree):
+    return {name: _without_biases(t) if isinstance(t, dict) else t for name, t in tree.items() if name != "bias"}
+
+
+def test_a_residual_network_and_the_same_network_without_norms(x64):
+    class Identity:
+        def __init__(self, **options):
+            pass
+
+        def __call__(self, x):
+            return x
+
+    class Net(fnn.Module):
+        norm: object
+
+        @fnn.compact
+        def __call__(self, x):
+            for width in (4, 8):
+                x = Bottleneck(self.norm, width, 2, x.dtype)(x)
+            return x
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 6)))
+    model = Net(lambda **options: linen.BatchNorm(use_running_average=True, dtype=x.dtype, **options))
+    variables = trained(jax.eval_shape(model.init, jax.random.key(0), x), x.dtype)
+    forward, folded, pairs = linen.fold_norms(model.apply, variables, x)
+    assert len(pairs) == 8 and pairs["Bottleneck_1/BatchNorm_3"] == "Bottleneck_1/Conv_3"
+    expected = jax.jit(model.apply)(variables, x)
+    np.testing.assert_allclose(jax.jit(forward)(folded, x), expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+    bare = Net(lambda **options: Identity())
+    seen = jax.eval_shape(bare.init, jax.random.key(0), x)  # what a model without norms has, but for the biases
+    assert jax.tree.map(jnp.shape, {"params": _without_biases(folded["params"])}) == jax.tree.map(jnp.shape, dict(seen))
+
+
+class Awkward(fnn.Module):
+    """Where folding would be wrong."""
+
+    @fnn.compact
+    def __call__(self, x):
+        def norm(**options):
+            return linen.BatchNorm(use_running_average=True, **options)
+
+        y = fnn.Conv(4, (1, 1), name="used_twice")(x)
+        x = norm(name="a")(y) + y
+        x = norm(name="b")(jax.nn.relu(fnn.Conv(4, (1, 1), name="activated_before")(x)))
+        shared = fnn.Conv(4, (1, 1), name="called_twice")
+        x = norm(name="c")(shared(x))
+        x = norm(name="d")(shared(x))
+        x = linen.GroupNorm(2, name="e")(fnn.Conv(4, (1, 1), name="before_group_norm")(x))
+        x = norm(name="f")(fnn.Conv(4, (1, 1), name="weighed")(x), example_weight=0.5)
+        x = linen.BatchAndGroupNorm(ghost_size=2, num_groups=2, use_running_average=True, name="g")(
+            fnn.Conv(4, (1, 1), name="with_groups")(x)
+        )
+        x = norm(name="h", axis=1)(fnn.Conv(4, (1, 1), name="other_axis")(x))
+        x = norm(name="i")(fnn.WeightNorm(fnn.Conv(4, (1, 1), name="kernel_made_on_the_way"))(x))
+        x = norm(name="j", use_bias=False)(fnn.Conv(4, (1, 1), name="before_a_given_bias")(x), bias=jnp.ones((2, 4)))
+        x = linen.BatchNorm(name="k")(fnn.Conv(4, (1, 1), name="trained")(x), False, update_running_average=False)
+        return norm(name="z")(fnn.Conv(4, (1, 1), name="good")(x))
+
+
+def test_only_where_it_is_right():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 5, 3)), jnp.float32)
+    variables = trained(jax.eval_shape(Awkward().init, jax.random.key(0), x))
+    _, folded, pairs = linen.fold_norms(Awkward().apply, variables, x)
+    assert pairs == {"z": "good"}
+    assert {*variables["params"]} - {*folded["params"]} == {*variables["batch_stats"]} - {*folded["batch_stats"]} == {"z"}
+    jax.tree.map(np.testing.assert_array_equal, variables["params"]["called_twice"], folded["params"]["called_twice"])
+
+
+def test_a_scan_and_remat_stay_as_they_are():
+    class Step(fnn.Module):
+        @fnn.compact
+        def __call__(self, x, _):
+            return linen.BatchNorm(use_running_average=True)(fnn.Dense(4)(x)), None
+
+    axes = {"params": 0, "batch_stats": 0}
+    scanned = fnn.scan(Step, variable_axes=axes, split_rngs={"params": True}, length=3)()
+    x = jnp.ones((2, 4))
+    variables = trained(jax.eval_shape(scanned.init, jax.random.key(0), x, None))
+    assert linen.fold_norms(scanned.apply, variables, x, None).pairs == {}
+
+
+class Model(fnnx.Module):
+    """Every kind of layer and of norm that can be folded, and some that cannot."""
+
+    def __init__(self, dtype, rngs):
+        options = {"param_dtype": dtype, "rngs": rngs}
+        self.blocks = fnnx.List(
+            [
+                fnnx.Sequential(fnnx.Conv(3, 8, (3, 3), use_bias=False, **options), nnx.BatchNorm(8, **options)),
+                fnnx.Sequential(fnnx.Conv(8, 8, (3, 3), feature_group_count=8, **options), fnnx.BatchNorm(8, **options)),
+                fnnx.Sequential(
+                    fnnx.ConvTranspose(8, 6, (3, 3), transpose_kernel=True, use_bias=False, **options),
+                    nnx.BatchGroupNorm(6, 3, use_bias=False, unit_offset=True, **options),
+                ),
+            ]
+        )
+        self.twice, self.after = fnnx.Conv(6, 6, (1, 1), **options), nnx.BatchNorm(6, **options)
+        self.shared = self.twice
+        self.dense, self.norm = fnnx.Linear(6, 5, **options), nnx.GhostBatchNorm(5, 2, use_scale=False, **options)
+        self.skip, self.skipped = fnnx.Linear(5, 5, **options), nnx.BatchNorm(5, **options)
+        self.groups = nnx.GroupNorm(5, num_groups=5, **options)
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        x = self.after(self.shared(self.twice(x)))
+        x = self.norm(self.dense(x.mean((1, 2))), activation=jax.nn.relu)
+        y = self.skip(x)
+        return self.groups(self.skipped(y) + y)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float64"])
+def test_nnx(dtype, x64):
+    dtype = jnp.dtype(dtype)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 6, 3)), dtype)
+    graph, state = fnnx.split(fnnx.eval_shape(lambda: Model(dtype, fnnx.Rngs(0))))
+    model = fnnx.view(fnnx.merge(graph, trained(state, dtype)), use_running_average=True)
+    before = jax.tree.map(np.asarray, fnnx.state(model))
+    folded, run = nnx.fold_norms(model, x), fnnx.jit(lambda m, x: m(x))
+    names = {"/".join(map(str, p)) for p, m in fnnx.iter_modules(folded) if isinstance(m, nnx.FoldedNorm)}
+    assert names == {*(f"blocks/{i}/layers/1" for i in range(3)), "norm"}
+    np.testing.assert_allclose(run(folded, x), run(model, x), **tolerance(dtype))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, fnnx.state(model)))
+    assert folded.blocks[0].layers[0].bias is not None and model.blocks[0].layers[0].bias is None
+    training = nnx.fold_norms(fnnx.view(model, use_running_average=False), x)
+    assert not any(isinstance(m, nnx.FoldedNorm) for _, m in fnnx.iter_modules(training))
+
+
+def test_half_precision_keeps_dtypes():
+    class Half(fnn.Module):
+        @fnn.compact
+        def __call__(self, x):
+            x = fnn.Conv(4, (3, 3), use_bias=False, dtype=jnp.bfloat16)(x)
+            return linen.BatchNorm(use_running_average=True)(x)
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 4, 3)), jnp.float32)
+    variables = trained(jax.eval_shape(Half().init, jax.random.key(0), x))
+    forward, folded, _ = linen.fold_norms(Half().apply, variables, x)
+    expected = Half().apply(variables, x)
+    assert forward(folded, x).dtype == expected.dtype == jnp.float32
+    np.testing.assert_allclose(forward(folded, x), expected, atol=0.05)
+
+
+def test_fold_refuses_statistics_that_do_not_fit():
+    running = jaxnorm.init_running((3,))
+    with pytest.raises(ValueError, match=r"shape \(3,\) do not fit 4 output channels"):
+        folding.fold(jnp.ones((2, 4)), None, running)
+    with pytest.raises(ValueError, match="do not fit"):
+        folding.fold(jnp.ones((2, 4)), None, jaxnorm.init_running((2, 4)))

@@ -1,0 +1,101 @@
+"""Filter Response Normalization and the thresholded linear unit, against their definition in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnorm import frn, linen, methods, norm
+
+SHAPE = (3, 2, 4, 5)
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def definition(xp, x, scale, bias, threshold, slope, learned, epsilon=1e-6):
+    normal = x / xp.sqrt((x**2).mean((1, 2), keepdims=True) + epsilon + abs(learned)) * scale + bias
+    return xp.maximum(normal, slope * normal + threshold)
+
+
+def draw():
+    rng = np.random.default_rng(0)
+    return rng.normal(1, 2, SHAPE), *rng.normal(size=(4, SHAPE[-1])), np.float64(-0.3)
+
+
+def differentiated(f):
+    def run(*args):
+        y, pull = jax.vjp(f, *args)
+        return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+    return jax.jit(run)
+
+
+def close(a, b, atol=1e-11):
+    jax.tree.map(lambda s, t: np.testing.assert_allclose(s, t, rtol=0, atol=atol), a, b)
+
+
+def test_values_and_gradients():
+    def ours(x, scale, bias, threshold, slope, learned):
+        options = {"scale": scale, "bias": bias, "threshold": threshold, "slope": slope}
+        return frn.filter_response_norm(x, learned_epsilon=learned, **options)
+
+    args = draw()
+    y, gradients = differentiated(ours)(*args)
+    close(y, definition(np, *args))
+    close(
+        gradients,
+        differentiated(lambda *args: definition(jnp, *(t[None, None, None] if t.ndim == 1 else t for t in args)))(*args)[1],
+    )
+
+
+def test_limits_of_the_threshold():
+    x, scale, bias, *_ = draw()
+    plain = differentiated(lambda x: norm(x, methods.filter_response_norm(), scale=scale, bias=bias, epsilon=1e-6)[0])(x)
+    run = differentiated(lambda x: frn.filter_response_norm(x, scale=scale, bias=bias))
+    close(run(x), plain)
+    for threshold, expected in ((-np.inf, lambda t: t), (0.0, jax.nn.relu)):
+        tau = jnp.full(5, threshold)
+        ours = differentiated(lambda x, tau=tau: frn.filter_response_norm(x, scale=scale, bias=bias, threshold=tau))
+        theirs = differentiated(
+            lambda x, f=expected: f(norm(x, methods.filter_response_norm(), scale=scale, bias=bias, epsilon=1e-6)[0])
+        )
+        close(ours(x), theirs(x))
+
+
+def test_mean_square_is_one_and_positive_factors_cancel():
+    x = jnp.asarray(draw()[0])
+    run = jax.jit(lambda x: frn.filter_response_norm(x, epsilon=0.0))
+    close((run(x) ** 2).mean((1, 2)), np.ones((3, 5)))
+    close(run(7 * x), run(x))
+    close(run(x[:, :1, :1]), jnp.sign(x[:, :1, :1]))  # one position: nothing but the sign is left
+
+
+def test_learned_epsilon_keeps_one_position_apart():
+    x = jnp.asarray(draw()[0])[:, :1, :1]
+    y, (dx, de) = differentiated(lambda x, e: frn.filter_response_norm(x, learned_epsilon=e, epsilon=0.0))(x, jnp.asarray(-4.0))
+    close(y, x / jnp.sqrt(x**2 + 4))
+    assert (jnp.abs(dx) > 0).all() and de != 0
+
+
+def test_threshold_of_each_example():
+    x = jnp.asarray(draw()[0])
+    tau = jnp.asarray(np.random.default_rng(1).normal(size=(3, 5)))
+    close(frn.thresholded_linear_unit(x, tau), jnp.maximum(x, tau[:, None, None]))
+
+
+def test_normalization_and_threshold_keep_x_alone():
+    x = jnp.ones((16, 8, 8, 64), jnp.bfloat16)
+    tau = jnp.zeros(64, jnp.float32)
+    f = lambda x, t: frn.filter_response_norm(x, threshold=t, slope=t)  # noqa: E731
+    pull = jax.eval_shape(lambda x, t: jax.vjp(f, x, t)[1], x, tau)
+    kept = [t for t in jax.tree.leaves(pull) if t.size >= x.size]
+    assert {(t.shape, t.dtype) for t in kept} == {(x.shape, x.dtype)}
+
+
+def test_errors():
+    x = jnp.ones(SHAPE)
+    with pytest.raises(ValueError, match="threshold has shape \\(4,\\).*Expected \\(5,\\), or \\(3, 5\\) per example"):
+        frn.filter_response_norm(x, threshold=jnp.zeros(4))
+    with pytest.raises(ValueError, match="Got threshold=None; expected one"):
+        frn.filter_response_norm(x, slope=jnp.zeros(5))
+    with pytest.raises(ValueError, match="Got threshold=None; expected one"):
+        linen.FilterResponseNorm(use_threshold=False, use_slope=True).init(jax.random.key(0), x)

@@ -1,0 +1,128 @@
+"""Positional Normalization with the moment shortcut, against NumPy, and the dynamic shortcut in both frameworks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxnorm import linen, methods, norm, positional
+from jaxnorm import nnx as nnx_layers
+
+SHAPE = (3, 4, 5, 6)
+
+
+def data(shape=SHAPE, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(1, 2, shape))
+
+
+def close(a, b, atol=1e-11):
+    jax.tree.map(lambda s, t: np.testing.assert_allclose(s, t, rtol=0, atol=atol), a, b)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("ddof", (0, 1))
+def test_values_moments_and_gradients(ddof):
+    """ddof 1 is the authors' torch code."""
+
+    def definition(xp, x):
+        mean = x.mean(-1, keepdims=True)
+        std = xp.sqrt(x.var(-1, keepdims=True, ddof=ddof) + 1e-5)
+        return (x - mean) / std, mean, std
+
+    def run(f):
+        def g(x, gy):
+            out, pull = jax.vjp(f, x)
+            return out, pull(gy)
+
+        return jax.jit(g)
+
+    x = data()
+    gy = (data(seed=1), data((*SHAPE[:3], 1), seed=2), data((*SHAPE[:3], 1), seed=3))
+    out, dx = run(lambda x: positional.positional_norm(x, correction=ddof))(x, gy)
+    close(out, definition(np, np.asarray(x)))
+    close(dx, run(lambda x: definition(jnp, x))(x, gy)[1])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("epsilon, correction", ((1e-5, 0), (0.0, 0), (1e-5, 1)))
+def test_the_shortcut_undoes_the_normalization(epsilon, correction):
+    """In value, and its derivative is the identity."""
+
+    def there_and_back(x):
+        return positional.moment_shortcut(*positional.positional_norm(x, epsilon=epsilon, correction=correction))
+
+    x, gy = data(), data(seed=1)
+    y, pull = jax.vjp(jax.jit(there_and_back), x)
+    close((y, *pull(gy)), (x, gy))
+
+
+@pytest.mark.usefixtures("x64")
+def test_it_is_the_row_of_the_table_and_the_layer():
+    x = data()
+    y, mean, std = positional.positional_norm(x)
+    row, m = norm(x, methods.positional_norm())
+    close((y, mean, std), (row, m.mean, jnp.sqrt(m.var + 1e-5)))
+    close(linen.PositionalNorm().apply({}, x), y)
+
+
+@pytest.mark.usefixtures("x64")
+def test_one_channel_and_another_layout():
+    y, mean, std = positional.positional_norm(data((2, 3, 1)), correction=1)
+    assert (y == 0).all() and (mean == data((2, 3, 1))).all()
+    np.testing.assert_allclose(std, np.sqrt(1e-5))
+    dx = jax.jit(jax.grad(lambda x: sum(t.sum() for t in positional.positional_norm(x))))(jnp.ones((2, 3, 4)))
+    np.testing.assert_allclose(dx, 0.25)  # that of the mean: constant positions give no NaN
+    x, other = data(), data((3, 4, 5, 8), seed=1)
+    first = positional.positional_norm(jnp.moveaxis(x, -1, 1), channel_axis=1)
+    last = positional.positional_norm(x)
+    close([jnp.moveaxis(t, 1, -1) for t in first], list(last))
+    back = positional.moment_shortcut(jnp.moveaxis(other, -1, 1), *first[1:], channel_axis=1)
+    close(jnp.moveaxis(back, 1, -1), positional.moment_shortcut(other, *last[1:]))
+    close(positional.moment_shortcut(other, *last[1:]), other * last[2] + last[1])
+
+
+def test_the_shortcut_keeps_x_and_the_moments():
+    x = jnp.ones((16, 8, 8, 64), jnp.bfloat16)
+    mean = jnp.ones((16, 8, 8, 1), jnp.float32)
+    y, pull = jax.eval_shape(lambda *args: jax.vjp(positional.moment_shortcut, *args), x, mean, mean)
+    kept = [t for t in jax.tree.leaves(pull) if t.size >= x.size]
+    assert y.dtype == jnp.bfloat16 and [(t.shape, t.dtype) for t in kept] == [(x.shape, x.dtype)]
+
+
+def test_moments_of_another_resolution_are_refused():
+    x, m = jnp.ones(SHAPE), jnp.ones((3, 2, 5, 1))
+    with pytest.raises(ValueError, match=r"do not fit x of shape \(3, 4, 5, 6\). Expected \(3, 4, 5, 1\) for both"):
+        positional.moment_shortcut(x, m, m)
+    with pytest.raises(ValueError, match=r"\(3, 4, 5, 1\) and \(3, 4, 5, 6\) do not fit"):
+        positional.moment_shortcut(x, jnp.ones((3, 4, 5, 1)), x)
+
+
+@pytest.mark.parametrize("channel_axis", (1, pytest.param(-1, marks=pytest.mark.slow)))
+def test_dynamic_shortcut(channel_axis):
+    """It starts as the plain one; both frameworks agree with two convolutions written out."""
+    x = jnp.asarray(data(), jnp.float32)
+    mean, std = positional.positional_norm(jnp.asarray(data(seed=1), jnp.float32))[1:]
+    args = [jnp.moveaxis(t, -1, channel_axis) for t in (x, mean, std)]
+    layer = linen.DynamicMomentShortcut(hidden_features=4, channel_axis=channel_axis)
+    y, variables = jax.jit(layer.init_with_output)(jax.random.key(0), *args)
+    plain = positional.moment_shortcut(x, mean, std)
+    close(jnp.moveaxis(y, channel_axis, -1), plain, atol=1e-5)
+
+    rng = np.random.default_rng(2)
+    variables = jax.tree.map(lambda t: jnp.asarray(rng.normal(size=t.shape), jnp.float32), variables)
+    y = jax.jit(layer.apply)(variables, *args)
+    twin = nnx_layers.DynamicMomentShortcut(6, hidden_features=4, channel_axis=channel_axis, rngs=nnx.Rngs(0))
+    for conv, name in ((twin.first, "Conv_0"), (twin.second, "Conv_1")):
+        conv.kernel[...], conv.bias[...] = (variables["params"][name][key] for key in ("kernel", "bias"))
+    close(nnx.jit(lambda layer, *args: layer(*args))(twin, *args), y, atol=1e-4)
+
+    def conv(t, p):
+        padded = np.pad(t, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+        return np.einsum("nhwcij,ijco->nhwo", windows, np.asarray(p["kernel"], "f8")) + np.asarray(p["bias"], "f8")
+
+    t = np.concatenate([mean, std], axis=-1).astype("f8")
+    f, g = np.split(conv(np.maximum(conv(t, variables["params"]["Conv_0"]), 0), variables["params"]["Conv_1"]), 2, axis=-1)
+    expected = np.asarray(x, "f8") * (std + f) + mean + g
+    np.testing.assert_allclose(jnp.moveaxis(y, channel_axis, -1), expected, rtol=1e-4, atol=1e-3)
