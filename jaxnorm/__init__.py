@@ -33,7 +33,6 @@ The map, in the order in which the files build on each other:
                                   sync_running(state, axis_name=)                    _running.py
     a row of the table            methods.group_norm(32), ...                        methods.py
 
-<<<<<<< HEAD
 Methods with a rule between `moments` and `normalize`, each in a file of its name. What they remember is a dict of arrays;
 `f(x, state, train=)` returns y and the next state:
 
@@ -58,11 +57,6 @@ At test time, and around:
 `jaxnorm.linen`, `jaxnorm.nnx` and `jaxnorm.optim` are imported by name: all other functions need jax alone. Inside,
 `_mean_var.py` and the pass in `_normalize.py` are the two full-size computations with their derivatives, `_xla.py` is what
 differs by platform, and `_between.py` the frame of the methods with a rule.
-=======
-`jaxnorm.linen`, `jaxnorm.nnx` and `jaxnorm.optim` (optax) are imported by name: all other functions need jax alone. Inside,
-`_mean_var.py` and the pass in `_normalize.py` are the two full-size computations with their derivatives, and `_xla.py` is what
-differs by platform.
->>>>>>> testtime
 
 Letters: N examples, H x W positions, C channels, G groups of channels; S a set of elements that share statistics; gamma is
 `scale`, beta `bias`. Two conventions to remember: `momentum` is the weight of the OLD value, and variances are biased,
