@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import jit
 from jax import lax
 from scipy import special
 
@@ -560,7 +561,7 @@ def test_identity(row):
         y, pull = jax.vjp(f, *arrays)
         return y, *pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
 
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jit
     def both(*arrays):
         return [differentiated(f, arrays) for f in (row.left, row.right)]
 

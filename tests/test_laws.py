@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from compiled import jit
 from rows import ROWS
 
 from jaxnorm import init_running, methods, norm, normalize, running_moments, running_shape, update_running
@@ -22,6 +23,7 @@ from jaxnorm.domains import domain_batch_norm, init_domain_batch_norm
 from jaxnorm.evonorm import evonorm_b0, evonorm_s0, init_evonorm_b0
 from jaxnorm.frn import filter_response_norm
 from jaxnorm.group_plus import group_norm_plus, init_group_norm_plus
+from jaxnorm.inference import weigh_example
 from jaxnorm.memorized import init_memorized_batch_norm, memorized_batch_norm
 from jaxnorm.momentum import init_momentum_batch_norm, momentum_batch_norm
 from jaxnorm.moving_average import init_moving_average, moving_average_norm
@@ -60,6 +62,7 @@ class Row:
         options: of the function; those named in `per_unit` are in the unit of 1 / x.
         begin: other options in the first step.
         meeting: labels of what is still shared in inference; None for methods that are tested in training alone.
+        trains: whether training is tested; else another row does.
         blends: whether x is partly standardized with what is remembered, in training.
         standardizes: whether y has mean 0 and variance var / (var + epsilon) on each set, or the square mean where `shift` is
             None.
@@ -75,6 +78,7 @@ class Row:
     per_unit: tuple[str, ...] = ()
     begin: dict = dataclasses.field(default_factory=dict)
     meeting: tuple[Label, ...] | None = None
+    trains: bool = True
     blends: bool = False
     standardizes: bool = False
     epsilon: float = 0.1
@@ -83,12 +87,14 @@ class Row:
         return self.name
 
 
-def of_table(method):
-    """A row of the table with its running statistics."""
+def of_table(method, example_weight=None):
+    """A row of the table with its running statistics, weighed in inference with the example's own."""
 
     def f(x, state, *, train, epsilon, **affine):
         if not train:
-            return normalize(x, running_moments(state, method, x.shape), epsilon=epsilon, **affine), state
+            m = running_moments(state, method, x.shape)
+            m = m if example_weight is None else weigh_example(x, m, method, example_weight=example_weight)
+            return normalize(x, m, epsilon=epsilon, **affine), state
         y, m = norm(x, method, epsilon=epsilon, **affine)
         state = update_running(state, jax.lax.stop_gradient(m), momentum=0.0) if method.pools_batch else state
         return y, state
@@ -126,6 +132,21 @@ def table_rows():
 
 MOMENTUM = {"momentum": 0.0}
 BEYOND = (
+    *(
+        Row(
+            f"weighed examples of {name}",
+            of_table(method, 0.25),
+            (label,),
+            label,
+            first_of(method),
+            meeting=(own,),
+            trains=False,
+        )
+        for name, method, label, own in (
+            ("batch norm", methods.batch_norm(), CHANNEL, INSTANCE),
+            ("batch group norm", methods.batch_group_norm(3), BATCH_GROUP, GROUP),
+        )
+    ),
     Row(
         "batch_renorm",
         batch_renorm,
@@ -300,7 +321,7 @@ def compiled(row, train):
         options = options | {name: options[name] / unit for name in row.per_unit}
         return row.function(x, state, train=train, **options, **rest)
 
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jit
     def run(x, past, gy, scale, bias, epsilon, unit):
         affine = {"scale": scale, "bias": bias}
         first = jax.tree.map(lambda t: t.astype(x.dtype), row.first())
@@ -380,7 +401,7 @@ def touched(labels):
     return out
 
 
-MODES = [(row, train) for row in METHODS for train in (True, False) if train or row.meeting is not None]
+MODES = [(row, train) for row in METHODS for train in (True, False) if (row.trains if train else row.meeting is not None)]
 
 
 @pytest.mark.usefixtures("x64")

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from compiled import jit, norm_and_gradient
+from compiled import jit
 
-from jaxnorm import methods
 from jaxnorm.memorized import double_forward, init_memorized_batch_norm, memorized_batch_norm
 
 SHAPE, E = (6, 3, 4), 1e-3

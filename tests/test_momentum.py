@@ -6,9 +6,8 @@ import chex
 import jax
 import numpy as np
 import pytest
-from compiled import jit, norm_and_gradient
+from compiled import jit
 
-from jaxnorm import methods
 from jaxnorm.momentum import inference_momentum, init_momentum_batch_norm, momentum_batch_norm, train_momentum_schedule
 
 SHAPE, E = (6, 3, 4), 1e-3

@@ -6,15 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled import jit, norm_and_gradient
+from compiled import jit
 
-from jaxnorm import methods
 from jaxnorm.switchable import init_switchable_norm, switchable_norm
 
 SHAPE, E = (6, 3, 4), 1e-3
 close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
 AXES = {"instance": (1,), "layer": (1, 2), "batch": (0, 1)}
-METHODS = (methods.instance_norm(), methods.layer_norm(), methods.batch_norm())
 
 
 def data(seed=0, shape=SHAPE):
