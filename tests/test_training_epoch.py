@@ -1,0 +1,203 @@
+"""Every layer trains: after one epoch of handwritten digits, compiled, the loss is lower than before."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compiled import jit
+from flax import nnx
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+
+from benchmarks import digits, training
+from benchmarks.norms import METHODS, Layer
+from benchmarks.residual import Unit
+from jaxnorm import methods
+from jaxnorm import nnx as layers
+from jaxnorm.positional import positional_norm
+
+STEPS, BATCH, WIDTH = 64, 16, 12
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
+
+def batches() -> digits.Images:
+    """An epoch, (steps, images of a step, ...)."""
+    images = digits.epoch(digits.split(0, STEPS * BATCH).train, 0, 0)
+    return jax.tree.map(lambda t: jnp.asarray(t.reshape(STEPS, BATCH, *t.shape[1:])), images)
+
+
+def quarter(images: digits.Images, index: int) -> digits.Images:
+    size = STEPS // 4
+    return jax.tree.map(lambda t: t[index * size : (index + 1) * size], images)
+
+
+class Small(nn.Module):
+    """Two convolutions, each normalized and activated, and a classifier."""
+
+    layers: tuple[Layer, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, done: jax.Array | float = 1.0) -> jax.Array:
+        for layer in self.layers:
+            x = Unit(layer, WIDTH, stride=2)(x, train=train, done=jnp.asarray(done))
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+def some(names, often):
+    """These by default, the rest in the slow run."""
+    return [name if name in often else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", some(METHODS, ("memorized", "cross_iteration", "moving_average", "evonorm_b0", "group_ws")))
+def test_linen_layers_of_the_comparison_train(name):
+    """By the steps of the main job, on one device; the loss of the first quarter before, that of the last after."""
+    net: Any = Small((METHODS[name].at(BATCH // 4, WIDTH),) * 2)
+    images = jax.tree.map(lambda t: t[:, None], batches())  # of one device
+    state = jit(partial(training._initialize, net, OPTIMIZER, 1))(jnp.zeros(1, "i4"))
+    state = jax.tree.map(lambda t: t[0], state)
+
+    @jit
+    def loss(state, images):
+        on_devices = dict(state.on_devices)
+        taps = {key: on_devices.pop(key) for key in (OVERWRITE_WITH_GRADIENT,) if key in on_devices}
+        one = lambda batch: training._loss(state.params, taps, on_devices, batch, net, state.step / STEPS)[0]  # noqa: E731
+        return jax.lax.map(one, images).mean()
+
+    after = jit(partial(training._train_epoch, net, OPTIMIZER, STEPS))(state, images)
+    assert int(after.step) == STEPS
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), after.params, state.params)
+    assert all(jax.tree.leaves(changed)), changed
+    chex.assert_tree_all_finite(after)
+    assert float(loss(after, quarter(images, 3))) < 0.8 * float(loss(state, quarter(images, 0)))
+
+
+class Network(nnx.Module):
+    """A convolution, what stands behind it, and a classifier."""
+
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs):
+        self.middle: Any = make(rngs)
+        self.last = nnx.Linear(16 * WIDTH, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array, **now: Any) -> jax.Array:
+        x = jax.nn.silu(self.middle(x, **now))
+        return self.last(x.reshape(len(x), -1))
+
+
+def conv(rngs, **options):
+    return nnx.Conv(1, WIDTH, (3, 3), strides=2, rngs=rngs, **options)
+
+
+class Behind(nnx.Module):
+    """A convolution and a normalization."""
+
+    def __init__(self, norm, rngs):
+        self.conv, self.norm = conv(rngs, use_bias=False), norm(WIDTH, rngs=rngs)
+
+    def __call__(self, x, **now):
+        return self.norm(self.conv(x), **now)
+
+
+class Shortcut(nnx.Module):
+    """Positional norm whose moments come back after a convolution."""
+
+    def __init__(self, rngs):
+        self.conv, self.shortcut = conv(rngs), layers.DynamicMomentShortcut(WIDTH, hidden_features=4, rngs=rngs)
+
+    def __call__(self, x):
+        y, mean, std = positional_norm(self.conv(x))
+        return self.shortcut(y, mean, std)
+
+
+def behind(name, **options):
+    return partial(Behind, partial(getattr(layers, name), **options))
+
+
+class StandardizedDense(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = layers.WSDense(64, 16 * WIDTH, use_gain=True, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dense(x.reshape(len(x), -1))
+
+
+IMAGES = (BATCH, 4, 4, WIDTH)
+NNX: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
+    name: behind(name)
+    for name in (
+        "BatchNorm",
+        "BatchRenorm",
+        "EvoNormB0",
+        "FilterResponseNorm",
+        "InstanceNorm",
+        "LayerNorm",
+        "MomentumBatchNorm",
+        "PositionalNorm",
+        "RMSNorm",
+        "SwitchableNorm",
+    )
+} | {
+    "BatchAndGroupNorm": behind("BatchAndGroupNorm", ghost_size=4, num_groups=4),
+    "BatchGroupNorm": behind("BatchGroupNorm", num_groups=8, x_shape=IMAGES),
+    "CrossIterationNorm": lambda rngs: layers.CrossIterationNorm(conv(rngs, use_bias=False), rngs=rngs),
+    "DomainSpecificBatchNorm": behind("DomainSpecificBatchNorm", num_domains=2),
+    "DynamicMomentShortcut": Shortcut,
+    "EvoNormS0": behind("EvoNormS0", num_groups=4),
+    "GhostBatchNorm": behind("GhostBatchNorm", ghost_size=4),
+    "GroupNorm": behind("GroupNorm", num_groups=4),
+    "GroupNormPlus": behind("GroupNormPlus", num_groups=4, x_shape=IMAGES),
+    "MemorizedBatchNorm": behind("MemorizedBatchNorm", memory_weights=(0.2, 0.3, 0.5)),
+    "MovingAverageNorm": lambda rngs: layers.MovingAverageNorm(conv(rngs, use_bias=False), window=4, rngs=rngs),
+    "Norm": behind("Norm", method=methods.batch_and_group_norm(4, 3)),
+    "ProxyNorm": behind("ProxyNorm", method=methods.group_norm(4)),
+    "WSConv": lambda rngs: layers.WSConv(1, WIDTH, (3, 3), strides=2, use_gain=True, rngs=rngs),
+    "WSDense": StandardizedDense,
+}
+NOW: dict[str, dict[str, Any]] = {
+    "BatchRenorm": {"rmax": 1.5, "dmax": 0.5},
+    "DomainSpecificBatchNorm": {"domain": np.arange(BATCH) % 2},
+    "MomentumBatchNorm": {"train_momentum": 0.3},
+    "MovingAverageNorm": {"average_from": 10, "correct_from": 20},
+}
+
+
+def test_each_nnx_layer_has_a_network():
+    modules = {name for name, t in vars(layers).items() if inspect.isclass(t) and issubclass(t, nnx.Module)}
+    assert set(NNX) == modules - {"FoldedNorm"}  # which serves alone
+
+
+@pytest.mark.parametrize(
+    "name",
+    some(
+        NNX, ("BatchAndGroupNorm", "DomainSpecificBatchNorm", "DynamicMomentShortcut", "GroupNormPlus", "ProxyNorm", "WSDense")
+    ),
+)
+def test_nnx_layers_train(name):
+    model = Network(NNX[name], nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, OPTIMIZER, wrt=nnx.Param)
+    old = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+
+    @nnx.jit
+    def step(model, optimizer, images):
+        def loss(model):
+            logits = model(images.pixels, **NOW.get(name, {}))
+            return optax.softmax_cross_entropy_with_integer_labels(logits, images.labels).mean()
+
+        value, gradients = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, (nnx.Param, layers.Tap)))(model)
+        params, taps = nnx.split_state(gradients, nnx.Param, layers.Tap)
+        optimizer.update(model, params)
+        nnx.update(model, taps)
+        return value
+
+    images = batches()
+    losses = [float(step(model, optimizer, jax.tree.map(lambda t, i=i: t[i], images))) for i in range(STEPS)]
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), old, nnx.state(model, nnx.Param))
+    assert all(jax.tree.leaves(changed)), changed
+    size = STEPS // 4
+    assert np.mean(losses[-size:]) < 0.8 * np.mean(losses[:size])
