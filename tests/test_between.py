@@ -265,19 +265,6 @@ def test_unusable_sets_leave_the_state(case):
     assert np.isfinite(y[2:]).all()
 
 
-@some("renorm", "momentum", "memorized", of=STATEFUL)
-def test_history_is_constant(case):
-    """No gradient between steps: neither into the state from y, nor into the new state from x."""
-    x, state = data(6, 2, C).astype("f4"), some_state(case, "f4")
-
-    def step(x, state):
-        y, new = case(x, state, labels(6))
-        return jnp.sum(y**3), sum(jnp.sum(t) for t in new.values())
-
-    of_y, of_new = jit(jax.jacrev(step, argnums=(0, 1)))(x, state)
-    assert of_y[0].any() and not any(t.any() for t in of_y[1].values()) and not of_new[0].any()
-
-
 @some("momentum", "switchable", "domains", of=STATEFUL)
 def test_inference_leaves_the_state_and_examples_do_not_meet(case):
     x, state, domain = data(6, 2, C).astype("f4"), some_state(case, "f4"), labels(6)
