@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         jax.config.update("jax_num_cpu_devices", DEVICES)
     if jax.device_count() < DEVICES:
         parser.error(f"needs {DEVICES} simulated devices, and JAX runs with {jax.device_count()}")
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     for name in sorted(set(COMPARED) - set(installed())):
         console.print(f"{name} is not installed, and left out.", highlight=False)
     if reason := tpu.unavailable():
@@ -237,8 +237,8 @@ def _compile(jobs: Sequence[Job], results: list[Result], steps: dict[Any, list[C
             check_interrupt()
 
 
-Modelled = dict[str, dict[str, dict[int, float]]]
-"""Seconds for each pod, program and number of chips."""
+Modelled = dict[str, dict[str, dict[int, pods.Cost]]]
+"""The cost for each pod, program and number of chips."""
 
 MODELLED = {"two_pass": "jit", "flax": "jit", "jaxnorm": "jit", "groups": "jit", "ghost": "jit", "local": "shard_map"}
 """Programs in the model, and where they are taken from."""
@@ -256,14 +256,15 @@ def _modelled(steps: Mapping[Any, Sequence[Collective]]) -> Modelled:
         if found := steps.get((platform, context, name)):
             sizes = pods.rounds(found, devices, _group(devices))
             for pod in pods.PODS:
-                seconds = {chips: pods.step_seconds(pod, chips, GROUP, sizes) for chips in pod.shapes}
-                modelled[pod.name][NORMS[name].title] = seconds
+                costs = {chips: pods.cost(pod, chips, GROUP, sizes) for chips in pod.shapes}
+                modelled[pod.name][NORMS[name].title] = costs
     return modelled
 
 
 def _write(results: Sequence[Result], modelled: Modelled, facts: Mapping[str, Any], to: Path) -> None:
     rows = [result.row() for result in results]
-    written = {"about": facts, "results": rows, "model_seconds": modelled}
+    model = jax.tree.map(pods.Cost._asdict, modelled, is_leaf=lambda node: isinstance(node, pods.Cost))
+    written = {"about": facts, "results": rows, "model": model}
     (to / "collectives.json").write_text(json.dumps(written, indent=1) + "\n")
     with (to / "collectives.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
@@ -325,15 +326,16 @@ def _print_model(modelled: Modelled, console: Console) -> None:
     for pod, lines in modelled.items():
         chips = list(next(iter(lines.values()), {}))
         table = Table(
-            title=f"Collectives of a step of ResNet-50 on TPU {pod}, ms: a model, nothing was run",
-            caption=f"one after the other, {pods.LATENCY * 1e6:g} us a hop; groups of {GROUP} chips; gradients included",
+            title=f"Collectives of a step of ResNet-50 on TPU {pod}: a model, nothing was run",
+            caption=f"ms one after the other, {pods.LATENCY * 1e6:g} us a hop | MB that a chip sends; groups of {GROUP} chips; "
+            "gradients included",
             box=box.SIMPLE_HEAD,
         )
         table.add_column("chips", no_wrap=True)
         for count in chips:
-            table.add_column(str(count), justify="right")
-        for title, seconds in lines.items():
-            table.add_row(title, *(f"{1e3 * seconds[count]:.2f}" for count in chips))
+            table.add_column(str(count), justify="right", no_wrap=True)
+        for title, costs in lines.items():
+            table.add_row(title, *(f"{1e3 * costs[count].seconds:.2f} | {costs[count].sent / 1e6:.1f}" for count in chips))
         console.print(table, highlight=False)
 
 

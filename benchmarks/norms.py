@@ -115,6 +115,10 @@ def _moving_average(batch_size: int, num_channels: int) -> Layer:
     return Layer(linen.MovingAverageNorm, (("window", window),), takes_dense=True, schedule=_warm_up)
 
 
+def _batch_and_group(batch_size: int, num_channels: int) -> Layer:
+    return Layer(linen.BatchAndGroupNorm, (("ghost_size", max(1, batch_size // 2)), *_GROUPS, *_KEPT))
+
+
 def _always(layer: Layer) -> Callable[[int, int], Layer]:
     return lambda batch_size, num_channels: layer
 
@@ -135,6 +139,7 @@ METHODS: Mapping[str, Row] = MappingProxyType(
         "positional": _row("PositionalNorm", methods.positional_norm()),
         "rms": _row("RMSNorm", methods.rms_norm()),
         "instance": _row("InstanceNorm", methods.instance_norm()),
+        "batch_and_group": Row("BatchAndGroupNorm", _batch_and_group),
         "batch_renorm": Row(
             "BatchRenorm", _always(Layer(linen.BatchRenorm, (("momentum", MOMENTUM),), schedule=_renorm_bounds))
         ),
@@ -163,3 +168,6 @@ METHODS: Mapping[str, Row] = MappingProxyType(
         "group_ws": Row(f"GroupNorm({NUM_GROUPS}) + WS", _always(of_table(methods.group_norm(NUM_GROUPS), linen.WSDense))),
     }
 )
+
+TABLE = ("batch", "batch_group", "group", "layer", "positional", "rms", "instance")
+"""Methods that differ in their sets alone."""

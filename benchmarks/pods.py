@@ -87,6 +87,13 @@ V5P = Pod(
 PODS = (V5E, V5P)
 
 
+class Cost(NamedTuple):
+    """What a program costs: seconds of collectives one after the other, and bytes that a chip sends."""
+
+    seconds: float
+    sent: float
+
+
 class Round(NamedTuple):
     """A collective whatever the size of the slice: its bytes, and in which part of the devices it is.
 
@@ -112,11 +119,12 @@ def rounds(found: Iterable[Collective], devices: int, group: int) -> list[Round]
     return [Round(one.bytes, names[one.group_size]) for one in always]
 
 
-def step_seconds(pod: Pod, chips: int, group: int, found: Sequence[Round]) -> float:
-    """Seconds of these rounds one after the other, on `chips` chips of which `group` share statistics."""
+def cost(pod: Pod, chips: int, group: int, found: Sequence[Round]) -> Cost:
+    """The cost of these rounds on `chips` chips of which `group` share statistics."""
     group = min(group, chips)
     among = {"all": chips, "group": group, "across": chips // group}
-    return sum(_seconds(pod, among[one.over], one.size) for one in found)
+    seconds = sum(_seconds(pod, among[one.over], one.size) for one in found)
+    return Cost(seconds, sum(2 * (among[one.over] - 1) / among[one.over] * one.size for one in found))
 
 
 def _seconds(pod: Pod, chips: int, size: float) -> float:
@@ -124,21 +132,25 @@ def _seconds(pod: Pod, chips: int, size: float) -> float:
     return pod.all_reduce_seconds(max(chips, 8), size) if chips > 1 else 0.0
 
 
-def draw(curves: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -> None:
-    """Milliseconds over chips: for each pod's name, for each program's title, seconds by number of chips."""
-    figure, axes = plt.subplots(1, len(curves), figsize=(11, 4.4), sharey=True, squeeze=False)
+def draw(curves: Mapping[str, Mapping[str, Mapping[int, Cost]]], path: Path) -> None:
+    """Milliseconds over chips: for each pod's name, for each program's title, costs by number of chips."""
+    figure, axes = plt.subplots(1, len(curves), figsize=(11, 4.6), sharey=True, squeeze=False)
     for ax, (pod, lines) in zip(axes[0], curves.items(), strict=True):
-        for title, by_chips in lines.items():
-            ax.plot(list(by_chips), [1e3 * seconds for seconds in by_chips.values()], marker="o", markersize=3, label=title)
+        for number, (title, costs) in enumerate(lines.items()):
+            milliseconds = [1e3 * one.seconds for one in costs.values()]
+            # some lie on top of each other
+            ax.plot(
+                list(costs), milliseconds, linestyle=("-", ":")[number % 2], linewidth=2, marker="o", markersize=3, label=title
+            )
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
-        ax.set_xticks([8, 64, 512, 4096] if max(max(by) for by in lines.values()) > 256 else [8, 32, 128, 256])
+        ax.set_xticks([8, 64, 512, 4096] if max(max(costs) for costs in lines.values()) > 256 else [8, 32, 128, 256])
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.set_title(f"TPU {pod}: a model, nothing was run", fontsize=10)
         ax.set_xlabel("chips")
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("ms of collectives in a step of ResNet-50")
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

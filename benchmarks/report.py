@@ -16,7 +16,7 @@ from benchmarks.training import IMAGES_PER_STEP, WEIGHT_DECAY
 from jaxnorm.methods import BATCH_ENOUGH, batch_group_count
 
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart, in the order of `METHODS`."""
+"""Okabe and Ito's palette, which colour-blind readers can tell apart, in the order of `METHODS`; then again, other markers."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -197,7 +197,7 @@ def _draw_method(axes: Axes, cells: list[tuple[int, Cell]], offset: float, look:
         means,
         half_widths,
         color=color,
-        marker=MARKERS[look % len(MARKERS)],
+        marker=MARKERS[(look + look // len(COLORS)) % len(MARKERS)],
         markersize=7,
         linestyle="--" if cells[0][1].batch_size is None else "-",
         linewidth=2,

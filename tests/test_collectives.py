@@ -106,7 +106,7 @@ def test_program(tmp_path, capsys):
     assert "1 | 2048 | 1 (+1)" in printed
     with (tmp_path / "collectives.csv").open() as file:
         assert [row["program"] for row in csv.DictReader(file)] == [row["program"] for row in saved["results"]]
-    assert saved["model_seconds"] == {}
+    assert saved["model"] == {}
 
 
 def all_reduce(size, devices, conditional=False):
@@ -133,12 +133,13 @@ def test_model_counts_what_always_runs():
     sizes = pods.rounds(found, 64, 16)
     assert sizes == [(40, "all"), (80, "group"), (120, "across")]
     expected = sum(pods.V5P.all_reduce_seconds(chips, size) for chips, size in ((256, 40), (16, 80), (16, 120)))
-    assert pods.step_seconds(pods.V5P, 256, 16, sizes) == pytest.approx(expected)
+    sent = 2 * (255 / 256 * 40 + 15 / 16 * 80 + 15 / 16 * 120)
+    assert pods.cost(pods.V5P, 256, 16, sizes) == pytest.approx((expected, sent))
     with pytest.raises(ValueError, match="all-reduces over all devices, groups of 16 or across them"):
         pods.rounds([all_reduce(10, 2)], 64, 16)
 
 
 def test_model_is_drawn(tmp_path):
-    curves = {pod.name: {NORMS["jaxnorm"].title: dict.fromkeys(pod.shapes, 1e-3)} for pod in pods.PODS}
+    curves = {pod.name: {NORMS["jaxnorm"].title: dict.fromkeys(pod.shapes, pods.Cost(1e-3, 1e6))} for pod in pods.PODS}
     pods.draw(curves, tmp_path / "model.png")
     assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")

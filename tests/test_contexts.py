@@ -105,7 +105,7 @@ for number, row in enumerate(ROWS):
             if context.named and not splits(row, cut):
                 continue
             for weighted in (True, False):
-                often = (number + place + list(MESHES).index(cut)) % 7 == 0 and weighted == (number % 3 > 0)
+                often = (number + place + list(MESHES).index(cut)) % 11 == 0 and weighted == (number % 3 > 0)
                 marks = () if often and (number + place) % 2 else pytest.mark.slow
                 name = f"{row}-{context}-{cut}-{'weights' if weighted else 'plain'}"
                 CASES.append(pytest.param(row, context, cut, weighted, marks=marks, id=name))
