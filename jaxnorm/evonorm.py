@@ -65,7 +65,7 @@ def evonorm_b0(
         x: real floating array with examples and channels.
         state: see `init_evonorm_b0`.
         train: use the batch's variance and update the state, or use the state.
-        v: (C,), 1 at first.
+        v: (C,), 1 at first; without a unit.
         momentum: weight of the old state per update.
         epsilon: added to the variances, in the unit of x squared.
         **options: as `norm`. The variance over the batch goes on over `axis_name`, the example's own does not.
@@ -117,7 +117,7 @@ def evonorm_s0(
 
     Args:
         x: real floating array with examples and channels.
-        v: (C,), 1 at first.
+        v: (C,), 1 at first; in the unit of 1 / x.
         num_groups: G, a divisor of C. The authors' code lowers it until it divides.
         epsilon: added to the variance, in the unit of x squared.
         **options: as `norm`.

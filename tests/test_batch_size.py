@@ -104,6 +104,7 @@ def test_draws_a_figure(finished):
     assert (finished / "batch_size.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_other_protocol_and_network(tmp_path):
     options = ["--protocol", "batch", "--network", "2x2", "--methods", "layer", "--batch-sizes", "64"]
     assert batch_size.main([*SMALL, *options, "--output", str(tmp_path)]) == 0

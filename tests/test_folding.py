@@ -1,5 +1,7 @@
 """Norms folded into the layers before them: equal outputs, and only where it is right."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from flax import linen as fnn
 from flax import nnx as fnnx
 
 import jaxnorm
-from benchmarks.networks import Bottleneck
+from benchmarks.resnet import Bottleneck
 from jaxnorm import folding, linen, methods, nnx
 
 
@@ -79,7 +81,7 @@ def test_a_residual_network_and_the_same_network_without_norms(x64):
         def __init__(self, **options):
             pass
 
-        def __call__(self, x):
+        def __call__(self, x, use_running_average):
             return x
 
     class Net(fnn.Module):
@@ -88,11 +90,11 @@ def test_a_residual_network_and_the_same_network_without_norms(x64):
         @fnn.compact
         def __call__(self, x):
             for width in (4, 8):
-                x = Bottleneck(self.norm, width, 2, x.dtype)(x)
+                x = Bottleneck(self.norm, partial(fnn.Conv, dtype=x.dtype), width, 2)(x, train=False)
             return x
 
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 6)))
-    model = Net(lambda **options: linen.BatchNorm(use_running_average=True, dtype=x.dtype, **options))
+    model = Net(partial(linen.BatchNorm, dtype=x.dtype))
     variables = trained(jax.eval_shape(model.init, jax.random.key(0), x), x.dtype)
     forward, folded, pairs = linen.fold_norms(model.apply, variables, x)
     assert len(pairs) == 8 and pairs["Bottleneck_1/BatchNorm_3"] == "Bottleneck_1/Conv_3"

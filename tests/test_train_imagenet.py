@@ -323,14 +323,15 @@ def two_steps(placement, method, devices_per_norm):
 @pytest.mark.parametrize(
     ("method", "devices_per_norm"),
     [
-        pytest.param("batch", 1, marks=pytest.mark.slow),
+        ("batch", 1),
         ("batch", 2),
-        pytest.param("batch", 8, marks=pytest.mark.slow),
-        pytest.param("batch_group", 4, marks=pytest.mark.slow),
-        pytest.param("ghost_batch", 1, marks=pytest.mark.slow),
-        pytest.param("group", 1, marks=pytest.mark.slow),
+        ("batch", 8),
+        ("batch_group", 4),
+        ("ghost_batch", 1),
+        ("group", 1),
     ],
 )
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_quickly")
 def test_jit_and_pmap_agree(method, devices_per_norm):
     """Means are averages of the devices' either way; jit pools variances over all images, pmap averages those of parts."""
