@@ -60,9 +60,8 @@ def moving_average_norm(
 
     with r of the running mean square before this step, and constant. In inference y = x / sqrt(running + epsilon) * scale +
     bias. The first steps, in which the batches before count little, use v = mean(x^2), Psi = psi, and r = 1. With K = 1 and
-    r = 1 gradients are the derivative of y; else they are not, on purpose: the past batches' Psi enters even where the cotangent
-    is 0. Nothing subtracts the mean: the convolution in
-    front takes `centralize_kernel` of its kernel.
+    r = 1 gradients are the derivative of y; else they are not, on purpose: the past batches' psi enter also where the cotangent
+    is 0. Nothing subtracts the mean: the convolution in front takes `centralize_kernel` of its kernel.
 
     The backward pass cannot write state. It returns psi as the gradient by `tap`, and the next step takes that as its tap:
 

@@ -20,8 +20,7 @@ class FilterResponseNorm(Layer, kw_only=True):
         y = x / sqrt(mean_hw(x^2) + epsilon + |learned_epsilon|) * scale + bias,    max(y, threshold)
 
     Parameters are `scale`, `bias` and `threshold`, (C,), and where asked for `slope`, (C,), and `learned_epsilon`, a scalar.
-    No activation need follow, and no relu should: with it the threshold
-    gets no gradient at its start.
+    No activation need follow, and no relu should: the threshold, 0 at first, would get no gradient.
 
     Args:
         use_threshold: threshold the output; False is for a layer that another activation follows.

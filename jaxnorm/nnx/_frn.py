@@ -22,8 +22,7 @@ class FilterResponseNorm(Function):
         y = x / sqrt(mean_hw(x^2) + epsilon + |learned_epsilon|) * scale + bias,    max(y, threshold)
 
     Parameters are `scale`, `bias` and `threshold`, (C,), and where asked for `slope`, (C,), and `learned_epsilon`, a scalar.
-    No activation need follow, and no relu should: with it the threshold
-    gets no gradient at its start.
+    No activation need follow, and no relu should: the threshold, 0 at first, would get no gradient.
 
     Args:
         num_features: channels.
