@@ -258,7 +258,7 @@ def _modelled(steps: Mapping[Any, Sequence[Collective]]) -> Modelled:
             for pod in pods.PODS:
                 costs = {chips: pods.cost(pod, chips, GROUP, sizes) for chips in pod.shapes}
                 modelled[pod.name][NORMS[name].title] = costs
-    return modelled
+    return modelled if any(modelled.values()) else {}
 
 
 def _write(results: Sequence[Result], modelled: Modelled, facts: Mapping[str, Any], to: Path) -> None:

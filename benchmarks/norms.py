@@ -115,6 +115,10 @@ def _moving_average(batch_size: int, num_channels: int) -> Layer:
     return Layer(linen.MovingAverageNorm, (("window", window),), takes_dense=True, schedule=_warm_up)
 
 
+def _ghost_batch(batch_size: int, num_channels: int) -> Layer:
+    return of_table(methods.ghost_batch_norm(ghost_size=max(1, batch_size // 2)))
+
+
 def _batch_and_group(batch_size: int, num_channels: int) -> Layer:
     return Layer(linen.BatchAndGroupNorm, (("ghost_size", max(1, batch_size // 2)), *_GROUPS, *_KEPT))
 
@@ -139,10 +143,9 @@ METHODS: Mapping[str, Row] = MappingProxyType(
         "positional": _row("PositionalNorm", methods.positional_norm()),
         "rms": _row("RMSNorm", methods.rms_norm()),
         "instance": _row("InstanceNorm", methods.instance_norm()),
+        "ghost_batch": Row("GhostBatchNorm", _ghost_batch),
         "batch_and_group": Row("BatchAndGroupNorm", _batch_and_group),
-        "batch_renorm": Row(
-            "BatchRenorm", _always(Layer(linen.BatchRenorm, (("momentum", MOMENTUM),), schedule=_renorm_bounds))
-        ),
+        "batch_renorm": Row("BatchRenorm", _always(Layer(linen.BatchRenorm, _KEPT, schedule=_renorm_bounds))),
         "momentum": Row("MomentumBatchNorm", _momentum_batch_norm),
         "memorized": Row(
             "MemorizedBatchNorm",

@@ -41,17 +41,31 @@ class Pod(NamedTuple):
     ring: int
     cube: int
 
+    def hops(self, chips: int) -> int:
+        """Links that a value crosses to the farthest of `chips` chips that form a slice, and back."""
+        if chips == 1:
+            return 0
+        shape = self.shapes[max(chips, min(self.shapes))]
+        return sum(2 * -(-n // 2) if self._closed(n, shape) else 2 * (n - 1) for n in shape)
+
+    def bandwidth(self, chips: int) -> float:
+        """Bytes a second that a chip of such a slice sends along all axes."""
+        shape = self.shapes[max(chips, min(self.shapes))]
+        return sum(self.axis_bandwidth * (1 if self._closed(n, shape) else 0.5) for n in shape if n > 1)
+
+    def _closed(self, length: int, shape: tuple[int, ...]) -> bool:
+        return length % self.ring == 0 and min(shape) >= self.cube
+
     def all_reduce_seconds(self, chips: int, size: float) -> float:
         """Seconds of an all-reduce of `size` bytes among `chips` chips that form a slice."""
-        if chips == 1:
-            return 0.0
-        shape = self.shapes[chips]
-        hops, bandwidth = 0, 0.0
-        for length in shape:
-            closed = length % self.ring == 0 and min(shape) >= self.cube
-            hops += 2 * -(-length // 2) if closed else 2 * (length - 1)
-            bandwidth += self.axis_bandwidth * ((1 if closed else 0.5) if length > 1 else 0)
-        return hops * LATENCY + 2 * (chips - 1) / chips * size / bandwidth
+        return self._seconds(self.hops(chips), chips, chips, size)
+
+    def across_seconds(self, chips: int, group: int, size: float) -> float:
+        """The same among one chip of each group of `group`: they lie over the whole slice, but for the hops inside a group."""
+        return self._seconds(self.hops(chips) - self.hops(group), chips // group, chips, size)
+
+    def _seconds(self, hops: int, members: int, chips: int, size: float) -> float:
+        return hops * LATENCY + 2 * (members - 1) / members * size / self.bandwidth(chips) if members > 1 else 0.0
 
 
 V5E = Pod(
@@ -122,14 +136,15 @@ def rounds(found: Iterable[Collective], devices: int, group: int) -> list[Round]
 def cost(pod: Pod, chips: int, group: int, found: Sequence[Round]) -> Cost:
     """The cost of these rounds on `chips` chips of which `group` share statistics."""
     group = min(group, chips)
-    among = {"all": chips, "group": group, "across": chips // group}
-    seconds = sum(_seconds(pod, among[one.over], one.size) for one in found)
-    return Cost(seconds, sum(2 * (among[one.over] - 1) / among[one.over] * one.size for one in found))
+    members = {"all": chips, "group": group, "across": chips // group}
 
+    def seconds(one: Round) -> float:
+        if one.over == "across":
+            return pod.across_seconds(chips, group, one.size)
+        return pod.all_reduce_seconds(members[one.over], one.size)
 
-def _seconds(pod: Pod, chips: int, size: float) -> float:
-    # a slice has at least 8 chips; what lies across a few groups is counted as that many
-    return pod.all_reduce_seconds(max(chips, 8), size) if chips > 1 else 0.0
+    sent = sum(2 * (members[one.over] - 1) / members[one.over] * one.size for one in found)
+    return Cost(sum(map(seconds, found)), sent)
 
 
 def draw(curves: Mapping[str, Mapping[str, Mapping[int, Cost]]], path: Path) -> None:

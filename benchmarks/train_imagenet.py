@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program with the options `argv`, by default those of the command line, and returns its exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if not (args.distributed or args.coordinator) and (args.num_processes, args.process_id) != (None, None):
+        parser.error("--num-processes and --process-id belong to --coordinator; on a pod --distributed finds them")
     if args.distributed or args.coordinator:
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     try:
@@ -72,7 +74,7 @@ def _method(args: argparse.Namespace, images: data.Images) -> Method:
         raise ValueError(f"--warmup-epochs {args.warmup_epochs:g} is not from 0 to less than --epochs {args.epochs}.")
     if devices % args.devices_per_norm:
         raise ValueError(f"--devices-per-norm {args.devices_per_norm} does not divide the {devices} devices.")
-    if "ghost" in args.norm and args.batch // devices % args.ghost_size:
+    if args.norm in ("ghost_batch", "batch_and_group") and args.batch // devices % args.ghost_size:
         raise ValueError(f"--ghost-size {args.ghost_size} does not divide the {args.batch // devices} images of a device.")
     method = METHODS[args.norm](args.num_groups, args.ghost_size)
     if args.devices_per_norm > 1 and method.groups.batch != 1:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._devices import AxisName, DeviceGroups, varying_like
+from jaxnorm._devices import AxisName, DeviceGroups, in_explicit_meshes, varying_like
 from jaxnorm._groups import Specification, axes_of, single_axis
 from jaxnorm._mean_var import counts, statistic_dtype
 from jaxnorm._moments import Moments, as_weights, inexact, moments
@@ -96,17 +96,14 @@ def recalled(state: State, x: jax.Array, channel_axis: int = -1, prefix: str = "
     return Moments(jnp.ones_like(mean), mean, var)
 
 
-def usable(m: Moments) -> jax.Array:
-    """Where a batch may enter the state: its sets have elements, and finite moments."""
-    return (m.count > 0) & jnp.isfinite(m.mean) & jnp.isfinite(m.var)
-
-
+@in_explicit_meshes
 def remembered(old: jax.Array, new: jax.Array, keep: ArrayLike = True) -> jax.Array:
     """`new` in the shape and dtype of the state `old`, without a derivative; `old` where `keep` is false."""
     new = jax.lax.stop_gradient(new).astype(old.dtype)
     return jnp.where(jnp.asarray(keep), new, old.reshape(new.shape)).reshape(old.shape)
 
 
+@in_explicit_meshes
 def averaged(old: jax.Array, new: jax.Array, momentum: ArrayLike, keep: ArrayLike = True) -> jax.Array:
     """momentum old + (1 - momentum) new, in the shape and dtype of the state `old`."""
     wide = old.reshape(new.shape).astype(new.dtype)

@@ -175,18 +175,18 @@ def update_running(
         m = _corrected(_as_state(m, state, batch_axis), correction)
     else:
         m = _corrected(m, correction)
-        m, momentum = one_update(m, _usable(m), single_axis(batch_axis, m.mean.shape), momentum, ghost_update)
+        m, momentum = one_update(m, usable(m), single_axis(batch_axis, m.mean.shape), momentum, ghost_update)
         m, momentum = _as_state(m, state, batch_axis), momentum.reshape(state.mean.shape)
-    usable = _usable(m)
+    keep = usable(m)
     count, rate = state.count, 1 - momentum
     if count is not None:
-        count = jnp.where(usable, momentum * count + (1 - momentum), count)
+        count = jnp.where(keep, momentum * count + (1 - momentum), count)
         rate = (1 - momentum) / jnp.where(count > 0, count, 1)
 
     def step(old: jax.Array, new: jax.Array) -> jax.Array:
         wide = statistic_dtype(old.dtype)
         average = (1 - rate).astype(wide) * old.astype(wide) + rate.astype(wide) * new.astype(wide)
-        return jnp.where(usable, average.astype(old.dtype), old)
+        return jnp.where(keep, average.astype(old.dtype), old)
 
     return Moments(count, step(state.mean, m.mean), step(state.var, m.var))  # type: ignore[arg-type]
 
@@ -220,10 +220,10 @@ def update_cumulative(state: Moments, m: Moments, *, batch_axis: int = 0) -> Mom
     if state.count is None:
         raise ValueError("a cumulative average needs a count. Got a state without one; make it by init_running(counted=True).")
     m = _as_state(m, state, batch_axis)
-    usable = _usable(m)
+    keep = usable(m)
     wide = jax.tree.map(lambda old, t: old.astype(t.dtype), state, m)
-    new = merge(wide, jax.tree.map(lambda t: jnp.where(usable, t, 0), m))
-    return jax.tree.map(lambda old, t: jnp.where(usable, t.astype(old.dtype), old), state, new)
+    new = merge(wide, jax.tree.map(lambda t: jnp.where(keep, t, 0), m))
+    return jax.tree.map(lambda old, t: jnp.where(keep, t.astype(old.dtype), old), state, new)
 
 
 def sync_running(
@@ -293,7 +293,8 @@ def _holds_statistics(t: Any) -> bool:
     return isinstance(t, Mapping) and "mean" in t and "var" in t
 
 
-def _usable(m: Moments) -> jax.Array:
+def usable(m: Moments) -> jax.Array:
+    """Where a batch may enter the state: its sets have elements, and finite moments."""
     return (m.count > 0) & jnp.isfinite(m.mean) & jnp.isfinite(m.var)
 
 
@@ -308,6 +309,7 @@ def _corrected(m: Moments, correction: int) -> Moments:
     return dataclasses.replace(m, var=m.var * n / jnp.maximum(n - correction, 1)) if correction else m
 
 
+@in_explicit_meshes
 def update_averaged(state: Moments, m: Moments, *, batch_axis: int = 0) -> Moments:
     """Averages of the batches' means and unbiased variances: every batch counts alike, however large.
 
@@ -345,9 +347,7 @@ def update_averaged(state: Moments, m: Moments, *, batch_axis: int = 0) -> Momen
         correction=1,
         batch_axis=batch_axis,
     )
-    m = _as_state(m, state, batch_axis)
-    usable = (m.count > 0) & jnp.isfinite(m.mean) & jnp.isfinite(m.var)
-    return dataclasses.replace(new, count=jnp.where(usable, k + 1, k))
+    return dataclasses.replace(new, count=jnp.where(usable(_as_state(m, state, batch_axis)), k + 1, k))
 
 
 def _as_state(m: Moments, state: Moments, batch_axis: int) -> Moments:

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._between import Options, State, along_channels, applied, averaged, measured, real, remembered, usable
+from jaxnorm._between import Options, State, along_channels, applied, averaged, measured, real, remembered
 from jaxnorm._devices import all_sum, device_groups_of, varying_like
 from jaxnorm._groups import single_axis
 from jaxnorm._mean_var import counts, statistic_dtype
 from jaxnorm._moments import Moments, as_weights
 from jaxnorm._pooling import pool
+from jaxnorm._running import usable
 from jaxnorm.methods import batch_norm
 
 Linear = Callable[[jax.Array, jax.Array], jax.Array]

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm._between import Options, State, alone, applied, averaged, measured, pooled, real, recalled, usable
+from jaxnorm._between import Options, State, alone, applied, averaged, measured, pooled, real, recalled
 from jaxnorm._groups import single_axis
 from jaxnorm._moments import Moments
+from jaxnorm._running import usable
 from jaxnorm.methods import batch_norm, instance_norm
 
 

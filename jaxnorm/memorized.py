@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._between import Options, State, along_channels, applied, measured, real, remembered, usable
+from jaxnorm._between import Options, State, along_channels, applied, measured, real, remembered
 from jaxnorm._moments import Moments
 from jaxnorm._pooling import pool
+from jaxnorm._running import usable
 from jaxnorm.methods import batch_norm
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._between import Options, State, applied, averaged, measured, real, recalled, usable
+from jaxnorm._between import Options, State, applied, averaged, measured, real, recalled
 from jaxnorm._pooling import blend
+from jaxnorm._running import usable
 from jaxnorm.methods import batch_norm
 
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._between import Options, State, along_channels, applied, averaged, measured, real, remembered, usable
+from jaxnorm._between import Options, State, along_channels, applied, averaged, measured, real, remembered
 from jaxnorm._devices import device_count, device_groups_of, names_of, varying, varying_like
 from jaxnorm._groups import Method
 from jaxnorm._moments import Moments, inexact
+from jaxnorm._running import usable
 from jaxnorm.methods import batch_norm
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._between import Options, State, along_channels, applied, averaged, measured, real, usable
+from jaxnorm._between import Options, State, along_channels, applied, averaged, measured, real
 from jaxnorm._moments import Moments
+from jaxnorm._running import usable
 from jaxnorm.methods import batch_norm
 
 
