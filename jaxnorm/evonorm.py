@@ -20,12 +20,12 @@ from jaxnorm._between import (
     parameter,
     real,
     seen,
-    usable,
 )
 from jaxnorm._devices import varying_like
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments
 from jaxnorm._pooling import pool
+from jaxnorm._running import usable
 
 
 def init_evonorm_b0(num_channels: int) -> State:

@@ -64,6 +64,7 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
     tree = core.unfreeze(dict(variables))
     layers: dict[str, dict[str, Any]] = {}
     norms: dict[str, dict[str, Any]] = {}
+    running: set[str] = set()
 
     def trace(tree: Any, *inputs: Any) -> Any:
         def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -75,7 +76,11 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
                 layers[name] = {"output_axis": -2 if getattr(module, "transpose_kernel", False) else -1}
                 return folding.mark(call(*args, **kwargs), folding.LAYER, name)
             if _is_norm(module, *args, **kwargs) and all(_owns(module, tree, name) for name in ("params", "batch_stats")):
+                if name in running:  # the call of its base class
+                    return call(*args, **kwargs)
+                running.add(name)
                 y = call(folding.mark(args[0], folding.NORM, name), *args[1:], **kwargs)
+                running.discard(name)
                 offset = getattr(module, "unit_offset", False)
                 norms[name] = {"epsilon": module.epsilon, "unit_offset": offset, "dtype": y.dtype}
                 return y
