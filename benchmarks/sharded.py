@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """A layer to be compiled: how x lies on the mesh, and the axis of examples that devices share."""
+    """A layer to be compiled: how x lies on the mesh, and how parameters and state do."""
 
     layer: Layer | None
     mesh: Mesh

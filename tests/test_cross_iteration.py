@@ -420,7 +420,7 @@ def test_errors():
         jnnx.CrossIterationNorm(nnx.Linear(5, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("kind", ["conv", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [pytest.param("conv", marks=pytest.mark.slow), "dense"])
 def test_layers_equal_the_function(kind):
     rngs = nnx.Rngs(0)
     if kind == "conv":

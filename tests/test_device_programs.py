@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 
 from benchmarks.hlo import Total, collectives, total
-from jaxnorm import methods, norm
+from jaxnorm import device_groups, methods, norm
 
 SHAPE = (16, 8, 3, 6)
 X = np.ones(SHAPE, "f4")
@@ -70,6 +70,20 @@ def test_one_collective_forward_and_one_backward(context, name):
     assert RUNS[context](gradient(f), X) == Total(2, 2 * once, 2, 0, looks, looks * once)
 
 
+def test_part_of_the_devices_always_looks_twice():
+    """By groups of indices, and by one axis of two: 2 forward and 1 backward, because the parts may disagree."""
+    halves = device_groups(8, size=4)
+    grouped = lambda x: norm(x, methods.batch_norm(), axis_name="i", axis_index_groups=halves)[0]  # noqa: E731
+    member = lambda x: norm(x, methods.batch_norm(), axis_name="j")[0]  # noqa: E731
+    for f, cut in ((grouped, "H"), (member, "NH")):
+
+        def run(f, cut=cut):
+            return counted(jax.jit(jax.shard_map(f, mesh=mesh(cut), in_specs=spec(cut), out_specs=spec(cut))), X)
+
+        assert (run(f).number, run(f).depth, run(f).branches) == (2, 2, 0)
+        assert (run(gradient(f)).number, run(gradient(f)).depth) == (3, 3)
+
+
 def test_counts_of_weights_ride_along():
     f = lambda x, w: norm(x, methods.batch_norm(), weights=w, axis_name="i")[0]  # noqa: E731
     w = np.ones((16, 8, 3, 1), "f4")
@@ -102,6 +116,7 @@ WHOLE = [
     (methods.batch_norm(), "NC", (1, C), None),
     (methods.group_norm(2), "NC", (0, 0), (0,)),
     (methods.rms_norm(), "NC", (1, 4 * 8 * 3 * 4), None),
+    (methods.token_layer_norm(), "NC", (2,), None),
 ]
 
 

@@ -322,7 +322,7 @@ SCANNED = [(layers, context) for layers in (linen_layers, nnx_layers_of) for con
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("layers, context", some(SCANNED, [(nnx_layers_of, "shard_map")]))
+@pytest.mark.parametrize("layers, context", some(SCANNED, []))
 def test_remat_of_scanned_layers_updates_once(layers, context):
     """remat inside scan over layers: as many collectives, the same gradients, the same running statistics."""
     x, results, counts = normal(BATCH, 4, 4, 4), {}, {}

@@ -280,6 +280,7 @@ class NetNNX(nnx.Module):
         return self.dense(nnx.relu(self.norm(x, not train, average_from=3, correct_from=8)).mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_small_nets_learn_and_agree():
     """Two images at a time, in linen through Flax's TrainState, in nnx through its optimizer: the same numbers."""
     rng = np.random.default_rng(0)

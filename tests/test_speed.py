@@ -128,6 +128,7 @@ def test_rounds_visit_every_call_on_every_input():
     assert all(len(set(indices)) > 3 for indices in seen.values())
 
 
+@pytest.mark.slow
 def test_growth_writes_what_it_prints(tmp_path, capsys):
     assert growth.main(["--largest", "2e4", "--rounds", "1", "--output", str(tmp_path)]) == 0
     saved = json.loads((tmp_path / "growth.json").read_text())["ns_per_element"]
@@ -143,6 +144,7 @@ def test_growth_reaches_a_hundred_million_elements():
     assert min(sizes) < 2e4 and 1e8 < max(sizes) < 1.1e8
 
 
+@pytest.mark.slow
 def test_networks_start_alike_with_all_norms(tmp_path):
     options = ["--networks", "unet", "--batch", "1", "--image", "16", "--rounds", "1"]
     assert networks.main([*options, "--output", str(tmp_path)]) == 0

@@ -55,7 +55,7 @@ def some(names, often):
     return [name if name in often else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", some(METHODS, ("memorized", "cross_iteration", "moving_average", "evonorm_b0", "group_ws")))
+@pytest.mark.parametrize("name", some(METHODS, ("moving_average", "evonorm_b0")))
 def test_linen_layers_of_the_comparison_train(name):
     """By the steps of the main job, on one device; the loss of the first quarter before, that of the last after."""
     net: Any = Small((METHODS[name].at(BATCH // 4, WIDTH),) * 2)
@@ -174,9 +174,7 @@ def test_each_nnx_layer_has_a_network():
 
 @pytest.mark.parametrize(
     "name",
-    some(
-        NNX, ("BatchAndGroupNorm", "DomainSpecificBatchNorm", "DynamicMomentShortcut", "GroupNormPlus", "ProxyNorm", "WSDense")
-    ),
+    some(NNX, ("DomainSpecificBatchNorm", "WSDense")),
 )
 def test_nnx_layers_train(name):
     model = Network(NNX[name], nnx.Rngs(0))
