@@ -76,6 +76,15 @@ def is_constant(x: jax.Array, axis: Axes, use: bool | None, options: Mapping[str
     return bool(use) and given <= {"activation"} and axes_of(axis, x.shape) == (x.ndim - 1,)
 
 
+def check_call(options: Mapping[str, Any]) -> None:
+    """A layer whose method is a function takes these names at the call; its own arguments are not among them."""
+    if unknown := sorted(set(options) - set(StateOptions.__annotations__)):
+        raise TypeError(
+            f"unexpected keyword argument {', '.join(unknown)} at the call of a layer. Expected the layer's own or some of "
+            f"{', '.join(StateOptions.__annotations__)}."
+        )
+
+
 def needs_running(example_weight: ArrayLike | None) -> None:
     """A layer without running statistics has nothing to weigh an example against."""
     if example_weight is not None:
@@ -91,6 +100,15 @@ def only_channel_groups(example_weight: ArrayLike | None) -> None:
         raise ValueError(
             f"example_weight={example_weight} with groups that are not groups of channels. Expected a number of groups that "
             "divides the channels; inference.weigh_example takes any row of the table of methods."
+        )
+
+
+def only_rows(example_weight: ArrayLike | None, layer: str) -> None:
+    """A state of another kind than the moments that normalize has no rule for weighing an example."""
+    if example_weight is not None:
+        raise ValueError(
+            f"example_weight={example_weight} for {layer}, whose method is no row of the table of methods. Expected BatchNorm, "
+            "Norm or another row, or a model in which other layers do not use running statistics."
         )
 
 

@@ -50,13 +50,13 @@ def init_cross_iteration(kernel_shape: Sequence[int], *, window: int = 3, featur
             "of 1 or more, a kernel of shape (..., inputs, C), and groups that divide C."
         )
     return {
-        "mean": jnp.zeros(shape[-1]),
-        "var": jnp.ones(shape[-1]),
-        "past_count": jnp.zeros(window),
-        "past_mean": jnp.zeros((window, shape[-1])),
-        "past_var": jnp.zeros((window, shape[-1])),
-        "past_patch": jnp.zeros((window, *shape[:-1], feature_group_count)),
-        "past_slope": jnp.zeros((window, *shape)),
+        "mean": jnp.zeros(shape[-1], jnp.float32),
+        "var": jnp.ones(shape[-1], jnp.float32),
+        "past_count": jnp.zeros(window, jnp.float32),
+        "past_mean": jnp.zeros((window, shape[-1]), jnp.float32),
+        "past_var": jnp.zeros((window, shape[-1]), jnp.float32),
+        "past_patch": jnp.zeros((window, *shape[:-1], feature_group_count), jnp.float32),
+        "past_slope": jnp.zeros((window, *shape), jnp.float32),
     }
 
 

@@ -66,7 +66,8 @@ def group_norm_plus(
     In inference running statistics of z stand for those of the second line, which is ours: the authors' code has no state and
     takes those of the test batch (call it with train=True and drop the state). For a large mixture y is group normalization;
     for a very negative one z standardized over the batch, and with per_position=False Continual Normalization. For one
-    example u is 0 and y finite. The backward pass keeps x and z.
+    example u is 0, as a difference of terms of about z / sqrt(epsilon), whose rounding y inherits: epsilon has to be above 0,
+    and 1 / sqrt(epsilon) far below the 1e7 of float32. The backward pass keeps x and z.
 
     Args:
         x: real floating array with examples and channels.

@@ -312,7 +312,8 @@ def batch_and_group_norm(
 
     In inference the authors weigh the running statistics of each group with the example's own, which gets the weight alpha;
     alpha = 1 / B is the share that an example has of its set in training, and makes B = 1 group normalization in inference
-    too. The authors' code leaves alpha at 0, which is what the layers do by themselves: running statistics alone.
+    too. The authors' code leaves alpha at 0, running statistics alone. By default the layer `Norm` of this row uses 0, the
+    layer `BatchAndGroupNorm` 1 / ghost_size.
 
     Args:
         num_ghosts: number of ghost batches, a divisor of N.

@@ -36,8 +36,8 @@ def init_moving_average(num_channels: int, *, window: int = 16) -> State:
     """
     if window < 1:
         raise ValueError(f"window={window} averages over no batch. Expected 1 or more; 1 is the batch alone.")
-    past = jnp.zeros((window, num_channels))
-    return {"mean_square": jnp.ones(num_channels), "past_mean_square": past, "past_gradient": past, "step": jnp.zeros(())}
+    past, one = jnp.zeros((window, num_channels), jnp.float32), jnp.ones(num_channels, jnp.float32)
+    return {"mean_square": one, "past_mean_square": past, "past_gradient": past, "step": jnp.zeros((), jnp.float32)}
 
 
 def moving_average_norm(

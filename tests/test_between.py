@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxnorm import domains, linen, memorized, momentum, renorm, switchable
+from jaxnorm import domains, linen, memorized, methods, momentum, renorm, switchable
 from jaxnorm import nnx as layers_nnx
 
 C = 4
@@ -360,3 +360,25 @@ def test_errors_at_the_door(case, error):
     for train in (True, False):
         with pytest.raises(kind, match=message):
             case(x, case.init(C), labels(6), train, **({"mask": None} if "mask" in wrong else {}))
+
+
+@pytest.mark.parametrize("name", ["BatchRenorm", "EvoNormS0"])
+def test_layers_refuse_options_of_other_names(name):
+    x = jnp.ones((6, 32))
+    message = "unexpected keyword argument weights at the call of a layer. Expected the layer's own or some of mask, scale"
+    with pytest.raises(TypeError, match=message):
+        getattr(linen, name)().init(jax.random.key(0), x, use_running_average=True, weights=1)
+    with pytest.raises(TypeError, match=message):
+        getattr(layers_nnx, name)(32, rngs=nnx.Rngs(0))(x, weights=1)
+
+
+def test_nnx_layers_promote_running_statistics_and_take_no_hook():
+    """As `nnx.Norm`; a hook that would not be called is refused."""
+    x, options = jnp.ones((6, C), jnp.bfloat16), {"use_scale": False, "use_bias": False, "rngs": nnx.Rngs(0)}
+    norm = layers_nnx.Norm(C, methods.batch_norm(), **options)
+    assert layers_nnx.BatchRenorm(C, **options)(x).dtype == norm(x).dtype == jnp.float32
+    assert layers_nnx.BatchRenorm(C, dtype=jnp.bfloat16, **options)(x).dtype == jnp.bfloat16
+    with pytest.raises(TypeError, match="promote_dtype"):
+        layers_nnx.BatchRenorm(C, promote_dtype=lambda arrays, dtype: arrays, **options)
+    with pytest.raises(ValueError, match="promote_dtype=.*not groups of channels"):
+        layers_nnx.BatchGroupNorm(6, 4, x_shape=(1, 2, 6), promote_dtype=lambda arrays, dtype: arrays, rngs=nnx.Rngs(0))

@@ -476,3 +476,8 @@ def test_layers_equal_the_function(kind):
     m = variables["batch_stats"]
     expected = normalized(plain(xs[0], kernel_), m["mean"], m["var"]) * np.asarray(scale_) + np.asarray(bias_)
     np.testing.assert_allclose(y, expected, atol=2e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_state_is_float32():
+    assert {t.dtype for t in init_cross_iteration((3, 3, 2, 4)).values()} == {jnp.dtype("float32")}

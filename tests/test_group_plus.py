@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx as fnnx
 
-from jaxnorm import group_plus, methods, norm
+from jaxnorm import group_plus, linen, methods, nnx, norm
 
 SHAPE, GROUPS = (4, 2, 3, 6), 3
 pytestmark = pytest.mark.usefixtures("x64")
@@ -127,3 +128,11 @@ def test_state_is_tied_to_the_image_size():
     channels = group_plus.init_group_norm_plus((1, 4, 4, 6), per_position=False)
     y, _ = group_plus.group_norm_plus(x, channels, train=False, num_groups=3, per_position=False)
     assert y.shape == x.shape
+
+
+def test_layers_have_the_switches_of_the_released_code():
+    x, switches = jnp.asarray(draw()[0]), {"correction": 1, "epsilon_outside": True, "use_running_average": False}
+    expected = definition(np, np.asarray(x), 1.0, 0.0, 1.0, ddof=1, outside=True)
+    y, _ = linen.GroupNormPlus(GROUPS, **switches).init_with_output(jax.random.key(0), x)
+    close(y, expected)
+    close(nnx.GroupNormPlus(6, GROUPS, x_shape=SHAPE, **switches, rngs=fnnx.Rngs(0))(x), expected)

@@ -239,6 +239,33 @@ def test_layers_without_running_statistics_weigh_nothing():
         other(x, example_weight=0.5)
 
 
+@pytest.mark.parametrize("name", ["BatchRenorm", "BatchGroupNorm"])
+def test_a_weight_for_a_whole_model_is_refused_where_no_layer_can_take_it(name):
+    x, ours, theirs = jnp.ones((2, 2, 2, 6)), {}, {}
+    if name == "BatchGroupNorm":  # groups of positions
+        ours, theirs = {"num_groups": 4}, {"num_groups": 4, "x_shape": x.shape}
+    one, other = getattr(linen, name)(**ours), getattr(nnx, name)(6, **theirs, rngs=fnnx.Rngs(0))
+    variables = one.init(jax.random.key(0), x, use_running_average=True)
+    message = "example_weight=0.5 (for BatchRenorm, whose method is no row|with groups that are not groups of channels)"
+    with linen.call_norms_with(example_weight=0.5):
+        with pytest.raises(ValueError, match=message):
+            one.apply(variables, x, use_running_average=True)
+        one.apply(variables, x, use_running_average=False, mutable="batch_stats")
+    with pytest.raises(ValueError, match=message):
+        fnnx.view(other, use_running_average=True, example_weight=0.5)(x)
+    fnnx.view(other, use_running_average=False, example_weight=0.5)(x)
+
+
+def test_a_weight_for_a_whole_model_passes_layers_without_a_state():
+    x = jnp.ones((2, 2, 2, 6))
+    one, other = linen.EvoNormS0(num_groups=3), nnx.EvoNormS0(6, num_groups=3, rngs=fnnx.Rngs(0))
+    variables = one.init(jax.random.key(0), x)
+    options = {"use_running_average": True, "update_running_average": False, "example_weight": 0.5}
+    with linen.call_norms_with(**options):
+        y = one.apply(variables, x)
+    np.testing.assert_allclose(y, fnnx.view(other, **options)(x), rtol=1e-6)
+
+
 def test_batch_and_group_norm_is_its_row_in_training_and_batch_norm_in_its_state():
     x = jnp.asarray(data((4, 2, 2, C), dtype=np.float32))
     options = {"use_running_average": False, "momentum": 0.5}

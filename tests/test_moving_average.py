@@ -336,3 +336,14 @@ def test_small_nets_learn_and_agree():
         np.testing.assert_allclose(getattr(model.norm, name)[...], value, rtol=1e-2, atol=1e-4)
     y = net.apply(state.params | {"batch_stats": stats}, xs[0], train=False)
     np.testing.assert_allclose(model(xs[0], train=False), y, atol=1e-2)
+
+
+@pytest.mark.usefixtures("x64")
+def test_state_and_tap_are_float32():
+    """Also in double precision, and after a step."""
+    single, x, state = {jnp.dtype("float32")}, jnp.ones(SHAPE, jnp.float32), init_moving_average(SHAPE[-1])
+    assert {t.dtype for t in state.values()} == single
+    assert {t.dtype for t in moving_average_norm(x, state, train=True, tap=jnp.zeros(5, "f4"))[1].values()} == single
+    variables = linen.MovingAverageNorm().init(jax.random.key(0), x, use_running_average=True)
+    assert {t.dtype for t in jax.tree.leaves(variables)} == single
+    assert jnnx.MovingAverageNorm(SHAPE[-1], rngs=nnx.Rngs(0)).tap.dtype in single

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx as fnnx
 from scipy import special
 
-from jaxnorm import Groups, methods, proxy
+from jaxnorm import Groups, linen, methods, nnx, proxy
 
 SHAPE = (3, 2, 4, 6)
 pytestmark = pytest.mark.usefixtures("x64")
@@ -133,3 +134,14 @@ def test_errors():
         proxy.proxy_norm(x, methods.layer_norm(), num_quantiles=0)
     with pytest.raises(ValueError, match="proxy_bias has shape \\(4,\\)"):
         proxy.proxy_norm(x, methods.layer_norm(), proxy_bias=jnp.zeros(4))
+
+
+def test_layers_take_none_for_no_activation_given():
+    x = jnp.asarray(draw()[0])
+    one = linen.ProxyNorm(methods.layer_norm(), jax.nn.silu)
+    variables = one.init(jax.random.key(0), x)
+    expected = one.apply(variables, x)
+    np.testing.assert_array_equal(one.apply(variables, x, activation=None), expected)
+    other = nnx.ProxyNorm(6, methods.layer_norm(), jax.nn.silu, rngs=fnnx.Rngs(0))
+    close(other(x, activation=None), expected, atol=1e-6)
+    assert not np.allclose(one.apply(variables, x, activation=jax.nn.relu), expected, atol=0.1)

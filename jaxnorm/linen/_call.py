@@ -148,6 +148,7 @@ def call_function(
 
     `state(C)` is the state before the first step; its arrays are variables of the collection `batch_stats`.
     """
+    _layers.check_call(options)
     x = as_array(x)
     features = _layers.feature_shape(x, module.channel_axis)
     scale, bias = (_parameter(module, name, options.get(name), features) for name in ("scale", "bias"))

@@ -28,6 +28,8 @@ class GroupNormPlus(Layer):
             positions, (C,).
         mixture_init: initializer of the logit of z's weight.
         momentum: weight of the old running statistics per update.
+        correction: 1 divides both variances by n - 1, as the authors' code does.
+        epsilon_outside: add epsilon to both standard deviations instead, as that code does.
         Others: as `Norm`.
 
     Raises:
@@ -48,13 +50,16 @@ class GroupNormPlus(Layer):
     per_position: bool = True
     mixture_init: Initializer = ones
     momentum: float = 0.99
+    correction: int = 0
+    epsilon_outside: bool = False
 
     @nn.compact
     def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
         x = as_array(x)
         mixture = self.param("mixture", self.mixture_init, (), self.param_dtype)
-        static = {"num_groups": self.num_groups, "per_position": self.per_position, "momentum": self.momentum}
+        names = ("num_groups", "per_position", "momentum", "correction", "epsilon_outside")
+        static = {name: getattr(self, name) for name in names}
 
         def state(num_channels: int):
             axes = {"batch_axis": self.batch_axis, "channel_axis": self.channel_axis}

@@ -10,7 +10,7 @@ from flax import core
 from flax import linen as nn
 from jax.typing import ArrayLike
 
-from jaxnorm import _population
+from jaxnorm import _layers, _population
 from jaxnorm.linen._batch import BatchNorm
 from jaxnorm.linen._call import Layer
 from jaxnorm.linen._rows import Row
@@ -33,6 +33,10 @@ def call_norms_with(
         update_running_average: likewise.
         example_weight: alpha of `inference.weigh_example`, a number or traced scalar; layers that do not use running
             statistics do not get it.
+
+    Raises:
+        ValueError: an `example_weight` for a layer that uses running statistics and is neither `BatchNorm` nor a row of the
+            table of methods.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -61,10 +65,12 @@ def call_norms_with(
             object.__setattr__(module, "use_running_average", None)  # a field and an argument together are an error
         if update_running_average is not None:
             kwargs["update_running_average"] = update_running_average
-        weighs = isinstance(module, BatchNorm | Row) and (own if use is None else use)
-        if example_weight is not None and weighs:
-            kwargs["example_weight"] = example_weight
         try:
+            if example_weight is not None and (own if use is None else use):
+                if isinstance(module, BatchNorm | Row):
+                    kwargs["example_weight"] = example_weight
+                elif "batch_stats" in module.variables:  # some have an argument use_running_average and no state
+                    _layers.only_rows(example_weight, type(module).__name__)
             return call(x, use, **kwargs)
         finally:
             object.__setattr__(module, "use_running_average", own)

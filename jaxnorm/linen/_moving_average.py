@@ -77,7 +77,8 @@ class MovingAverageNorm(Layer):
             x = layer(x, centralize_kernel(kernel))
         tap = None
         if self.is_initializing() or self.has_variable(OVERWRITE_WITH_GRADIENT, "tap"):
-            tap = self.variable(OVERWRITE_WITH_GRADIENT, "tap", jnp.zeros, feature_shape(x, self.channel_axis)).value
+            features = feature_shape(x, self.channel_axis)
+            tap = self.variable(OVERWRITE_WITH_GRADIENT, "tap", jnp.zeros, features, jnp.float32).value
         schedule = {"average_from": average_from, "correct_from": correct_from, "rmax": rmax}
         function = partial(moving_average_norm, tap=tap, momentum=self.momentum, **schedule)
         state = partial(init_moving_average, window=self.window)

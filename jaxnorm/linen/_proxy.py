@@ -66,5 +66,6 @@ class ProxyNorm(Layer):
             num_quantiles=self.num_quantiles,
             proxy_epsilon=self.proxy_epsilon,
         )
-        options = {"activation": self.activation, **options}
+        if options.get("activation") is None:
+            options["activation"] = self.activation
         return call_function(self, x, function, options)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes, initializers
-from flax.typing import Dtype, Initializer, PromoteDtypeFn
+from flax.typing import Dtype, Initializer
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -214,7 +214,6 @@ class Function(StatefulLayer):
         scale_init: Initializer = ones,
         axis_name: str | None = None,
         axis_index_groups: Any = None,
-        promote_dtype: PromoteDtypeFn = promote_dtype,
         unit_offset: bool = False,
         batch_axis: int = 0,
         channel_axis: int = -1,
@@ -237,9 +236,11 @@ class Function(StatefulLayer):
         *,
         use_running_average: bool | None = None,
     ) -> jax.Array:
+        _layers.check_call(options)
         x = as_array(x)
         scale, bias = (self._parameter(name, options.get(name), x, self.channel_axis) for name in ("scale", "bias"))
-        dtype = _layers.output_dtype(x, scale, bias, dtype=self.dtype)
+        old = {name: getattr(self, name)[...] for name in self._state}
+        dtype = _layers.output_dtype(x, *old.values(), scale, bias, dtype=self.dtype)
         arguments = {
             "scale": scale,
             "bias": bias,
@@ -256,10 +257,10 @@ class Function(StatefulLayer):
         if not self._state:
             return function(x, **arguments)
         use = self._uses_running(use_running_average)
+        _layers.only_rows(self._weight(None, use), type(self).__name__)
         update = options.get("update_running_average")
         update = self.update_running_average if update is None else update
         update = not use if update is None else update
-        old = {name: getattr(self, name)[...] for name in self._state}
         y, new = _layers.run(function, x, old, use, update, arguments)
         for name in self._state if update else ():
             getattr(self, name)[...] = lax.stop_gradient(new[name])

@@ -30,6 +30,8 @@ class GroupNormPlus(Function):
         x_shape: shape of an input, needed with `per_position`; any number of examples.
         mixture_init: initializer of the logit of z's weight.
         momentum: weight of the old running statistics per update.
+        correction: 1 divides both variances by n - 1, as the authors' code does.
+        epsilon_outside: add epsilon to both standard deviations instead, as that code does.
         Others: as `Norm`.
 
     Raises:
@@ -55,6 +57,8 @@ class GroupNormPlus(Function):
         x_shape: Shape | None = None,
         mixture_init: Initializer = ones,
         momentum: float = 0.99,
+        correction: int = 0,
+        epsilon_outside: bool = False,
         batch_axis: int = 0,
         channel_axis: int = -1,
         rngs: nnx.Rngs,
@@ -66,6 +70,7 @@ class GroupNormPlus(Function):
                 "of examples, or per_position=False."
             )
         self.num_groups, self.per_position, self.momentum = num_groups, per_position, momentum
+        self.correction, self.epsilon_outside = correction, epsilon_outside
 
         def state(num_channels: int):
             if per_position and x_shape is not None:
@@ -77,6 +82,7 @@ class GroupNormPlus(Function):
 
     def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
-        static = {"num_groups": self.num_groups, "per_position": self.per_position, "momentum": self.momentum}
+        names = ("num_groups", "per_position", "momentum", "correction", "epsilon_outside")
+        static = {name: getattr(self, name) for name in names}
         function = partial(group_norm_plus, mixture=self.mixture[...], **static)
         return self._run(x, function, options, use_running_average=use_running_average)

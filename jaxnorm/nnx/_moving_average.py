@@ -63,7 +63,7 @@ class MovingAverageNorm(Function):
         self.layer: Any = None if isinstance(layer, int) else layer
         self.momentum = momentum
         channels = layer if isinstance(layer, int) else self.layer.kernel.shape[-1]
-        self.tap = Tap(jnp.zeros(channels))
+        self.tap = Tap(jnp.zeros(channels, jnp.float32))
         super().__init__(channels, state=partial(init_moving_average, window=window), **options)
 
     def __call__(

@@ -78,5 +78,6 @@ class ProxyNorm(Function):
             num_quantiles=self.num_quantiles,
             proxy_epsilon=self.proxy_epsilon,
         )
-        options = {"activation": self.activation, **options}
+        if options.get("activation") is None:
+            options["activation"] = self.activation
         return self._run(x, function, options)

@@ -217,7 +217,8 @@ class BatchGroupNorm(Row, Function):
         Others: as `Norm`.
 
     Raises:
-        ValueError: G does not divide, x of another image size than the running statistics.
+        ValueError: G does not divide, x of another image size than the running statistics; a `promote_dtype` or an
+            `example_weight` with groups of positions.
 
     Example:
         >>> import jax.numpy as jnp
@@ -241,6 +242,11 @@ class BatchGroupNorm(Row, Function):
                 f"{num_groups} groups of {num_features} channels and x_shape=None; expected the shape of an input, any number "
                 "of examples."
             )
+        if self.promote_dtype is not promote_dtype:
+            raise ValueError(
+                f"promote_dtype={self.promote_dtype} with groups that are not groups of channels. Expected Flax's default, or "
+                "a number of groups that divides the channels."
+            )
         self.momentum = momentum
         axes = {"batch_axis": self.batch_axis, "channel_axis": self.channel_axis}
         first = init_batch_group_norm(num_groups, self.x_shape, counted=self.debias, **axes)
@@ -262,6 +268,8 @@ class BatchGroupNorm(Row, Function):
         """Normalize x; the options are those of `Norm`."""
         if not self._tied:
             return super().__call__(x, use_running_average, example_weight=example_weight, **options)
+        if self.momentum is not None:
+            example_weight = self._weight(example_weight, self._uses_running(use_running_average))
         _layers.only_channel_groups(example_weight)
         static = {"num_groups": self.num_groups, "correction": self.correction}
         if self.momentum is None:
