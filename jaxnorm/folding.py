@@ -2,7 +2,7 @@
 
 At inference such a norm multiplies and shifts each channel by constants, which the linear layer before it can do itself. What
 follows what is read from the traced program: a layer's output and a norm's input carry marks, and a pair is a marked output
-whose one and only use is a marked input.
+whose one and only use is a marked input. The layer's parameters must have no other use either.
 """
 
 from collections import Counter
@@ -107,6 +107,21 @@ def pairs(program: Any) -> dict[str, str]:
     return {n[len(NORM) :]: k[len(LAYER) :] for n, k in found if marks[n] == marks[k] == 1}
 
 
+def uses(program: Any) -> list[int]:
+    """How many operations and outputs take each input of a program, also inside of its operations."""
+    return [_uses(program.jaxpr, v) for v in program.jaxpr.invars]
+
+
+def _uses(jaxpr: Any, variable: Any) -> int:
+    count = sum(v is variable for v in jaxpr.outvars)
+    for eqn in jaxpr.eqns:
+        inner = [p for p in _inner(eqn) if len(p.invars) == len(eqn.invars)]
+        for i in (i for i, v in enumerate(eqn.invars) if v is variable):
+            # Which argument becomes which is only sure where there is one inner program with as many: jit, checkpoint, scan.
+            count += _uses(inner[0], inner[0].invars[i]) if len(inner) == 1 == len(_inner(eqn)) else 1 + len(_inner(eqn))
+    return count
+
+
 def _marked(eqn: Any) -> str:
     return str(eqn.params["name"]) if eqn.primitive.name == "name" else ""
 
@@ -115,8 +130,11 @@ def _programs(jaxpr: Any) -> Iterator[Any]:
     """A program and those inside of its operations, once for every time they run."""
     yield jaxpr
     for eqn in jaxpr.eqns:
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from _programs(inner)
+        for inner in _inner(eqn):
+            yield from _programs(inner)
+
+
+def _inner(eqn: Any) -> list[Any]:
+    """The programs inside of an operation."""
+    values = [t for value in eqn.params.values() for t in (value if isinstance(value, tuple | list) else (value,))]
+    return [t for t in (getattr(value, "jaxpr", value) for value in values) if hasattr(t, "eqns")]

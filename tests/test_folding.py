@@ -200,6 +200,49 @@ def test_nnx(dtype, x64):
     assert not any(isinstance(m, nnx.FoldedNorm) for _, m in fnnx.iter_modules(training))
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
+def test_tied_weights_stay_as_they_are(wrap):
+    """A kernel or bias that the model uses once more, beside one that it does not."""
+
+    class Tied(fnn.Module):
+        @fnn.compact
+        def __call__(self, x):
+            tied, biased = fnn.Dense(6, use_bias=False, name="tied"), fnn.Dense(6, name="biased")
+            first, second, third = (linen.BatchNorm(use_running_average=True, name=name) for name in "abc")
+            x = second(biased(jax.nn.relu(first(tied(x)))))
+            x = third(fnn.Dense(6, name="free")(x))
+            return x @ tied.variables["params"]["kernel"].T + biased.variables["params"]["bias"][None]
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6)), jnp.float32)
+    variables = trained(jax.eval_shape(Tied().init, jax.random.key(0), x))
+    forward, folded, pairs = linen.fold_norms(lambda variables, x: wrap(lambda x: Tied().apply(variables, x))(x), variables, x)
+    assert pairs == {"c": "free"}
+    np.testing.assert_allclose(forward(folded, x), Tied().apply(variables, x), **tolerance(jnp.float32))
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_tied_weights_of_nnx_stay_as_they_are(used):
+    class Tied(fnnx.Module):
+        def __init__(self):
+            rngs = fnnx.Rngs(0)
+            self.first, self.second, self.free = (fnnx.Linear(4, 4, rngs=rngs) for _ in range(3))
+            self.second.kernel = self.first.kernel
+            self.norm, self.other, self.last = (nnx.BatchNorm(4, rngs=rngs) for _ in range(3))
+
+        def __call__(self, x):
+            x = self.norm(self.first(x))
+            x = jax.nn.relu(self.second(x)) if used else x
+            return self.last(self.free(x))
+
+    graph, state = fnnx.split(Tied())
+    model = fnnx.view(fnnx.merge(graph, trained(state)), use_running_average=True)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
+    folded = nnx.fold_norms(model, x)
+    assert isinstance(folded.last, nnx.FoldedNorm) and not isinstance(folded.norm, nnx.FoldedNorm)
+    np.testing.assert_allclose(folded(x), model(x), **tolerance(jnp.float32))
+    np.testing.assert_array_equal(folded.second.kernel[...], model.second.kernel[...])
+
+
 def test_half_precision_keeps_dtypes():
     class Half(fnn.Module):
         @fnn.compact

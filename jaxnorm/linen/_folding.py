@@ -33,7 +33,7 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
     """Fold norms that use running statistics into the convolution or dense layer before them, in a whole model.
 
     A norm is folded where its input is exactly the output of a `Conv`, `ConvTranspose` or `Dense` and nothing else uses that
-    output, as read from the traced program; all others stay. Flax's own `BatchNorm` is folded too. The result is equal up to
+    output or the layer's parameters (tied weights), as read from the traced program; all others stay. Flax's own `BatchNorm` is folded too. The result is equal up to
     rounding. Its variables also fit a model that is written without these norms and with `use_bias=True`.
 
     Args:
@@ -89,7 +89,11 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
         with nn.intercept_methods(interceptor):
             return forward(tree, *inputs)
 
-    pairs = folding.pairs(jax.make_jaxpr(trace)(tree, *example))
+    program = jax.make_jaxpr(trace)(tree, *example)
+    leaves, structure = jax.tree.flatten(tree)
+    uses = structure.unflatten(folding.uses(program)[: len(leaves)])
+    tied = {name for name in layers if max(_get(uses["params"], _path(name)).values()) > 1}
+    pairs = {norm: layer for norm, layer in folding.pairs(program).items() if layer not in tied}
     dtypes = {norm: norms[norm]["dtype"] for norm in pairs}
     biased = set()
     for norm, layer in pairs.items():

@@ -1,9 +1,11 @@
 """Norms of a whole nnx model folded into the layers before them."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 
 from jaxnorm import _layers, folding
@@ -32,7 +34,8 @@ def fold_norms(model: Model, *example: Any, forward: Callable[..., Any] | None =
     """Fold norms that use running statistics into the convolution or dense layer before them, in a whole model.
 
     A norm is folded where its input is exactly the output of a `Conv`, `ConvTranspose` or `Linear` and nothing else uses that
-    output, as read from the traced program; all others stay. Flax's own `BatchNorm` is folded too. The result is equal up to
+    output, as read from the traced program, and nothing else uses or holds the layer's parameters (tied weights); all others
+    stay. Flax's own `BatchNorm` is folded too. The result is equal up to
     rounding.
 
     Args:
@@ -58,8 +61,8 @@ def fold_norms(model: Model, *example: Any, forward: Callable[..., Any] | None =
     """
     run = forward or (lambda model, *inputs: model(*inputs))
     probe, dtypes = nnx.clone(model), {}
-    for path, module in list(nnx.iter_modules(probe)):
-        _probe(module, "/".join(map(str, path)), dtypes)
+    for path, module in _modules(probe).items():
+        _probe(module, path, dtypes)
     graph, state = nnx.split(probe)
 
     def trace(state: Any, *inputs: Any) -> Any:
@@ -69,12 +72,22 @@ def fold_norms(model: Model, *example: Any, forward: Callable[..., Any] | None =
                 object.__setattr__(module, "_first", _values(module))
         return run(traced, *inputs)
 
-    pairs = folding.pairs(jax.make_jaxpr(trace)(state, *example))
+    program = jax.make_jaxpr(trace)(state, *example)
+    leaves, structure = jax.tree.flatten(state)
+    uses = _modules(nnx.merge(graph, structure.unflatten(map(np.asarray, folding.uses(program)[: len(leaves)]))))
     copy = nnx.clone(model)
-    modules: dict[str, Any] = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(copy)}
-    for norm, layer in pairs.items():
-        _fold(modules[layer], modules[norm], dtypes[norm])
+    modules = _modules(copy)
+    holders = Counter(id(t) for module in modules.values() for t in vars(module).values() if isinstance(t, nnx.Variable))
+    for norm, layer in folding.pairs(program).items():
+        own = [t for t in vars(modules[layer]).values() if isinstance(t, nnx.Variable)]
+        if all(holders[id(t)] == 1 for t in own) and all(n <= 1 for n in _values(uses[layer]).values()):
+            _fold(modules[layer], modules[norm], dtypes[norm])
     return copy
+
+
+def _modules(model: Any) -> dict[str, Any]:
+    """All modules of a model, each once."""
+    return {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
 
 
 def _fold(layer: Any, norm: Any, dtype: Any) -> None:
