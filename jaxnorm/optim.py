@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-
 OTHERS = {"v", "threshold", "slope", "learned_epsilon", "mixture", "mean_logits", "var_logits", "gain"}
 """Other parameters of norms and of standardized kernels, which nothing here decays."""
 PROXY = {"proxy_scale", "proxy_bias"}

@@ -503,6 +503,16 @@ def test_what_is_not_measured_is_refused():
         variables = model.init(jax.random.key(0), batches[0], False)
         with pytest.raises(ValueError, match=match):
             linen.population_statistics(forward_of(model), variables, batches)
+    for name in ("BatchRenorm", "EvoNormB0"):
+        model = fnn.Sequential([linen.BatchNorm(use_running_average=False), getattr(linen, name)(use_running_average=False)])
+        inputs = [x[:, None, None] for x in batches]  # an image of one position
+        variables = model.init(jax.random.key(0), inputs[0])
+        with pytest.raises(ValueError, match="layer layers_1 updates its .* by a rule of its own. Got .*; expected a layer"):
+            linen.population_statistics(lambda v, x, m=model: m.apply(v, x, mutable="batch_stats"), variables, inputs)
+        pair = fnnx.Sequential(*(getattr(nnx, kind)(4, rngs=fnnx.Rngs(0)) for kind in ("BatchNorm", name)))
+        with pytest.raises(ValueError, match="layer layers/1 updates its .* by a rule of its own. Got .*; expected a layer"):
+            nnx.population_statistics(lambda model, x: model(x), pair, inputs)
+    variables = Net().init(jax.random.key(0), batches[0], False)
     measure = partial(linen.population_statistics, forward_of(Net()), variables)
     with pytest.raises(ValueError, match="no running statistics were updated in 0 batches"):
         measure([])
