@@ -1,8 +1,8 @@
 """Weight decay on the scale and bias of normalization layers, as optax transformations and masks.
 
 A parameter of a norm is found by its name and its neighbours in the tree, as Flax and jaxnorm name them, in dicts of linen and
-states of nnx: `scale` beside no `kernel` or `embedding`, and `bias` beside such a scale or alone. Some norms have other parameters
-too, `OTHERS`, which do not count as neighbours.
+states of nnx: `scale` beside no `kernel` or `embedding`, and `bias` beside such a scale or alone. The other parameters
+of some norms, `OTHERS` and `PROXY`, do not count as neighbours.
 """
 
 from collections import defaultdict
