@@ -56,8 +56,8 @@ def check_unchanged(name: str, start: Mapping[str, Any], end: Mapping[str, Any])
     if any(np.any(np.asarray(t) != np.asarray(end[key])) for key, t in start.items()):
         raise ValueError(
             f"layer {name} updates its running statistics by a rule of its own. Got {', '.join(sorted(start))}; expected a "
-            "layer of jaxnorm that keeps the moments of its input: BatchNorm (which loads the checkpoints of Flax's), Norm and the "
-            "other rows of the table."
+            "layer of jaxnorm that keeps the moments of its input: BatchNorm (which loads the checkpoints of Flax's), Norm and "
+            "the other rows of the table."
         )
 
 
