@@ -28,6 +28,10 @@ def count_of(reducer: str) -> str:
     return REDUCERS[reducer]
 
 
+STATISTICS = {"mean", "var", "std", "mean_square"}
+"""Names of running statistics; a layer that has other of them than a mean and a var is not measured."""
+
+
 def start(mean: jax.Array, var: jax.Array, count: str) -> dict[str, jax.Array]:
     """What a layer's mean and var become while a population is measured: wide, and counted."""
     mean, var = (t.astype(statistic_dtype(t.dtype)) for t in (mean, var))
@@ -42,12 +46,19 @@ def was_used(name: str, start: Mapping[str, Any], end: Mapping[str, Any], batche
             f"layer {name} was called {calls} times in {batches} batches, so its statistics would mix two inputs. Expected one "
             "call a batch; give each call a layer of its own."
         )
-    if calls == 0 and any(np.any(np.asarray(start[key]) != np.asarray(end[key])) for key in ("mean", "var")):
-        raise ValueError(
-            f"layer {name} updates its running statistics by a rule of its own. Expected a layer of jaxnorm that keeps the "
-            "moments of its input: BatchNorm (which loads the checkpoints of Flax's), Norm and the other rows of the table."
-        )
+    if calls == 0:
+        check_unchanged(name, *({key: t[key] for key in ("mean", "var")} for t in (start, end)))
     return calls > 0
+
+
+def check_unchanged(name: str, start: Mapping[str, Any], end: Mapping[str, Any]) -> None:
+    """A layer whose running statistics are not measured did not update them."""
+    if any(np.any(np.asarray(t) != np.asarray(end[key])) for key, t in start.items()):
+        raise ValueError(
+            f"layer {name} updates its running statistics by a rule of its own. Got {', '.join(sorted(start))}; expected a "
+            "layer of jaxnorm that keeps the moments of its input: BatchNorm (which loads the checkpoints of Flax's), Norm and "
+            "the other rows of the table."
+        )
 
 
 def check_any(used: Iterable[bool], batches: int) -> None:

@@ -246,7 +246,8 @@ def sync_running(
 
     Args:
         state: `Moments`, or a pytree with mappings that have "mean" and "var" (and "count") in it, such as the
-            collection batch_stats of linen and the pure dict of `nnx.BatchStat` variables.
+            collection batch_stats of linen and the pure dict of `nnx.BatchStat` variables. "train_mean" and "train_var" beside
+            them (`MomentumBatchNorm`) are such a pair too; "positions", equal on all devices, stays.
         axis_name: axis or axes of pmap, shard_map or vmap over which the devices differ.
         axis_index_groups: groups of indices of that axis that become equal, see `device_groups`.
         weights: how much this device counts, such as its number of examples, in place of the state's count.
@@ -255,7 +256,8 @@ def sync_running(
         The state, of the same structure, shapes and dtypes.
 
     Raises:
-        TypeError: a leaf that belongs to no running statistics.
+        TypeError: a leaf that belongs to no running statistics, or another array beside them, such as the window of
+            `CrossIterationBatchNorm`, whose union is not defined.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -273,8 +275,19 @@ def sync_running(
                 f"sync_running takes running statistics. Got a leaf of type {type(s).__name__}; expected Moments, or mappings "
                 'with "mean" and "var", such as batch_stats.'
             )
-        new = together(Moments(s.get("count"), s["mean"], s["var"]))
-        return type(s)({name: getattr(new, name, t) for name, t in s.items()})
+        known, new = {"mean", "var", "count", "positions"}, together(Moments(s.get("count"), s["mean"], s["var"]))
+        values = {"mean": new.mean, "var": new.var, "count": new.count}
+        if "train_mean" in s and "train_var" in s:
+            known |= {"train_mean", "train_var"}
+            trained = together(Moments(None, s["train_mean"], s["train_var"]))  # type: ignore[arg-type]  # no count
+            values |= {"train_mean": trained.mean, "train_var": trained.var}
+        inner = {name: t for name, t in s.items() if isinstance(t, Mapping)}
+        if unknown := sorted(set(s) - known - set(inner)):
+            raise TypeError(
+                f"sync_running knows no union of {', '.join(unknown)}. Got {', '.join(sorted(s))}; expected mean and var, and "
+                "beside them count, train_mean and train_var, or positions. Keep such layers equal by their axis_name."
+            )
+        return type(s)({name: tree(t) if name in inner else values.get(name, t) for name, t in s.items()})
 
     def together(s: Moments) -> Moments:
         wide = jax.tree.map(lambda t: t.astype(statistic_dtype(t.dtype)), s)
@@ -286,7 +299,10 @@ def sync_running(
         count = jax.tree.map(lambda n: all_sum(n, axis_name, groups) / device_count(axis_name, groups), wide.count)
         return jax.tree.map(lambda old, t: t.astype(old.dtype), s, dataclasses.replace(new, count=count))
 
-    return jax.tree.map(synced, state, is_leaf=lambda t: isinstance(t, Moments) or _holds_statistics(t))
+    def tree(state: Any) -> Any:
+        return jax.tree.map(synced, state, is_leaf=lambda t: isinstance(t, Moments) or _holds_statistics(t))
+
+    return tree(state)
 
 
 def _holds_statistics(t: Any) -> bool:

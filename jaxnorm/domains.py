@@ -203,6 +203,7 @@ def domain_ensemble(
         The weighted averages, and the weights, (D, N).
 
     Raises:
+        TypeError: outputs that are not floating or complex, which have no weighted average.
         ValueError: no distances.
 
     Example:
@@ -222,6 +223,10 @@ def domain_ensemble(
     weights = domain_weights(distances, exponent=exponent)
 
     def average(t: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(t.dtype, jnp.inexact):
+            raise TypeError(
+                f"forward returns {t.dtype}. Expected floating or complex outputs to average, such as probabilities."
+            )
         return (weights.astype(t.dtype).reshape(*weights.shape, *(1 for _ in t.shape[2:])) * t).sum(0)
 
     return jax.tree.map(average, outputs), weights

@@ -106,7 +106,7 @@ def adapt_moments(
         batch_axis: axis of the examples.
 
     Returns:
-        `Moments` for `normalize`, with the count of `batch`.
+        `Moments` for `normalize`, with the count of `batch`. Sets of the batch without elements have the running moments.
 
     Raises:
         ValueError: moments of different shapes.
@@ -125,7 +125,7 @@ def adapt_moments(
     known = pooled_to(running, batch.mean.shape, batch_axis)
     known = jax.tree.map(lambda t, u: jnp.broadcast_to(t.astype(u.dtype), u.shape), known, batch)
     source, target = (jnp.asarray(n, batch.var.dtype) for n in (source_size, 1 if size is None else size))
-    prior = source / (source + target)
+    prior = jnp.where(batch.count > 0, source / (source + target), 1)
     return dataclasses.replace(blend([known, batch], [prior, 1 - prior]), count=batch.count)
 
 
@@ -167,7 +167,7 @@ class ExampleWeights(NamedTuple):
     Args:
         alphas: the weights that were tried, ascending.
         values: the mean of what was evaluated for each of them.
-        best: the weight with the best value, the smallest of several.
+        best: the weight with the best finite value, the smallest of several.
     """
 
     alphas: tuple[float, ...]
@@ -200,7 +200,7 @@ def choose_example_weight(
         All weights with their values, and the best.
 
     Raises:
-        ValueError: no batches, no weights, or neither `alphas` nor `examples`.
+        ValueError: no batches, no weights, neither `alphas` nor `examples`, or no finite value.
 
     Example:
         >>> def evaluate(alpha, batch):
@@ -227,5 +227,8 @@ def choose_example_weight(
     if not counts.size or not counts.all():
         raise ValueError(f"nothing to choose by. Got {len(alphas)} weights, counts {counts.tolist()}; expected some of both.")
     values = totals / counts
-    best = int(np.argmax(values if maximize else -values))
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise ValueError(f"nothing to choose by. Got values {values.tolist()} for {alphas}; expected one that is finite.")
+    best = int(np.argmax(np.where(finite, values if maximize else -values, -np.inf)))
     return ExampleWeights(alphas, tuple(values.tolist()), alphas[best])

@@ -87,7 +87,9 @@ def moving_average_norm(
         **options: as `norm`.
 
     Returns:
-        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those channels' statistics.
+        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those channels' statistics. `step`
+        counts batches that some channel could use; a channel with fewer than K of its own by the time of averaging has zeros
+        in its window, which are averaged in, so that its mean square is too small until they are pushed out.
 
     Raises:
         TypeError: x is complex or integer. Forward-mode derivatives: JAX's error that a custom_vjp function has none.

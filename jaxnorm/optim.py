@@ -1,7 +1,8 @@
 """Weight decay on the scale and bias of normalization layers, as optax transformations and masks.
 
 A parameter of a norm is found by its name and its neighbours in the tree, as Flax and jaxnorm name them, in dicts of linen and
-states of nnx: `scale` beside no `kernel` or `embedding`, and `bias` beside such a scale or alone.
+states of nnx: `scale` beside no `kernel` or `embedding`, and `bias` beside such a scale or alone. The other parameters
+of some norms, `OTHERS` and `PROXY`, do not count as neighbours.
 """
 
 from collections import defaultdict
@@ -11,6 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+
+OTHERS = {"v", "threshold", "slope", "learned_epsilon", "mixture", "mean_logits", "var_logits", "gain"}
+"""Other parameters of norms and of standardized kernels, which nothing here decays."""
+PROXY = {"proxy_scale", "proxy_bias"}
+"""Those of `ProxyNorm`, which decay as weights do: its authors decay them, and not its scale and bias."""
 
 
 def norm_mask(params: Any) -> Any:
@@ -26,13 +32,16 @@ def norm_mask(params: Any) -> Any:
         >>> norm_mask({"Dense_0": {"kernel": 1.0, "bias": 0.0}, "LayerNorm_0": {"bias": 0.0}})
         {'Dense_0': {'bias': False, 'kernel': False}, 'LayerNorm_0': {'bias': True}}
     """
-    return _select(params, lambda name, is_norm: is_norm)
+    return _select(params, lambda name, kind: kind == "norm")
 
 
 def decay_mask(params: Any, *, biases: bool = False) -> Any:
-    """What the usual recipes decay: everything but the scales and biases of norms, and no other bias.
+    """What the usual recipes decay: everything but the parameters of norms, and no other bias.
 
         optax.adamw(1e-3, weight_decay=1e-4, mask=decay_mask)
+
+    Of norms and standardized kernels, `proxy_scale` and `proxy_bias` decay; `scale`, `bias`, `v`, `threshold`, `slope`,
+    `learned_epsilon`, `mixture`, `mean_logits`, `var_logits` and `gain` do not.
 
     Args:
         params: tree of parameters.
@@ -45,7 +54,7 @@ def decay_mask(params: Any, *, biases: bool = False) -> Any:
         >>> decay_mask({"Dense_0": {"kernel": 1.0, "bias": 0.0}, "LayerNorm_0": {"bias": 0.0}})
         {'Dense_0': {'bias': False, 'kernel': True}, 'LayerNorm_0': {'bias': False}}
     """
-    return _select(params, lambda name, is_norm: not is_norm and (biases or name != "bias"))
+    return _select(params, lambda name, kind: kind == "" and (biases or name != "bias"))
 
 
 def add_norm_decay(
@@ -122,7 +131,7 @@ def _distances(params: Any, target: float) -> Any:
 
 
 def _select(params: Any, rule: Any) -> Any:
-    """The tree of rule(name, whether of a norm) over the parameters."""
+    """The tree of rule(name, kind) over the parameters: kind "norm" for scales and biases of norms, "other" for `OTHERS`."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     paths = [_names(path) for path, _ in leaves]
     neighbours = defaultdict(set)
@@ -130,13 +139,15 @@ def _select(params: Any, rule: Any) -> Any:
         for i, name in enumerate(path):
             neighbours[path[:i]].add(name)
 
-    def is_norm(path: tuple[str, ...]) -> bool:
-        beside = neighbours[path[:-1]]
-        if not path or beside & {"kernel", "embedding"}:
-            return False
-        return path[-1] == "scale" or (path[-1] == "bias" and ("scale" in beside or len(beside) == 1))
+    def kind(path: tuple[str, ...]) -> str:
+        name, beside = path[-1] if path else "", neighbours[path[:-1]]
+        if beside & {"kernel", "embedding"}:
+            return "other" if name == "gain" and "kernel" in beside else ""
+        if name == "scale" or (name == "bias" and ("scale" in beside or beside <= {"bias"} | OTHERS | PROXY)):
+            return "norm"
+        return "other" if name in OTHERS and beside <= {"scale", "bias"} | OTHERS else ""
 
-    return structure.unflatten([rule(path[-1] if path else "", is_norm(path)) for path in paths])
+    return structure.unflatten([rule(path[-1] if path else "", kind(path)) for path in paths])
 
 
 def _names(path: Any) -> tuple[str, ...]:

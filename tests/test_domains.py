@@ -174,6 +174,8 @@ def test_prediction_for_an_unknown_domain():
 
 
 def test_errors():
+    with pytest.raises(TypeError, match="forward returns int32. Expected floating or complex outputs"):
+        domains.domain_ensemble(lambda domain: (jnp.full(6, domain, jnp.int32), jnp.ones(6)), D)
     x, state = jnp.ones((6, 4)), domains.init_domain_batch_norm(4, D)
     with pytest.raises(TypeError, match=r"Got float32, shape \(\); expected integers"):
         domains.domain_batch_norm(x, state, train=True, domain=1.0)

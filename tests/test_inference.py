@@ -334,6 +334,15 @@ def test_choosing_a_weight():
         choose_example_weight(evaluate, [], examples=4)
 
 
+@pytest.mark.parametrize("maximize, best", [(True, 0.75), (False, 0.25)])
+def test_values_that_are_not_finite_are_not_chosen(maximize, best):
+    values = {0.0: np.nan, 0.25: 1.0, 0.5: -np.inf, 0.75: 2.0, 1.0: np.inf}
+    choose = partial(choose_example_weight, batches=[None], alphas=list(values), maximize=maximize)
+    assert choose(lambda alpha, _: (values[float(alpha)], 1)).best == best
+    with pytest.raises(ValueError, match="nothing to choose by. Got values .* expected one that is finite"):
+        choose(lambda alpha, _: (np.nan, 1))
+
+
 def test_adaptation(x64):
     x = data()
     state = state_of((C,))
@@ -345,6 +354,10 @@ def test_adaptation(x64):
     np.testing.assert_allclose(m.var.ravel(), prior * state.var + (1 - prior) * var, rtol=1e-12)
     np.testing.assert_allclose(adapt_moments(running, batch, source_size=0).var, batch.var, rtol=1e-12)
     np.testing.assert_array_equal(m.count, batch.count)
+    mask = jnp.arange(C) > 0  # no element of the first channel
+    m = adapt_moments(running, jaxnorm.moments(x, methods.batch_norm(), weights=mask), source_size=16, size=N)
+    np.testing.assert_array_equal([m.mean.ravel()[0], m.var.ravel()[0]], [state.mean[0], state.var[0]])
+    np.testing.assert_allclose(m.var.ravel()[1:], (prior * state.var + (1 - prior) * var)[1:], rtol=1e-12)
 
 
 class Net(fnn.Module):
@@ -517,6 +530,16 @@ def test_what_is_not_measured_is_refused():
         variables = model.init(jax.random.key(0), batches[0], False)
         with pytest.raises(ValueError, match=match):
             linen.population_statistics(forward_of(model), variables, batches)
+    for name in ("BatchRenorm", "EvoNormB0"):
+        model = fnn.Sequential([linen.BatchNorm(use_running_average=False), getattr(linen, name)(use_running_average=False)])
+        inputs = [x[:, None, None] for x in batches]  # an image of one position
+        variables = model.init(jax.random.key(0), inputs[0])
+        with pytest.raises(ValueError, match="layer layers_1 updates its .* by a rule of its own. Got .*; expected a layer"):
+            linen.population_statistics(lambda v, x, m=model: m.apply(v, x, mutable="batch_stats"), variables, inputs)
+        pair = fnnx.Sequential(*(getattr(nnx, kind)(4, rngs=fnnx.Rngs(0)) for kind in ("BatchNorm", name)))
+        with pytest.raises(ValueError, match="layer layers/1 updates its .* by a rule of its own. Got .*; expected a layer"):
+            nnx.population_statistics(lambda model, x: model(x), pair, inputs)
+    variables = Net().init(jax.random.key(0), batches[0], False)
     measure = partial(linen.population_statistics, forward_of(Net()), variables)
     with pytest.raises(ValueError, match="no running statistics were updated in 0 batches"):
         measure([])

@@ -81,6 +81,34 @@ def test_norms_are_found_in_nnx():
     np.testing.assert_array_equal(model[0].kernel[...], kernel)
 
 
+@pytest.mark.parametrize("use_scale", [False, True])
+@pytest.mark.parametrize(
+    "layer, others",
+    [
+        (linen.EvoNormB0(), {"v"}),
+        (linen.FilterResponseNorm(use_slope=True, use_learned_epsilon=True), {"threshold", "slope", "learned_epsilon"}),
+        (linen.GroupNormPlus(), {"mixture"}),
+        (linen.SwitchableNorm(), {"mean_logits", "var_logits"}),
+        (linen.ProxyNorm(methods.layer_norm()), {"proxy_scale", "proxy_bias"}),
+    ],
+    ids=lambda t: type(t).__name__,
+)
+def test_norms_with_other_parameters(layer, others, use_scale):
+    layer = layer.clone(use_scale=use_scale)
+    running = {"use_running_average": True} if hasattr(layer, "use_running_average") else {}
+    params = jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.ones((2, 4, 4, 64)), **running))["params"]
+    own = {"scale", "bias"} & set(params)
+    assert set(params) - own == others and ("scale" in own) == use_scale
+    assert true_paths(norm_mask({"net": params})) == {f"net/{name}" for name in own}
+    decayed = {f"net/{name}" for name in others if name.startswith("proxy")}
+    assert true_paths(decay_mask({"net": params})) == true_paths(decay_mask({"net": params}, biases=True)) == decayed
+
+
+def test_the_gain_of_a_kernel_does_not_decay_and_other_layers_parameters_of_these_names_do():
+    params = {"a": {"kernel": 1.0, "gain": 1.0, "bias": 0.0}, "b": {"v": 1.0, "k": 1.0}}
+    assert true_paths(decay_mask(params)) == {"a/kernel", "b/v", "b/k"} and not true_paths(norm_mask(params))
+
+
 PARAMS = {
     "Dense_0": {"kernel": np.array([[2.0, 3.0]]), "bias": np.array([4.0, 5.0])},
     "BatchNorm_0": {"scale": np.array([3.0, 0.5]), "bias": np.array([2.0, -1.0])},

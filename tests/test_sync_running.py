@@ -14,6 +14,7 @@ from jaxnorm import (
     linen,
     methods,
     moments,
+    momentum,
     nnx,
     sync_running,
     update_cumulative,
@@ -121,6 +122,23 @@ def test_trees_of_layers():
         return layer.var[...]
 
     np.testing.assert_allclose(jax.vmap(train_nnx, axis_name="i")(x)[5], x.var((0, 1, 2)), rtol=1e-5)
+
+
+def test_statistics_with_other_arrays_beside_them():
+    """A second pair and what is inside of the mapping become equal too; arrays without a union are refused."""
+    mean, var = jnp.arange(8.0)[:, None], jnp.ones((8, 1))
+    state = momentum.init_momentum_batch_norm(1)
+    state = {name: jnp.broadcast_to(t, (8, 1)) for name, t in state.items()} | {"train_mean": 2 * mean, "mean": mean}
+    state |= {"positions": jnp.zeros((8, 4, 4)), "inner": {"mean": mean, "var": var}}
+    sync = jax.vmap(lambda s: sync_running(s, axis_name="i"), axis_name="i")
+    synced = sync(state)
+    for name, factor in (("", 1), ("train_", 2)):
+        np.testing.assert_allclose(synced[name + "mean"], factor * np.full((8, 1), 3.5))
+        np.testing.assert_allclose(synced[name + "var"], np.full((8, 1), 1 + factor**2 * 5.25))
+    np.testing.assert_allclose(synced["inner"]["var"], np.full((8, 1), 6.25))
+    assert synced["positions"].shape == (8, 4, 4) and not synced["positions"].any()
+    with pytest.raises(TypeError, match="no union of past_count. Got mean, past_count, var; expected mean and var"):
+        sync({"mean": mean, "var": var, "past_count": mean})
 
 
 def test_what_is_no_state_is_refused():

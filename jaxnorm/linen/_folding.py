@@ -33,8 +33,9 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
     """Fold norms that use running statistics into the convolution or dense layer before them, in a whole model.
 
     A norm is folded where its input is exactly the output of a `Conv`, `ConvTranspose` or `Dense` and nothing else uses that
-    output or the layer's parameters (tied weights), as read from the traced program; all others stay. Flax's own `BatchNorm` is folded too. The result is equal up to
-    rounding. Its variables also fit a model that is written without these norms and with `use_bias=True`.
+    output or the layer's parameters (tied weights), as read from the traced program; all others stay. Flax's own `BatchNorm` is
+    folded too. The result is equal up to rounding. Its variables also fit a model that is written without these norms and with
+    `use_bias=True`.
 
     Args:
         forward: (variables, *inputs) -> outputs, an inference call of the model.

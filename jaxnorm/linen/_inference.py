@@ -117,7 +117,7 @@ def population_statistics(
 
     Raises:
         ValueError: no batches or nothing updated, another reducer, a layer that is called twice in a batch, a layer with
-            another rule of update, such as Flax's own.
+            another rule of update, such as Flax's own, or with other statistics, such as `BatchRenorm`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -134,12 +134,16 @@ def population_statistics(
     """
     count = _population.count_of(reducer)
     tree = core.unfreeze(dict(variables))
+    others = dict(_unpaired(tree.get("batch_stats", {})))
     old = {path: node for path, node in _pairs(tree.get("batch_stats", {}))}
     start = {path: node | _population.start(node["mean"], node["var"], count) for path, node in old.items()}
     step = jax.jit(lambda tree, batch: core.unfreeze(dict(forward(tree, batch)[1]))["batch_stats"])
     now, used, done = start, {}, 0
     for batch in batches:
-        found = dict(_pairs(step(_replaced(tree, now), batch)))
+        new = step(_replaced(tree, now), batch)
+        for path, node in _unpaired(new):
+            _population.check_unchanged("/".join(path), others.get(path, node), node)
+        found = dict(_pairs(new))
         now = {path: found.get(path, node) for path, node in now.items()}
         done += 1
         if done == 1:
@@ -165,6 +169,16 @@ def _pairs(tree: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
             yield path, dict(tree)
         for name, node in tree.items():
             yield from _pairs(node, (*path, name))
+
+
+def _unpaired(tree: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The running statistics in a collection that are not a mean and a var."""
+    if isinstance(tree, Mapping):
+        own = {name: t for name, t in tree.items() if name in _population.STATISTICS and not isinstance(t, Mapping)}
+        if own and not {"mean", "var"} <= set(own):
+            yield path, own
+        for name, node in tree.items():
+            yield from _unpaired(node, (*path, name))
 
 
 def _replaced(tree: dict[str, Any], nodes: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def population_statistics(
 
     Raises:
         ValueError: no batches or nothing updated, another reducer, a layer that is called twice in a batch, a layer with
-            another rule of update, such as Flax's own.
+            another rule of update, such as Flax's own, or with other statistics, such as `BatchRenorm`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -49,6 +49,10 @@ def population_statistics(
     copy = nnx.clone(model)
     layers: dict[Any, Any] = {path: layer for path, layer in nnx.iter_modules(copy) if _has_pair(layer)}
     start = {path: _population.start(layer.mean[...], layer.var[...], count) for path, layer in layers.items()}
+    others: dict[Any, Any] = {
+        path: layer for path, layer in nnx.iter_modules(copy) if _statistics(layer) and path not in layers
+    }
+    old = {path: _statistics(layer) for path, layer in others.items()}
     for path, layer in layers.items():
         for name, value in start[path].items():
             setattr(layer, name, nnx.BatchStat(value))
@@ -62,6 +66,8 @@ def population_statistics(
 
     def found(done: int) -> dict[Any, bool]:
         nnx.update(copy, state)
+        for path, layer in others.items():
+            _population.check_unchanged("/".join(map(str, path)), old[path], _statistics(layer))
         end = {path: {name: getattr(layer, name)[...] for name in names} for path, layer in layers.items()}
         return {p: _population.was_used("/".join(map(str, p)), start[p], end[p], done) for p in layers}
 
@@ -81,6 +87,12 @@ def population_statistics(
                 variable[...] = getattr(layers[path], name)[...].astype(variable.dtype)
             if hasattr(layer, "count"):
                 layer.count[...] = jnp.ones_like(layer.count[...])
+
+
+def _statistics(layer: Any) -> dict[str, Any]:
+    """A layer's running statistics."""
+    named = {name: getattr(layer, name, None) for name in _population.STATISTICS}
+    return {name: t[...] for name, t in named.items() if isinstance(t, nnx.BatchStat)}
 
 
 def _has_pair(layer: Any) -> bool:
