@@ -1,7 +1,13 @@
 """Settings of all tests: several devices, and no silent conversion of dtypes or ranks."""
 
+import os
+
 import chex
 
+# Most of the time of these tests is compilation, and most of that LLVM's: what XLA decides stays as it is.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 chex.set_n_cpu_devices(8)  # before any JAX operation: afterwards the number of devices is fixed
 
 import jax  # noqa: E402

@@ -323,12 +323,9 @@ def two_steps(placement, method, devices_per_norm):
 @pytest.mark.parametrize(
     ("method", "devices_per_norm"),
     [
-        ("batch", 1),
         ("batch", 2),
         ("batch", 8),
-        ("batch_group", 4),
         ("ghost_batch", 1),
-        ("group", 1),
     ],
 )
 @pytest.mark.slow
