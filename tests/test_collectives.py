@@ -132,7 +132,9 @@ def test_model_counts_what_always_runs():
     found = [all_reduce(10, 64), all_reduce(20, 16), all_reduce(30, 4), all_reduce(40, 64, conditional=True)]
     sizes = pods.rounds(found, 64, 16)
     assert sizes == [(40, "all"), (80, "group"), (120, "across")]
-    expected = sum(pods.V5P.all_reduce_seconds(chips, size) for chips, size in ((256, 40), (16, 80), (16, 120)))
+    # 4x8x8 chips: 20 hops there and back, 10 of them inside a group of 2x2x4, which is open; six links of 100 GB/s a chip
+    across = (20 - 10) * 1e-6 + 2 * 15 / 16 * 120 / 6e11
+    expected = pods.V5P.all_reduce_seconds(256, 40) + pods.V5P.all_reduce_seconds(16, 80) + across
     sent = 2 * (255 / 256 * 40 + 15 / 16 * 80 + 15 / 16 * 120)
     assert pods.cost(pods.V5P, 256, 16, sizes) == pytest.approx((expected, sent))
     with pytest.raises(ValueError, match="all-reduces over all devices, groups of 16 or across them"):
