@@ -116,7 +116,7 @@ def _moving_average(batch_size: int, num_channels: int) -> Layer:
 
 
 def _ghost_batch(batch_size: int, num_channels: int) -> Layer:
-    return of_table(methods.ghost_batch_norm(ghost_size=max(1, batch_size // 2)))
+    return Layer(linen.GhostBatchNorm, (("ghost_size", max(1, batch_size // 2)), *_KEPT))
 
 
 def _batch_and_group(batch_size: int, num_channels: int) -> Layer:
