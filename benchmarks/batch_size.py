@@ -2,7 +2,7 @@
 
     python -m benchmarks.batch_size            # BN and BGN at 2, 4 and 32 images per device, and GN: a minute on 2 cores
     python -m benchmarks.batch_size --full     # seven methods, all batch sizes, 8 seeds: three minutes
-    python -m benchmarks.batch_size --methods evonorm_s0 cross_iteration    # any methods by name
+    python -m benchmarks.batch_size --methods evonorm_s0 cross_iteration    # other methods by name
 
 Prints test accuracies and their paired differences; writes results.json, results.csv and batch_size.png. Each cell (a
 method at a batch size) is written as soon as all its seeds are trained, so an interrupted run goes on with --resume.

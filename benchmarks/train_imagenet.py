@@ -1,4 +1,4 @@
-"""Trains a ResNet with any normalization on ImageNet, or on images stored like it, on the devices of one host or of many.
+"""Trains a ResNet with any row of the table of methods on ImageNet, or images stored like it, on one host or many.
 
     python -m benchmarks.train_imagenet --data /data/imagenet --norm group
     python -m benchmarks.train_imagenet --data /data/imagenet --norm batch --schedule steps --label-smoothing 0
@@ -228,7 +228,7 @@ def _progress(console: Console) -> Progress:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train_imagenet",
-        description="Trains a ResNet with any normalization on ImageNet or on images stored like it.",
+        description="Trains a ResNet with any row of the table of methods on ImageNet or on images stored like it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("data").add_argument
