@@ -1,1 +1,2 @@
-"""Programs that measure jaxnorm, each run from the repository root: `python -m benchmarks.batch_size`."""
+"""Programs that measure jaxnorm, each run from the repository root:
+`python -m benchmarks.batch_size`."""

@@ -1,11 +1,13 @@
-"""How accuracy depends on the batch size: the same small network with different normalizations on real images.
+"""How accuracy depends on the batch size: the same small network with different normalizations on
+real images.
 
     python -m benchmarks.batch_size            # BN and BGN at 2, 4 and 32 images per device, and GN: a minute on 2 cores
     python -m benchmarks.batch_size --full     # seven methods, all batch sizes, 8 seeds: three minutes
     python -m benchmarks.batch_size --methods evonorm_s0 cross_iteration    # other methods by name
 
-Prints test accuracies and their paired differences; writes results.json, results.csv and batch_size.png. Each cell (a
-method at a batch size) is written as soon as all its seeds are trained, so an interrupted run goes on with --resume.
+Prints test accuracies and their paired differences; writes results.json, results.csv and
+batch_size.png. Each cell (a method at a batch size) is written as soon as all its seeds are
+trained, so an interrupted run goes on with --resume.
 """
 
 import argparse
@@ -57,7 +59,8 @@ class Plan(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program with the options `argv`, by default those of the command line, and returns its exit status."""
+    """Runs the program with the options `argv`, by default those of the command line, and returns
+    its exit status."""
     parser = _parser()
     args = _parse(parser, argv)
     result = _start(parser, args)
@@ -66,39 +69,91 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _train(result, _plans(args), args.output, console)
     except KeyboardInterrupt:
-        console.print(f"Interrupted. Finished cells, kept in {args.output}: {len(result.cells)}. Go on with --resume.")
+        console.print(
+            f"Interrupted. Finished cells, kept in {args.output}: {len(result.cells)}. Go on with"
+            " --resume."
+        )
         return 130
     _write(result, args.output)
     report.print_all(console, result)
     seconds = time.perf_counter() - started
-    console.print(f"\n{seconds:.0f} s. In {args.output}: batch_size.png, results.json, results.csv", highlight=False)
+    console.print(
+        f"\n{seconds:.0f} s. In {args.output}: batch_size.png, results.json, results.csv",
+        highlight=False,
+    )
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.batch_size",
-        description="Trains the same small network with different normalizations at different batch sizes.",
+        description=(
+            "Trains the same small network with different normalizations at different batch sizes."
+        ),
     )
     add = parser.add_argument
-    add("--full", action="store_true", help="seven methods, all batch sizes, 8 seeds; about three minutes on 2 cores")
-    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"some of {', '.join(METHODS)}")
+    add(
+        "--full",
+        action="store_true",
+        help="seven methods, all batch sizes, 8 seeds; about three minutes on 2 cores",
+    )
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        metavar="METHOD",
+        help=f"some of {', '.join(METHODS)}",
+    )
     add("--batch-sizes", nargs="+", type=_positive, metavar="B", help="images normalized together")
-    add("--seeds", type=_positive, metavar="N", help="train with seeds 0 to N - 1 (default: 4; with --full: 8)")
-    add("--epochs", type=_positive, default=20, metavar="N", help="at least 2 (default: %(default)s)")
-    add("--train-images", type=_positive, default=1024, metavar="N", help="the rest tests (default: %(default)s)")
-    add("--network", choices=STRIDES, default="1x1", help="size of the last feature map (default: %(default)s)")
+    add(
+        "--seeds",
+        type=_positive,
+        metavar="N",
+        help="train with seeds 0 to N - 1 (default: 4; with --full: 8)",
+    )
+    add(
+        "--epochs",
+        type=_positive,
+        default=20,
+        metavar="N",
+        help="at least 2 (default: %(default)s)",
+    )
+    add(
+        "--train-images",
+        type=_positive,
+        default=1024,
+        metavar="N",
+        help="the rest tests (default: %(default)s)",
+    )
+    add(
+        "--network",
+        choices=STRIDES,
+        default="1x1",
+        help="size of the last feature map (default: %(default)s)",
+    )
     add(
         "--protocol",
         choices=("devices", "batch"),
         default="devices",
-        help=f"devices: {IMAGES_PER_STEP} images per step on {IMAGES_PER_STEP}/B simulated devices; "
-        "batch: B images per step on one device (default: %(default)s)",
+        help=(
+            f"devices: {IMAGES_PER_STEP} images per step on {IMAGES_PER_STEP}/B simulated devices; "
+            "batch: B images per step on one device (default: %(default)s)"
+        ),
     )
-    add("--output", type=Path, default=Path("results/batch_size"), metavar="FOLDER", help="default: %(default)s")
+    add(
+        "--output",
+        type=Path,
+        default=Path("results/batch_size"),
+        metavar="FOLDER",
+        help="default: %(default)s",
+    )
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="keep the cells that the output folder holds")
-    existing.add_argument("--overwrite", action="store_true", help="replace the result that the output folder holds")
+    existing.add_argument(
+        "--resume", action="store_true", help="keep the cells that the output folder holds"
+    )
+    existing.add_argument(
+        "--overwrite", action="store_true", help="replace the result that the output folder holds"
+    )
     return parser
 
 
@@ -109,7 +164,8 @@ def _positive(text: str) -> int:
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, with those not given taken from the preset and those that do not fit together refused."""
+    """The options, with those not given taken from the preset and those that do not fit together
+    refused."""
     args = parser.parse_args(argv)
     for name, value in (FULL if args.full else QUICK)._asdict().items():
         if getattr(args, name) is None:
@@ -117,15 +173,27 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     args.methods = list(dict.fromkeys(args.methods))
     args.batch_sizes = sorted(set(args.batch_sizes))
     if args.epochs < 2:
-        parser.error("argument --epochs: expected at least 2, because the first epoch only warms the learning rate up")
+        parser.error(
+            "argument --epochs: expected at least 2, because the first epoch only warms the"
+            " learning rate up"
+        )
     if args.train_images > NUM_IMAGES - 2:
-        parser.error(f"argument --train-images: there are {NUM_IMAGES} images, and 2 or more are needed for evaluation")
+        parser.error(
+            f"argument --train-images: there are {NUM_IMAGES} images, and 2 or more are needed for"
+            " evaluation"
+        )
     for size in args.batch_sizes:
         if args.protocol == "devices" and IMAGES_PER_STEP % size:
-            parser.error(f"argument --batch-sizes: {size} does not divide the {IMAGES_PER_STEP} images of a step")
+            parser.error(
+                f"argument --batch-sizes: {size} does not divide the {IMAGES_PER_STEP} images of a"
+                " step"
+            )
     for step in {IMAGES_PER_STEP} if args.protocol == "devices" else args.batch_sizes:
         if args.train_images % step:
-            parser.error(f"argument --train-images: {args.train_images} is not a multiple of {step} images per step")
+            parser.error(
+                f"argument --train-images: {args.train_images} is not a multiple of {step} images"
+                " per step"
+            )
     return args
 
 
@@ -138,15 +206,20 @@ def _start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Result:
     device = jax.devices()[0]
     new = Result(
         Settings(args.network, args.protocol, args.seeds, args.epochs, args.train_images),
-        {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
-        {"platform": platform.platform(), "device": device.device_kind, "cpu_count": os.cpu_count()},
+        {"python": platform.python_version()}
+        | {package: _version(package) for package in PACKAGES},
+        {
+            "platform": platform.platform(),
+            "device": device.device_kind,
+            "cpu_count": os.cpu_count(),
+        },
     )
     if args.overwrite or not Result.exists(args.output):
         return new
     if not args.resume:
         parser.error(
-            f"{args.output} already holds a result: continue it with --resume, replace it with --overwrite or "
-            "choose another folder with --output"
+            f"{args.output} already holds a result: continue it with --resume, replace it with"
+            " --overwrite or choose another folder with --output"
         )
     old = Result.load(args.output)
     changed = [f"{key} {was}, not {now}" for key, was, now in old.conflicts(new)]
@@ -163,7 +236,8 @@ def _version(package: str) -> str:
 
 
 def _plans(args: argparse.Namespace) -> list[Plan]:
-    """The cells asked for: one per batch size, or a single one where the batch size cannot matter."""
+    """The cells asked for: one per batch size, or a single one where the batch size cannot
+    matter."""
     plans = []
     for method in args.methods:
         for size in args.batch_sizes:
@@ -205,18 +279,22 @@ def _write(result: Result, output: Path) -> None:
 
 def _progress(console: Console) -> Progress:
     left = TextColumn("left"), TimeRemainingColumn()
-    # Compiling and training advance the bar unevenly, so the time left is estimated from the whole run.
+    # Compiling and training advance the bar unevenly, so the time left is estimated from the whole
+    # run.
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), *left)
     return Progress(*columns, console=console, speed_estimate_period=3600)
 
 
 def _cell(result: Result, plan: Plan, on_epoch: Callable[[int], None]) -> Cell:
-    """Trains what `plan` says, or shares the training of a finished cell whose norms are all the same."""
+    """Trains what `plan` says, or shares the training of a finished cell whose norms are all the
+    same."""
     norms = [str(layer) for layer in plan.layers]
     twin = result.twin(plan.batch_size, norms)
     if twin:
         source = twin.same_run_as or twin.name
-        return replace(twin, method=plan.method, same_run_as=source, compile_seconds=0.0, train_seconds=0.0)
+        return replace(
+            twin, method=plan.method, same_run_as=source, compile_seconds=0.0, train_seconds=0.0
+        )
     settings = result.settings
     images = IMAGES_PER_STEP if plan.batch_size is None else plan.batch_size
     outcome = training.train(

@@ -1,11 +1,13 @@
-"""How often devices wait for each other in normalization: collectives of a layer and of a step of ResNet-50, by library.
+"""How often devices wait for each other in normalization: collectives of a layer and of a step of
+ResNet-50, by library.
 
     python -m benchmarks.collectives --quick      # layers of all libraries on 8 simulated devices: two minutes on 2 cores
     python -m benchmarks.collectives              # ResNet-50 too, and compiled for slices of TPUs that are not there
 
-Nothing is run: programs are compiled, and what XLA made of them is read. Prints, and writes as JSON and CSV, how many
-collectives there are, their bytes, and the longest chain in which they depend on each other. What that costs on a pod of TPUs
-is a model, printed and drawn. TPUs need libtpu: pip install 'jaxnorm[tpu]'.
+Nothing is run: programs are compiled, and what XLA made of them is read. Prints, and writes as JSON
+and CSV, how many collectives there are, their bytes, and the longest chain in which they depend on
+each other. What that costs on a pod of TPUs is a model, printed and drawn. TPUs need libtpu: pip
+install 'jaxnorm[tpu]'.
 """
 
 import argparse
@@ -22,7 +24,14 @@ from typing import Any, NamedTuple
 import jax
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from benchmarks import pods, tpu
@@ -45,7 +54,8 @@ PLATFORMS = ("cpu", "v5e:2x4", "v5e:16x16", "v5p:4x4x4", "v5p:16x16x16")
 """Simulated devices, and slices of TPUs."""
 
 NETWORK_PLATFORMS = ("cpu", "v5e:8x16")
-"""For ResNet-50: 8 groups of 16 chips, so that what is within groups can be told from what is across them."""
+"""For ResNet-50: 8 groups of 16 chips, so that what is within groups can be told from what is
+across them."""
 
 GROUP = 16
 """Devices that share statistics where not all do; half of them where there are fewer."""
@@ -95,7 +105,8 @@ class Job(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program with the options `argv`, by default those of the command line, and returns its exit status."""
+    """Runs the program with the options `argv`, by default those of the command line, and returns
+    its exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # nothing runs: no accelerator is looked for
@@ -109,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason := tpu.unavailable():
         console.print(f"No TPUs: {reason}", highlight=False)
         args.platforms = [platform for platform in args.platforms if platform == "cpu"]
-        args.network_platforms = [platform for platform in args.network_platforms if platform == "cpu"]
+        args.network_platforms = [
+            platform for platform in args.network_platforms if platform == "cpu"
+        ]
     results: list[Result] = []
     steps: dict[tuple[str, str], list[Collective]] = {}
     interrupted = False
@@ -126,34 +139,85 @@ def main(argv: Sequence[str] | None = None) -> int:
     _write(results, modelled, facts, args.output)
     console.print(heading(facts), highlight=False)
     for platform in dict.fromkeys(result.platform for result in results):
-        _print_layers([r for r in results if r.platform == platform and r.program != "resnet50"], console)
+        _print_layers(
+            [r for r in results if r.platform == platform and r.program != "resnet50"], console
+        )
     _print_networks([r for r in results if r.program == "resnet50"], console)
     files = "collectives.json, collectives.csv"
     if modelled:
         _print_model(modelled, console)
         pods.draw(modelled, args.output / "collectives.png")
         files += ", collectives.png"
-    console.print(f"{'Interrupted. ' if interrupted else ''}In {args.output}: {files}", highlight=False)
+    console.print(
+        f"{'Interrupted. ' if interrupted else ''}In {args.output}: {files}", highlight=False
+    )
     return 130 if interrupted else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.collectives",
-        description="Counts the collectives of normalization layers and of ResNet-50, on a CPU and compiled for TPUs.",
+        description=(
+            "Counts the collectives of normalization layers and of ResNet-50, on a CPU and compiled"
+            " for TPUs."
+        ),
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="layers on 8 simulated devices only")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=f"some of {', '.join(METHODS)}")
-    add("--contexts", nargs="+", choices=CONTEXTS, default=list(CONTEXTS), metavar="CONTEXT", help=f"of {', '.join(CONTEXTS)}")
-    add("--passes", nargs="+", choices=PASSES, default=["forward", "step"], metavar="PASS", help=f"some of {', '.join(PASSES)}")
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"some of {', '.join(METHODS)}",
+    )
+    add(
+        "--contexts",
+        nargs="+",
+        choices=CONTEXTS,
+        default=list(CONTEXTS),
+        metavar="CONTEXT",
+        help=f"of {', '.join(CONTEXTS)}",
+    )
+    add(
+        "--passes",
+        nargs="+",
+        choices=PASSES,
+        default=["forward", "step"],
+        metavar="PASS",
+        help=f"some of {', '.join(PASSES)}",
+    )
     names = [name for name in COMPARED if name in installed()]
-    add("--libraries", nargs="+", choices=names, default=names, metavar="LIBRARY", help=f"some of {', '.join(names)}")
-    for option, default, of in (("--platforms", PLATFORMS, "layers"), ("--network-platforms", NETWORK_PLATFORMS, "ResNet-50")):
+    add(
+        "--libraries",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="LIBRARY",
+        help=f"some of {', '.join(names)}",
+    )
+    for option, default, of in (
+        ("--platforms", PLATFORMS, "layers"),
+        ("--network-platforms", NETWORK_PLATFORMS, "ResNet-50"),
+    ):
         shown = f"cpu and slices of TPUs for {of}; default: {' '.join(default)}"
         add(option, nargs="*", default=list(default), metavar="PLATFORM", help=shown)
-    add("--norms", nargs="*", choices=NORMS, default=list(NORMS), metavar="NORM", help=f"of ResNet-50: {', '.join(NORMS)}")
-    add("--output", type=folder, default="results/collectives", metavar="FOLDER", help="default: %(default)s")
+    add(
+        "--norms",
+        nargs="*",
+        choices=NORMS,
+        default=list(NORMS),
+        metavar="NORM",
+        help=f"of ResNet-50: {', '.join(NORMS)}",
+    )
+    add(
+        "--output",
+        type=folder,
+        default="results/collectives",
+        metavar="FOLDER",
+        help="default: %(default)s",
+    )
     return parser
 
 
@@ -165,7 +229,13 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
             jobs += _layers("cpu", args.methods, args.contexts, args.passes, args.libraries)
         else:
             methods = [method for method in TPU_METHODS if method in args.methods]
-            jobs += _layers(platform, methods, on_tpu, args.passes, [name for name in ON_TPU if name in args.libraries])
+            jobs += _layers(
+                platform,
+                methods,
+                on_tpu,
+                args.passes,
+                [name for name in ON_TPU if name in args.libraries],
+            )
     for platform in () if args.quick else args.network_platforms:
         jobs += _networks(platform, args.norms, args.contexts if platform == "cpu" else on_tpu)
     return jobs
@@ -187,7 +257,9 @@ def _layers(platform: str, methods: Any, contexts: Any, passes: Any, libraries: 
     devices = _devices(platform)
     options = {"group": _group(len(devices)), "dtype": _dtype(platform)}
     return [
-        Job(Result(platform, len(devices), *case, None), partial(of_layer, case, devices, **options))
+        Job(
+            Result(platform, len(devices), *case, None), partial(of_layer, case, devices, **options)
+        )
         for method in methods
         for context in contexts
         for what in passes
@@ -205,22 +277,39 @@ def _networks(platform: str, norms: Any, contexts: Any) -> list[Job]:
         )
         for name in norms
         # two of Flax's are enough for the model; in maps on TPUs only what differs from jit
-        for context in (contexts if platform == "cpu" else ("shard_map",) if name == "local" else ("jit",))
+        for context in (
+            contexts if platform == "cpu" else ("shard_map",) if name == "local" else ("jit",)
+        )
         if context in NORMS[name].contexts and context in contexts
     ]
 
 
-def _compile(jobs: Sequence[Job], results: list[Result], steps: dict[Any, list[Collective]], console: Console) -> None:
-    """Adds the result of each program that there is. What another library cannot compile is noted."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+def _compile(
+    jobs: Sequence[Job], results: list[Result], steps: dict[Any, list[Collective]], console: Console
+) -> None:
+    """Adds the result of each program that there is. What another library cannot compile is
+    noted."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
 
     def on_interrupt() -> None:
         console.print("Stopping as soon as this compilation is done.")
 
-    with Progress(*columns, console=console) as progress, deferred_interrupt(on_interrupt) as check_interrupt:
+    with (
+        Progress(*columns, console=console) as progress,
+        deferred_interrupt(on_interrupt) as check_interrupt,
+    ):
         task = progress.add_task("", total=len(jobs))
         for result, compile in jobs:
-            progress.update(task, description=f"{result.platform} {result.library} {result.program} {result.context}")
+            progress.update(
+                task,
+                description=f"{result.platform} {result.library} {result.program} {result.context}",
+            )
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of other libraries
@@ -232,7 +321,13 @@ def _compile(jobs: Sequence[Job], results: list[Result], steps: dict[Any, list[C
             except Exception as error:
                 if result.library not in COMPARED[1:]:
                     raise
-                results.append(result._replace(note=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".strip(": ")))
+                results.append(
+                    result._replace(
+                        note=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".strip(
+                            ": "
+                        )
+                    )
+                )
             progress.advance(task)
             check_interrupt()
 
@@ -240,14 +335,24 @@ def _compile(jobs: Sequence[Job], results: list[Result], steps: dict[Any, list[C
 Modelled = dict[str, dict[str, dict[int, pods.Cost]]]
 """The cost for each pod, program and number of chips."""
 
-MODELLED = {"two_pass": "jit", "flax": "jit", "jaxnorm": "jit", "groups": "jit", "ghost": "jit", "local": "shard_map"}
+MODELLED = {
+    "two_pass": "jit",
+    "flax": "jit",
+    "jaxnorm": "jit",
+    "groups": "jit",
+    "ghost": "jit",
+    "local": "shard_map",
+}
 """Programs in the model, and where they are taken from."""
 
 
 def _modelled(steps: Mapping[Any, Sequence[Collective]]) -> Modelled:
-    """The model for ResNet-50 as it was compiled for the last platform with fewer or more groups than devices in one."""
+    """The model for ResNet-50 as it was compiled for the last platform with fewer or more groups
+    than devices in one."""
     sizes_of = {platform: len(_devices(platform)) for platform, _, _ in steps}
-    platform = next((p for p, devices in reversed(sizes_of.items()) if devices != _group(devices) ** 2), None)
+    platform = next(
+        (p for p, devices in reversed(sizes_of.items()) if devices != _group(devices) ** 2), None
+    )
     if platform is None:
         return {}
     devices = sizes_of[platform]
@@ -261,9 +366,13 @@ def _modelled(steps: Mapping[Any, Sequence[Collective]]) -> Modelled:
     return modelled if any(modelled.values()) else {}
 
 
-def _write(results: Sequence[Result], modelled: Modelled, facts: Mapping[str, Any], to: Path) -> None:
+def _write(
+    results: Sequence[Result], modelled: Modelled, facts: Mapping[str, Any], to: Path
+) -> None:
     rows = [result.row() for result in results]
-    model = jax.tree.map(pods.Cost._asdict, modelled, is_leaf=lambda node: isinstance(node, pods.Cost))
+    model = jax.tree.map(
+        pods.Cost._asdict, modelled, is_leaf=lambda node: isinstance(node, pods.Cost)
+    )
     written = {"about": facts, "results": rows, "model": model}
     (to / "collectives.json").write_text(json.dumps(written, indent=1) + "\n")
     with (to / "collectives.csv").open("w", newline="") as file:
@@ -296,7 +405,9 @@ def _print_layers(results: Sequence[Result], console: Console) -> None:
     platform, devices = results[0].platform, results[0].devices
     libraries = list(dict.fromkeys(result.library for result in results))
     table = Table(
-        title=f"Layers, {platform}, {devices} devices, groups of {_group(devices)}", caption=CAPTION, box=box.SIMPLE_HEAD
+        title=f"Layers, {platform}, {devices} devices, groups of {_group(devices)}",
+        caption=CAPTION,
+        box=box.SIMPLE_HEAD,
     )
     for name in ("", "", ""):
         table.add_column(name, no_wrap=True)
@@ -307,7 +418,9 @@ def _print_layers(results: Sequence[Result], console: Console) -> None:
         texts = (_text(by_cell.get((program, context, what, library))) for library in libraries)
         table.add_row(METHODS[program].title, context, what, *texts)
     console.print(table, highlight=False)
-    for note in dict.fromkeys(f"{r.library}, {r.context}, {METHODS[r.program].title}: {r.note}" for r in results if r.note):
+    for note in dict.fromkeys(
+        f"{r.library}, {r.context}, {METHODS[r.program].title}: {r.note}" for r in results if r.note
+    ):
         console.print(note[:220], highlight=False)
 
 
@@ -316,9 +429,19 @@ def _print_networks(results: Sequence[Result], console: Console) -> None:
         return
     table = Table(title="A step of ResNet-50", caption=CAPTION, box=box.SIMPLE_HEAD)
     for name in ("batch norm", "platform", "devices", "context", "collectives | bytes | chain"):
-        table.add_column(name, justify="right" if name in ("devices", "collectives | bytes | chain") else "left", no_wrap=True)
+        table.add_column(
+            name,
+            justify="right" if name in ("devices", "collectives | bytes | chain") else "left",
+            no_wrap=True,
+        )
     for result in sorted(results, key=lambda result: list(NORMS).index(result.library)):
-        table.add_row(NORMS[result.library].title, result.platform, str(result.devices), result.context, _text(result))
+        table.add_row(
+            NORMS[result.library].title,
+            result.platform,
+            str(result.devices),
+            result.context,
+            _text(result),
+        )
     console.print(table, highlight=False)
 
 
@@ -327,15 +450,23 @@ def _print_model(modelled: Modelled, console: Console) -> None:
         chips = list(next(iter(lines.values()), {}))
         table = Table(
             title=f"Collectives of a step of ResNet-50 on TPU {pod}: a model, nothing was run",
-            caption=f"ms one after the other, {pods.LATENCY * 1e6:g} us a hop | MB that a chip sends; groups of {GROUP} chips; "
-            "gradients included",
+            caption=(
+                f"ms one after the other, {pods.LATENCY * 1e6:g} us a hop | MB that a chip sends;"
+                f" groups of {GROUP} chips; gradients included"
+            ),
             box=box.SIMPLE_HEAD,
         )
         table.add_column("chips", no_wrap=True)
         for count in chips:
             table.add_column(str(count), justify="right", no_wrap=True)
         for title, costs in lines.items():
-            table.add_row(title, *(f"{1e3 * costs[count].seconds:.2f} | {costs[count].sent / 1e6:.1f}" for count in chips))
+            table.add_row(
+                title,
+                *(
+                    f"{1e3 * costs[count].seconds:.2f} | {costs[count].sent / 1e6:.1f}"
+                    for count in chips
+                ),
+            )
         console.print(table, highlight=False)
 
 

@@ -1,4 +1,5 @@
-"""Real images from an installed package: scikit-learn's handwritten digits, split and shifted anew for every seed."""
+"""Real images from an installed package: scikit-learn's handwritten digits, split and shifted anew
+for every seed."""
 
 from functools import cache
 from typing import NamedTuple
@@ -26,7 +27,8 @@ class Split(NamedTuple):
 
 @cache
 def split(seed: int, num_train: int) -> Split:
-    """The digits in an order drawn from `seed`: `num_train` to train on, the rest halved into validation and test."""
+    """The digits in an order drawn from `seed`: `num_train` to train on, the rest halved into
+    validation and test."""
     pixels, labels = load_digits(return_X_y=True)
     order = np.random.default_rng((seed, 0)).permutation(NUM_IMAGES)
     pixels = (pixels[order].reshape(-1, 8, 8, 1) / 8 - 1).astype(np.float32)
@@ -39,7 +41,8 @@ def split(seed: int, num_train: int) -> Split:
 def epoch(train: Images, seed: int, index: int) -> Images:
     """`train` in a new order, each image moved by -1, 0 or 1 pixel along each axis.
 
-    Order and moves depend on `seed` and `index` alone, so every method sees the same images in the same order.
+    Order and moves depend on `seed` and `index` alone, so every method sees the same images in the
+    same order.
     """
     rng = np.random.default_rng((seed, 1, index))
     order = rng.permutation(len(train.labels))

@@ -3,8 +3,9 @@
     python -m benchmarks.growth             # 10^4 to 10^8 elements: about 4 minutes on 2 cores, 3 GB
     python -m benchmarks.growth --largest 1e7
 
-Grows the batch, the image and the channels in turn, and the number of groups at one size, and prints the time per element of
-forward and of a step, beside that of a copy. Writes growth.json and growth.png.
+Grows the batch, the image and the channels in turn, and the number of groups at one size, and
+prints the time per element of forward and of a step, beside that of a copy. Writes growth.json and
+growth.png.
 """
 
 import argparse
@@ -74,7 +75,9 @@ def points(largest: float) -> list[Point]:
     """All sweeps up to `largest` elements, in steps of about 8."""
     batches = [Point("batch", n, (n, 14, 14, 64), 32) for n in (1, 8, 64, 512, 4096, 8192)]
     images = [Point("image", s, (8, s, s, 64), 32) for s in (5, 14, 40, 112, 316, 440)]
-    channels = [Point("channels", c, (8, 28, 28, c), min(c, 32)) for c in (2, 16, 128, 1024, 8192, 16384)]
+    channels = [
+        Point("channels", c, (8, 28, 28, c), min(c, 32)) for c in (2, 16, 128, 1024, 8192, 16384)
+    ]
     groups = [Point("groups", g, (8, 56, 56, 256), g) for g in (1, 2, 8, 32, 128, 256)]
     return [point for point in batches + images + channels + groups if point.elements <= largest]
 
@@ -99,7 +102,10 @@ def measure(point: Point, dtype: str, *, rounds: int, seconds: float) -> list[Me
         forward = partial(_forward, METHODS[name](point.groups))
         calls[name, "forward"] = _call(forward, xs, None, scale, bias)
         calls[name, "step"] = _call(partial(_step, forward), xs, cts, scale, bias)
-    times = {key: min(rounds) for key, rounds in interleaved(calls, rounds=rounds, seconds=seconds).items()}
+    times = {
+        key: min(rounds)
+        for key, rounds in interleaved(calls, rounds=rounds, seconds=seconds).items()
+    }
     found = []
     for name in ("copy", *point.methods):
         both = (times.get((name, kind), math.nan) * 1e9 / point.elements for kind in KINDS)
@@ -111,20 +117,32 @@ def _forward(method: Method, x: jax.Array, scale: jax.Array, bias: jax.Array) ->
     return norm(x, method, scale=scale, bias=bias)[0]
 
 
-def _step(forward: Callable[..., jax.Array], x: jax.Array, ct: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
+def _step(
+    forward: Callable[..., jax.Array],
+    x: jax.Array,
+    ct: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+) -> Any:
     y, vjp = jax.vjp(forward, x, scale, bias)
     _, ct = lax.optimization_barrier((y, ct))  # a cotangent comes after y
     return y, vjp(ct)
 
 
-def _call(f: Callable[..., Any], xs: list[jax.Array], cts: list[jax.Array] | None = None, *params: jax.Array) -> Call:
+def _call(
+    f: Callable[..., Any],
+    xs: list[jax.Array],
+    cts: list[jax.Array] | None = None,
+    *params: jax.Array,
+) -> Call:
     arrays = [list(both) for both in zip(xs, cts, strict=True)] if cts else [[x] for x in xs]
     run, _ = compiled(f, *arrays[0], *params)
     return Call(lambda i: run(*arrays[i % len(arrays)], *params))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program with the options `argv`, by default those of the command line, and returns its exit status."""
+    """Runs the program with the options `argv`, by default those of the command line, and returns
+    its exit status."""
     args = _parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 150)
     facts = about(("jaxnorm", "jax", "jaxlib", "numpy"))
@@ -133,10 +151,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(plan))
         for point in plan:
-            progress.update(task, description=f"{point.sweep} {point.value}: {point.elements:.1e} elements")
+            progress.update(
+                task, description=f"{point.sweep} {point.value}: {point.elements:.1e} elements"
+            )
             measured += measure(point, args.dtype, rounds=args.rounds, seconds=args.seconds)
             progress.advance(task)
-    result = {"about": facts, "dtype": args.dtype, "ns_per_element": [one._asdict() for one in measured]}
+    result = {
+        "about": facts,
+        "dtype": args.dtype,
+        "ns_per_element": [one._asdict() for one in measured],
+    }
     (args.output / "growth.json").write_text(json.dumps(result, indent=1))
     draw(measured, f"{args.dtype}; {heading(facts)}", args.output / "growth.png")
     console.print(heading(facts), highlight=False)
@@ -149,12 +173,18 @@ def _print(console: Console, measured: Sequence[Measured]) -> None:
     for sweep in dict.fromkeys(one.sweep for one in measured):
         rows = [one for one in measured if one.sweep == sweep]
         methods = list(dict.fromkeys(one.method for one in rows))
-        table = Table(title=f"ns per element, forward / step, as {sweep} grow", box=box.SIMPLE_HEAD, title_justify="left")
+        table = Table(
+            title=f"ns per element, forward / step, as {sweep} grow",
+            box=box.SIMPLE_HEAD,
+            title_justify="left",
+        )
         for head in (sweep, "elements", *methods):
             table.add_column(head, no_wrap=True)
         for value, elements in dict.fromkeys((one.value, one.elements) for one in rows):
             here: Mapping[str, Measured] = {one.method: one for one in rows if one.value == value}
-            table.add_row(str(value), f"{elements:.1e}", *(_cell(here[method]) for method in methods))
+            table.add_row(
+                str(value), f"{elements:.1e}", *(_cell(here[method]) for method in methods)
+            )
         console.print(table, highlight=False)
 
 
@@ -163,7 +193,8 @@ def _cell(one: Measured) -> str:
 
 
 def draw(measured: Sequence[Measured], title: str, path: Path) -> None:
-    """Draws the time per element over what grows: a row each for forward and step, a column for each sweep."""
+    """Draws the time per element over what grows: a row each for forward and step, a column for
+    each sweep."""
     sweeps = list(dict.fromkeys(one.sweep for one in measured))
     with style.context("tableau-colorblind10"):
         figure = Figure(figsize=(4 * len(sweeps), 7), layout="constrained")
@@ -175,7 +206,9 @@ def draw(measured: Sequence[Measured], title: str, path: Path) -> None:
                 line = [one for one in measured if (one.sweep, one.method) == (sweep, method)]
                 values = [one.value if sweep == "groups" else one.elements for one in line]
                 look = "--" if method == "copy" else "-o"
-                axes.plot(values, [getattr(one, kind) for one in line], look, label=method, markersize=4)
+                axes.plot(
+                    values, [getattr(one, kind) for one in line], look, label=method, markersize=4
+                )
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_yscale("log")
@@ -190,14 +223,33 @@ def draw(measured: Sequence[Measured], title: str, path: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.growth", description="Time of normalization per element, from 10^4 to 10^8 elements."
+        prog="python -m benchmarks.growth",
+        description="Time of normalization per element, from 10^4 to 10^8 elements.",
     )
     add = parser.add_argument
-    add("--largest", type=float, default=1.1e8, metavar="N", help="elements of the largest x (default: %(default)g)")
+    add(
+        "--largest",
+        type=float,
+        default=1.1e8,
+        metavar="N",
+        help="elements of the largest x (default: %(default)g)",
+    )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     add("--rounds", type=positive, default=5, metavar="N", help="default: %(default)s")
-    add("--seconds", type=float, default=4, metavar="S", help="per x, after which no other round starts (default: %(default)s)")
-    add("--output", type=folder, default="results/growth", metavar="FOLDER", help="default: %(default)s")
+    add(
+        "--seconds",
+        type=float,
+        default=4,
+        metavar="S",
+        help="per x, after which no other round starts (default: %(default)s)",
+    )
+    add(
+        "--output",
+        type=folder,
+        default="results/growth",
+        metavar="FOLDER",
+        help="default: %(default)s",
+    )
     return parser
 
 

@@ -1,9 +1,11 @@
-"""Compiles for an H200 that is not there, and counts the bytes that the program moves through its memory.
+"""Compiles for an H200 that is not there, and counts the bytes that the program moves through its
+memory.
 
-Normalization does so little arithmetic that its time is that of its memory traffic, as long as its kernels fill the device. XLA
-says which kernels it launches, on what operands and with how many thread blocks; running them needs the device, counting does
-not. Left out are the L2 cache, which serves part of the traffic of tensors below some 50 MB, the share of the bandwidth that a
-kernel gets, the gaps between kernels, and what autotuning on the device would choose.
+Normalization does so little arithmetic that its time is that of its memory traffic, as long as its
+kernels fill the device. XLA says which kernels it launches, on what operands and with how many
+thread blocks; running them needs the device, counting does not. Left out are the L2 cache, which
+serves part of the traffic of tensors below some 50 MB, the share of the bandwidth that a kernel
+gets, the gaps between kernels, and what autotuning on the device would choose.
 """
 
 import math
@@ -67,17 +69,24 @@ class Traffic:
 
     @property
     def moved_by_branches(self) -> float:
-        """Tensors read and written by those that run or do not by the data: all branches of all conditionals."""
+        """Tensors read and written by those that run or do not by the data: all branches of all
+        conditionals."""
         return self._moved(conditional=True)
 
     @property
     def smallest_grid(self) -> int | None:
-        """Fewest thread blocks of a kernel, in branches too, that reads a whole tensor. None if there is none."""
-        grids = [k.blocks for k in self.kernels if k.largest >= self.tensor and k.blocks is not None]
+        """Fewest thread blocks of a kernel, in branches too, that reads a whole tensor. None if
+        there is none."""
+        grids = [
+            k.blocks for k in self.kernels if k.largest >= self.tensor and k.blocks is not None
+        ]
         return min(grids, default=None)
 
     def _moved(self, conditional: bool) -> float:
-        return sum(k.reads + k.writes for k in self.kernels if k.conditional == conditional) / self.tensor
+        return (
+            sum(k.reads + k.writes for k in self.kernels if k.conditional == conditional)
+            / self.tensor
+        )
 
 
 class Unavailable(RuntimeError):
@@ -125,7 +134,9 @@ def count(f: Callable[..., Any], *arguments: Any, tensor: jax.ShapeDtypeStruct) 
         Unavailable: what compiles for the device is not installed.
     """
     device = _device()
-    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), arguments)
+    arguments = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), arguments
+    )
     with tempfile.TemporaryDirectory() as folder:
         compiled = jax.jit(f).lower(*arguments).compile(compiler_options={"xla_dump_to": folder})
         grids = _grids(Path(folder))
@@ -136,19 +147,32 @@ def count(f: Callable[..., Any], *arguments: Any, tensor: jax.ShapeDtypeStruct) 
 def _grids(folder: Path) -> dict[str, int]:
     """Thread blocks of each operation, from the list of launches in XLA's dump.
 
-    The list names the kernel, which equal operations share; a second file has the operation of each number in the list.
+    The list names the kernel, which equal operations share; a second file has the operation of each
+    number in the list.
     """
     names, grids = {}, {}
     for path in folder.glob("*.thunk_metadata.txt"):
-        for name, number in re.findall(r'profile_annotation: "([^"]+)"\s+thunk_id: (\d+)', path.read_text()):
+        for name, number in re.findall(
+            r'profile_annotation: "([^"]+)"\s+thunk_id: (\d+)', path.read_text()
+        ):
             names[int(number)] = name
     for path in folder.glob("*.thunk_sequence.txt"):
-        for number, grid in re.findall(r"^\s*(\d+): k\w+.* grid: \[([\d, ]+)\]", path.read_text(), re.M):
+        for number, grid in re.findall(
+            r"^\s*(\d+): k\w+.* grid: \[([\d, ]+)\]", path.read_text(), re.M
+        ):
             grids[names[int(number)]] = math.prod(int(n) for n in grid.split(","))
     return grids
 
 
-_NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "optimization-barrier", "after-all"}
+_NO_KERNEL = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "optimization-barrier",
+    "after-all",
+}
 
 
 def _bytes(kind: str) -> int:
@@ -157,24 +181,39 @@ def _bytes(kind: str) -> int:
 
 
 def _kernels(
-    computations: dict[str, list[Operation]], grids: dict[str, int], run: str = "ENTRY", conditional: bool = False
+    computations: dict[str, list[Operation]],
+    grids: dict[str, int],
+    run: str = "ENTRY",
+    conditional: bool = False,
 ) -> Iterator[Kernel]:
     """The launches of computation `run`, those of its conditionals' branches included."""
     types = {operation.name: operation.type for operation in computations[run]}
     for operation in computations[run]:
-        called = [name for name in re.findall(r"%([\w.\-]+)", operation.attributes) if name in computations]
+        called = [
+            name
+            for name in re.findall(r"%([\w.\-]+)", operation.attributes)
+            if name in computations
+        ]
         if operation.code in _NO_KERNEL:
             continue
         if operation.code in ("conditional", "call"):
             for name in called:
-                yield from _kernels(computations, grids, name, conditional or operation.code == "conditional")
+                yield from _kernels(
+                    computations, grids, name, conditional or operation.code == "conditional"
+                )
             continue
         if operation.code == "while":
-            raise NotImplementedError("a loop's traffic is not counted: how often it runs is not in the program's text")
+            raise NotImplementedError(
+                "a loop's traffic is not counted: how often it runs is not in the program's text"
+            )
         reads: dict[str, int] = {}
         for place, name in enumerate(operation.operands):
             whole = _bytes(types[name])
-            read = _read(computations[called[0]], place, whole) if operation.code == "fusion" else whole
+            read = (
+                _read(computations[called[0]], place, whole)
+                if operation.code == "fusion"
+                else whole
+            )
             reads[name] = min(whole, max(read, reads.get(name, 0)))
         yield Kernel(
             operation.name,
@@ -188,7 +227,11 @@ def _kernels(
 
 def _read(fused: Sequence[Operation], place: int, whole: int) -> int:
     """Bytes that a fusion reads of its operand number `place`: all, unless it only takes slices."""
-    names = {operation.name for operation in fused if operation.code == "parameter" and operation.argument == str(place)}
+    names = {
+        operation.name
+        for operation in fused
+        if operation.code == "parameter" and operation.argument == str(place)
+    }
     taken = 0
     for operation in fused:
         if names & set(operation.operands):

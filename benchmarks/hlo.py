@@ -2,8 +2,9 @@
 
     collectives(jax.jit(f).lower(x).compile().as_text() or "")
 
-What a device waits for is the chain of collectives that depend on each other, more than their number: those that do not are
-sent together. Programs of any platform are read, also those whose collectives start and end apart.
+What a device waits for is the chain of collectives that depend on each other, more than their
+number: those that do not are sent together. Programs of any platform are read, also those whose
+collectives start and end apart.
 """
 
 import math
@@ -47,8 +48,9 @@ class Collective:
         arrays: what one device hands in, several arrays where XLA sends them together.
         group_size: devices that take part with each other.
         conditional: whether it is in a branch, which runs or does not by the data.
-        depth: collectives in the longest chain, each depending on the one before, that ends in this one. Those in branches
-            count for what follows in the same branch, and not for what follows after it.
+        depth: collectives in the longest chain, each depending on the one before, that ends in this
+            one. Those in branches count for what follows in the same branch, and not for what
+            follows after it.
     """
 
     code: str
@@ -59,14 +61,20 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Size of the whole: what is reduced or exchanged on each device, or what a gather makes of all parts."""
+        """Size of the whole: what is reduced or exchanged on each device, or what a gather makes of
+        all parts."""
         parts = self.group_size if self.code == "all-gather" else 1
         return parts * math.ceil(sum(array.bytes for array in self.arrays))
 
     @property
     def predicate(self) -> bool:
-        """Whether devices agree on one bit: a single boolean, which some platforms widen to an integer."""
-        return len(self.arrays) == 1 and math.prod(self.arrays[0].shape) == 1 and self.arrays[0].dtype[0] in "psu"
+        """Whether devices agree on one bit: a single boolean, which some platforms widen to an
+        integer."""
+        return (
+            len(self.arrays) == 1
+            and math.prod(self.arrays[0].shape) == 1
+            and self.arrays[0].dtype[0] in "psu"
+        )
 
 
 class Total(NamedTuple):
@@ -103,7 +111,8 @@ _OPERATION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z0-9\-]*)\((
 _ARRAY = re.compile(r"\b(pred|[a-z]+[0-9]+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 
 Depth = int | tuple["Depth", ...]
-"""How many collectives a value waits for; a tuple's elements may differ, a number holds for all of them."""
+"""How many collectives a value waits for; a tuple's elements may differ, a number holds for all of
+them."""
 
 
 def total(found: Iterable[Collective]) -> Total:
@@ -123,7 +132,8 @@ def total(found: Iterable[Collective]) -> Total:
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of a compiled program, in the order of its text; a loop's body counts once, groups of one device not.
+    """The collectives of a compiled program, in the order of its text; a loop's body counts once,
+    groups of one device not.
 
     Args:
         text: optimized HLO, what `as_text()` of a compiled function returns.
@@ -136,15 +146,21 @@ def collectives(text: str) -> list[Collective]:
     """
     computations = parse(text)
     if "ENTRY" not in computations:
-        raise ValueError(f"Expected the text of a compiled HLO module, which has an ENTRY. Got {text[:80]!r}.")
-    sizes = [int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0])]
+        raise ValueError(
+            f"Expected the text of a compiled HLO module, which has an ENTRY. Got {text[:80]!r}."
+        )
+    sizes = [
+        int(n)
+        for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0])
+    ]
     found: list[Collective] = []
     _walk(computations, "ENTRY", [], math.prod(sizes), False, 1, found)
     return found
 
 
 def parse(text: str) -> dict[str, list[Operation]]:
-    """The operations of each computation of a compiled program; the one that is run is called `ENTRY`."""
+    """The operations of each computation of a compiled program; the one that is run is called
+    `ENTRY`."""
     computations: dict[str, list[Operation]] = {}
     current: list[Operation] = []
     for line in text.splitlines():
@@ -154,13 +170,18 @@ def parse(text: str) -> dict[str, list[Operation]]:
         elif found := _OPERATION.match(line):
             root, name, kind, code, argument, attributes = found.groups()
             operands = tuple(re.findall(r"%([\w.\-]+)", argument))
-            current.append(Operation(name, kind, code, operands, argument, attributes or "", bool(root)))
+            current.append(
+                Operation(name, kind, code, operands, argument, attributes or "", bool(root))
+            )
     return computations
 
 
 def arrays(kind: str) -> list[Array]:
     """The array that a type is, or all of a tuple."""
-    return [Array(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(kind)]
+    return [
+        Array(dtype, tuple(int(n) for n in dims.split(",") if n))
+        for dtype, dims in _ARRAY.findall(kind)
+    ]
 
 
 def _walk(
@@ -174,14 +195,22 @@ def _walk(
 ) -> Depth:
     """Adds the collectives of a computation to `found`; returns the depth of its result.
 
-    `weight` is what a collective adds to a chain: 1, or 0 to follow what depends on what through a branch.
+    `weight` is what a collective adds to a chain: 1, or 0 to follow what depends on what through a
+    branch.
     """
     types = {operation.name: operation.type for operation in computations[name]}
     depths: dict[str, Depth] = {}
     result: Depth = 0
 
-    def call(called: str, arguments: Sequence[Depth], conditional: bool = conditional, weight: int = weight) -> Depth:
-        return _walk(computations, called, arguments, devices, conditional, weight, found if weight else [])
+    def call(
+        called: str,
+        arguments: Sequence[Depth],
+        conditional: bool = conditional,
+        weight: int = weight,
+    ) -> Depth:
+        return _walk(
+            computations, called, arguments, devices, conditional, weight, found if weight else []
+        )
 
     for operation in computations[name]:
         operands = [depths[operand] for operand in operation.operands]
@@ -198,23 +227,33 @@ def _walk(
             size = _group_size(operation.attributes, devices)
             depth = max(map(_deepest, operands)) + (weight if size > 1 else 0)
             if size > 1:
-                given = tuple(array for operand in operation.operands for array in arrays(types[operand]))
+                given = tuple(
+                    array for operand in operation.operands for array in arrays(types[operand])
+                )
                 found.append(Collective(code, given, size, conditional, depth))
         elif operation.code == "conditional":
             chosen, *values = operands
             branches = _branches(operation.attributes)
             for branch, value in zip(branches, values, strict=True):
                 call(branch, [_later(value, _deepest(chosen))], True)
-            outcomes = [call(branch, [value], True, 0) for branch, value in zip(branches, values, strict=True)]
+            outcomes = [
+                call(branch, [value], True, 0)
+                for branch, value in zip(branches, values, strict=True)
+            ]
             depth = _later(_join(outcomes), _deepest(chosen))
         elif operation.code == "while":
-            condition, body = (re.findall(rf"\b{key}=%([\w.\-]+)", operation.attributes)[0] for key in ("condition", "body"))
+            condition, body = (
+                re.findall(rf"\b{key}=%([\w.\-]+)", operation.attributes)[0]
+                for key in ("condition", "body")
+            )
             call(condition, operands)
             depth = _join([operands[0], call(body, operands)])
         elif operation.code in ("fusion", "call", "async-start"):
             called = re.findall(r"\b(?:calls|to_apply)=%([\w.\-]+)", operation.attributes)[0]
             depth = call(called, operands)
-            depth = _deepest(depth) if operation.code == "async-start" else depth  # of (operands, results, context)
+            depth = (
+                _deepest(depth) if operation.code == "async-start" else depth
+            )  # of (operands, results, context)
         else:
             depth = max(map(_deepest, operands), default=0)
         depths[operation.name] = depth
@@ -225,7 +264,11 @@ def _walk(
 def _branches(attributes: str) -> list[str]:
     """Computations of a conditional, in the order of their operands."""
     listed = re.findall(r"\bbranch_computations=\{([^}]*)\}", attributes)
-    text = listed[0] if listed else " ".join(re.findall(r"\b(?:true|false)_computation=(%[\w.\-]+)", attributes))
+    text = (
+        listed[0]
+        if listed
+        else " ".join(re.findall(r"\b(?:true|false)_computation=(%[\w.\-]+)", attributes))
+    )
     return re.findall(r"%([\w.\-]+)", text)
 
 
@@ -234,7 +277,11 @@ def _deepest(depth: Depth) -> int:
 
 
 def _later(depth: Depth, least: int) -> Depth:
-    return max(depth, least) if isinstance(depth, int) else tuple(_later(element, least) for element in depth)
+    return (
+        max(depth, least)
+        if isinstance(depth, int)
+        else tuple(_later(element, least) for element in depth)
+    )
 
 
 def _join(depths: Sequence[Depth]) -> Depth:
@@ -248,8 +295,9 @@ def _join(depths: Sequence[Depth]) -> Depth:
 def _group_size(attributes: str, devices: int) -> int:
     """Devices in a group, or all that a permutation names.
 
-    Groups are written `{{0,1},{2,3}}`, `{}` for one of all, `[groups,size]<=[devices]`, or `mesh['i'=2,'j'=4] {'j'}`: axes of a
-    mesh, of which `'j':(2)2` is the part of size 2 behind one of size 2.
+    Groups are written `{{0,1},{2,3}}`, `{}` for one of all, `[groups,size]<=[devices]`, or
+    `mesh['i'=2,'j'=4] {'j'}`: axes of a mesh, of which `'j':(2)2` is the part of size 2 behind one
+    of size 2.
     """
     if pairs := re.findall(r"\bsource_target_pairs=\{(.*?)\}\}", attributes):
         return len(set(re.findall(r"\d+", pairs[0])))
@@ -257,7 +305,10 @@ def _group_size(attributes: str, devices: int) -> int:
         return int(iota[0][1])
     if axes := re.findall(r"\breplica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[0][0]))
-        return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes[0][1]))
+        return math.prod(
+            int(part or sizes[axis])
+            for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes[0][1])
+        )
     if listed := re.findall(r"\breplica_groups=\{(?:\{([\d,]*)\}|\})", attributes):
         return len(listed[0].split(",")) if listed[0] else devices
     raise ValueError(f"Unknown groups of devices: {attributes[:200]}")

@@ -8,10 +8,12 @@ from types import FrameType
 
 @contextmanager
 def deferred_interrupt(on_interrupt: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """Inside this context Ctrl-C calls `on_interrupt`, and the yielded function raises the KeyboardInterrupt.
+    """Inside this context Ctrl-C calls `on_interrupt`, and the yielded function raises the
+    KeyboardInterrupt.
 
-    A KeyboardInterrupt that comes out of XLA's compiler makes Python crash when it exits (jaxlib 0.10.2), and nothing is
-    lost by waiting, since the compiler does not stop before it is done. A second Ctrl-C is not deferred.
+    A KeyboardInterrupt that comes out of XLA's compiler makes Python crash when it exits (jaxlib
+    0.10.2), and nothing is lost by waiting, since the compiler does not stop before it is done. A
+    second Ctrl-C is not deferred.
     """
     pending = False
 

@@ -77,7 +77,12 @@ def _linen(layers: Any, method: str, x: jax.ShapeDtypeStruct, options: Options) 
         return made[method](use).apply({"params": parameters, **state}, x, mutable=list(state))
 
     variables = dict(jax.eval_shape(made[method](False).init, jax.random.key(0), x))
-    return Layer(partial(apply, False), partial(apply, True) if running else None, variables.pop("params"), variables)
+    return Layer(
+        partial(apply, False),
+        partial(apply, True) if running else None,
+        variables.pop("params"),
+        variables,
+    )
 
 
 def _jaxnorm(method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer | None:
@@ -107,23 +112,34 @@ def _flax_nnx(method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer |
     graph, parameters, state = nnx.split(made[method](), nnx.Param, nnx.BatchStat)
 
     def apply(inference: bool, parameters: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-        # Its own copy of the variables: those that were made outside a derivative cannot be changed inside.
+        # Its own copy of the variables: those that were made outside a derivative cannot be changed
+        # inside.
         layer: Any = nnx.merge(graph, parameters, jax.tree.map(lambda t: t, state))
         y = layer(x, use_running_average=inference) if method == "batch" else layer(x)
         return y, nnx.state(layer, nnx.BatchStat)
 
-    return Layer(partial(apply, False), partial(apply, True) if method == "batch" else None, parameters, state)
+    return Layer(
+        partial(apply, False),
+        partial(apply, True) if method == "batch" else None,
+        parameters,
+        state,
+    )
 
 
 def _haiku(method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer | None:
     import haiku as hk  # pyright: ignore[reportMissingImports]  # may be installed or not
 
     learned = {"create_scale": True, "create_offset": True}
-    devices = {"cross_replica_axis": options.axis_name, "cross_replica_axis_index_groups": options.axis_index_groups}
+    devices = {
+        "cross_replica_axis": options.axis_name,
+        "cross_replica_axis_index_groups": options.axis_index_groups,
+    }
 
     def batch(x: jax.Array, inference: bool) -> jax.Array:
         outside = hk.running_init()  # of the map in which a named axis exists
-        return hk.BatchNorm(decay_rate=0.99, **learned, **({} if outside else devices))(x, is_training=not inference)
+        return hk.BatchNorm(decay_rate=0.99, **learned, **({} if outside else devices))(
+            x, is_training=not inference
+        )
 
     made: dict[str, Callable[[jax.Array, bool], jax.Array]] = {
         "batch": batch,
@@ -139,7 +155,12 @@ def _haiku(method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer | No
         return pure.apply(parameters, state, None, x, inference)
 
     parameters, state = jax.eval_shape(lambda x: pure.init(None, x, False), x)
-    return Layer(partial(apply, False), partial(apply, True) if method == "batch" else None, parameters, state)
+    return Layer(
+        partial(apply, False),
+        partial(apply, True) if method == "batch" else None,
+        parameters,
+        state,
+    )
 
 
 def _equinox(method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer | None:
@@ -149,7 +170,9 @@ def _equinox(method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer | 
     channels = x.shape[-1]
     axis_name = ("batch",) if options.axis_name is None else ("batch", options.axis_name)
     made: dict[str, Callable[[], Any]] = {
-        "batch": lambda: eqx.nn.BatchNorm(channels, axis_name=axis_name, mode="batch", dtype=jnp.float32),
+        "batch": lambda: eqx.nn.BatchNorm(
+            channels, axis_name=axis_name, mode="batch", dtype=jnp.float32
+        ),
         "group": lambda: eqx.nn.GroupNorm(options.num_groups, channels),
         "instance": lambda: eqx.nn.GroupNorm(channels, channels),
         "token_layer": lambda: eqx.nn.LayerNorm(channels),
@@ -163,18 +186,23 @@ def _equinox(method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer | 
         layer = eqx.combine(parameters, static)
         if method == "batch":
             layer = eqx.nn.inference_mode(layer, inference)
-            y, state = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
+            y, state = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(
+                x, state
+            )
             return y.astype(x.dtype), state
         for _ in range(x.ndim - 1 if method == "token_layer" else 1):
             layer = jax.vmap(layer)
         return layer(x), state
 
     infer = partial(apply, True) if method == "batch" else None
-    return Layer(partial(apply, False), infer, parameters, state, channels_last=method == "token_layer")
+    return Layer(
+        partial(apply, False), infer, parameters, state, channels_last=method == "token_layer"
+    )
 
 
 class Library(NamedTuple):
-    """A library: the module that it is imported from, and (method, x, options) -> its layer, or None where it has none."""
+    """A library: the module that it is imported from, and (method, x, options) -> its layer, or
+    None where it has none."""
 
     module: str
     make: Callable[[str, jax.ShapeDtypeStruct, Options], Layer | None]

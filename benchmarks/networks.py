@@ -3,8 +3,9 @@
     python -m benchmarks.networks                          # ResNet-50 and a U-Net: about 3 minutes on 2 cores
     python -m benchmarks.networks --networks unet --batch 2 --image 32
 
-The two differ in the module that their norm classes come from, and in nothing else; they start from the same parameters.
-Prints step time, peak memory, compile time and the loss of the first step; writes networks.json.
+The two differ in the module that their norm classes come from, and in nothing else; they start from
+the same parameters. Prints step time, peak memory, compile time and the loss of the first step;
+writes networks.json.
 """
 
 import argparse
@@ -69,7 +70,9 @@ class UNet(nn.Module):
             skips.append(x)
             x = conv(width, strides=2)(nn.silu(norm()(x)))
         for width, skip in zip(self.widths[::-1], skips[::-1], strict=True):
-            x = jnp.concatenate([jax.image.resize(x, (*skip.shape[:-1], x.shape[-1]), "nearest"), skip], -1)
+            x = jnp.concatenate(
+                [jax.image.resize(x, (*skip.shape[:-1], x.shape[-1]), "nearest"), skip], -1
+            )
             x = conv(width)(nn.silu(norm()(x)))
         return conv(channels)(nn.silu(norm()(x))).astype(jnp.float32)
 
@@ -92,12 +95,15 @@ NETWORKS = {
         batch=8,
         image=64,
     ),
-    "unet": Network(UNet, lambda images: jnp.roll(images, 1, 1), optax.losses.squared_error, batch=4, image=64),
+    "unet": Network(
+        UNet, lambda images: jnp.roll(images, 1, 1), optax.losses.squared_error, batch=4, image=64
+    ),
 }
 
 
 class Measured(NamedTuple):
-    """A network with the norms of one library; bytes are those of arguments, results and temporaries together."""
+    """A network with the norms of one library; bytes are those of arguments, results and
+    temporaries together."""
 
     network: str
     norms: str
@@ -120,7 +126,8 @@ def measure(
     seconds: float,
     on_part: Callable[[str], object],
 ) -> list[Measured]:
-    """Compiles and times the training step of one network with all norms; `on_part` hears what comes next."""
+    """Compiles and times the training step of one network with all norms; `on_part` hears what
+    comes next."""
     network = NETWORKS[name]
     batch, image = batch or network.batch, image or network.image
     images = jax.random.normal(jax.random.key(0), (batch, image, image, 3))
@@ -132,13 +139,29 @@ def measure(
         model = network.make(module, dtype)
         state = jax.tree.map(jnp.copy, (variables, optimizer.init(variables["params"])))
         step, compile_seconds = compiled(
-            partial(_step, model, optimizer, network.loss), state, images, network.target(images), donate_argnums=0
+            partial(_step, model, optimizer, network.loss),
+            state,
+            images,
+            network.target(images),
+            donate_argnums=0,
         )
         memory = step.memory_analysis()
-        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        peak = (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        )
         training = _Training(step, state, images, network.target(images))
         loss = float(training.run(0))
-        found[norms] = Measured(name, norms, batch, image, dtype, [], peak - memory.alias_size_in_bytes, compile_seconds, loss)
+        found[norms] = Measured(
+            name,
+            norms,
+            batch,
+            image,
+            dtype,
+            [],
+            peak - memory.alias_size_in_bytes,
+            compile_seconds,
+            loss,
+        )
         calls[norms] = Call(training.run)
     on_part(f"{name}: training")
     times = interleaved(calls, rounds=rounds, seconds=seconds)
@@ -146,7 +169,12 @@ def measure(
 
 
 def _step(
-    model: nn.Module, optimizer: Any, loss: Callable[..., jax.Array], state: Any, images: jax.Array, target: jax.Array
+    model: nn.Module,
+    optimizer: Any,
+    loss: Callable[..., jax.Array],
+    state: Any,
+    images: jax.Array,
+    target: jax.Array,
 ) -> tuple[Any, jax.Array]:
     """Variables and optimizer state after a step, and the loss before it."""
     variables, optimizer_state = state
@@ -158,7 +186,10 @@ def _step(
 
     (value, updated), grads = jax.value_and_grad(mean_loss, has_aux=True)(variables["params"])
     updates, optimizer_state = optimizer.update(grads, optimizer_state, variables["params"])
-    return ({"params": optax.apply_updates(variables["params"], updates), **updated}, optimizer_state), value
+    return (
+        {"params": optax.apply_updates(variables["params"], updates), **updated},
+        optimizer_state,
+    ), value
 
 
 class _Training:
@@ -173,14 +204,18 @@ class _Training:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program with the options `argv`, by default those of the command line, and returns its exit status."""
+    """Runs the program with the options `argv`, by default those of the command line, and returns
+    its exit status."""
     args = vars(_parser().parse_args(argv))
     networks, output = args.pop("networks"), args.pop("output")
     console = Console(width=None if sys.stdout.isatty() else 150)
     facts = about(("jaxnorm", "jax", "jaxlib", "flax", "optax", "numpy"))
     measured: list[Measured] = []
     with progress_bar(console) as progress:
-        task, done = progress.add_task("", total=len(networks) * (len(NORMS) + 1)), itertools.count()
+        task, done = (
+            progress.add_task("", total=len(networks) * (len(NORMS) + 1)),
+            itertools.count(),
+        )
         for name in networks:
             on_part = partial(_show, progress, task, done)
             measured += measure(name, on_part=on_part, **args)
@@ -199,13 +234,35 @@ def _show(progress: Progress, task: TaskID, done: Iterator[int], description: st
 
 
 def _print(console: Console, measured: Sequence[Measured]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, caption="ratio: our time over Flax's, median over the rounds", caption_justify="left")
-    for head in ("network", "x", "dtype", "norms", "step ms", "ratio", "peak MB", "compile s", "loss"):
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        caption="ratio: our time over Flax's, median over the rounds",
+        caption_justify="left",
+    )
+    for head in (
+        "network",
+        "x",
+        "dtype",
+        "norms",
+        "step ms",
+        "ratio",
+        "peak MB",
+        "compile s",
+        "loss",
+    ):
         table.add_column(head, no_wrap=True)
     for one in measured:
-        flax = next(other for other in measured if other.network == one.network and other.norms == "flax.linen")
+        flax = next(
+            other
+            for other in measured
+            if other.network == one.network and other.norms == "flax.linen"
+        )
         ratio = np.median(np.divide(one.seconds, flax.seconds))
-        numbers = f"{np.percentile(one.seconds, 25) * 1e3:.1f}", f"{ratio:.2f}", f"{one.peak_bytes / 1e6:.0f}"
+        numbers = (
+            f"{np.percentile(one.seconds, 25) * 1e3:.1f}",
+            f"{ratio:.2f}",
+            f"{one.peak_bytes / 1e6:.0f}",
+        )
         table.add_row(
             one.network,
             f"{one.batch}x{one.image}x{one.image}x3",
@@ -220,18 +277,46 @@ def _print(console: Console, measured: Sequence[Measured]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.networks", description="A training step of whole networks with our norms and with Flax's."
+        prog="python -m benchmarks.networks",
+        description="A training step of whole networks with our norms and with Flax's.",
     )
     add = parser.add_argument
-    add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK", help=f"of {', '.join(NETWORKS)}")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations (default: %(default)s)")
-    add("--batch", type=positive, metavar="N", help="images per step (default: 8 for resnet50, 4 for unet)")
+    add(
+        "--networks",
+        nargs="+",
+        choices=NETWORKS,
+        default=list(NETWORKS),
+        metavar="NETWORK",
+        help=f"of {', '.join(NETWORKS)}",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the activations (default: %(default)s)",
+    )
+    add(
+        "--batch",
+        type=positive,
+        metavar="N",
+        help="images per step (default: 8 for resnet50, 4 for unet)",
+    )
     add("--image", type=positive, metavar="N", help="height and width (default: 64)")
     add("--rounds", type=positive, default=9, metavar="N", help="default: %(default)s")
     add(
-        "--seconds", type=float, default=40, metavar="S", help="per network, after which no round starts (default: %(default)s)"
+        "--seconds",
+        type=float,
+        default=40,
+        metavar="S",
+        help="per network, after which no round starts (default: %(default)s)",
     )
-    add("--output", type=folder, default="results/networks", metavar="FOLDER", help="default: %(default)s")
+    add(
+        "--output",
+        type=folder,
+        default="results/networks",
+        metavar="FOLDER",
+        help="default: %(default)s",
+    )
     return parser
 
 

@@ -34,7 +34,8 @@ class Layer(NamedTuple):
         pools_batch: whether examples share statistics in training.
         dense: the linear layer in front.
         takes_dense: whether the normalization calls that layer, because it reads the kernel too.
-        activates: whether it is the activation as well; where none follows, `NO_ACTIVATION` takes its place.
+        activates: whether it is the activation as well; where none follows, `NO_ACTIVATION` takes
+            its place.
         schedule: what the call takes, by the finished part of the training.
         double_forward: whether statistics come from a second forward pass, with the new parameters.
     """
@@ -62,7 +63,8 @@ class Row(NamedTuple):
 
     Attributes:
         label: what tables and figures call it.
-        at: (batch_size, num_channels) -> the layer, where batch_size examples are normalized together.
+        at: (batch_size, num_channels) -> the layer, where batch_size examples are normalized
+            together.
     """
 
     label: str
@@ -71,7 +73,9 @@ class Row(NamedTuple):
 
 def of_table(method: Method, dense: type[nn.Module] = nn.Dense) -> Layer:
     """A row of the table of methods."""
-    return Layer(linen.Norm, (("method", method), ("momentum", MOMENTUM)), method.pools_batch, dense)
+    return Layer(
+        linen.Norm, (("method", method), ("momentum", MOMENTUM)), method.pools_batch, dense
+    )
 
 
 NO_ACTIVATION = of_table(methods.group_norm(NUM_GROUPS))
@@ -80,11 +84,15 @@ NO_ACTIVATION = of_table(methods.group_norm(NUM_GROUPS))
 
 def _batch_group_norm(batch_size: int, num_channels: int) -> Layer:
     num_groups = batch_group_count(batch_size, num_channels)
-    return of_table(methods.batch_norm() if num_groups == num_channels else methods.batch_group_norm(num_groups))
+    return of_table(
+        methods.batch_norm() if num_groups == num_channels else methods.batch_group_norm(num_groups)
+    )
 
 
 def _renorm_bounds(done: jax.Array) -> Mapping[str, Any]:
-    rmax, dmax = batch_renorm_bounds(40_000 * done)  # the paper's schedule, with this training as its 40,000 steps
+    rmax, dmax = batch_renorm_bounds(
+        40_000 * done
+    )  # the paper's schedule, with this training as its 40,000 steps
     return {"rmax": rmax, "dmax": dmax}
 
 
@@ -94,7 +102,11 @@ class _TrainMomentum(NamedTuple):
     batch_size: int
 
     def __call__(self, done: jax.Array) -> Mapping[str, Any]:
-        return {"train_momentum": train_momentum_schedule(1 + 99 * done, epochs=100, batch_size=self.batch_size)}
+        return {
+            "train_momentum": train_momentum_schedule(
+                1 + 99 * done, epochs=100, batch_size=self.batch_size
+            )
+        }
 
 
 def _momentum_batch_norm(batch_size: int, num_channels: int) -> Layer:
@@ -112,7 +124,9 @@ def _warm_up(done: jax.Array) -> Mapping[str, Any]:
 
 def _moving_average(batch_size: int, num_channels: int) -> Layer:
     window = max(1, IDEAL_BATCH // batch_size)
-    return Layer(linen.MovingAverageNorm, (("window", window),), takes_dense=True, schedule=_warm_up)
+    return Layer(
+        linen.MovingAverageNorm, (("window", window),), takes_dense=True, schedule=_warm_up
+    )
 
 
 def _ghost_batch(batch_size: int, num_channels: int) -> Layer:
@@ -120,7 +134,9 @@ def _ghost_batch(batch_size: int, num_channels: int) -> Layer:
 
 
 def _batch_and_group(batch_size: int, num_channels: int) -> Layer:
-    return Layer(linen.BatchAndGroupNorm, (("ghost_size", max(1, batch_size // 2)), *_GROUPS, *_KEPT))
+    return Layer(
+        linen.BatchAndGroupNorm, (("ghost_size", max(1, batch_size // 2)), *_GROUPS, *_KEPT)
+    )
 
 
 def _always(layer: Layer) -> Callable[[int, int], Layer]:
@@ -145,30 +161,61 @@ METHODS: Mapping[str, Row] = MappingProxyType(
         "instance": _row("InstanceNorm", methods.instance_norm()),
         "ghost_batch": Row("GhostBatchNorm", _ghost_batch),
         "batch_and_group": Row("BatchAndGroupNorm", _batch_and_group),
-        "batch_renorm": Row("BatchRenorm", _always(Layer(linen.BatchRenorm, _KEPT, schedule=_renorm_bounds))),
+        "batch_renorm": Row(
+            "BatchRenorm", _always(Layer(linen.BatchRenorm, _KEPT, schedule=_renorm_bounds))
+        ),
         "momentum": Row("MomentumBatchNorm", _momentum_batch_norm),
         "memorized": Row(
             "MemorizedBatchNorm",
-            _always(Layer(linen.MemorizedBatchNorm, (("memory_weights", (1, 1, 1, 1)),), double_forward=True)),
+            _always(
+                Layer(
+                    linen.MemorizedBatchNorm,
+                    (("memory_weights", (1, 1, 1, 1)),),
+                    double_forward=True,
+                )
+            ),
         ),
         "cross_iteration": Row(
             "CrossIterationNorm",
-            _always(Layer(linen.CrossIterationNorm, (("window", 3),), takes_dense=True, schedule=_burn_in)),
+            _always(
+                Layer(
+                    linen.CrossIterationNorm, (("window", 3),), takes_dense=True, schedule=_burn_in
+                )
+            ),
         ),
         "moving_average": Row("MovingAverageNorm", _moving_average),
         "switchable": Row("SwitchableNorm", _always(Layer(linen.SwitchableNorm, _KEPT))),
         "group_plus": Row("GroupNormPlus", _always(Layer(linen.GroupNormPlus, (*_GROUPS, *_KEPT)))),
         "frn": Row(
             "FilterResponseNorm",
-            _always(Layer(linen.FilterResponseNorm, (("use_learned_epsilon", True),), pools_batch=False, activates=True)),
+            _always(
+                Layer(
+                    linen.FilterResponseNorm,
+                    (("use_learned_epsilon", True),),
+                    pools_batch=False,
+                    activates=True,
+                )
+            ),
         ),
         "evonorm_b0": Row("EvoNormB0", _always(Layer(linen.EvoNormB0, _KEPT, activates=True))),
-        "evonorm_s0": Row("EvoNormS0", _always(Layer(linen.EvoNormS0, _GROUPS, pools_batch=False, activates=True))),
+        "evonorm_s0": Row(
+            "EvoNormS0", _always(Layer(linen.EvoNormS0, _GROUPS, pools_batch=False, activates=True))
+        ),
         "proxy": Row(
             "ProxyNorm",
-            _always(Layer(linen.ProxyNorm, (("method", methods.group_norm(NUM_GROUPS)),), pools_batch=False, activates=True)),
+            _always(
+                Layer(
+                    linen.ProxyNorm,
+                    (("method", methods.group_norm(NUM_GROUPS)),),
+                    pools_batch=False,
+                    activates=True,
+                )
+            ),
         ),
-        "group_ws": Row(f"GroupNorm({NUM_GROUPS}) + WS", _always(of_table(methods.group_norm(NUM_GROUPS), linen.WSDense))),
+        "group_ws": Row(
+            f"GroupNorm({NUM_GROUPS}) + WS",
+            _always(of_table(methods.group_norm(NUM_GROUPS), linen.WSDense)),
+        ),
     }
 )
 

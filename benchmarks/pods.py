@@ -1,12 +1,14 @@
 """What collectives cost on a pod of TPUs, by a model: nothing here ran on one.
 
-A chip is linked to its neighbours on a line or ring along each of two or three axes. An all-reduce of b bytes over p chips
-scatters the sums and gathers them again; along an axis of d chips that takes 2 ceil(d / 2) hops on a ring, 2 (d - 1) on a line:
+A chip is linked to its neighbours on a line or ring along each of two or three axes. An all-reduce
+of b bytes over p chips scatters the sums and gathers them again; along an axis of d chips that
+takes 2 ceil(d / 2) hops on a ring, 2 (d - 1) on a line:
 
     seconds = hops * LATENCY + 2 (p - 1) / p * b / bandwidth
 
-with the bandwidth of all axes together. Left out are launching, the reduction itself, stragglers, and whatever XLA hides behind
-other work; small collectives took longer than hops alone wherever somebody published times.
+with the bandwidth of all axes together. Left out are launching, the reduction itself, stragglers,
+and whatever XLA hides behind other work; small collectives took longer than hops alone wherever
+somebody published times.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +23,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from benchmarks.hlo import Collective
 
 LATENCY = 1e-6
-"""Seconds for a hop, "typically around 1us": How to Scale Your Model, part 3, https://jax-ml.github.io/scaling-book/sharding."""
+"""Seconds for a hop, "typically around 1us": How to Scale Your Model, part 3,
+https://jax-ml.github.io/scaling-book/sharding."""
 
 
 class Pod(NamedTuple):
@@ -29,7 +32,8 @@ class Pod(NamedTuple):
 
     Attributes:
         name: of the generation.
-        axis_bandwidth: bytes per second that a chip sends along one axis, both directions of a ring together.
+        axis_bandwidth: bytes per second that a chip sends along one axis, both directions of a ring
+            together.
         shapes: the slices, by their number of chips.
         ring: the multiple of chips an axis needs to be closed to a ring.
         cube: the length that every axis needs for that.
@@ -42,7 +46,8 @@ class Pod(NamedTuple):
     cube: int
 
     def hops(self, chips: int) -> int:
-        """Links that a value crosses to the farthest of `chips` chips that form a slice, and back."""
+        """Links that a value crosses to the farthest of `chips` chips that form a slice, and
+        back."""
         if chips == 1:
             return 0
         shape = self.shapes[max(chips, min(self.shapes))]
@@ -51,7 +56,9 @@ class Pod(NamedTuple):
     def bandwidth(self, chips: int) -> float:
         """Bytes a second that a chip of such a slice sends along all axes."""
         shape = self.shapes[max(chips, min(self.shapes))]
-        return sum(self.axis_bandwidth * (1 if self._closed(n, shape) else 0.5) for n in shape if n > 1)
+        return sum(
+            self.axis_bandwidth * (1 if self._closed(n, shape) else 0.5) for n in shape if n > 1
+        )
 
     def _closed(self, length: int, shape: tuple[int, ...]) -> bool:
         return length % self.ring == 0 and min(shape) >= self.cube
@@ -61,17 +68,22 @@ class Pod(NamedTuple):
         return self._seconds(self.hops(chips), chips, chips, size)
 
     def across_seconds(self, chips: int, group: int, size: float) -> float:
-        """The same among one chip of each group of `group`: they lie over the whole slice, but for the hops inside a group."""
+        """The same among one chip of each group of `group`: they lie over the whole slice, but for
+        the hops inside a group."""
         return self._seconds(self.hops(chips) - self.hops(group), chips // group, chips, size)
 
     def _seconds(self, hops: int, members: int, chips: int, size: float) -> float:
-        return hops * LATENCY + 2 * (members - 1) / members * size / self.bandwidth(chips) if members > 1 else 0.0
+        return (
+            hops * LATENCY + 2 * (members - 1) / members * size / self.bandwidth(chips)
+            if members > 1
+            else 0.0
+        )
 
 
 V5E = Pod(
     "v5e",
-    # 400 GB/s for each chip, four links: https://docs.cloud.google.com/tpu/docs/v5e; an axis is closed at 16 chips:
-    # https://jax-ml.github.io/scaling-book/tpus
+    # 400 GB/s for each chip, four links: https://docs.cloud.google.com/tpu/docs/v5e; an axis is
+    # closed at 16 chips: https://jax-ml.github.io/scaling-book/tpus
     1e11,
     {8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
     ring=16,
@@ -80,7 +92,8 @@ V5E = Pod(
 
 V5P = Pod(
     "v5p",
-    # 1200 GB/s for each chip, six links; a torus from 4x4x4 on: https://docs.cloud.google.com/tpu/docs/v5p
+    # 1200 GB/s for each chip, six links; a torus from 4x4x4 on:
+    # https://docs.cloud.google.com/tpu/docs/v5p
     2e11,
     {
         8: (2, 2, 2),
@@ -102,14 +115,16 @@ PODS = (V5E, V5P)
 
 
 class Cost(NamedTuple):
-    """What a program costs: seconds of collectives one after the other, and bytes that a chip sends."""
+    """What a program costs: seconds of collectives one after the other, and bytes that a chip
+    sends."""
 
     seconds: float
     sent: float
 
 
 class Round(NamedTuple):
-    """A collective whatever the size of the slice: its bytes, and in which part of the devices it is.
+    """A collective whatever the size of the slice: its bytes, and in which part of the devices it
+    is.
 
     Attributes:
         size: bytes on each device.
@@ -121,7 +136,8 @@ class Round(NamedTuple):
 
 
 def rounds(found: Iterable[Collective], devices: int, group: int) -> list[Round]:
-    """The all-reduces of a program compiled for `devices` that always run, without their number of devices.
+    """The all-reduces of a program compiled for `devices` that always run, without their number of
+    devices.
 
     Raises:
         ValueError: it gathers or exchanges, or over other groups.
@@ -129,7 +145,10 @@ def rounds(found: Iterable[Collective], devices: int, group: int) -> list[Round]
     names = {devices // group: "across", group: "group", devices: "all"}
     always = [one for one in found if not one.conditional]
     if odd := [one for one in always if one.code != "all-reduce" or one.group_size not in names]:
-        raise ValueError(f"The model knows all-reduces over all devices, groups of {group} or across them. Got {odd[0]}.")
+        raise ValueError(
+            f"The model knows all-reduces over all devices, groups of {group} or across them. Got"
+            f" {odd[0]}."
+        )
     return [Round(one.bytes, names[one.group_size]) for one in always]
 
 
@@ -148,18 +167,29 @@ def cost(pod: Pod, chips: int, group: int, found: Sequence[Round]) -> Cost:
 
 
 def draw(curves: Mapping[str, Mapping[str, Mapping[int, Cost]]], path: Path) -> None:
-    """Milliseconds over chips: for each pod's name, for each program's title, costs by number of chips."""
+    """Milliseconds over chips: for each pod's name, for each program's title, costs by number of
+    chips."""
     figure, axes = plt.subplots(1, len(curves), figsize=(11, 4.6), sharey=True, squeeze=False)
     for ax, (pod, lines) in zip(axes[0], curves.items(), strict=True):
         for number, (title, costs) in enumerate(lines.items()):
             milliseconds = [1e3 * one.seconds for one in costs.values()]
             # some lie on top of each other
             ax.plot(
-                list(costs), milliseconds, linestyle=("-", ":")[number % 2], linewidth=2, marker="o", markersize=3, label=title
+                list(costs),
+                milliseconds,
+                linestyle=("-", ":")[number % 2],
+                linewidth=2,
+                marker="o",
+                markersize=3,
+                label=title,
             )
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
-        ax.set_xticks([8, 64, 512, 4096] if max(max(costs) for costs in lines.values()) > 256 else [8, 32, 128, 256])
+        ax.set_xticks(
+            [8, 64, 512, 4096]
+            if max(max(costs) for costs in lines.values()) > 256
+            else [8, 32, 128, 256]
+        )
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.set_title(f"TPU {pod}: a model, nothing was run", fontsize=10)
         ax.set_xlabel("chips")

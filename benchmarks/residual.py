@@ -12,22 +12,28 @@ WIDTHS: tuple[int, ...] = (12, 24, 48)
 """Channels of the three stages; the stem has those of the first."""
 
 STRIDES = {"1x1": (2, 2, 2), "2x2": (2, 2, 1)}
-"""Strides of the stages, by the size of the last feature map: 8 -> 4 -> 2 -> 1 or 8 -> 4 -> 2 -> 2."""
+"""Strides of the stages, by the size of the last feature map: 8 -> 4 -> 2 -> 1 or 8 -> 4 -> 2 ->
+2."""
 
 
 def patches(x: jax.Array, stride: int) -> jax.Array:
-    """The zero-padded 3x3 surroundings of every `stride`-th pixel: (N, H, W, C) -> (N, H / stride, W / stride, 9 C)."""
+    """The zero-padded 3x3 surroundings of every `stride`-th pixel: (N, H, W, C) -> (N, H / stride,
+    W / stride, 9 C)."""
     _, height, width, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifted = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
+    shifted = [
+        padded[:, i : i + height : stride, j : j + width : stride]
+        for i in range(3)
+        for j in range(3)
+    ]
     return jnp.concatenate(shifted, axis=-1)
 
 
 class Unit(nn.Module):
     """A convolution without bias, its normalization and relu, or the layer that is both.
 
-    The convolution is written as patches times a matrix. On a CPU `jax.lax.conv` is several times slower than this once it
-    stands inside `vmap` and `scan`.
+    The convolution is written as patches times a matrix. On a CPU `jax.lax.conv` is several times
+    slower than this once it stands inside `vmap` and `scan`.
 
     Attributes:
         layer: the normalization.
@@ -47,17 +53,24 @@ class Unit(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool, done: jax.Array) -> jax.Array:
         layer = self.layer if self.activate or not self.layer.activates else NO_ACTIVATION
         x = patches(x, self.stride) if self.size == 3 else x[:, :: self.stride, :: self.stride]
-        kernel_init = nn.initializers.he_normal() if self.size == 3 else nn.initializers.lecun_normal()
-        dense: Any = self.layer.dense(features=self.features, use_bias=False, kernel_init=kernel_init, name="conv")  # type: ignore[call-arg]
+        kernel_init = (
+            nn.initializers.he_normal() if self.size == 3 else nn.initializers.lecun_normal()
+        )
+        dense: Any = self.layer.dense(
+            features=self.features, use_bias=False, kernel_init=kernel_init, name="conv"
+        )  # type: ignore[call-arg]
         options = dict(layer.options) | {"name": "norm"}
-        norm: Any = layer.module(layer=dense, **options) if layer.takes_dense else layer.module(**options)
+        norm: Any = (
+            layer.module(layer=dense, **options) if layer.takes_dense else layer.module(**options)
+        )
         schedule = layer.schedule(done) if layer.schedule and train else {}
         y = norm(x if layer.takes_dense else dense(x), use_running_average=not train, **schedule)
         return nn.relu(y) if self.activate and not layer.activates else y
 
 
 class Block(nn.Module):
-    """relu(norm(conv(relu(norm(conv(x))))) + norm(x W)), where W is a 1x1 convolution with the stride of the block."""
+    """relu(norm(conv(relu(norm(conv(x))))) + norm(x W)), where W is a 1x1 convolution with the
+    stride of the block."""
 
     layer: Layer
     features: int
@@ -67,12 +80,15 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, **now: Any) -> jax.Array:
         y = Unit(self.layer, self.features, self.stride, name="unit_1")(x, **now)
         y = Unit(self.layer, self.features, activate=False, name="unit_2")(y, **now)
-        shortcut = Unit(self.layer, self.features, self.stride, size=1, activate=False, name="shortcut")(x, **now)
+        shortcut = Unit(
+            self.layer, self.features, self.stride, size=1, activate=False, name="shortcut"
+        )(x, **now)
         return nn.relu(y + shortcut)
 
 
 class ResidualNet(nn.Module):
-    """Stem, a block per stage, mean over the last map, linear classifier: ten convolutions, each normalized.
+    """Stem, a block per stage, mean over the last map, linear classifier: ten convolutions, each
+    normalized.
 
     Attributes:
         layers: the normalization at each of the widths 12, 24 and 48.
@@ -86,7 +102,8 @@ class ResidualNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, done: jax.Array | float = 1.0) -> jax.Array:
-        """Logits of images x; `done` is the finished part of the training, for layers with a schedule."""
+        """Logits of images x; `done` is the finished part of the training, for layers with a
+        schedule."""
         now = {"train": train, "done": jnp.asarray(done)}
         x = Unit(self.layers[0], WIDTHS[0], name="stem")(x, **now)
         for layer, features, stride in zip(self.layers, WIDTHS, self.strides, strict=True):

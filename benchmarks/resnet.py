@@ -1,4 +1,5 @@
-"""ResNet-50 and its relatives of other depth and width, with the norm layers chosen from outside."""
+"""ResNet-50 and its relatives of other depth and width, with the norm layers chosen from
+outside."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +11,8 @@ from flax import linen as nn
 
 
 class Bottleneck(nn.Module):
-    """Residual block of ResNet-50: 1x1, 3x3 and 1x1 convolutions beside the identity or, where shapes differ, a projection.
+    """Residual block of ResNet-50: 1x1, 3x3 and 1x1 convolutions beside the identity or, where
+    shapes differ, a projection.
 
     Attributes:
         norm: makes a norm layer, which is called as `layer(x, use_running_average=...)`.
@@ -28,12 +30,16 @@ class Bottleneck(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv, inference = partial(self.conv, use_bias=False), not train
         y = nn.relu(self.norm()(conv(self.width, (1, 1))(x), use_running_average=inference))
-        y = nn.relu(self.norm()(conv(self.width, (3, 3), self.stride)(y), use_running_average=inference))
+        y = nn.relu(
+            self.norm()(conv(self.width, (3, 3), self.stride)(y), use_running_average=inference)
+        )
         # A block begins as the identity.
         norm = self.norm(scale_init=nn.initializers.zeros)
         y = norm(conv(4 * self.width, (1, 1))(y), use_running_average=inference)
         if x.shape != y.shape:
-            x = self.norm()(conv(4 * self.width, (1, 1), self.stride)(x), use_running_average=inference)
+            x = self.norm()(
+                conv(4 * self.width, (1, 1), self.stride)(x), use_running_average=inference
+            )
         return nn.relu(x + y)
 
 
@@ -43,8 +49,10 @@ class ResNet(nn.Module):
     Attributes:
         norm: makes a norm layer; see `Bottleneck`.
         conv: makes a convolution; see `Bottleneck`.
-        stages: number of blocks in each stage. (3, 4, 23, 3) is ResNet-101, (3, 8, 36, 3) ResNet-152.
-        width: channels of the stem, and inside the blocks of the first stage; they double from stage to stage.
+        stages: number of blocks in each stage. (3, 4, 23, 3) is ResNet-101, (3, 8, 36, 3)
+            ResNet-152.
+        width: channels of the stem, and inside the blocks of the first stage; they double from
+            stage to stage.
         num_classes: size of the output.
     """
 
@@ -56,7 +64,9 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = True) -> jax.Array:
-        x = self.norm()(self.conv(self.width, (7, 7), 2, use_bias=False)(x), use_running_average=not train)
+        x = self.norm()(
+            self.conv(self.width, (7, 7), 2, use_bias=False)(x), use_running_average=not train
+        )
         x = nn.max_pool(nn.relu(x), (3, 3), (2, 2), "SAME")
         for stage, blocks in enumerate(self.stages):
             for block in range(blocks):

@@ -1,4 +1,5 @@
-"""What a comparison of normalizations measured: accuracies per seed, their intervals, and the files that keep them."""
+"""What a comparison of normalizations measured: accuracies per seed, their intervals, and the files
+that keep them."""
 
 import csv
 import io
@@ -32,7 +33,8 @@ class Cell:
         method: a key of `benchmarks.norms.METHODS`.
         batch_size: examples normalized together; None where it cannot matter.
         norms: the method at each width of the network.
-        same_run_as: name of the cell whose training this one shares, since all their norms are the same.
+        same_run_as: name of the cell whose training this one shares, since all their norms are the
+            same.
         validation: accuracy in %, one per seed.
         test: accuracy in %, one per seed.
         compile_seconds: spent on tracing, compiling and initializing.
@@ -61,7 +63,11 @@ class Interval(NamedTuple):
     half_width: float | None
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f}" if self.half_width is None else f"{self.mean:.1f} ± {self.half_width:.1f}"
+        return (
+            f"{self.mean:.1f}"
+            if self.half_width is None
+            else f"{self.mean:.1f} ± {self.half_width:.1f}"
+        )
 
 
 class Difference(NamedTuple):
@@ -105,24 +111,34 @@ class Result:
         return list(dict.fromkeys(cell.method for cell in self.cells))
 
     def conflicts(self, other: "Result") -> list[tuple[str, object, object]]:
-        """Settings and versions in which the two differ, as (name, ours, theirs): their cells cannot be compared."""
+        """Settings and versions in which the two differ, as (name, ours, theirs): their cells
+        cannot be compared."""
         ours, theirs = (asdict(result.settings) | result.versions for result in (self, other))
         return [(key, ours[key], theirs.get(key)) for key in ours if ours[key] != theirs.get(key)]
 
     def twin(self, batch_size: int | None, norms: list[str]) -> Cell | None:
-        """A cell trained with these very norms at this batch size, whatever the name of its method."""
-        return next((cell for cell in self.cells if (cell.batch_size, cell.norms) == (batch_size, norms)), None)
+        """A cell trained with these very norms at this batch size, whatever the name of its
+        method."""
+        return next(
+            (cell for cell in self.cells if (cell.batch_size, cell.norms) == (batch_size, norms)),
+            None,
+        )
 
     def get(self, method: str, batch_size: int | None) -> Cell | None:
         """The cell of `method` at exactly this batch size."""
-        return next((cell for cell in self.cells if (cell.method, cell.batch_size) == (method, batch_size)), None)
+        return next(
+            (cell for cell in self.cells if (cell.method, cell.batch_size) == (method, batch_size)),
+            None,
+        )
 
     def find(self, method: str, batch_size: int | None) -> Cell | None:
-        """The cell of `method` at this batch size, which is its only cell where the batch size does not matter."""
+        """The cell of `method` at this batch size, which is its only cell where the batch size does
+        not matter."""
         return self.get(method, batch_size) or self.get(method, None)
 
     def differences(self) -> list[Difference]:
-        """BN's loss as the batch shrinks; every method at the smallest batch against BN; BGN against BN and GN everywhere."""
+        """BN's loss as the batch shrinks; every method at the smallest batch against BN; BGN
+        against BN and GN everywhere."""
         if not self.batch_sizes:
             return []
         *others, largest = self.batch_sizes
@@ -131,12 +147,23 @@ class Result:
         pairs = [(("batch", largest), ("batch", size)) for size in others]
         pairs += [((method, smallest), ("batch", smallest)) for method in rivals]
         pairs += [((method, smallest), ("batch", largest)) for method in rivals]
-        pairs += [(("batch_group", size), (other, size)) for size in self.batch_sizes for other in ("batch", "group")]
-        found = [(self.find(*cell), self.find(*baseline)) for cell, baseline in dict.fromkeys(pairs)]
-        return [_difference(cell, baseline) for cell, baseline in found if cell and baseline and not _same_run(cell, baseline)]
+        pairs += [
+            (("batch_group", size), (other, size))
+            for size in self.batch_sizes
+            for other in ("batch", "group")
+        ]
+        found = [
+            (self.find(*cell), self.find(*baseline)) for cell, baseline in dict.fromkeys(pairs)
+        ]
+        return [
+            _difference(cell, baseline)
+            for cell, baseline in found
+            if cell and baseline and not _same_run(cell, baseline)
+        ]
 
     def save(self, folder: Path) -> None:
-        """Writes results.json and results.csv, each replaced in one step: a kill leaves the old file or the new."""
+        """Writes results.json and results.csv, each replaced in one step: a kill leaves the old
+        file or the new."""
         folder.mkdir(parents=True, exist_ok=True)
         _replace(folder / "results.json", self._json())
         _replace(folder / "results.csv", self._csv())
@@ -150,7 +177,9 @@ class Result:
     def load(cls, folder: Path) -> "Result":
         """Reads back what `save` wrote."""
         saved = json.loads((folder / "results.json").read_text())
-        cells = [Cell(**{key: cell[key] for key in Cell.__dataclass_fields__}) for cell in saved["cells"]]
+        cells = [
+            Cell(**{key: cell[key] for key in Cell.__dataclass_fields__}) for cell in saved["cells"]
+        ]
         return cls(Settings(**saved["settings"]), saved["versions"], saved["machine"], cells)
 
     def _json(self) -> str:
@@ -159,8 +188,13 @@ class Result:
                 "settings": asdict(self.settings),
                 "versions": self.versions,
                 "machine": self.machine,
-                "total_seconds": sum(cell.compile_seconds + cell.train_seconds for cell in self.cells),
-                "cells": [asdict(cell) | {"test_interval": interval(cell.test)._asdict()} for cell in self.cells],
+                "total_seconds": sum(
+                    cell.compile_seconds + cell.train_seconds for cell in self.cells
+                ),
+                "cells": [
+                    asdict(cell) | {"test_interval": interval(cell.test)._asdict()}
+                    for cell in self.cells
+                ],
                 "differences": [
                     {"cell": cell.name, "baseline": baseline.name} | points._asdict()
                     for cell, baseline, points in self.differences()

@@ -1,7 +1,8 @@
-"""Shapes of normalized tensors, named after the models they come from: what is timed is what is tested.
+"""Shapes of normalized tensors, named after the models they come from: what is timed is what is
+tested.
 
-A tensor is a batch of examples with channels last. Batches differ by platform: what a GPU trains with takes a CPU minutes,
-and what a CPU trains with does not fill a GPU.
+A tensor is a batch of examples with channels last. Batches differ by platform: what a GPU trains
+with takes a CPU minutes, and what a CPU trains with does not fill a GPU.
 """
 
 from typing import NamedTuple
@@ -16,8 +17,8 @@ NUM_GHOSTS = 4
 class Shape(NamedTuple):
     """The normalized tensor of a layer.
 
-    `example` is the shape without the batch; `methods` are normalizations to measure there, named as in `jaxnorm.methods`
-    without `_norm`.
+    `example` is the shape without the batch; `methods` are normalizations to measure there, named
+    as in `jaxnorm.methods` without `_norm`.
     """
 
     name: str
@@ -33,16 +34,30 @@ class Shape(NamedTuple):
 
 _SHAPES = (
     Shape("resnet50_stem", (112, 112, 64), 8, 64, ("batch", "group", "instance")),
-    Shape("resnet50_stage1", (56, 56, 256), 8, 64, ("batch", "group", "instance", "batch_group", "ghost_batch")),
+    Shape(
+        "resnet50_stage1",
+        (56, 56, 256),
+        8,
+        64,
+        ("batch", "group", "instance", "batch_group", "ghost_batch"),
+    ),
     Shape("resnet50_stage2", (28, 28, 512), 8, 64, ("batch", "group")),
-    Shape("resnet50_stage3", (14, 14, 1024), 8, 64, ("batch", "group", "batch_group", "ghost_batch")),
+    Shape(
+        "resnet50_stage3", (14, 14, 1024), 8, 64, ("batch", "group", "batch_group", "ghost_batch")
+    ),
     Shape("resnet50_stage4", (7, 7, 2048), 8, 64, ("batch", "group", "instance")),
-    Shape("unet_top", (256, 256, 64), 1, 16, ("batch", "group", "instance")),  # U-Net of segmentation, first level
-    Shape("diffusion_64", (64, 64, 320), 2, 8, ("group",)),  # U-Net of Stable Diffusion, one level each
+    Shape(
+        "unet_top", (256, 256, 64), 1, 16, ("batch", "group", "instance")
+    ),  # U-Net of segmentation, first level
+    Shape(
+        "diffusion_64", (64, 64, 320), 2, 8, ("group",)
+    ),  # U-Net of Stable Diffusion, one level each
     Shape("diffusion_32", (32, 32, 640), 2, 8, ("group",)),
     Shape("diffusion_16", (16, 16, 1280), 2, 8, ("group",)),
     Shape("cifar_unet", (32, 32, 128), 32, 128, ("group",)),  # U-Net of DDPM
-    Shape("detector_p3", (100, 152, 256), 2, 2, ("batch", "group", "batch_group")),  # feature pyramid of an 800 x 1216 image
+    Shape(
+        "detector_p3", (100, 152, 256), 2, 2, ("batch", "group", "batch_group")
+    ),  # feature pyramid of an 800 x 1216 image
     Shape("vit_b", (197, 768), 16, 64, ("token_layer",)),
     Shape("convnext_stage1", (56 * 56, 96), 8, 64, ("token_layer",)),  # pixels are its tokens
     Shape("convnext_stage4", (7 * 7, 768), 16, 64, ("token_layer",)),

@@ -1,7 +1,7 @@
 """Normalization on several devices, as compiled programs: a layer, or a training step of ResNet-50.
 
-Three ways to use several devices: `jit` of arrays that are sharded over an Auto mesh, where sums are global; `pmap` and
-`shard_map` (check_vma=True), where a layer is told the name of an axis.
+Three ways to use several devices: `jit` of arrays that are sharded over an Auto mesh, where sums
+are global; `pmap` and `shard_map` (check_vma=True), where a layer is told the name of an axis.
 """
 
 import math
@@ -65,12 +65,20 @@ def _line(devices: Sequence[Any]) -> Mesh:
 
 
 def _mesh(devices: Sequence[Any], names: tuple[str, ...], shape: tuple[int, ...]) -> Mesh:
-    return Mesh(np.array(devices, dtype=object).reshape(shape), names, axis_types=(AxisType.Auto,) * len(shape))
+    return Mesh(
+        np.array(devices, dtype=object).reshape(shape),
+        names,
+        axis_types=(AxisType.Auto,) * len(shape),
+    )
 
 
-def _x(case: Case, devices: int, dtype: jnp.dtype, channels: int = CHANNELS) -> jax.ShapeDtypeStruct:
+def _x(
+    case: Case, devices: int, dtype: jnp.dtype, channels: int = CHANNELS
+) -> jax.ShapeDtypeStruct:
     """x as the layer sees it: all of it in jit, a device's part in the others."""
-    return jax.ShapeDtypeStruct((EXAMPLES * (devices if case.context == "jit" else 1), 4, 4, channels), dtype)
+    return jax.ShapeDtypeStruct(
+        (EXAMPLES * (devices if case.context == "jit" else 1), 4, 4, channels), dtype
+    )
 
 
 def _made(case: Case, x: jax.ShapeDtypeStruct, method: str, **options: Any) -> Layer | None:
@@ -79,7 +87,9 @@ def _made(case: Case, x: jax.ShapeDtypeStruct, method: str, **options: Any) -> L
 
 def _batch(case: Case, devices: Sequence[Any], group: int, dtype: jnp.dtype) -> Placed:
     options = {} if case.context == "jit" else {"axis_name": "i"}
-    return Placed(_made(case, _x(case, len(devices), dtype), "batch", **options), _line(devices), P("i"))
+    return Placed(
+        _made(case, _x(case, len(devices), dtype), "batch", **options), _line(devices), P("i")
+    )
 
 
 def _batch_groups(case: Case, devices: Sequence[Any], group: int, dtype: jnp.dtype) -> Placed:
@@ -96,7 +106,11 @@ def _batch_groups(case: Case, devices: Sequence[Any], group: int, dtype: jnp.dty
 def _batch_index_groups(case: Case, devices: Sequence[Any], group: int, dtype: jnp.dtype) -> Placed:
     index = np.arange(len(devices)).reshape(-1, group).tolist()
     options = {"axis_name": "i", "axis_index_groups": index}
-    layer = None if case.context == "jit" else _made(case, _x(case, len(devices), dtype), "batch", **options)
+    layer = (
+        None
+        if case.context == "jit"
+        else _made(case, _x(case, len(devices), dtype), "batch", **options)
+    )
     return Placed(layer, _line(devices), P("i"))
 
 
@@ -120,7 +134,11 @@ def _group_channels(case: Case, devices: Sequence[Any], group: int, dtype: jnp.d
         layer = _made(case, _x(case, len(devices) // PARTS, dtype), "group")
     else:
         local = _x(case, len(devices), dtype, CHANNELS // PARTS)
-        layer = None if case.context == "pmap" else _made(case, local, "group", num_groups=NUM_GROUPS // PARTS)
+        layer = (
+            None
+            if case.context == "pmap"
+            else _made(case, local, "group", num_groups=NUM_GROUPS // PARTS)
+        )
     return Placed(layer, mesh, P("i", None, None, "channels"), P("channels"))
 
 
@@ -146,7 +164,9 @@ METHODS = {
 }
 
 
-def of_layer(case: Case, devices: Sequence[Any], *, group: int, dtype: str) -> list[Collective] | None:
+def of_layer(
+    case: Case, devices: Sequence[Any], *, group: int, dtype: str
+) -> list[Collective] | None:
     """The collectives of a layer.
 
     Args:
@@ -158,11 +178,16 @@ def of_layer(case: Case, devices: Sequence[Any], *, group: int, dtype: str) -> l
     Returns:
         Its collectives; None where the library has no such layer in this context.
     """
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # other libraries promote silently
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):  # other libraries promote silently
         placed = METHODS[case.method].place(case, devices, group, jnp.dtype(dtype))
         if placed.layer is None:
             return None
-        compiled = (_pmapped if case.context == "pmap" else _sharded)(case, placed, len(devices), jnp.dtype(dtype))
+        compiled = (_pmapped if case.context == "pmap" else _sharded)(
+            case, placed, len(devices), jnp.dtype(dtype)
+        )
     return collectives(compiled.as_text() or "")
 
 
@@ -180,7 +205,9 @@ def _function(case: Case, layer: Layer) -> Callable[..., Any]:
         return {"y": y, "dx": back(dy)[0]}
 
     def step(parameters: Any, state: Any, x: jax.Array, dy: jax.Array) -> Any:
-        y, back, state = jax.vjp(lambda parameters, x: layer.train(parameters, state, x), parameters, x, has_aux=True)
+        y, back, state = jax.vjp(
+            lambda parameters, x: layer.train(parameters, state, x), parameters, x, has_aux=True
+        )
         d_parameters, dx = back(dy)
         return {"y": y, "dx": dx, "parameters": d_parameters, "state": state}
 
@@ -193,7 +220,10 @@ def _sharded(case: Case, placed: Placed, devices: int, dtype: jnp.dtype) -> Any:
     split = math.prod(mesh.shape[name] for name in mesh.axis_names if name != "channels")
     shape, x = (EXAMPLES * split, 4, 4, CHANNELS), placed.x
     if not layer.channels_last:
-        shape, x = (shape[0], shape[3], *shape[1:3]), P(*(placed.x[i] for i in (0, 3, 1, 2)[: len(placed.x)]))
+        shape, x = (
+            (shape[0], shape[3], *shape[1:3]),
+            P(*(placed.x[i] for i in (0, 3, 1, 2)[: len(placed.x)])),
+        )
     f = _function(case, layer)
     # parameters and state lie as channels do, but those of layers in a map are a part already
     specs = {"y": x, "dx": x, "parameters": placed.parameters, "state": placed.parameters}
@@ -202,11 +232,17 @@ def _sharded(case: Case, placed: Placed, devices: int, dtype: jnp.dtype) -> Any:
 
         def f(*args: Any) -> Any:
             out = inner(*args)
-            # running statistics may differ between devices, where they are not synchronized: an axis says so
-            return out | ({"state": jax.tree.map(lambda t: t[None], out["state"])} if "state" in out else {})
+            # running statistics may differ between devices, where they are not synchronized: an
+            # axis says so
+            return out | (
+                {"state": jax.tree.map(lambda t: t[None], out["state"])} if "state" in out else {}
+            )
 
         specs["state"] = P(mesh.axis_names)
-    outs = {name: specs[name] for name in {"forward": ("y",), "backward": ("y", "dx"), "step": specs}[case.what]}
+    outs = {
+        name: specs[name]
+        for name in {"forward": ("y",), "backward": ("y", "dx"), "step": specs}[case.what]
+    }
     if case.context == "shard_map":
         ins = (placed.parameters, P(), x, x)
         f = jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=outs)
@@ -217,7 +253,10 @@ def _sharded(case: Case, placed: Placed, devices: int, dtype: jnp.dtype) -> Any:
         return jax.ShapeDtypeStruct(dims, t.dtype, sharding=NamedSharding(mesh, spec))
 
     parameters = jax.tree.map(lambda t: whole(t, placed.parameters), layer.parameters)
-    state = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=NamedSharding(mesh, P())), layer.state)
+    state = jax.tree.map(
+        lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=NamedSharding(mesh, P())),
+        layer.state,
+    )
     given = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, x))
     out_shardings = {name: NamedSharding(mesh, spec) for name, spec in outs.items()}
     return jax.jit(f, out_shardings=out_shardings).lower(parameters, state, given, given).compile()
@@ -231,10 +270,14 @@ def _pmapped(case: Case, placed: Placed, devices: int, dtype: jnp.dtype) -> Any:
 
     def averaged(*args: Any) -> Any:
         out = f(*args)
-        return out | ({"parameters": lax.pmean(out["parameters"], "i")} if "parameters" in out else {})
+        return out | (
+            {"parameters": lax.pmean(out["parameters"], "i")} if "parameters" in out else {}
+        )
 
     x = jax.ShapeDtypeStruct((devices, *shape), dtype)
-    mapped = jax.pmap(averaged, "i", in_axes=(None, None, 0, 0), devices=list(placed.mesh.devices.flat))
+    mapped = jax.pmap(
+        averaged, "i", in_axes=(None, None, 0, 0), devices=list(placed.mesh.devices.flat)
+    )
     return mapped.lower(layer.parameters, layer.state, x, x).compile()
 
 
@@ -260,17 +303,26 @@ NORMS = {
     "jaxnorm": Norms("jaxnorm, all devices", CONTEXTS, lambda devices, group: ours.BatchNorm),
     "flax": Norms("flax.linen, all devices", CONTEXTS, lambda devices, group: flax.linen.BatchNorm),
     "two_pass": Norms(
-        "flax.linen, two-pass", CONTEXTS, lambda devices, group: partial(flax.linen.BatchNorm, use_fast_variance=False)
+        "flax.linen, two-pass",
+        CONTEXTS,
+        lambda devices, group: partial(flax.linen.BatchNorm, use_fast_variance=False),
     ),
-    "groups": Norms("jaxnorm, groups of devices", ("jit",), lambda devices, group: _ghosts(devices // group)),
+    "groups": Norms(
+        "jaxnorm, groups of devices", ("jit",), lambda devices, group: _ghosts(devices // group)
+    ),
     "ghost": Norms("jaxnorm, ghosts", ("jit",), lambda devices, group: _ghosts(devices)),
-    "local": Norms("jaxnorm, each device alone", ("shard_map", "pmap"), lambda devices, group: ours.BatchNorm),
+    "local": Norms(
+        "jaxnorm, each device alone", ("shard_map", "pmap"), lambda devices, group: ours.BatchNorm
+    ),
 }
 """Batch norms, of which `local` sends nothing: what is left are the gradients."""
 
 
-def of_network(norms: str, context: str, devices: Sequence[Any], *, group: int, dtype: str, image: int) -> list[Collective]:
-    """The collectives of a training step of ResNet-50: loss, gradients, running statistics, and the update of parameters.
+def of_network(
+    norms: str, context: str, devices: Sequence[Any], *, group: int, dtype: str, image: int
+) -> list[Collective]:
+    """The collectives of a training step of ResNet-50: loss, gradients, running statistics, and the
+    update of parameters.
 
     Args:
         norms: a key of `NORMS`.
@@ -281,12 +333,16 @@ def of_network(norms: str, context: str, devices: Sequence[Any], *, group: int, 
         image: height and width of the images.
     """
     options = {} if context == "jit" or norms == "local" else {"axis_name": "i"}
-    model = resnet50(SimpleNamespace(BatchNorm=partial(NORMS[norms].make(len(devices), group), **options)), dtype)
+    model = resnet50(
+        SimpleNamespace(BatchNorm=partial(NORMS[norms].make(len(devices), group), **options)), dtype
+    )
     mesh = _line(devices)
     images, labels = (2, image, image, 3), (2,)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         f = partial(_train, model, context)
-        variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(images, jnp.float32))
+        variables = jax.eval_shape(
+            model.init, jax.random.key(0), jax.ShapeDtypeStruct(images, jnp.float32)
+        )
         if context == "pmap":
             f = jax.pmap(f, "i", in_axes=(None, 0, 0), devices=list(devices))
             whole, cut = None, None
@@ -297,9 +353,16 @@ def of_network(norms: str, context: str, devices: Sequence[Any], *, group: int, 
             outs = {"params": P(), "batch_stats": P("i" if norms == "local" else None), "loss": P()}
             if context == "shard_map":
                 f = jax.shard_map(f, mesh=mesh, in_specs=(P(), P("i"), P("i")), out_specs=outs)
-            f = jax.jit(f, out_shardings={name: NamedSharding(mesh, spec) for name, spec in outs.items()})
-        variables = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=whole), variables)
-        given = jax.ShapeDtypeStruct(images, jnp.float32, sharding=cut), jax.ShapeDtypeStruct(labels, jnp.int32, sharding=cut)
+            f = jax.jit(
+                f, out_shardings={name: NamedSharding(mesh, spec) for name, spec in outs.items()}
+            )
+        variables = jax.tree.map(
+            lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=whole), variables
+        )
+        given = (
+            jax.ShapeDtypeStruct(images, jnp.float32, sharding=cut),
+            jax.ShapeDtypeStruct(labels, jnp.int32, sharding=cut),
+        )
         compiled = f.lower(variables, *given).compile()
     return collectives(compiled.as_text() or "")
 
@@ -316,4 +379,8 @@ def _train(model: Any, context: str, variables: Any, images: jax.Array, labels: 
     (loss, updated), gradient = jax.value_and_grad(mean_loss, has_aux=True)(variables["params"])
     if context == "pmap":
         loss, gradient = lax.pmean((loss, gradient), "i")
-    return {"params": jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], gradient), **updated, "loss": loss}
+    return {
+        "params": jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], gradient),
+        **updated,
+        "loss": loss,
+    }

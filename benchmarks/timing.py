@@ -1,4 +1,5 @@
-"""How the benchmarks take time: several computations side by side in one process, in rounds, on inputs that are not cached."""
+"""How the benchmarks take time: several computations side by side in one process, in rounds, on
+inputs that are not cached."""
 
 import argparse
 import os
@@ -20,8 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 ENVIRONMENT = {
-    # glibc hands large arrays back to the system, and every new one then costs thousands of page faults, more than
-    # normalization itself. All libraries alike keep them instead.
+    # glibc hands large arrays back to the system, and every new one then costs thousands of page
+    # faults, more than normalization itself. All libraries alike keep them instead.
     "MALLOC_TOP_PAD_": str(4 * 10**9),
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(8 * 10**9),
@@ -30,41 +31,50 @@ ENVIRONMENT = {
 }
 
 ROTATED_BYTES = 64 * 2**20
-"""Inputs are rotated until they come to so many bytes, more than last-level caches hold: an input is cold when it is used."""
+"""Inputs are rotated until they come to so many bytes, more than last-level caches hold: an input
+is cold when it is used."""
 
 MAX_ROTATED = 128
-"""But there are at most so many inputs, since tiny ones cost as much as their dispatch whether cached or not."""
+"""But there are at most so many inputs, since tiny ones cost as much as their dispatch whether
+cached or not."""
 
 BEST_OF = 3
-"""Calls a visit, of which the fastest counts: the first pays for what the computation before left in the caches."""
+"""Calls a visit, of which the fastest counts: the first pays for what the computation before left
+in the caches."""
 
 MIN_ROUNDS = 3
 
 ENQUEUED_SECONDS = 5e-3
-"""On an accelerator calls are enqueued for so long before waiting for them, so that launches overlap with work."""
+"""On an accelerator calls are enqueued for so long before waiting for them, so that launches
+overlap with work."""
 
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 class Call(NamedTuple):
-    """A computation to time: `run(i)` starts it on the i-th input, counted around; `wait` returns when its result is there."""
+    """A computation to time: `run(i)` starts it on the i-th input, counted around; `wait` returns
+    when its result is there."""
 
     run: Callable[[int], Any]
     wait: Callable[[Any], object] = jax.block_until_ready
 
 
 def restart_with_environment() -> None:
-    """Starts the program again with `ENVIRONMENT`, which takes effect only when a process starts."""
+    """Starts the program again with `ENVIRONMENT`, which takes effect only when a process
+    starts."""
     if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
         os.execve(sys.executable, sys.orig_argv, os.environ | ENVIRONMENT)
 
 
-def interleaved(calls: Mapping[Key, Call], *, rounds: int, seconds: float) -> dict[Key, list[float]]:
+def interleaved(
+    calls: Mapping[Key, Call], *, rounds: int, seconds: float
+) -> dict[Key, list[float]]:
     """Seconds of each call in each round.
 
-    Every round visits every call, so that what slows the machine down for a while slows all of them down; their order is
-    drawn anew, so that none always runs after the same other. After `seconds`, and three rounds, no other round starts.
+    Every round visits every call, so that what slows the machine down for a while slows all of them
+    down; their order is drawn anew, so that none always runs after the same other. After `seconds`,
+    and three rounds, no other round starts.
     """
     enqueued = {name: _enqueued(call) for name, call in calls.items()}
     times: dict[Key, list[float]] = {name: [] for name in calls}
@@ -123,18 +133,26 @@ def about(packages: Sequence[str]) -> dict[str, Any]:
     return {
         "device": _processor() if device.platform == "cpu" else device.device_kind,
         "platform": device.platform,
-        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_count": (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "commit": _commit(),
-        "versions": {"python": platform.python_version()} | {name: v for name in packages if (v := _version(name))},
+        "versions": (
+            {"python": platform.python_version()}
+            | {name: v for name in packages if (v := _version(name))}
+        ),
     }
 
 
 def heading(about: Mapping[str, Any]) -> str:
     """`about` in a line, for titles of tables."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return f"{about['device']} ({about['cpu_count']} cores), {about['date'][:10]}, commit {about['commit']}; {versions}"
+    return (
+        f"{about['device']} ({about['cpu_count']} cores), {about['date'][:10]}, commit"
+        f" {about['commit']}; {versions}"
+    )
 
 
 def _processor() -> str:
@@ -142,7 +160,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _commit() -> str:
@@ -178,5 +199,11 @@ def folder(text: str) -> Path:
 
 def progress_bar(console: Console) -> Progress:
     """What is measured now, how much is done and how long the rest takes."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=console, speed_estimate_period=3600)

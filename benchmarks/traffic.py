@@ -1,12 +1,15 @@
-"""How many bytes normalization moves through the memory of an H200, by library, counted without one.
+"""How many bytes normalization moves through the memory of an H200, by library, counted without
+one.
 
     python -m benchmarks.traffic --quick               # five shapes in bfloat16: three minutes on 2 cores
     python -m benchmarks.traffic                       # all shapes, bfloat16 and float32
-    python -m benchmarks.traffic --shapes diffusion_32 --methods group --libraries jaxnorm flax.linen
+    python -m benchmarks.traffic --shapes diffusion_32 --methods group --libraries jaxnorm
+    flax.linen
 
-Prints, and writes as JSON and CSV, for the forward pass, for a training step and for inference: the bytes that the kernels read
-and write, in multiples of the normalized tensor; how many kernels there are; and the smallest grid, in thread blocks, of those
-that read a whole tensor. `benchmarks.h200` says how they are counted and what they leave out.
+Prints, and writes as JSON and CSV, for the forward pass, for a training step and for inference: the
+bytes that the kernels read and write, in multiples of the normalized tensor; how many kernels there
+are; and the smallest grid, in thread blocks, of those that read a whole tensor. `benchmarks.h200`
+says how they are counted and what they leave out.
 """
 
 import argparse
@@ -23,7 +26,14 @@ import jax
 import jax.numpy as jnp
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from benchmarks.h200 import MULTIPROCESSORS, Traffic, count, unavailable
@@ -41,7 +51,8 @@ DTYPES = ("bfloat16", "float32")
 
 
 class Cell(NamedTuple):
-    """One program of one library: keys of `SHAPES`, `METHODS`, `PASSES` and `LIBRARIES`, and the dtype of x."""
+    """One program of one library: keys of `SHAPES`, `METHODS`, `PASSES` and `LIBRARIES`, and the
+    dtype of x."""
 
     shape: str
     method: str
@@ -76,7 +87,10 @@ def traffic(cell: Cell) -> Traffic | None:
     """Compiles the program of a cell; None where the library has no such layer or no such pass."""
     shape = SHAPES[cell.shape].on("gpu")
     x = jax.ShapeDtypeStruct(shape, jnp.dtype(cell.dtype))
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # other libraries promote silently
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):  # other libraries promote silently
         layer = LIBRARIES[cell.library].layer(cell.method, x)
         if layer is None or (cell.what == "inference" and layer.infer is None):
             return None
@@ -90,15 +104,21 @@ def traffic(cell: Cell) -> Traffic | None:
 
 
 def _step(train: Train, parameters: Any, state: Any, x: jax.Array, dy: jax.Array) -> Any:
-    """A layer's part of a training step: what follows the layer needs all of y before it returns any of dy."""
-    y, back, state = jax.vjp(lambda parameters, x: train(parameters, state, x), parameters, x, has_aux=True)
+    """A layer's part of a training step: what follows the layer needs all of y before it returns
+    any of dy."""
+    y, back, state = jax.vjp(
+        lambda parameters, x: train(parameters, state, x), parameters, x, has_aux=True
+    )
     y, dy = jax.lax.optimization_barrier((y, dy))
     return y, state, back(dy)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program with the options `argv`, by default those of the command line, and returns its exit status."""
-    jax.config.update("jax_platforms", "cpu")  # nothing runs on a GPU: none is looked for, none is occupied
+    """Runs the program with the options `argv`, by default those of the command line, and returns
+    its exit status."""
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # nothing runs on a GPU: none is looked for, none is occupied
     parser = _parser()
     args = parser.parse_args(argv)
     reason = unavailable()
@@ -118,25 +138,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     _write(results, args.output)
     for dtype in args.dtypes:
         for what in args.passes:
-            _print([r for r in results if (r.dtype, r.what) == (dtype, what)], args.libraries, console)
-    console.print(f"{'Interrupted. ' if interrupted else ''}In {args.output}: traffic.json, traffic.csv", highlight=False)
+            _print(
+                [r for r in results if (r.dtype, r.what) == (dtype, what)], args.libraries, console
+            )
+    console.print(
+        f"{'Interrupted. ' if interrupted else ''}In {args.output}: traffic.json, traffic.csv",
+        highlight=False,
+    )
     return 130 if interrupted else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.traffic",
-        description="Counts the bytes that normalization moves on an H200, which need not be there.",
+        description=(
+            "Counts the bytes that normalization moves on an H200, which need not be there."
+        ),
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help=f"{', '.join(QUICK)} in bfloat16, where nothing else is asked for")
+    add(
+        "--quick",
+        action="store_true",
+        help=f"{', '.join(QUICK)} in bfloat16, where nothing else is asked for",
+    )
     add("--shapes", nargs="+", choices=SHAPES, metavar="SHAPE", help=f"some of {', '.join(SHAPES)}")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=f"some of {', '.join(METHODS)}")
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"some of {', '.join(METHODS)}",
+    )
     add("--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"some of {', '.join(DTYPES)}")
-    add("--passes", nargs="+", choices=PASSES, default=list(PASSES), metavar="PASS", help=f"some of {', '.join(PASSES)}")
+    add(
+        "--passes",
+        nargs="+",
+        choices=PASSES,
+        default=list(PASSES),
+        metavar="PASS",
+        help=f"some of {', '.join(PASSES)}",
+    )
     names = installed()
-    add("--libraries", nargs="+", choices=names, default=names, metavar="LIBRARY", help=f"some of {', '.join(names)}")
-    add("--output", type=Path, default=Path("results/traffic"), metavar="FOLDER", help="default: %(default)s")
+    add(
+        "--libraries",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="LIBRARY",
+        help=f"some of {', '.join(names)}",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path("results/traffic"),
+        metavar="FOLDER",
+        help="default: %(default)s",
+    )
     return parser
 
 
@@ -155,13 +213,23 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
 
 
 def _count(cells: Sequence[Cell], results: list[Result], console: Console) -> None:
-    """Adds the result of each cell that there is. A library that cannot compile one is named, and left out there."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    """Adds the result of each cell that there is. A library that cannot compile one is named, and
+    left out there."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
 
     def on_interrupt() -> None:
         console.print("Stopping as soon as this compilation is done.")
 
-    with Progress(*columns, console=console) as progress, deferred_interrupt(on_interrupt) as check_interrupt:
+    with (
+        Progress(*columns, console=console) as progress,
+        deferred_interrupt(on_interrupt) as check_interrupt,
+    ):
         task = progress.add_task("", total=len(cells))
         for cell in cells:
             progress.update(task, description=f"{cell.library} {cell.method} {cell.shape}")
@@ -170,10 +238,18 @@ def _count(cells: Sequence[Cell], results: list[Result], console: Console) -> No
             except Exception as error:
                 if cell.library == "jaxnorm":
                     raise
-                console.print(f"{' '.join(cell)}: {type(error).__name__}: {str(error).splitlines()[0]}", highlight=False)
+                console.print(
+                    f"{' '.join(cell)}: {type(error).__name__}: {str(error).splitlines()[0]}",
+                    highlight=False,
+                )
                 found = None
             if found:
-                figures = (round(found.moved, 3), round(found.moved_by_branches, 3), found.launches, found.smallest_grid)
+                figures = (
+                    round(found.moved, 3),
+                    round(found.moved_by_branches, 3),
+                    found.launches,
+                    found.smallest_grid,
+                )
                 results.append(Result(*cell, *figures))
             progress.advance(task)
             check_interrupt()
@@ -181,7 +257,9 @@ def _count(cells: Sequence[Cell], results: list[Result], console: Console) -> No
 
 def _write(results: Sequence[Result], folder: Path) -> None:
     rows = [asdict(result) for result in results]
-    (folder / "traffic.json").write_text(json.dumps({"jax": jax.__version__, "results": rows}, indent=1) + "\n")
+    (folder / "traffic.json").write_text(
+        json.dumps({"jax": jax.__version__, "results": rows}, indent=1) + "\n"
+    )
     with (folder / "traffic.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(Result.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
@@ -194,8 +272,11 @@ def _print(results: Sequence[Result], libraries: Sequence[str], console: Console
         return
     table = Table(
         title=f"{PASSES[results[0].what]}, {results[0].dtype}",
-        caption="tensors moved | kernels | thread blocks of the smallest grid that reads a whole tensor, red if fewer than "
-        f"{MULTIPROCESSORS}; +: moved besides where the data ask for it; bold: fewest bytes",
+        caption=(
+            "tensors moved | kernels | thread blocks of the smallest grid that reads a whole"
+            f" tensor, red if fewer than {MULTIPROCESSORS}; +: moved besides where the data ask for"
+            " it; bold: fewest bytes"
+        ),
         box=box.SIMPLE_HEAD,
     )
     table.add_column("", no_wrap=True)
@@ -203,9 +284,15 @@ def _print(results: Sequence[Result], libraries: Sequence[str], console: Console
     for library in libraries:
         table.add_column(library, justify="right")
     for shape, method in dict.fromkeys((result.shape, result.method) for result in results):
-        row = {result.library: result for result in results if (result.shape, result.method) == (shape, method)}
+        row = {
+            result.library: result
+            for result in results
+            if (result.shape, result.method) == (shape, method)
+        }
         fewest = min(result.moved for result in row.values())
-        table.add_row(shape, method, *(_text(row[name], fewest) if name in row else "–" for name in libraries))
+        table.add_row(
+            shape, method, *(_text(row[name], fewest) if name in row else "–" for name in libraries)
+        )
     console.print(table, highlight=False)
 
 

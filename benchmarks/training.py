@@ -1,4 +1,5 @@
-"""Trains one network on all seeds at once, each step spread over simulated devices with statistics of their own."""
+"""Trains one network on all seeds at once, each step spread over simulated devices with statistics
+of their own."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,8 +26,9 @@ WEIGHT_DECAY = 5e-4
 
 
 class State(NamedTuple):
-    """What a step changes. `on_devices` are the variables that each device has for itself, with a leading axis of devices:
-    the collections batch_stats and, of layers whose backward pass has state, _overwrite_with_gradient."""
+    """What a step changes. `on_devices` are the variables that each device has for itself, with a
+    leading axis of devices: the collections batch_stats and, of layers whose backward pass has
+    state, _overwrite_with_gradient."""
 
     params: Any
     on_devices: Any
@@ -53,7 +55,8 @@ def train(
     epochs: int,
     on_epoch: Callable[[int], None],
 ) -> Outcome:
-    """Trains `net` once per seed and evaluates it with its running statistics averaged over the devices.
+    """Trains `net` once per seed and evaluates it with its running statistics averaged over the
+    devices.
 
     Args:
         net: a `ResidualNet`.
@@ -62,14 +65,18 @@ def train(
         devices: number of simulated devices a step is spread over.
         images_per_device: number of images whose statistics are shared.
         epochs: number of passes over the training images; the first warms the learning rate up.
-        on_epoch: called with the number of finished epochs, first with 0, when everything is compiled.
+        on_epoch: called with the number of finished epochs, first with 0, when everything is
+            compiled.
     """
     steps = num_train // (devices * images_per_device)
     splits = [digits.split(seed, num_train) for seed in seeds]
     optimizer = _optimizer(devices * images_per_device, steps, epochs)
 
     def batches(index: int) -> digits.Images:
-        images = _stack(digits.epoch(split.train, seed, index) for split, seed in zip(splits, seeds, strict=True))
+        images = _stack(
+            digits.epoch(split.train, seed, index)
+            for split, seed in zip(splits, seeds, strict=True)
+        )
         leading = (len(seeds), steps, devices, images_per_device)
         return jax.tree.map(lambda part: part.reshape(*leading, *part.shape[2:]), images)
 
@@ -105,25 +112,36 @@ def _held_out(split: digits.Split) -> digits.Images:
     return jax.tree.map(lambda *parts: np.concatenate(parts), split.validation, split.test)
 
 
-def _optimizer(images_per_step: int, steps_per_epoch: int, epochs: int) -> optax.GradientTransformation:
+def _optimizer(
+    images_per_step: int, steps_per_epoch: int, epochs: int
+) -> optax.GradientTransformation:
     rate = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=RATE_PER_IMAGE * images_per_step,
         warmup_steps=steps_per_epoch,
         decay_steps=steps_per_epoch * epochs,
     )
-    return optax.chain(optax.add_decayed_weights(WEIGHT_DECAY, mask=_is_kernel), optax.sgd(rate, momentum=0.9))
+    return optax.chain(
+        optax.add_decayed_weights(WEIGHT_DECAY, mask=_is_kernel), optax.sgd(rate, momentum=0.9)
+    )
 
 
 def _is_kernel(params: Any) -> Any:
     return jax.tree.map(lambda param: param.ndim > 1, params)
 
 
-def _initialize(net: nn.Module, optimizer: optax.GradientTransformation, devices: int, seeds: jax.Array) -> State:
+def _initialize(
+    net: nn.Module, optimizer: optax.GradientTransformation, devices: int, seeds: jax.Array
+) -> State:
     def one(seed: jax.Array) -> State:
         variables = net.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)), train=False)
         params = variables.pop("params")
-        return State(params, jax.tree.map(lambda s: jnp.stack([s] * devices), variables), optimizer.init(params), jnp.array(0))
+        return State(
+            params,
+            jax.tree.map(lambda s: jnp.stack([s] * devices), variables),
+            optimizer.init(params),
+            jnp.array(0),
+        )
 
     # A loop, because random numbers under vmap take three times as long to compile.
     return jax.lax.map(one, seeds)
@@ -136,7 +154,9 @@ def _loss(
 
     def on_device(on_device: Any, taps: Any, images: digits.Images) -> tuple[jax.Array, Any]:
         variables = {"params": params, **on_device, **taps}
-        logits, updates = net.apply(variables, images.pixels, train=True, done=done, mutable=["batch_stats"])
+        logits, updates = net.apply(
+            variables, images.pixels, train=True, done=done, mutable=["batch_stats"]
+        )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, images.labels)
         return losses.mean(), updates
 
@@ -145,11 +165,17 @@ def _loss(
 
 
 def _train_epoch(
-    net: ResidualNet, optimizer: optax.GradientTransformation, steps: int, state: State, batches: digits.Images
+    net: ResidualNet,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    state: State,
+    batches: digits.Images,
 ) -> State:
     def step(state: State, batch: digits.Images) -> tuple[State, None]:
         on_devices = dict(state.on_devices)
-        taps = {name: on_devices.pop(name) for name in (OVERWRITE_WITH_GRADIENT,) if name in on_devices}
+        taps = {
+            name: on_devices.pop(name) for name in (OVERWRITE_WITH_GRADIENT,) if name in on_devices
+        }
         rest = on_devices, batch, net, state.step / steps
         (gradient, taps), new = jax.grad(_loss, (0, 1), has_aux=True)(state.params, taps, *rest)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)

@@ -1,8 +1,9 @@
 """jaxnorm: normalization layers for JAX and Flax from one idea, one number per axis.
 
-Batch, layer, instance, group, ghost batch and batch group normalization standardize x with a mean and a variance that are
-shared inside blocks of its indices. On each axis there is one choice: into how many equal, contiguous groups is it split?
-1 pools the axis, EACH keeps every index apart, k makes k groups. Those numbers are the shape of the statistic:
+Batch, layer, instance, group, ghost batch and batch group normalization standardize x with a mean
+and a variance that are shared inside blocks of its indices. On each axis there is one choice: into
+how many equal, contiguous groups is it split? 1 pools the axis, EACH keeps every index apart, k
+makes k groups. Those numbers are the shape of the statistic:
 
     >>> from jaxnorm import EACH, Groups
     >>> x_shape = (64, 8, 8, 256)                                   # batch | spatial, spatial | channel
@@ -33,12 +34,13 @@ The map, in the order in which the files build on each other:
                                   sync_running(state, axis_name=)                    _running.py
     a row of the table            methods.group_norm(32), ...                        methods.py
 
-Methods with a rule between `moments` and `normalize`, each in a file of its name. What they remember is a dict of arrays;
-`f(x, state, train=)` returns y and the next state:
+Methods with a rule between `moments` and `normalize`, each in a file of its name. What they
+remember is a dict of arrays; `f(x, state, train=)` returns y and the next state:
 
     towards running statistics    renorm.batch_renorm, momentum.momentum_batch_norm
     over several batches          memorized.memorized_batch_norm, memorized.double_forward,
-                                  cross_iteration.cross_iteration_norm, moving_average.moving_average_norm
+                                  cross_iteration.cross_iteration_norm,
+                                  moving_average.moving_average_norm
     a mixture of statistics       switchable.switchable_norm, group_plus.group_norm_plus
     of several domains            domains.domain_batch_norm, domains.domain_distance, domains.domain_ensemble
     any number of groups          batch_group.batch_group_norm
@@ -54,13 +56,14 @@ At test time, and around:
     layers                        linen.Norm(method), nnx.Norm(features, method), and one named after each method: linen/, nnx/
     whole models                  population_statistics and fold_norms in linen and nnx
 
-`jaxnorm.linen`, `jaxnorm.nnx` and `jaxnorm.optim` are imported by name: all other functions need jax alone. Inside,
-`_mean_var.py` and the pass in `_normalize.py` are the two full-size computations with their derivatives, `_xla.py` is what
-differs by platform, and `_between.py` the frame of the methods with a rule.
+`jaxnorm.linen`, `jaxnorm.nnx` and `jaxnorm.optim` are imported by name: all other functions need
+jax alone. Inside, `_mean_var.py` and the pass in `_normalize.py` are the two full-size computations
+with their derivatives, `_xla.py` is what differs by platform, and `_between.py` the frame of the
+methods with a rule.
 
-Letters: N examples, H x W positions, C channels, G groups of channels; S a set of elements that share statistics; gamma is
-`scale`, beta `bias`. Two conventions to remember: `momentum` is the weight of the OLD value, and variances are biased,
-divided by n.
+Letters: N examples, H x W positions, C channels, G groups of channels; S a set of elements that
+share statistics; gamma is `scale`, beta `bias`. Two conventions to remember: `momentum` is the
+weight of the OLD value, and variances are biased, divided by n.
 """
 
 from jaxnorm import batch_group as batch_group

@@ -1,7 +1,9 @@
-"""What stands between `moments` and `normalize`: the frame of every method that is more than a row of the table.
+"""What stands between `moments` and `normalize`: the frame of every method that is more than a row
+of the table.
 
-Such a method is a rule: from the moments of x, and what it remembers, to the moments to normalize with, and what it remembers
-next. The rule is ordinary JAX on small arrays, so its gradient is too, and schedules enter as numbers or traced scalars.
+Such a method is a rule: from the moments of x, and what it remembers, to the moments to normalize
+with, and what it remembers next. The rule is ordinary JAX on small arrays, so its gradient is too,
+and schedules enter as numbers or traced scalars.
 
 State is a dict of arrays of fixed shapes, float32, with the channels last.
 """
@@ -42,12 +44,21 @@ def real(x: ArrayLike, method: str) -> jax.Array:
     """x as a real floating array."""
     x = inexact(x)
     if jnp.iscomplexobj(x):
-        raise TypeError(f"{method} is defined for real x. Got {x.dtype}, shape {x.shape}; norm takes complex x.")
+        raise TypeError(
+            f"{method} is defined for real x. Got {x.dtype}, shape {x.shape}; norm takes complex x."
+        )
     return x
 
 
-def measured(x: jax.Array, groups: Specification, *, center: jax.Array | None = None, **options: Unpack[Options]) -> Moments:
-    """`moments` of x, with the options that concern them; over devices about `center`, which spares a round of sums."""
+def measured(
+    x: jax.Array,
+    groups: Specification,
+    *,
+    center: jax.Array | None = None,
+    **options: Unpack[Options],
+) -> Moments:
+    """`moments` of x, with the options that concern them; over devices about `center`, which spares
+    a round of sums."""
     center = None if options.get("axis_name") is None else center
     names = ("weights", "axis_name", "axis_index_groups", "batch_axis", "channel_axis")
     return moments(x, groups, center=center, **named(options, *names))
@@ -60,7 +71,9 @@ def alone(options: Options) -> Options:
 
 def pooled(m: Moments, groups: Specification, **options: Unpack[Options]) -> Moments:
     """`pool` of m, with the options that concern it."""
-    return pool(m, groups, **named(options, "axis_name", "axis_index_groups", "batch_axis", "channel_axis"))
+    return pool(
+        m, groups, **named(options, "axis_name", "axis_index_groups", "batch_axis", "channel_axis")
+    )
 
 
 def applied(x: jax.Array, m: Moments, epsilon: float, **options: Unpack[Options]) -> jax.Array:
@@ -73,7 +86,8 @@ def named(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """The options of these names that are given."""
     if unknown := sorted(set(options) - set(Options.__annotations__)):
         raise TypeError(
-            f"unexpected keyword argument {', '.join(unknown)}. Expected some of {', '.join(Options.__annotations__)}."
+            f"unexpected keyword argument {', '.join(unknown)}. Expected some of"
+            f" {', '.join(Options.__annotations__)}."
         )
     return {name: options[name] for name in names if name in options}
 
@@ -83,8 +97,9 @@ def along_channels(t: ArrayLike, x: jax.Array, channel_axis: int = -1) -> jax.Ar
     t, channel = jnp.asarray(t), single_axis(channel_axis, x.shape)
     if t.shape[-1] != x.shape[channel]:
         raise ValueError(
-            f"state of shape {t.shape} has {t.shape[-1]} channels, x of shape {x.shape} has {x.shape[channel]}. Expected as "
-            "many; state belongs to the number of channels with which it was made."
+            f"state of shape {t.shape} has {t.shape[-1]} channels, x of shape {x.shape} has"
+            f" {x.shape[channel]}. Expected as many; state belongs to the number of channels with"
+            " which it was made."
         )
     sizes = [n if i == channel else 1 for i, n in enumerate(x.shape)]
     return t.reshape(*t.shape[:-1], *sizes).astype(statistic_dtype(x.dtype))
@@ -98,21 +113,24 @@ def recalled(state: State, x: jax.Array, channel_axis: int = -1, prefix: str = "
 
 @in_explicit_meshes
 def remembered(old: jax.Array, new: jax.Array, keep: ArrayLike = True) -> jax.Array:
-    """`new` in the shape and dtype of the state `old`, without a derivative; `old` where `keep` is false."""
+    """`new` in the shape and dtype of the state `old`, without a derivative; `old` where `keep` is
+    false."""
     new = jax.lax.stop_gradient(new).astype(old.dtype)
     return jnp.where(jnp.asarray(keep), new, old.reshape(new.shape)).reshape(old.shape)
 
 
 @in_explicit_meshes
-def averaged(old: jax.Array, new: jax.Array, momentum: ArrayLike, keep: ArrayLike = True) -> jax.Array:
+def averaged(
+    old: jax.Array, new: jax.Array, momentum: ArrayLike, keep: ArrayLike = True
+) -> jax.Array:
     """momentum old + (1 - momentum) new, in the shape and dtype of the state `old`."""
     wide = old.reshape(new.shape).astype(new.dtype)
     return remembered(old, wide + (1 - jnp.asarray(momentum, new.dtype)) * (new - wide), keep)
 
 
 def updated(state: State, m: Moments, momentum: ArrayLike, correction: int = 0) -> State:
-    """State of `mean`, `var` and perhaps `count` after a batch with moments m, of as many sets: `update_running`, without a
-    derivative."""
+    """State of `mean`, `var` and perhaps `count` after a batch with moments m, of as many sets:
+    `update_running`, without a derivative."""
     m = jax.tree.map(lambda t: t.reshape(state["mean"].shape), m)
     old = Moments(state.get("count"), state["mean"], state["var"])  # pyright: ignore[reportArgumentType]  # None is no count
     new = jax.lax.stop_gradient(update_running(old, m, momentum=momentum, correction=correction))
@@ -128,11 +146,15 @@ def output_dtype(x: jax.Array, options: Options) -> DTypeLike:
 def parameter(t: ArrayLike, name: str, x: jax.Array, options: Options) -> jax.Array:
     """A parameter of shape (C,), or (N, C), in the shape and dtype in which it meets x."""
     channel_axis = options.get("channel_axis", -1)
-    out = placed(t, name, x, options.get("batch_axis", 0), axes_of(channel_axis, x.shape), channel_axis)
+    out = placed(
+        t, name, x, options.get("batch_axis", 0), axes_of(channel_axis, x.shape), channel_axis
+    )
     assert out is not None
     return varying_like(out, x)
 
 
 def seen(x: jax.Array, weights: ArrayLike | None) -> jax.Array:
     """x, and 0 where it is not finite under a zero weight."""
-    return x if weights is None else jnp.where(counts(as_weights(weights, x)) | jnp.isfinite(x), x, 0)
+    return (
+        x if weights is None else jnp.where(counts(as_weights(weights, x)) | jnp.isfinite(x), x, 0)
+    )

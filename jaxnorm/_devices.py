@@ -1,7 +1,9 @@
-"""Several devices: what `axis_name` and `axis_index_groups` mean, and meshes whose axes are explicit.
+"""Several devices: what `axis_name` and `axis_index_groups` mean, and meshes whose axes are
+explicit.
 
-Inside `pmap`, `shard_map` and `vmap(axis_name=...)` an array is one device's part, and a sum over a set of statistics goes
-on over the named axis. Under plain `jit` with sharded arrays there is no named axis: the ordinary sum is already global.
+Inside `pmap`, `shard_map` and `vmap(axis_name=...)` an array is one device's part, and a sum over a
+set of statistics goes on over the named axis. Under plain `jit` with sharded arrays there is no
+named axis: the ordinary sum is already global.
 """
 
 import functools
@@ -24,14 +26,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def names_of(axis_name: AxisName) -> tuple[Hashable, ...]:
     """The named axes, as a tuple."""
-    return () if axis_name is None else tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    return (
+        ()
+        if axis_name is None
+        else tuple(axis_name)
+        if isinstance(axis_name, tuple | list)
+        else (axis_name,)
+    )
 
 
-def device_groups_of(axis_name: AxisName, groups: DeviceGroups) -> tuple[tuple[int, ...], ...] | None:
+def device_groups_of(
+    axis_name: AxisName, groups: DeviceGroups
+) -> tuple[tuple[int, ...], ...] | None:
     """`groups` as a hashable, or the reason why they are none.
 
-    JAX takes groups of unequal size and divides by the size of the first, and fails inside XLA on groups that do not
-    cover the axis; both are refused here.
+    JAX takes groups of unequal size and divides by the size of the first, and fails inside XLA on
+    groups that do not cover the axis; both are refused here.
     """
     names = names_of(axis_name)
     for name in names:
@@ -39,25 +49,30 @@ def device_groups_of(axis_name: AxisName, groups: DeviceGroups) -> tuple[tuple[i
             lax.axis_size(name)
         except NameError as error:
             raise NameError(
-                f"unbound axis name: {name!r}. axis_name names an axis of pmap, shard_map or vmap that encloses the call. "
-                "Under plain jit leave it out: sums over sharded arrays are global already."
+                f"unbound axis name: {name!r}. axis_name names an axis of pmap, shard_map or vmap"
+                " that encloses the call. Under plain jit leave it out: sums over sharded arrays"
+                " are global already."
             ) from error
     if groups is None:
         return None
     if len(names) != 1:
-        raise ValueError(f"axis_index_groups needs one named axis. Got axis_name={axis_name!r}; expected a single name.")
+        raise ValueError(
+            f"axis_index_groups needs one named axis. Got axis_name={axis_name!r}; expected a"
+            " single name."
+        )
     try:
         groups = tuple(tuple(operator.index(i) for i in group) for group in groups)
     except TypeError as error:
         raise TypeError(
-            f"axis_index_groups is a list of lists of device indices. Got {groups!r}; expected for example [[0, 1], [2, 3]]."
+            f"axis_index_groups is a list of lists of device indices. Got {groups!r}; expected for"
+            " example [[0, 1], [2, 3]]."
         ) from error
     size = lax.axis_size(names[0])
     if len({len(group) for group in groups}) != 1 or sorted(sum(groups, ())) != list(range(size)):
         raise ValueError(
-            f"axis_index_groups must be groups of equal size that name every index of the axis once. Got "
-            f"{[list(group) for group in groups]} for axis {names[0]!r} of size {size}; expected each of 0 to {size - 1} "
-            "in exactly one group, and as many indices in each."
+            "axis_index_groups must be groups of equal size that name every index of the axis"
+            f" once. Got {[list(group) for group in groups]} for axis {names[0]!r} of size {size};"
+            f" expected each of 0 to {size - 1} in exactly one group, and as many indices in each."
         )
     return groups
 
@@ -78,8 +93,8 @@ def all_sum(tree: Any, axis_name: AxisName, groups: tuple[tuple[int, ...], ...] 
         return tree
     if groups is None:
         return lax.psum(tree, axis_name)
-    # JAX has no psum over groups under vmap nor under shard_map's check_vma=True. One sum with a row for each group
-    # works in every context and differs only in volume.
+    # JAX has no psum over groups under vmap nor under shard_map's check_vma=True. One sum with a
+    # row for each group works in every context and differs only in volume.
     index = lax.axis_index(names_of(axis_name)[0])
     group_of = [0] * sum(map(len, groups))
     for g, members in enumerate(groups):
@@ -97,8 +112,9 @@ def all_sum(tree: Any, axis_name: AxisName, groups: tuple[tuple[int, ...], ...] 
 def same_on_all_devices(axis_name: AxisName, groups: tuple[tuple[int, ...], ...] | None) -> bool:
     """Whether a value summed over `axis_name` is equal on every device that runs this program.
 
-    A collective may stand inside a `lax.cond` only if all devices take the same branch; a program that waits for a device
-    which took the other one hangs. A sum over some of the mesh's axes, or within groups, differs between the rest.
+    A collective may stand inside a `lax.cond` only if all devices take the same branch; a program
+    that waits for a device which took the other one hangs. A sum over some of the mesh's axes, or
+    within groups, differs between the rest.
     """
     if groups is not None:
         return False
@@ -113,20 +129,24 @@ def varying(t: jax.Array) -> frozenset[Hashable]:
 def varying_like(t: jax.Array, x: jax.Array) -> jax.Array:
     """t, marked as differing between the devices over which x differs.
 
-    Under shard_map's check_vma=True a statistic that is equal on all devices would be marked where it meets x, at full size,
-    and the sum over devices of its cotangent, too, would then be taken at full size.
+    Under shard_map's check_vma=True a statistic that is equal on all devices would be marked where
+    it meets x, at full size, and the sum over devices of its cotangent, too, would then be taken at
+    full size.
     """
     missing = tuple(sorted(varying(x) - varying(t), key=str))
     return lax.pcast(t, missing, to="varying") if missing else t
 
 
-def device_groups(num_devices: int, *, size: int, strided: bool = False) -> tuple[tuple[int, ...], ...]:
+def device_groups(
+    num_devices: int, *, size: int, strided: bool = False
+) -> tuple[tuple[int, ...], ...]:
     """Groups of devices for `axis_index_groups`: each index of a named axis in one group of `size`.
 
     Args:
         num_devices: size of the named axis.
         size: devices in a group, a divisor of it.
-        strided: False puts neighbours together; True takes every (num_devices / size)-th, which are far apart.
+        strided: False puts neighbours together; True takes every (num_devices / size)-th, which are
+            far apart.
 
     Returns:
         The groups, a tuple of tuples of indices.
@@ -143,20 +163,24 @@ def device_groups(num_devices: int, *, size: int, strided: bool = False) -> tupl
     num_devices, size = operator.index(num_devices), operator.index(size)
     if size < 1 or num_devices < 1 or num_devices % size:
         raise ValueError(
-            f"{num_devices} devices do not split into groups of {size}. Expected a divisor of the number of devices: "
-            f"{[d for d in range(1, num_devices + 1) if num_devices % d == 0]}."
+            f"{num_devices} devices do not split into groups of {size}. Expected a divisor of the"
+            f" number of devices: {[d for d in range(1, num_devices + 1) if num_devices % d == 0]}."
         )
     count = num_devices // size
-    starts = [range(i, num_devices, count) if strided else range(i * size, (i + 1) * size) for i in range(count)]
+    starts = [
+        range(i, num_devices, count) if strided else range(i * size, (i + 1) * size)
+        for i in range(count)
+    ]
     return tuple(tuple(group) for group in starts)
 
 
 def in_explicit_meshes(f: F) -> F:
     """f, also for arrays on a mesh with axes of type Explicit, as `jax.make_mesh` makes them.
 
-    There JAX asks how the result of a reshape is sharded, and for groups that span shards no PartitionSpec says it. So f
-    runs with these axes as Auto ones, and what it returns is typed afterwards: see `_spec`. Elsewhere f is called as it is.
-    Its arguments are arrays, pytrees of them and hashable options; the first array's sharding is the one that results take.
+    There JAX asks how the result of a reshape is sharded, and for groups that span shards no
+    PartitionSpec says it. So f runs with these axes as Auto ones, and what it returns is typed
+    afterwards: see `_spec`. Elsewhere f is called as it is. Its arguments are arrays, pytrees of
+    them and hashable options; the first array's sharding is the one that results take.
     """
     implementation = _in_auto_mode
 
@@ -179,11 +203,14 @@ def _in_auto_mode(f: Callable[..., Any], args: tuple[Any, ...], options: dict[st
     with jax.sharding.use_abstract_mesh(mesh):
         if options.get("activation") is None:
             return _compiled(f, tree, rest, arrays)
-        # compiled for this call only: what an activation closes over may be another value, or tracer, next time
+        # compiled for this call only: what an activation closes over may be another value, or
+        # tracer, next time
         return jax.jit(lambda arrays: _run_in_auto_mode(f, tree, rest, arrays))(arrays)
 
 
-def _run_in_auto_mode(f: Callable[..., Any], tree: Any, rest: tuple[Any, ...], arrays: list[Any]) -> Any:
+def _run_in_auto_mode(
+    f: Callable[..., Any], tree: Any, rest: tuple[Any, ...], arrays: list[Any]
+) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     first = jax.typeof(next(t for t in arrays if t is not None))
     auto = mesh.update_axis_types(dict.fromkeys(_explicit_axes(mesh), AxisType.Auto))
@@ -201,7 +228,9 @@ def _run_in_auto_mode(f: Callable[..., Any], tree: Any, rest: tuple[Any, ...], a
             return enter(lambda y: y, activation(typed(y)))
 
     def run(*arrays: Any) -> Any:
-        args, options = jax.tree.unflatten(tree, [t if a is None else a for a, t in zip(arrays, rest, strict=True)])
+        args, options = jax.tree.unflatten(
+            tree, [t if a is None else a for a, t in zip(arrays, rest, strict=True)]
+        )
         if (activation := options.get("activation")) is not None:
             options["activation"] = functools.partial(leave, activation)
         return f(*args, **options)
@@ -214,11 +243,16 @@ _compiled = jax.jit(_run_in_auto_mode, static_argnums=(0, 1, 2))
 
 
 def _explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:
-    return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
+    return tuple(
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    )
 
 
 def _spec(shape: tuple[int, ...], x: Any) -> PartitionSpec:
-    """The sharding of a statistic of x, or of y: x's on every axis whose groups are whole on each device, else replicated."""
+    """The sharding of a statistic of x, or of y: x's on every axis whose groups are whole on each
+    device, else replicated."""
     if len(shape) != x.ndim:
         return PartitionSpec()
     entries: list[Any] = []

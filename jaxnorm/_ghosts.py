@@ -7,9 +7,9 @@ With k ghosts of moments s_i, in order, and momentum d:
     "sequential"          one update a ghost: state <- d^k state + sum_i (1 - d) d^(k - 1 - i) s_i, i = 0 to k - 1
     "sequential divided"  the same with the rate 1 - d divided by k
 
-Pooled statistics are batch normalization's whatever the ghost size. The variances of the others are smaller by the variance
-of the ghosts' means; sequential ones forget k times as fast, which the divided rate undoes but for terms of order (1 - d)^2.
-Who uses which stands at `update_running`.
+Pooled statistics are batch normalization's whatever the ghost size. The variances of the others are
+smaller by the variance of the ghosts' means; sequential ones forget k times as fast, which the
+divided rate undoes but for terms of order (1 - d)^2. Who uses which stands at `update_running`.
 """
 
 from collections.abc import Callable
@@ -46,15 +46,21 @@ WEIGHTS: dict[str, Callable[[jax.Array, int, jax.Array], Weights]] = {
     "sequential": _sequential,
     "sequential divided": _sequential_divided,
 }
-"""Weights of the ghosts, adding up to 1, and the weight of the old state. `valid` is 1 for ghosts that count, else 0."""
+"""Weights of the ghosts, adding up to 1, and the weight of the old state. `valid` is 1 for ghosts
+that count, else 0."""
 
 
 def check_ghost_update(convention: str) -> None:
     if convention not in get_args(GhostUpdate):
-        raise ValueError(f"ghost_update={convention!r} is no convention. Expected one of {get_args(GhostUpdate)}.")
+        raise ValueError(
+            f"ghost_update={convention!r} is no convention. Expected one of"
+            f" {get_args(GhostUpdate)}."
+        )
 
 
-def one_update(m: Moments, usable: jax.Array, axis: int, momentum: jax.Array, convention: str) -> tuple[Moments, jax.Array]:
+def one_update(
+    m: Moments, usable: jax.Array, axis: int, momentum: jax.Array, convention: str
+) -> tuple[Moments, jax.Array]:
     """The ghosts along an axis as one batch: its moments, and the momentum with which it enters."""
     weights, momentum = WEIGHTS[convention](usable.astype(momentum.dtype), axis, momentum)
 

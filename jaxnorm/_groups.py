@@ -1,8 +1,9 @@
 """How axes are split: one number per axis.
 
-Elements of x that fall into the same block share a mean and a variance. The blocks are a product over axes, so a method
-is one number per axis: into how many equal, contiguous groups the axis is split. 1 pools the axis, EACH keeps every
-index apart, k makes k groups. Multiplied out for a given x, the numbers are the shape of the statistic.
+Elements of x that fall into the same block share a mean and a variance. The blocks are a product
+over axes, so a method is one number per axis: into how many equal, contiguous groups the axis is
+split. 1 pools the axis, EACH keeps every index apart, k makes k groups. Multiplied out for a given
+x, the numbers are the shape of the statistic.
 """
 
 import dataclasses
@@ -34,8 +35,15 @@ class Size:
     n: int
 
     def __post_init__(self):
-        if not isinstance(self.n, SupportsIndex) or isinstance(self.n, bool) or self.n.__index__() < 1:
-            raise ValueError(f"Size(n) is a number of elements. Got {self.n!r}; expected an integer of at least 1.")
+        if (
+            not isinstance(self.n, SupportsIndex)
+            or isinstance(self.n, bool)
+            or self.n.__index__() < 1
+        ):
+            raise ValueError(
+                f"Size(n) is a number of elements. Got {self.n!r}; expected an integer of at"
+                " least 1."
+            )
         object.__setattr__(self, "n", self.n.__index__())
 
 
@@ -68,12 +76,20 @@ class Groups:
     channel: Split = EACH
 
     def __post_init__(self):
-        spatial = tuple(_split("spatial", s) for s in self.spatial) if isinstance(self.spatial, tuple | list) else None
-        object.__setattr__(self, "spatial", _split("spatial", self.spatial) if spatial is None else spatial)
+        spatial = (
+            tuple(_split("spatial", s) for s in self.spatial)
+            if isinstance(self.spatial, tuple | list)
+            else None
+        )
+        object.__setattr__(
+            self, "spatial", _split("spatial", self.spatial) if spatial is None else spatial
+        )
         for kind in ("batch", "channel"):
             object.__setattr__(self, kind, _split(kind, getattr(self, kind)))
 
-    def shape(self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1) -> Shape:
+    def shape(
+        self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1
+    ) -> Shape:
         """The shape of the statistic for an x of shape `x_shape`.
 
         Args:
@@ -92,18 +108,22 @@ class Groups:
             (1, 1, 1, 32)
         """
         x_shape = tuple(x_shape)
-        batch_axis, channel_axis = single_axis(batch_axis, x_shape), single_axis(channel_axis, x_shape)
+        batch_axis, channel_axis = (
+            single_axis(batch_axis, x_shape),
+            single_axis(channel_axis, x_shape),
+        )
         if batch_axis == channel_axis:
             raise ValueError(
-                f"batch_axis and channel_axis are both axis {batch_axis} of x, which has shape {x_shape}. "
-                "Expected two different axes; x needs a rank of 2 or more."
+                f"batch_axis and channel_axis are both axis {batch_axis} of x, which has shape"
+                f" {x_shape}. Expected two different axes; x needs a rank of 2 or more."
             )
         places = [i for i in range(len(x_shape)) if i not in (batch_axis, channel_axis)]
         spatial = self.spatial if isinstance(self.spatial, tuple) else (self.spatial,) * len(places)
         if len(spatial) != len(places):
             raise ValueError(
-                f"spatial={self.spatial} names {len(spatial)} spatial axes. Got x of shape {x_shape}, which has "
-                f"{len(places)}; expected one value for each, or a single value for all."
+                f"spatial={self.spatial} names {len(spatial)} spatial axes. Got x of shape"
+                f" {x_shape}, which has {len(places)}; expected one value for each, or a single"
+                " value for all."
             )
         kinds = {batch_axis: ("batch", self.batch), channel_axis: ("channel", self.channel)}
         kinds |= {axis: ("spatial", split) for axis, split in zip(places, spatial, strict=True)}
@@ -114,11 +134,15 @@ def _split(kind: str, split: object) -> Split:
     """A number of groups, EACH or Size, once checked."""
     if isinstance(split, Size):
         return split
-    if isinstance(split, SupportsIndex) and not isinstance(split, bool) and (split.__index__() > 0 or split == EACH):
+    if (
+        isinstance(split, SupportsIndex)
+        and not isinstance(split, bool)
+        and (split.__index__() > 0 or split == EACH)
+    ):
         return split.__index__()
     raise ValueError(
-        f"Groups({kind}={split!r}): expected a positive number of groups, EACH (one group for every index) or Size(n) "
-        "(groups of n elements)."
+        f"Groups({kind}={split!r}): expected a positive number of groups, EACH (one group for every"
+        " index) or Size(n) (groups of n elements)."
     )
 
 
@@ -135,16 +159,22 @@ def _count(kind: str, split: Split, axis: int, x_shape: Shape) -> int:
     message = f"{kind} axis {name} of x has size {n}, which does not split into {what}. "
     if kind == "batch":
         message += (
-            f"Got x of shape {x_shape}. If this is the short last batch of an epoch, drop it, or pad it to "
-            f"{-(-n // k) * k} and give the padding weights=0."
+            f"Got x of shape {x_shape}. If this is the short last batch of an epoch, drop it, or"
+            f" pad it to {-(-n // k) * k} and give the padding weights=0."
         )
     else:
         divisors = [str(d) for d in range(1, n + 1) if n % d == 0]
         if len(divisors) > 12:
             divisors = divisors[:11] + ["..", divisors[-1]]
-        message += f"Got x of shape {x_shape} and {kind}={split}; expected a divisor of {n}: {', '.join(divisors)}."
+        message += (
+            f"Got x of shape {x_shape} and {kind}={split}; expected a divisor of {n}:"
+            f" {', '.join(divisors)}."
+        )
         if kind == "channel" and k > n:
-            message += " For batch group norm with more groups than channels pass x_shape to batch_group_norm."
+            message += (
+                " For batch group norm with more groups than channels pass x_shape to"
+                " batch_group_norm."
+            )
     raise ValueError(message)
 
 
@@ -154,7 +184,8 @@ class Method:
 
     Args:
         groups: the split of each axis.
-        mean: None standardizes with the mean of the set; 0 fixes the mean at zero (root mean square).
+        mean: None standardizes with the mean of the set; 0 fixes the mean at zero (root mean
+            square).
 
     Raises:
         ValueError: `mean` is neither None nor 0.
@@ -169,10 +200,15 @@ class Method:
 
     def __post_init__(self):
         if not isinstance(self.groups, Groups):
-            raise TypeError(f"Method(groups) takes a Groups. Got {self.groups!r}; expected Groups(batch, spatial, channel).")
+            raise TypeError(
+                f"Method(groups) takes a Groups. Got {self.groups!r}; expected Groups(batch,"
+                " spatial, channel)."
+            )
         check_mean(self.mean)
 
-    def shape(self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1) -> Shape:
+    def shape(
+        self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1
+    ) -> Shape:
         """The shape of the statistic: `Groups.shape`."""
         return self.groups.shape(x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
 
@@ -187,10 +223,13 @@ Specification = Groups | Method | Sequence[int]
 
 def check_mean(mean: object) -> None:
     """A fixed mean is 0 or there is none."""
-    if mean is not None and (isinstance(mean, bool) or not isinstance(mean, int | float) or mean != 0):
+    if mean is not None and (
+        isinstance(mean, bool) or not isinstance(mean, int | float) or mean != 0
+    ):
         raise ValueError(
-            f"mean is None (the mean of each set) or 0 (root mean square). Got {mean!r}. To compute sums about a value "
-            "near the mean, which changes only the rounding, pass it as center."
+            f"mean is None (the mean of each set) or 0 (root mean square). Got {mean!r}. To compute"
+            " sums about a value near the mean, which changes only the rounding, pass it as"
+            " center."
         )
 
 
@@ -200,7 +239,11 @@ def single_axis(axis: SupportsIndex, shape: Sequence[int]) -> int:
     if index is None or not -len(shape) <= index < len(shape):
         raise ValueError(
             f"axis {axis!r} is not an axis of x. Got x of shape {tuple(shape)}; expected "
-            + (f"an integer from {-len(shape)} to {len(shape) - 1}." if shape else "x to have axes.")
+            + (
+                f"an integer from {-len(shape)} to {len(shape) - 1}."
+                if shape
+                else "x to have axes."
+            )
         )
     return index % len(shape)
 
@@ -221,17 +264,21 @@ def resolve(
         axes = axes_of(channel_axis, x_shape)
         if len(axes) != 1:
             raise ValueError(
-                f"Groups has one number for the channels, but channel_axis={channel_axis} names {len(axes)} axes. "
-                "Pass one channel axis, or the statistic's shape as a tuple."
+                f"Groups has one number for the channels, but channel_axis={channel_axis} names"
+                f" {len(axes)} axes. Pass one channel axis, or the statistic's shape as a tuple."
             )
         return groups.shape(x_shape, batch_axis=batch_axis, channel_axis=axes[0]), None
     if not isinstance(groups, Sequence) or isinstance(groups, str):
         raise TypeError(
-            f"groups is a Groups, a Method or the statistic's shape. Got {groups!r}; expected for example "
-            "Groups(batch=EACH, spatial=1, channel=32), methods.group_norm(32) or (64, 1, 1, 32)."
+            f"groups is a Groups, a Method or the statistic's shape. Got {groups!r}; expected for"
+            " example Groups(batch=EACH, spatial=1, channel=32), methods.group_norm(32) or (64, 1,"
+            " 1, 32)."
         )
     if not all(isinstance(g, SupportsIndex) for g in groups):
-        raise TypeError(f"a statistic's shape is made of integers. Got {tuple(groups)}; expected for example (64, 1, 1, 32).")
+        raise TypeError(
+            f"a statistic's shape is made of integers. Got {tuple(groups)}; expected for example"
+            " (64, 1, 1, 32)."
+        )
     shape = tuple(groups)
     check_divides(shape, x_shape, "groups")
     return shape, None
@@ -239,11 +286,14 @@ def resolve(
 
 def check_divides(shape: Shape, x_shape: Shape, what: str) -> None:
     """A statistic fits x when it has x's rank and each of its sizes divides x's."""
-    fits = len(shape) == len(x_shape) and all(g == n or (g > 0 and n % g == 0) for g, n in zip(shape, x_shape, strict=True))
+    fits = len(shape) == len(x_shape) and all(
+        g == n or (g > 0 and n % g == 0) for g, n in zip(shape, x_shape, strict=True)
+    )
     if not fits:
         raise ValueError(
-            f"{what} of shape {shape} does not fit x of shape {x_shape}. Expected the same rank, with each size a divisor "
-            "of x's: 1 where the axis is pooled, x's own size where every index is apart."
+            f"{what} of shape {shape} does not fit x of shape {x_shape}. Expected the same rank,"
+            " with each size a divisor of x's: 1 where the axis is pooled, x's own size where"
+            " every index is apart."
         )
 
 
@@ -253,7 +303,8 @@ def elements(shape: Shape, groups: Shape) -> int:
 
 
 def _cut(shape: Shape, groups: Shape) -> tuple[list[int], Shape]:
-    """`shape` with every axis that is split written as (groups, rest), and the axes of the rests."""
+    """`shape` with every axis that is split written as (groups, rest), and the axes of the
+    rests."""
     dims: list[int] = []
     rests = []
     for n, g in zip(shape, groups, strict=True):
@@ -272,7 +323,8 @@ def block_sum(t: jax.Array, groups: Shape) -> jax.Array:
 
 
 def spread(v: jax.Array, shape: Shape) -> jax.Array:
-    """Each group's value repeated for its indices; axes of size 1 stay and broadcast against `shape`."""
+    """Each group's value repeated for its indices; axes of size 1 stay and broadcast against
+    `shape`."""
     shape = tuple(g if g == 1 else n for n, g in zip(shape, v.shape, strict=True))
     if v.shape == shape:
         return v
@@ -282,10 +334,12 @@ def spread(v: jax.Array, shape: Shape) -> jax.Array:
 
 
 def channel_resolution(shape: Shape, groups: Shape, channel_axes: Shape) -> Shape:
-    """Shape of the first, full-size sums: `groups` with the channels, and every axis that is split, whole.
+    """Shape of the first, full-size sums: `groups` with the channels, and every axis that is split,
+    whole.
 
-    Splitting an axis at full size makes two of it, which XLA reduces several times slower; summing the indices of a group
-    afterwards costs nothing. Where these axes are all that is summed there is one stage.
+    Splitting an axis at full size makes two of it, which XLA reduces several times slower; summing
+    the indices of a group afterwards costs nothing. Where these axes are all that is summed there
+    is one stage.
     """
     sizes = enumerate(zip(shape, groups, strict=True))
     whole = tuple(n if i in channel_axes or g != 1 else 1 for i, (n, g) in sizes)

@@ -1,4 +1,5 @@
-"""What the linen and the nnx layers share: Flax's fields in the core's terms, and one step of a layer with state.
+"""What the linen and the nnx layers share: Flax's fields in the core's terms, and one step of a
+layer with state.
 
 A layer holds parameters and running statistics; everything it computes is one call of `apply`.
 """
@@ -32,8 +33,9 @@ Activation = Callable[[jax.Array], jax.Array]
 class CallOptions(TypedDict, total=False):
     """What every layer takes at the call, as `Norm` does.
 
-    `mask` broadcasts against x and says what counts, or how much; `scale` and `bias` stand in for the layer's own, also one
-    for each example; `activation` is applied to the output and recomputed in the backward pass.
+    `mask` broadcasts against x and says what counts, or how much; `scale` and `bias` stand in for
+    the layer's own, also one for each example; `activation` is applied to the output and recomputed
+    in the backward pass.
     """
 
     mask: ArrayLike | None
@@ -49,7 +51,12 @@ class StateOptions(CallOptions, total=False):
 
 
 def run(
-    function: Callable[..., Any], x: jax.Array, state: State, use: bool, update: bool, options: dict[str, Any]
+    function: Callable[..., Any],
+    x: jax.Array,
+    state: State,
+    use: bool,
+    update: bool,
+    options: dict[str, Any],
 ) -> tuple[jax.Array, State]:
     """One call of a method with state: y, and the new state where it is to be updated."""
     y, new = function(x, state, train=not use, **options)
@@ -58,7 +65,9 @@ def run(
     return y, new if update else state
 
 
-def with_batch(function: Callable[..., Any], state: State, x: jax.Array, **options: Any) -> jax.Array:
+def with_batch(
+    function: Callable[..., Any], state: State, x: jax.Array, **options: Any
+) -> jax.Array:
     """A method with state as one without: always with the batch's statistics."""
     return function(x, state, train=True, **options)[0]
 
@@ -71,17 +80,19 @@ def is_plain(layer: Any) -> bool:
 
 
 def is_constant(x: jax.Array, axis: Axes, use: bool | None, options: Mapping[str, Any]) -> bool:
-    """Whether a norm with running statistics, called so, does the same to every element of a channel, the last axis."""
+    """Whether a norm with running statistics, called so, does the same to every element of a
+    channel, the last axis."""
     given = {name for name, value in options.items() if value is not None and value is not False}
     return bool(use) and given <= {"activation"} and axes_of(axis, x.shape) == (x.ndim - 1,)
 
 
 def check_call(options: Mapping[str, Any]) -> None:
-    """A layer whose method is a function takes these names at the call; its own arguments are not among them."""
+    """A layer whose method is a function takes these names at the call; its own arguments are not
+    among them."""
     if unknown := sorted(set(options) - set(StateOptions.__annotations__)):
         raise TypeError(
-            f"unexpected keyword argument {', '.join(unknown)} at the call of a layer. Expected the layer's own or some of "
-            f"{', '.join(StateOptions.__annotations__)}."
+            f"unexpected keyword argument {', '.join(unknown)} at the call of a layer. Expected the"
+            f" layer's own or some of {', '.join(StateOptions.__annotations__)}."
         )
 
 
@@ -89,39 +100,47 @@ def needs_running(example_weight: ArrayLike | None) -> None:
     """A layer without running statistics has nothing to weigh an example against."""
     if example_weight is not None:
         raise ValueError(
-            f"example_weight={example_weight} weighs an example against running statistics, and this layer keeps none. "
-            "Expected a method that shares statistics between examples, with a momentum."
+            f"example_weight={example_weight} weighs an example against running statistics, and"
+            " this layer keeps none. Expected a method that shares statistics between examples,"
+            " with a momentum."
         )
 
 
 def only_channel_groups(example_weight: ArrayLike | None) -> None:
-    """Statistics that depend on the position in ways of their own have no counterpart in a single example."""
+    """Statistics that depend on the position in ways of their own have no counterpart in a single
+    example."""
     if example_weight is not None:
         raise ValueError(
-            f"example_weight={example_weight} with groups that are not groups of channels. Expected a number of groups that "
-            "divides the channels; inference.weigh_example takes any row of the table of methods."
+            f"example_weight={example_weight} with groups that are not groups of channels. Expected"
+            " a number of groups that divides the channels; inference.weigh_example takes any row"
+            " of the table of methods."
         )
 
 
 def only_rows(example_weight: ArrayLike | None, layer: str) -> None:
-    """A state of another kind than the moments that normalize has no rule for weighing an example."""
+    """A state of another kind than the moments that normalize has no rule for weighing an
+    example."""
     if example_weight is not None:
         raise ValueError(
-            f"example_weight={example_weight} for {layer}, whose method is no row of the table of methods. Expected BatchNorm, "
-            "Norm or another row, or a model in which other layers do not use running statistics."
+            f"example_weight={example_weight} for {layer}, whose method is no row of the table of"
+            " methods. Expected BatchNorm, Norm or another row, or a model in which other layers"
+            " do not use running statistics."
         )
 
 
-def trained_weight(given: ArrayLike | None, use: bool, own: ArrayLike | None, ghost_size: int | None) -> ArrayLike | None:
-    """Weight of an example at inference: given at the call, the layer's, or what it had in training."""
+def trained_weight(
+    given: ArrayLike | None, use: bool, own: ArrayLike | None, ghost_size: int | None
+) -> ArrayLike | None:
+    """Weight of an example at inference: given at the call, the layer's, or what it had in
+    training."""
     if given is not None or not use:
         return given
     if own is not None:
         return own
     if ghost_size is None:
         raise ValueError(
-            "an example's weight at inference is 1 / ghost_size by default. Got num_ghosts, which does not tell the size; "
-            "expected ghost_size, or an example_weight."
+            "an example's weight at inference is 1 / ghost_size by default. Got num_ghosts, which"
+            " does not tell the size; expected ghost_size, or an example_weight."
         )
     return 1 / ghost_size
 
@@ -137,12 +156,16 @@ def whole_batch(method: Method) -> Method:
 
 
 def wide_enough(x: jax.Array, dtype: Any) -> jax.Array:
-    """x as the core takes it: integers and booleans become float32, as in Flax, and x is cast up where the output is wider
-    than its statistics would be (float64 or complex parameters)."""
+    """x as the core takes it: integers and booleans become float32, as in Flax, and x is cast up
+    where the output is wider than its statistics would be (float64 or complex parameters)."""
     x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
     wide = statistic_dtype(x.dtype)
     with jax.numpy_dtype_promotion("standard"):
-        return x if jnp.promote_types(wide, dtype) == wide else x.astype(jnp.promote_types(wide, dtype))
+        return (
+            x
+            if jnp.promote_types(wide, dtype) == wide
+            else x.astype(jnp.promote_types(wide, dtype))
+        )
 
 
 def output_dtype(*arrays: jax.Array | None, dtype: DTypeLike | None) -> Any:
@@ -172,43 +195,49 @@ def instance_shape(x: jax.Array, feature_axes: Axes) -> Shape:
     """The statistic's shape of Flax's InstanceNorm."""
     if 0 in axes_of(feature_axes, x.shape):
         raise ValueError(
-            "The channel axes cannot include the leading dimension as this is assumed to be the batch axis. "
-            f"Got feature_axes={feature_axes} for x of shape {x.shape}; expected axes from 1 on."
+            "The channel axes cannot include the leading dimension as this is assumed to be the"
+            f" batch axis. Got feature_axes={feature_axes} for x of shape {x.shape}; expected axes"
+            " from 1 on."
         )
     return keep_axes(x, (0, *axes_of(feature_axes, x.shape)))
 
 
-def number_of_groups(channels: int, num_groups: int | None, group_size: int | None, noun: str = "channels") -> int:
-    """The number of channel groups of Flax's GroupNorm, from it or from the size of a group; `noun` is Flax's word."""
+def number_of_groups(
+    channels: int, num_groups: int | None, group_size: int | None, noun: str = "channels"
+) -> int:
+    """The number of channel groups of Flax's GroupNorm, from it or from the size of a group; `noun`
+    is Flax's word."""
     if (num_groups is None) == (group_size is None):
         raise ValueError(
-            "Either `num_groups` or `group_size` should be specified. If `group_size` is to be specified, pass "
-            "`num_groups=None` as argument to override the default `num_groups` value of 32. "
-            f"Got num_groups={num_groups} and group_size={group_size}."
+            "Either `num_groups` or `group_size` should be specified. If `group_size` is to be"
+            " specified, pass `num_groups=None` as argument to override the default `num_groups`"
+            f" value of 32. Got num_groups={num_groups} and group_size={group_size}."
         )
     if group_size is not None:
         if group_size <= 0 or channels % group_size != 0:
             raise ValueError(
-                f"Number of {noun} ({channels}) is not multiple of the group size ({group_size}). Expected a divisor of "
-                f"{channels}."
+                f"Number of {noun} ({channels}) is not multiple of the group size ({group_size})."
+                f" Expected a divisor of {channels}."
             )
         return channels // group_size
     assert num_groups is not None
     if num_groups <= 0 or channels % num_groups != 0:
         raise ValueError(
-            f"Number of groups ({num_groups}) does not divide the number of channels ({channels}). Expected one of its "
-            "divisors; the default of 32 needs a multiple of 32 channels."
+            f"Number of groups ({num_groups}) does not divide the number of channels ({channels})."
+            " Expected one of its divisors; the default of 32 needs a multiple of 32 channels."
         )
     return num_groups
 
 
 def group_shape(x: jax.Array, num_groups: int, reduction_axes: Axes | None) -> Shape:
     """The statistic's shape of Flax's GroupNorm: channels, the last axis, in groups."""
-    axes = axes_of((*range(1, x.ndim - 1), -1) if reduction_axes is None else reduction_axes, x.shape)
+    axes = axes_of(
+        (*range(1, x.ndim - 1), -1) if reduction_axes is None else reduction_axes, x.shape
+    )
     if x.ndim - 1 not in axes:
         raise ValueError(
-            "The reduction axes must include the final dimension as this is assumed to be the feature axis. "
-            f"Got reduction_axes={reduction_axes} for x of shape {x.shape}."
+            "The reduction axes must include the final dimension as this is assumed to be the"
+            f" feature axis. Got reduction_axes={reduction_axes} for x of shape {x.shape}."
         )
     return (*pool_axes(x, axes)[:-1], num_groups)
 
@@ -225,8 +254,10 @@ class Running:
         correction: 1 stores the unbiased variance.
         ghost_update: how several ghost batches enter, see `update_running`.
         measured: the sets of these statistics, where those of the method are coarser.
-        example_weight: pool them with each example's own moments, of this weight, before they are used.
-        population: a name of `POPULATION` where the update is that of a population, and their count its.
+        example_weight: pool them with each example's own moments, of this weight, before they are
+            used.
+        population: a name of `POPULATION` where the update is that of a population, and their count
+            its.
     """
 
     moments: Moments
@@ -242,8 +273,8 @@ class Running:
     def __post_init__(self):
         if self.example_weight is not None and not self.use:
             raise ValueError(
-                f"example_weight={self.example_weight} weighs an example against running statistics. Got "
-                "use_running_average=False; expected True, or no example_weight."
+                f"example_weight={self.example_weight} weighs an example against running"
+                " statistics. Got use_running_average=False; expected True, or no example_weight."
             )
 
     def updated(self, batch: Moments, batch_axis: int) -> Moments:
@@ -284,12 +315,19 @@ def apply(
 ) -> tuple[jax.Array, Moments | None]:
     """One call of a layer: y, and the new running statistics in the shape of the old ones."""
     axes: Any = {"weights": mask, "batch_axis": batch_axis, "channel_axis": channel_axis}
-    affine: Any = {"scale": scale, "bias": bias, "epsilon": epsilon, "activation": activation, "dtype": dtype}
+    affine: Any = {
+        "scale": scale,
+        "bias": bias,
+        "epsilon": epsilon,
+        "activation": activation,
+        "dtype": dtype,
+    }
     sets: Any = {
         "mean": mean,
         "axis_name": axis_name,
         "axis_index_groups": None if axis_name is None else axis_index_groups,  # as Flax
-        # About the running mean, one round of sums over devices is enough; on one device a second look is cheaper.
+        # About the running mean, one round of sums over devices is enough; on one device a second
+        # look is cheaper.
         "center": None if running is None or axis_name is None else running.moments.mean,
     }
     used = running.moments if running is not None and running.use else None

@@ -1,8 +1,10 @@
-"""Stroke 1: mean and variance of sets of elements, the full-size reads of every method, with their derivative.
+"""Stroke 1: mean and variance of sets of elements, the full-size reads of every method, with their
+derivative.
 
-Sums are taken at channel resolution first; groups and devices are one more sum over small arrays, because everything is
-linear in the sums. Reverse mode keeps x in its own dtype and small arrays, and costs what the closed form costs; forward
-mode, higher derivatives, vmap, scan and remat are JAX's own.
+Sums are taken at channel resolution first; groups and devices are one more sum over small arrays,
+because everything is linear in the sums. Reverse mode keeps x in its own dtype and small arrays,
+and costs what the closed form costs; forward mode, higher derivatives, vmap, scan and remat are
+JAX's own.
 """
 
 from collections.abc import Sequence
@@ -17,19 +19,28 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxnorm._devices import AxisName, all_sum, same_on_all_devices, varying_like
 from jaxnorm._groups import Shape, block_sum, elements, spread
-from jaxnorm._xla import all_true, barrier, by_platform, first_sums, kept_small, to_channels, to_groups
+from jaxnorm._xla import (
+    all_true,
+    barrier,
+    by_platform,
+    first_sums,
+    kept_small,
+    to_channels,
+    to_groups,
+)
 
 CANCELLATION = 16.0
-"""Sums about c cost the variance at most one digit while (mean - c)^2 <= 16 var; beyond, they are taken again
-about the mean."""
+"""Sums about c cost the variance at most one digit while (mean - c)^2 <= 16 var; beyond, they are
+taken again about the mean."""
 
 SHORT_ROW = 128
-"""Channels in a row up to which XLA:CPU takes the exact second pass faster than it looks whether it is needed: positional
-norm of 16 and 64 channels is 1.7 and 1.2 times faster forward."""
+"""Channels in a row up to which XLA:CPU takes the exact second pass faster than it looks whether it
+is needed: positional norm of 16 and 64 channels is 1.7 and 1.2 times faster forward."""
 
 SYNCED = "jaxnorm_synced_moments"
-"""`checkpoint_name` of statistics: a remat policy that saves it repeats no collective. All statistics have it, because under
-plain jit nothing tells, when the program is traced, whether they cross devices."""
+"""`checkpoint_name` of statistics: a remat policy that saves it repeats no collective. All
+statistics have it, because under plain jit nothing tells, when the program is traced, whether they
+cross devices."""
 
 
 class Sets(NamedTuple):
@@ -81,11 +92,18 @@ def over(t: jax.Array, real: jax.Array) -> jax.Array:
 
 
 def _totals(sets: Sets, cpu: bool, sums: Sequence[jax.Array]) -> list[jax.Array]:
-    """Full-size sums to groups and devices. The barrier keeps XLA from joining the two stages into one full-size sum."""
-    return all_sum([to_groups(cpu, t, sets.shape) for t in barrier(list(sums))], sets.axis_name, sets.device_groups)
+    """Full-size sums to groups and devices. The barrier keeps XLA from joining the two stages into
+    one full-size sum."""
+    return all_sum(
+        [to_groups(cpu, t, sets.shape) for t in barrier(list(sums))],
+        sets.axis_name,
+        sets.device_groups,
+    )
 
 
-def _square_sum(sets: Sets, cpu: bool, x: jax.Array, w: jax.Array | None, c: jax.Array | None) -> jax.Array:
+def _square_sum(
+    sets: Sets, cpu: bool, x: jax.Array, w: jax.Array | None, c: jax.Array | None
+) -> jax.Array:
     """sum w |x - c|^2 at the resolution of the first sums."""
     c = None if c is None else to_channels(cpu, c, x.shape)
     return block_sum(_weighed(abs2(_counted(x, w, c)), w), first_sums(cpu, x.shape, sets.channels))
@@ -94,11 +112,14 @@ def _square_sum(sets: Sets, cpu: bool, x: jax.Array, w: jax.Array | None, c: jax
 def _statistics(
     sets: Sets, cpu: bool, x: jax.Array, w: jax.Array | None, c: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Mean (unless it is fixed) and variance: sums about c, and again about the mean where cancellation would show."""
+    """Mean (unless it is fixed) and variance: sums about c, and again about the mean where
+    cancellation would show."""
 
     def about(c: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         shift = None if c is None else to_channels(cpu, c, x.shape)
-        first = block_sum(_weighed(_counted(x, w, shift), w), first_sums(cpu, x.shape, sets.channels))
+        first = block_sum(
+            _weighed(_counted(x, w, shift), w), first_sums(cpu, x.shape, sets.channels)
+        )
         alias = barrier((x, c)) if cpu else (x, c)
         total, square = _totals(sets, False, [first, _square_sum(sets, cpu, alias[0], w, alias[1])])
         e = over(total, n)
@@ -110,11 +131,14 @@ def _statistics(
         return (over(_totals(sets, False, [_square_sum(sets, cpu, x, w, None)])[0], n),)
     rows = sets.shape == sets.channels and sets.shape[-1] < x.shape[-1] and sets.axis_name is None
     if rows and not sets.kept and (not cpu or elements(x.shape, sets.shape) <= SHORT_ROW):
-        # Rows of channels stay on a GPU's chip from here to the end of what uses the statistics, in one kernel: 2 times the
-        # tensor are moved. A statistic that is kept as well would break that kernel in two, 4.1 times; one pass then takes 3.
+        # Rows of channels stay on a GPU's chip from here to the end of what uses the statistics, in
+        # one kernel: 2 times the tensor are moved. A statistic that is kept as well would break
+        # that kernel in two, 4.1 times; one pass then takes 3.
         m = over(block_sum(_weighed(_counted(x, w), w), sets.shape), n)
         alias, shift = barrier((x, m)) if cpu else (x, m)
-        square = block_sum(_weighed(abs2(_counted(alias, w, spread(shift, x.shape))), w), sets.shape)
+        square = block_sum(
+            _weighed(abs2(_counted(alias, w, spread(shift, x.shape))), w), sets.shape
+        )
         return m, over(square, n)
     m, v, exact = about(c)
     if sets.axis_name is not None and not same_on_all_devices(sets.axis_name, sets.device_groups):
@@ -124,9 +148,11 @@ def _statistics(
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 @partial(jax.jit, static_argnums=0)
-def mean_var(sets: Sets, x: jax.Array, w: jax.Array | None, c: jax.Array | None, n: jax.Array) -> tuple[jax.Array, ...]:
-    """Mean (unless it is fixed) and variance. The result does not depend on c, which therefore has no derivative; that along
-    n is part of that along w."""
+def mean_var(
+    sets: Sets, x: jax.Array, w: jax.Array | None, c: jax.Array | None, n: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Mean (unless it is fixed) and variance. The result does not depend on c, which therefore has
+    no derivative; that along n is part of that along w."""
     return by_platform(partial(_statistics, sets), x, w, c, n)
 
 
@@ -150,13 +176,17 @@ def _along_dx_by_platform(sets, *args):
 
 
 def _along_dw(sets, dw, x, w, m, v, n):
-    """Derivative along the weights: dmean = sum dw (x - mean) / n and dvar = sum dw (|x - mean|^2 - var) / n."""
+    """Derivative along the weights: dmean = sum dw (x - mean) / n and dvar = sum dw (|x - mean|^2 -
+    var) / n."""
     finite = jnp.isfinite(x)
     d = x.astype(statistic_dtype(x.dtype))
     d = jnp.where(finite, d if m is None else d - spread(m, x.shape), 0)
     spare = jnp.where(finite, abs2(d) - spread(v, x.shape), 0)
     terms = (d, spare) if sets.centered else (spare,)
-    return tuple(over(s, n) for s in _totals(sets, False, [block_sum(times(t, dw), sets.channels) for t in terms]))
+    return tuple(
+        over(s, n)
+        for s in _totals(sets, False, [block_sum(times(t, dw), sets.channels) for t in terms])
+    )
 
 
 def _tangent(sets, primals, tangents):

@@ -10,8 +10,26 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxnorm._devices import AxisName, DeviceGroups, all_sum, device_count, device_groups_of, in_explicit_meshes, names_of
-from jaxnorm._groups import Shape, Specification, axes_of, block_sum, channel_resolution, check_mean, elements, resolve, spread
+from jaxnorm._devices import (
+    AxisName,
+    DeviceGroups,
+    all_sum,
+    device_count,
+    device_groups_of,
+    in_explicit_meshes,
+    names_of,
+)
+from jaxnorm._groups import (
+    Shape,
+    Specification,
+    axes_of,
+    block_sum,
+    channel_resolution,
+    check_mean,
+    elements,
+    resolve,
+    spread,
+)
 from jaxnorm._mean_var import SYNCED, Sets, mean_var, statistic_dtype
 
 
@@ -23,8 +41,8 @@ class Moments:
     Args:
         count: elements in each set, or their total weight.
         mean: mean of each set, in the unit of x; complex for complex x.
-        var: biased variance of each set (divided by count), real, in the unit of x squared. With a mean fixed at 0, the
-            mean square.
+        var: biased variance of each set (divided by count), real, in the unit of x squared. With a
+            mean fixed at 0, the mean square.
 
     All three have the statistic's shape, which says what is shared: see `Groups`.
     """
@@ -53,17 +71,21 @@ def moments(
 
         count = sum_S w,    mean = sum_S w x / count,    var = sum_S w |x - mean|^2 / count.
 
-    An empty set has count, mean and variance 0. Elements of weight 0 touch nothing, whatever they are. Statistics are
-    float32, or float64 for float64 x, and exact to rounding however large the mean is beside the standard deviation.
+    An empty set has count, mean and variance 0. Elements of weight 0 touch nothing, whatever they
+    are. Statistics are float32, or float64 for float64 x, and exact to rounding however large the
+    mean is beside the standard deviation.
 
     Args:
         x: floating or complex array; `Groups` and `Method` need a rank of 2 or more.
         groups: which elements form a set: `Groups`, `Method` or the statistic's shape.
-        weights: how much each element counts, 0 or more; anything that broadcasts against x. Booleans are a mask.
+        weights: how much each element counts, 0 or more; anything that broadcasts against x.
+            Booleans are a mask.
         mean: 0 fixes the mean at zero, so that var is the mean square. None takes the set's mean.
-        center: a value near the mean, of the statistic's shape, about which sums are taken (a running mean). It never
-            changes the result, only its rounding, and spares a second read of x where the mean is large.
-        axis_name: named axis or axes of pmap, shard_map or vmap over which a set goes on. Sums are weighted by count.
+        center: a value near the mean, of the statistic's shape, about which sums are taken (a
+            running mean). It never changes the result, only its rounding, and spares a second read
+            of x where the mean is large.
+        axis_name: named axis or axes of pmap, shard_map or vmap over which a set goes on. Sums are
+            weighted by count.
         axis_index_groups: groups of indices of that axis that share statistics.
         batch_axis: axis of the examples, for `Groups`.
         channel_axis: axis of the channels, for `Groups`: -1 for NHWC, 1 for NCHW.
@@ -96,13 +118,22 @@ def moments(
     if weights is None:
         count = per_set * device_count(axis_name, device_groups)
         w, n = None, jnp.full(shape, count, real)
-        divisor = jnp.asarray(count or 1, real)  # one number for all sets: the backward pass keeps no array of counts
+        divisor = jnp.asarray(
+            count or 1, real
+        )  # one number for all sets: the backward pass keeps no array of counts
     else:
         w = as_weights(weights, x)
         own = tuple(1 if k == 1 else g for g, k in zip(shape, w.shape, strict=True))
-        others = elements(x.shape, tuple(g if k == 1 else n for n, g, k in zip(x.shape, shape, w.shape, strict=True)))
-        sums = block_sum(w.astype(real), channel_resolution(w.shape, own, ()))  # small before an axis is split
-        n = checkpoint_name(all_sum(block_sum(sums, own) * others, axis_name, device_groups), SYNCED)
+        others = elements(
+            x.shape,
+            tuple(g if k == 1 else n for n, g, k in zip(x.shape, shape, w.shape, strict=True)),
+        )
+        sums = block_sum(
+            w.astype(real), channel_resolution(w.shape, own, ())
+        )  # small before an axis is split
+        n = checkpoint_name(
+            all_sum(block_sum(sums, own) * others, axis_name, device_groups), SYNCED
+        )
         n = jnp.broadcast_to(spread_to(n, shape), shape)
         divisor = jnp.where(n > 0, n, 1)
     if center is not None:
@@ -115,7 +146,8 @@ def moments(
 
 
 def as_array(x: ArrayLike) -> jax.Array:
-    """x itself where it is an array: `jnp.asarray` copies it under an eager `vjp`, and the copy would be kept for backward."""
+    """x itself where it is an array: `jnp.asarray` copies it under an eager `vjp`, and the copy
+    would be kept for backward."""
     return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
@@ -124,7 +156,8 @@ def inexact(x: ArrayLike) -> jax.Array:
     x = as_array(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
-            f"x must be floating or complex. Got {x.dtype}, shape {x.shape}; convert it, for example x.astype('float32')."
+            f"x must be floating or complex. Got {x.dtype}, shape {x.shape}; convert it, for"
+            " example x.astype('float32')."
         )
     if x.ndim < 1:
         raise ValueError("x must have axes. Got a scalar; expected for example (batch, channel).")
@@ -135,12 +168,17 @@ def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
     """Weights as a boolean or real array of x's rank that broadcasts against x."""
     w = jnp.asarray(weights)
     if jnp.iscomplexobj(w):
-        raise TypeError(f"weights must be boolean or real. Got {w.dtype}; expected for example a boolean mask.")
-    fits = w.ndim <= x.ndim and all(k in (1, n) for k, n in zip(w.shape[::-1], x.shape[::-1], strict=False))
+        raise TypeError(
+            f"weights must be boolean or real. Got {w.dtype}; expected for example a boolean mask."
+        )
+    fits = w.ndim <= x.ndim and all(
+        k in (1, n) for k, n in zip(w.shape[::-1], x.shape[::-1], strict=False)
+    )
     if not fits:
         raise ValueError(
-            f"weights of shape {w.shape} do not broadcast against x of shape {x.shape}. Expected sizes of 1 or x's own, "
-            f"aligned at the last axis: one weight an example is (N{', 1' * (x.ndim - 1)}) when the batch is axis 0."
+            f"weights of shape {w.shape} do not broadcast against x of shape {x.shape}. Expected"
+            " sizes of 1 or x's own, aligned at the last axis: one weight an example is"
+            f" (N{', 1' * (x.ndim - 1)}) when the batch is axis 0."
         )
     w = w.reshape((1,) * (x.ndim - w.ndim) + w.shape)
     return w if w.dtype == bool else w.astype(statistic_dtype(x.dtype, real=True))
@@ -153,10 +191,12 @@ def spread_to(v: jax.Array, shape: Shape) -> jax.Array:
 
 def _as_center(center: ArrayLike, sets: Sets, dtype: jnp.dtype) -> jax.Array:
     c = jnp.asarray(center)
-    if c.ndim != len(sets.shape) or any(k not in (1, g) for k, g in zip(c.shape, sets.shape, strict=True)):
+    if c.ndim != len(sets.shape) or any(
+        k not in (1, g) for k, g in zip(c.shape, sets.shape, strict=True)
+    ):
         raise ValueError(
-            f"center of shape {c.shape} does not fit statistics of shape {sets.shape}. Expected that shape, or 1 on the "
-            "axes that it shares."
+            f"center of shape {c.shape} does not fit statistics of shape {sets.shape}. Expected"
+            " that shape, or 1 on the axes that it shares."
         )
     c = jnp.broadcast_to(c.astype(statistic_dtype(dtype)), sets.shape)
     return lax.stop_gradient(jnp.where(jnp.isfinite(c), c, 0))

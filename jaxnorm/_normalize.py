@@ -1,7 +1,7 @@
 """Applying statistics: y = (x - mean) / sqrt(var + epsilon) * scale + bias.
 
-The statistic's shape says which elements share it, so no axes are named. Each statistic is spread to the elements on small
-arrays first; then one pass over x does the rest.
+The statistic's shape says which elements share it, so no axes are named. Each statistic is spread
+to the elements on small arrays first; then one pass over x does the rest.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,8 @@ def normalize(
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    The moments may be those of x, running ones, or anything made from them: gradients flow into all of them.
+    The moments may be those of x, running ones, or anything made from them: gradients flow into all
+    of them.
 
     Args:
         x: floating or complex array.
@@ -47,13 +48,15 @@ def normalize(
         scale: gamma, (C,), or (N, C) to scale each example differently. None is 1.
         bias: beta, likewise. None is 0.
         epsilon: added to the variance inside the root, in the unit of x squared.
-        weights: the weights that the moments were computed with, if some are 0: where x is not finite under a zero
-            weight, y is the bias and the gradient 0. Elsewhere they change nothing.
-        activation: applied to y. It is recomputed in the backward pass, so that normalization and activation together
-            keep x and small arrays.
+        weights: the weights that the moments were computed with, if some are 0: where x is not
+            finite under a zero weight, y is the bias and the gradient 0. Elsewhere they change
+            nothing.
+        activation: applied to y. It is recomputed in the backward pass, so that normalization and
+            activation together keep x and small arrays.
         dtype: of y. None keeps x's.
         batch_axis: axis of the examples, for scale and bias of shape (N, C).
-        channel_axis: axis of the channels, -1 for NHWC, 1 for NCHW; a tuple gives scale and bias those axes' sizes.
+        channel_axis: axis of the channels, -1 for NHWC, 1 for NCHW; a tuple gives scale and bias
+            those axes' sizes.
 
     Returns:
         y, of x's shape.
@@ -71,13 +74,18 @@ def normalize(
     """
     x = inexact(x)
     if not isinstance(m, Moments):
-        raise TypeError(f"m must be Moments, such as moments(x, groups) returns. Got {type(m).__name__}.")
+        raise TypeError(
+            f"m must be Moments, such as moments(x, groups) returns. Got {type(m).__name__}."
+        )
     mean, var = (jnp.asarray(t) for t in (m.mean, m.var))
     check_divides(var.shape, x.shape, "m.var")
     check_divides(mean.shape, x.shape, "m.mean")
     _check_holds(mean, x, dtype)
     axes = axes_of(channel_axis, x.shape)
-    g, b = (placed(t, name, x, batch_axis, axes, channel_axis) for t, name in ((scale, "scale"), (bias, "bias")))
+    g, b = (
+        placed(t, name, x, batch_axis, axes, channel_axis)
+        for t, name in ((scale, "scale"), (bias, "bias"))
+    )
     mean, var, g, b = jax.tree.map(lambda t: varying_like(t, x), (mean, var, g, b))
     var = var.astype(statistic_dtype(x.dtype, real=True))
     v = var + jnp.asarray(epsilon, var.dtype)
@@ -86,30 +94,48 @@ def normalize(
     out = jnp.dtype(x.dtype if dtype is None else dtype)
     if activation is None:
         return _standardized(out, False, *arguments)
-    return jax.checkpoint(lambda *args: activation(_standardized(out, False, *args)), prevent_cse=False)(*arguments)
+    return jax.checkpoint(
+        lambda *args: activation(_standardized(out, False, *args)), prevent_cse=False
+    )(*arguments)
 
 
 def _coefficients(
     cpu: bool, shape: Shape, mean: jax.Array, v: jax.Array, g: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """s, a and g of y = (x - s) a g + b, spread over the groups of every axis that is split; g None where a carries it."""
+    """s, a and g of y = (x - s) a g + b, spread over the groups of every axis that is split; g None
+    where a carries it."""
     s, a = mean, lax.rsqrt(v).astype(mean.dtype)
     if any(k not in (1, n) for t in (s, a) for n, k in zip(shape, t.shape, strict=True)):
         s, a = (to_channels(cpu, t, shape) for t in (s, a))
-    if g is not None and any(p == q == 1 != n for p, q, n in zip(a.shape, g.shape, shape, strict=True)):
+    if g is not None and any(
+        p == q == 1 != n for p, q, n in zip(a.shape, g.shape, shape, strict=True)
+    ):
         a, g = a * g, None  # one small product instead of a multiplication at full size
     return s, a, g
 
 
 def _check_holds(mean: jax.Array, x: jax.Array, dtype: DTypeLike | None) -> None:
     if jnp.iscomplexobj(mean) and not jnp.iscomplexobj(x):
-        raise TypeError(f"m.mean is complex ({mean.dtype}) and x is {x.dtype}. Expected both real, or x complex.")
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.complexfloating if jnp.iscomplexobj(x) else jnp.inexact):
-        raise TypeError(f"dtype {jnp.dtype(dtype).name} cannot hold the result for x of dtype {x.dtype}. Pass a wider one.")
+        raise TypeError(
+            f"m.mean is complex ({mean.dtype}) and x is {x.dtype}. Expected both real, or x"
+            " complex."
+        )
+    if dtype is not None and not jnp.issubdtype(
+        dtype, jnp.complexfloating if jnp.iscomplexobj(x) else jnp.inexact
+    ):
+        raise TypeError(
+            f"dtype {jnp.dtype(dtype).name} cannot hold the result for x of dtype {x.dtype}. Pass a"
+            " wider one."
+        )
 
 
 def placed(
-    t: ArrayLike | None, name: str, x: jax.Array, batch_axis: int, axes: Shape, channel_axis: int | Sequence[int]
+    t: ArrayLike | None,
+    name: str,
+    x: jax.Array,
+    batch_axis: int,
+    axes: Shape,
+    channel_axis: int | Sequence[int],
 ) -> jax.Array | None:
     """Scale or bias with a size-1 axis for each axis of x that it does not have."""
     if t is None:
@@ -119,19 +145,34 @@ def placed(
     features = tuple(x.shape[i] for i in axes)
     per_example = features if batch in axes else (x.shape[batch], *features)
     if t.shape not in (features, per_example):
-        message = f"{name} has shape {t.shape}, but axis {channel_axis} of x, shape {x.shape}, has size "
-        message += f"{features[0] if len(features) == 1 else features}. Expected {features}, or {per_example} per example."
+        message = (
+            f"{name} has shape {t.shape}, but axis {channel_axis} of x, shape {x.shape}, has size "
+        )
+        message += (
+            f"{features[0] if len(features) == 1 else features}. Expected {features}, or"
+            f" {per_example} per example."
+        )
         fitting = [i for i, n in enumerate(x.shape) if i != batch and t.shape == (n,)]
         if fitting == [1]:
-            message += " This looks like NCHW data: pass channel_axis=1 (axis=1 or feature_axes=1 to Flax's layers)."
+            message += (
+                " This looks like NCHW data: pass channel_axis=1 (axis=1 or feature_axes=1 to"
+                " Flax's layers)."
+            )
         elif fitting:
-            message += f" Axis {fitting[0]} has that size: pass channel_axis={fitting[0]} if it holds the channels."
+            message += (
+                f" Axis {fitting[0]} has that size: pass channel_axis={fitting[0]} if it holds the"
+                " channels."
+            )
         raise ValueError(message)
     if jnp.iscomplexobj(t) and not jnp.iscomplexobj(x):
-        raise TypeError(f"{name} is complex ({t.dtype}) and x is {x.dtype}. Expected both real, or x complex.")
+        raise TypeError(
+            f"{name} is complex ({t.dtype}) and x is {x.dtype}. Expected both real, or x complex."
+        )
     t = t.astype(statistic_dtype(x.dtype))
     if t.shape != features:
-        examples = jnp.moveaxis(t.reshape(per_example[:1] + features), 0, sum(i < batch for i in axes))
+        examples = jnp.moveaxis(
+            t.reshape(per_example[:1] + features), 0, sum(i < batch for i in axes)
+        )
         return examples.reshape([n if i in (*axes, batch) else 1 for i, n in enumerate(x.shape)])
     return t.reshape([n if i in axes else 1 for i, n in enumerate(x.shape)])
 
@@ -163,7 +204,9 @@ def _standardized(
 
 def _pass(dtype, kept, cpu, x, w, mean, v, g, b):
     s, a, g = _coefficients(cpu, x.shape, mean, v, g)
-    if cpu or kept or g is None:  # else rows of channels: one kernel on a GPU, from the statistics on
+    if (
+        cpu or kept or g is None
+    ):  # else rows of channels: one kernel on a GPU, from the statistics on
         x, s, a, g, b = barrier((x, s, a, g, b))
     y = _shifted(x, w, s) * a
     y = y if g is None else y * g
@@ -171,27 +214,35 @@ def _pass(dtype, kept, cpu, x, w, mean, v, g, b):
 
 
 def _coefficients_along(cpu, shape, primals, tangents):
-    """`_coefficients`, and their derivative along the tangents that are there; None where there is none."""
+    """`_coefficients`, and their derivative along the tangents that are there; None where there is
+    none."""
     live = [i for i, t in enumerate(tangents) if t is not None]
 
     def f(*ts):
-        return _coefficients(cpu, shape, *(ts[live.index(i)] if i in live else t for i, t in enumerate(primals)))
+        return _coefficients(
+            cpu, shape, *(ts[live.index(i)] if i in live else t for i, t in enumerate(primals))
+        )
 
     if not live:
         return f(), (None, None, None)
     (s, a, g), (ds, da, dg) = jax.jvp(f, [primals[i] for i in live], [tangents[i] for i in live])
     of_mean, of_v, of_g = (i in live for i in range(3))
-    return (s, a, g), (ds if of_mean else None, da if of_v or (of_g and g is None) else None, dg if of_g else None)
+    return (s, a, g), (
+        ds if of_mean else None,
+        da if of_v or (of_g and g is None) else None,
+        dg if of_g else None,
+    )
 
 
 def _along(dtype, cpu, tangents, x, w, mean, v, g):
-    """Derivative of y along the tangents that are there: linear in them, and read backwards the closed form.
+    """Derivative of y along the tangents that are there: linear in them, and read backwards the
+    closed form.
 
     s and a are made again from the statistics, so that reverse mode keeps x and these.
 
-    Read backwards each term is a full-size pass over the cotangent: dx, and a sum for each small array. On the CPU each pass
-    gets its own alias of what it reads, tied to the result of the pass before, so that none shares a float32 copy with
-    another; a GPU wants them together.
+    Read backwards each term is a full-size pass over the cotangent: dx, and a sum for each small
+    array. On the CPU each pass gets its own alias of what it reads, tied to the result of the pass
+    before, so that none shares a float32 copy with another; a GPU wants them together.
     """
     tie = barrier if cpu else lambda tree: tree
     (s, a, g), small = _coefficients_along(cpu, x.shape, (mean, v, g), tangents[1:4])
@@ -218,7 +269,9 @@ def _along(dtype, cpu, tangents, x, w, mean, v, g):
         term = passes[name](t if name == "dx" else by_first_sums(cpu, t, x.shape), x, s, a, g)
         term = jnp.broadcast_to(term, x.shape).astype(dtype) if cpu else term
         x, s, a, g = tie((x, s, a, g))
-        term, tangents = tie((term, tangents))  # apart from x: what is tied to a tangent counts as linear
+        term, tangents = tie(
+            (term, tangents)
+        )  # apart from x: what is tied to a tangent counts as linear
         terms.append(term)
     return jnp.broadcast_to(sum(terms[1:], terms[0]), x.shape).astype(dtype)
 
@@ -277,7 +330,8 @@ def norm(
         channel_axis: axis of the channels.
 
     Returns:
-        y, of x's shape, and the moments of x, to be folded into running ones where a method has them.
+        y, of x's shape, and the moments of x, to be folded into running ones where a method has
+        them.
 
     Raises:
         TypeError, ValueError: as `moments` and `normalize`.

@@ -1,8 +1,8 @@
 """Statistics from statistics: pooled, merged and blended.
 
-Moments are a commutative monoid: pooling is exact, the variance between the means included, in any order, and a set
-without elements (count 0) is the identity. So from moments come coarser ones, and several devices or micro-batches are one
-more pooling.
+Moments are a commutative monoid: pooling is exact, the variance between the means included, in any
+order, and a set without elements (count 0) is the identity. So from moments come coarser ones, and
+several devices or micro-batches are one more pooling.
 """
 
 import functools
@@ -36,16 +36,18 @@ def pool(
 ) -> Moments:
     """Moments of the unions of sets, exact: the variance between the means is included.
 
-    With n_i, m_i, v_i the moments that are pooled, and T their sum over a block of sets and over named axes,
+    With n_i, m_i, v_i the moments that are pooled, and T their sum over a block of sets and over
+    named axes,
 
         count = T(n_i),    mean = T(n_i m_i) / count,    var = T(n_i (v_i + |m_i - mean|^2)) / count.
 
-    Pooling instance norm's moments to (N, 1, 1, 32) gives `moments(x, group_norm(32))`. Moments with a mean fixed at 0
-    stay so.
+    Pooling instance norm's moments to (N, 1, 1, 32) gives `moments(x, group_norm(32))`. Moments
+    with a mean fixed at 0 stay so.
 
     Args:
         m: moments of the finer sets.
-        groups: the coarser sets: `Groups` or `Method` applied to the shape of m, or the resulting shape itself.
+        groups: the coarser sets: `Groups` or `Method` applied to the shape of m, or the resulting
+            shape itself.
         axis_name: named axis or axes over which to pool as well.
         axis_index_groups: groups of indices of that axis.
         batch_axis: axis of the examples, for `Groups`.
@@ -72,14 +74,16 @@ def pool(
         return checkpoint_name(all_sum(block_sum(t, shape), axis_name, device_groups), SYNCED)
 
     count = total(m.count)
-    means, variances = (jnp.where(m.count > 0, t, 0) for t in (m.mean, m.var))  # an empty set may hold anything
+    means, variances = (
+        jnp.where(m.count > 0, t, 0) for t in (m.mean, m.var)
+    )  # an empty set may hold anything
     mean = _divide(total(times(means, m.count)), count)
     var = _divide(total(m.count * (variances + abs2(means - spread(mean, fine)))), count)
     return Moments(count, mean, var)
 
 
 def merge(*parts: Moments) -> Moments:
-    """Moments of the union of parts of a set, such as the micro-batches of a batch: `pool` over parts.
+    """Moments of the union of parts of a set, such as micro-batches: `pool` over parts.
 
     Args:
         *parts: moments of equal shape.
@@ -110,13 +114,13 @@ def blend(parts: Sequence[Moments], weights: Sequence[ArrayLike]) -> Moments:
 
         mean = sum_i w_i m_i,    var = sum_i w_i v_i,    count = sum_i n_i
 
-    What running averages, Momentum BN and Switchable Normalization do. It is not the variance of a union of sets: that
-    is `merge`, larger by the variance of the means.
+    What running averages, Momentum BN and Switchable Normalization do. It is not the variance of a
+    union of sets: that is `merge`, larger by the variance of the means.
 
     Args:
         parts: moments of equal shape.
-        weights: one weight a part, a number or an array that broadcasts against the statistic. They are used as given,
-            so they should add up to 1.
+        weights: one weight a part, a number or an array that broadcasts against the statistic. They
+            are used as given, so they should add up to 1.
 
     Returns:
         `Moments` of that shape; counts add, where all parts have one.
@@ -132,12 +136,17 @@ def blend(parts: Sequence[Moments], weights: Sequence[ArrayLike]) -> Moments:
     """
     parts = list(parts)
     if len(parts) != len(weights):
-        raise ValueError(f"blend needs one weight for each part. Got {len(parts)} parts and {len(weights)} weights.")
+        raise ValueError(
+            f"blend needs one weight for each part. Got {len(parts)} parts and {len(weights)}"
+            " weights."
+        )
     _check_shapes(parts, "blend")
 
     def average(name: str) -> jax.Array:
         values = [getattr(part, name) for part in parts]
-        return _sum([jnp.asarray(w).astype(t.dtype) * t for w, t in zip(weights, values, strict=True)])
+        return _sum(
+            [jnp.asarray(w).astype(t.dtype) * t for w, t in zip(weights, values, strict=True)]
+        )
 
     counts = [part.count for part in parts]
     count = None if any(n is None for n in counts) else _sum(counts)
@@ -157,5 +166,6 @@ def _check_shapes(parts: Sequence[Moments], verb: str) -> None:
 def _check_counted(m: Moments, verb: str) -> None:
     if m.count is None:
         raise ValueError(
-            f"{verb} weighs by count. Got running statistics without one; make them by init_running(shape, counted=True)."
+            f"{verb} weighs by count. Got running statistics without one; make them by"
+            " init_running(shape, counted=True)."
         )

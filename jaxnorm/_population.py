@@ -1,8 +1,9 @@
 """Running statistics measured anew: what the linen and the nnx function of that name share.
 
-The layers measure: where a count of `POPULATION` stands beside a layer's running statistics, their update is that of a
-population instead of a moving average, and `calls` counts the updates. So whatever maps, scans or shards a model's running
-statistics does the same here, one batch is in memory at a time, and the layers need no other mode.
+The layers measure: where a count of `POPULATION` stands beside a layer's running statistics, their
+update is that of a population instead of a moving average, and `calls` counts the updates. So
+whatever maps, scans or shards a model's running statistics does the same here, one batch is in
+memory at a time, and the layers need no other mode.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,8 @@ from jaxnorm._running import update_averaged, update_cumulative
 REDUCERS = {"pooled": "elements", "averaged": "batches"}
 """How `population_statistics` makes one from the statistics of batches, and what it counts."""
 POPULATION = {"elements": update_cumulative, "batches": update_averaged}
-"""Names of the counts that, beside running statistics, turn their update into that of a population: of what is counted."""
+"""Names of the counts that, beside running statistics, turn their update into that of a population:
+of what is counted."""
 
 
 def count_of(reducer: str) -> str:
@@ -29,7 +31,8 @@ def count_of(reducer: str) -> str:
 
 
 STATISTICS = {"mean", "var", "std", "mean_square"}
-"""Names of running statistics; a layer that has other of them than a mean and a var is not measured."""
+"""Names of running statistics; a layer that has other of them than a mean and a var is not
+measured."""
 
 
 def start(mean: jax.Array, var: jax.Array, count: str) -> dict[str, jax.Array]:
@@ -43,8 +46,8 @@ def was_used(name: str, start: Mapping[str, Any], end: Mapping[str, Any], batche
     calls = int(np.max(end["calls"], initial=0))
     if calls > batches:
         raise ValueError(
-            f"layer {name} was called {calls} times in {batches} batches, so its statistics would mix two inputs. Expected one "
-            "call a batch; give each call a layer of its own."
+            f"layer {name} was called {calls} times in {batches} batches, so its statistics would"
+            " mix two inputs. Expected one call a batch; give each call a layer of its own."
         )
     if calls == 0:
         check_unchanged(name, *({key: t[key] for key in ("mean", "var")} for t in (start, end)))
@@ -55,9 +58,10 @@ def check_unchanged(name: str, start: Mapping[str, Any], end: Mapping[str, Any])
     """A layer whose running statistics are not measured did not update them."""
     if any(np.any(np.asarray(t) != np.asarray(end[key])) for key, t in start.items()):
         raise ValueError(
-            f"layer {name} updates its running statistics by a rule of its own. Got {', '.join(sorted(start))}; expected a "
-            "layer of jaxnorm that keeps the moments of its input: BatchNorm (which loads the checkpoints of Flax's), Norm and "
-            "the other rows of the table."
+            f"layer {name} updates its running statistics by a rule of its own. Got"
+            f" {', '.join(sorted(start))}; expected a layer of jaxnorm that keeps the moments of"
+            " its input: BatchNorm (which loads the checkpoints of Flax's), Norm and the other"
+            " rows of the table."
         )
 
 
@@ -65,6 +69,7 @@ def check_any(used: Iterable[bool], batches: int) -> None:
     """There is something to return."""
     if not any(used):
         raise ValueError(
-            f"no running statistics were updated in {batches} batches. Expected batches, and a forward function that runs the "
-            "model in training mode, so that its layers with running statistics update them."
+            f"no running statistics were updated in {batches} batches. Expected batches, and a"
+            " forward function that runs the model in training mode, so that its layers with"
+            " running statistics update them."
         )

@@ -1,8 +1,10 @@
-"""What is remembered between steps: running statistics as a pure function of old ones and a batch's moments.
+"""What is remembered between steps: running statistics as a pure function of old ones and a batch's
+moments.
 
-State is `Moments` without the axes that hold no information: the batch axis and spatial axes of size 1 are dropped, the
-channel axis stays. Its `count` is None, no leaf at all, except where a rule needs it: see `init_running`. The shape and
-dtypes of state are the same after an update, so it can be the carry of a `lax.scan`.
+State is `Moments` without the axes that hold no information: the batch axis and spatial axes of
+size 1 are dropped, the channel axis stays. Its `count` is None, no leaf at all, except where a rule
+needs it: see `init_running`. The shape and dtypes of state are the same after an update, so it can
+be the carry of a `lax.scan`.
 """
 
 import dataclasses
@@ -15,7 +17,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._devices import AxisName, DeviceGroups, all_sum, device_count, device_groups_of, in_explicit_meshes
+from jaxnorm._devices import (
+    AxisName,
+    DeviceGroups,
+    all_sum,
+    device_count,
+    device_groups_of,
+    in_explicit_meshes,
+)
 from jaxnorm._ghosts import GhostUpdate, check_ghost_update, one_update
 from jaxnorm._groups import Groups, Method, Shape, single_axis
 from jaxnorm._mean_var import statistic_dtype
@@ -29,7 +38,8 @@ def running_shape(
     """Shape of the running state, and the shape in which it serves x.
 
     Args:
-        groups: the method. Its batch number does not matter: running statistics are those of all examples.
+        groups: the method. Its batch number does not matter: running statistics are those of all
+            examples.
         x_shape: shape of x; the number of examples does not matter.
         batch_axis: axis of the examples.
         channel_axis: axis of the channels.
@@ -48,7 +58,9 @@ def running_shape(
     groups = groups.groups if isinstance(groups, Method) else groups
     if not isinstance(groups, Groups):
         raise TypeError(f"running statistics belong to a Groups or a Method. Got {groups!r}.")
-    statistic = dataclasses.replace(groups, batch=1).shape(x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
+    statistic = dataclasses.replace(groups, batch=1).shape(
+        x_shape, batch_axis=batch_axis, channel_axis=channel_axis
+    )
     batch, channel = single_axis(batch_axis, x_shape), single_axis(channel_axis, x_shape)
     state = tuple(g for i, g in enumerate(statistic) if i == channel or (i != batch and g != 1))
     return state, statistic
@@ -60,8 +72,8 @@ def init_running(shape: Shape, *, dtype: DTypeLike = jnp.float32, counted: bool 
     Args:
         shape: of the state, see `running_shape`.
         dtype: of the mean; complex for complex x. The variance is real.
-        counted: whether to keep a count, starting at 0. `update_running` then divides the zeros it started from out of
-            the average, and `update_cumulative` needs it.
+        counted: whether to keep a count, starting at 0. `update_running` then divides the zeros it
+            started from out of the average, and `update_cumulative` needs it.
 
     Returns:
         `Moments` of that shape, with count None unless counted.
@@ -71,14 +83,22 @@ def init_running(shape: Shape, *, dtype: DTypeLike = jnp.float32, counted: bool 
         [1.0, 1.0, 1.0]
     """
     if not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(f"running statistics are floating or complex. Got dtype {jnp.dtype(dtype).name}; expected float32.")
+        raise TypeError(
+            f"running statistics are floating or complex. Got dtype {jnp.dtype(dtype).name};"
+            " expected float32."
+        )
     real = jnp.finfo(dtype).dtype
     count = jnp.zeros(shape, statistic_dtype(real)) if counted else None
     return Moments(count, jnp.zeros(shape, dtype), jnp.ones(shape, real))  # type: ignore[arg-type]  # count is optional here
 
 
 def running_moments(
-    state: Moments, groups: Groups | Method, x_shape: Shape, *, batch_axis: int = 0, channel_axis: int = -1
+    state: Moments,
+    groups: Groups | Method,
+    x_shape: Shape,
+    *,
+    batch_axis: int = 0,
+    channel_axis: int = -1,
 ) -> Moments:
     """Running state in the shape that `normalize` takes.
 
@@ -100,18 +120,22 @@ def running_moments(
         >>> running_moments(init_running((3,)), Groups(1, 1, EACH), (8, 4, 4, 3)).mean.shape
         (1, 1, 1, 3)
     """
-    expected, statistic = running_shape(groups, x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
+    expected, statistic = running_shape(
+        groups, x_shape, batch_axis=batch_axis, channel_axis=channel_axis
+    )
     return serving(state, expected, statistic, x_shape)
 
 
 def serving(state: Moments, expected: Shape, statistic: Shape, x_shape: Shape) -> Moments:
     """State of the expected shape, in the statistic's shape."""
-    if not state.mean.shape == state.var.shape == expected or math.prod(expected) != math.prod(statistic):
+    if not state.mean.shape == state.var.shape == expected or math.prod(expected) != math.prod(
+        statistic
+    ):
         raise ValueError(
-            f"running statistics of shape {state.mean.shape} do not fit x of shape {tuple(x_shape)}, whose statistics have "
-            f"shape {statistic}. "
-            "State that keeps positions apart is tied to the image size, and all state to the number of channels, with "
-            "which it was made; feed x of that size."
+            f"running statistics of shape {state.mean.shape} do not fit x of shape"
+            f" {tuple(x_shape)}, whose statistics have shape {statistic}. State that keeps"
+            " positions apart is tied to the image size, and all state to the number of channels,"
+            " with which it was made; feed x of that size."
         )
     return jax.tree.map(lambda t: t.reshape(statistic), state)
 
@@ -130,28 +154,32 @@ def update_running(
 
         state <- momentum * state + (1 - momentum) * m
 
-    With a counted state (`init_running(counted=True)`) the average is debiased: with W <- momentum * W + 1 - momentum the
-    weight of all batches so far, the new batch enters with (1 - momentum) / W, so the initial 0 and 1 never count.
+    With a counted state (`init_running(counted=True)`) the average is debiased: with W <- momentum
+    * W + 1 - momentum the weight of all batches so far, the new batch enters with (1 - momentum) /
+    W, so the initial 0 and 1 never count.
 
-    Statistics of several ghost batches are pooled first, so the state is that of plain batch normalization whatever the
-    ghost size. Other conventions take k ghosts, of moments s_1 to s_k, as they are:
+    Statistics of several ghost batches are pooled first, so the state is that of plain batch
+    normalization whatever the ghost size. Other conventions take k ghosts, of moments s_1 to s_k,
+    as they are:
 
         "averaged"              state <- momentum * state + (1 - momentum) * mean_i s_i
         "sequential"            one update for each ghost in turn: later ghosts weigh more, and k ghosts forget k times as much
         "sequential divided"    the same with the rate 1 - momentum divided by k
 
-    Their variances lack the variance between the ghosts' means. Pooled is the convention of the code of arXiv:1906.03548;
-    sequential of arXiv:1705.08741 and TabNet's Keras code, divided of MosaicML's Composer, averaged of Keras 2 (from memory).
+    Their variances lack the variance between the ghosts' means. Pooled is the convention of the
+    code of arXiv:1906.03548; sequential of arXiv:1705.08741 and TabNet's Keras code, divided of
+    MosaicML's Composer, averaged of Keras 2 (from memory).
 
-    Where a set is empty, or its moments are not finite, the state stays; where only some ghosts are so, they are left out,
-    but for non-finite ones in a pool.
+    Where a set is empty, or its moments are not finite, the state stays; where only some ghosts are
+    so, they are left out, but for non-finite ones in a pool.
 
     Args:
         state: old running statistics.
         m: moments of the batch, of the statistic's shape or of the state's.
-        momentum: weight of the OLD value per update, a number or traced scalar. PyTorch's momentum is 1 minus this.
-        correction: 1 stores the unbiased variance, n / max(n - 1, 1) times the biased one, as PyTorch does; n of the
-            pooled batch, or in the other conventions of each ghost.
+        momentum: weight of the OLD value per update, a number or traced scalar. PyTorch's momentum
+            is 1 minus this.
+        correction: 1 stores the unbiased variance, n / max(n - 1, 1) times the biased one, as
+            PyTorch does; n of the pooled batch, or in the other conventions of each ghost.
         ghost_update: how several ghost batches enter.
         batch_axis: axis of the ghost batches in m.
 
@@ -175,7 +203,9 @@ def update_running(
         m = _corrected(_as_state(m, state, batch_axis), correction)
     else:
         m = _corrected(m, correction)
-        m, momentum = one_update(m, usable(m), single_axis(batch_axis, m.mean.shape), momentum, ghost_update)
+        m, momentum = one_update(
+            m, usable(m), single_axis(batch_axis, m.mean.shape), momentum, ghost_update
+        )
         m, momentum = _as_state(m, state, batch_axis), momentum.reshape(state.mean.shape)
     keep = usable(m)
     count, rate = state.count, 1 - momentum
@@ -193,7 +223,7 @@ def update_running(
 
 @in_explicit_meshes
 def update_cumulative(state: Moments, m: Moments, *, batch_axis: int = 0) -> Moments:
-    """Moments of all elements seen so far: every batch counts alike, and the variance between batches is included.
+    """Moments of all elements seen so far, the variance between batches included.
 
         state <- merge(state, m)
 
@@ -218,7 +248,10 @@ def update_cumulative(state: Moments, m: Moments, *, batch_axis: int = 0) -> Mom
         ([1.0], [1.0])
     """
     if state.count is None:
-        raise ValueError("a cumulative average needs a count. Got a state without one; make it by init_running(counted=True).")
+        raise ValueError(
+            "a cumulative average needs a count. Got a state without one; make it by"
+            " init_running(counted=True)."
+        )
     m = _as_state(m, state, batch_axis)
     keep = usable(m)
     wide = jax.tree.map(lambda old, t: old.astype(t.dtype), state, m)
@@ -233,31 +266,34 @@ def sync_running(
     axis_index_groups: DeviceGroups = None,
     weights: ArrayLike | None = None,
 ) -> Any:
-    """Running statistics that each device kept for itself, made equal on all: those of the union of what they saw.
+    """Each device's own running statistics, made equal on all: those of the union.
 
     With w_i the weight of device i, its count where the state has one and else 1,
 
         mean = sum w_i m_i / sum w_i,    var = sum w_i (v_i + |m_i - mean|^2) / sum w_i.
 
-    The variance between the devices' means is included, which the plain average of variances leaves out: activations are
-    normalized by one mean afterwards, so the spread of the means about it is part of their variance. Counts become their
-    average: each device holds an equal share, so that syncing twice is syncing once and the state goes on as before; with
-    cumulative statistics the result is exact after any number of rounds.
+    The variance between the devices' means is included, which the plain average of variances leaves
+    out: activations are normalized by one mean afterwards, so the spread of the means about it is
+    part of their variance. Counts become their average: each device holds an equal share, so that
+    syncing twice is syncing once and the state goes on as before; with cumulative statistics the
+    result is exact after any number of rounds.
 
     Args:
-        state: `Moments`, or a pytree with mappings that have "mean" and "var" (and "count") in it, such as the
-            collection batch_stats of linen and the pure dict of `nnx.BatchStat` variables. "train_mean" and "train_var" beside
-            them (`MomentumBatchNorm`) are such a pair too; "positions", equal on all devices, stays.
+        state: `Moments`, or a pytree with mappings that have "mean" and "var" (and "count") in it,
+            such as the collection batch_stats of linen and the pure dict of `nnx.BatchStat`
+            variables. "train_mean" and "train_var" beside them (`MomentumBatchNorm`) are such a
+            pair too; "positions", equal on all devices, stays.
         axis_name: axis or axes of pmap, shard_map or vmap over which the devices differ.
         axis_index_groups: groups of indices of that axis that become equal, see `device_groups`.
-        weights: how much this device counts, such as its number of examples, in place of the state's count.
+        weights: how much this device counts, such as its number of examples, in place of the
+            state's count.
 
     Returns:
         The state, of the same structure, shapes and dtypes.
 
     Raises:
-        TypeError: a leaf that belongs to no running statistics, or another array beside them, such as the window of
-            `CrossIterationBatchNorm`, whose union is not defined.
+        TypeError: a leaf that belongs to no running statistics, or another array beside them, such
+            as the window of `CrossIterationBatchNorm`, whose union is not defined.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -272,10 +308,13 @@ def sync_running(
             return together(s)
         if not _holds_statistics(s):
             raise TypeError(
-                f"sync_running takes running statistics. Got a leaf of type {type(s).__name__}; expected Moments, or mappings "
-                'with "mean" and "var", such as batch_stats.'
+                f"sync_running takes running statistics. Got a leaf of type {type(s).__name__};"
+                ' expected Moments, or mappings with "mean" and "var", such as batch_stats.'
             )
-        known, new = {"mean", "var", "count", "positions"}, together(Moments(s.get("count"), s["mean"], s["var"]))
+        known, new = (
+            {"mean", "var", "count", "positions"},
+            together(Moments(s.get("count"), s["mean"], s["var"])),
+        )
         values = {"mean": new.mean, "var": new.var, "count": new.count}
         if "train_mean" in s and "train_var" in s:
             known |= {"train_mean", "train_var"}
@@ -284,23 +323,34 @@ def sync_running(
         inner = {name: t for name, t in s.items() if isinstance(t, Mapping)}
         if unknown := sorted(set(s) - known - set(inner)):
             raise TypeError(
-                f"sync_running knows no union of {', '.join(unknown)}. Got {', '.join(sorted(s))}; expected mean and var, and "
-                "beside them count, train_mean and train_var, or positions. Keep such layers equal by their axis_name."
+                f"sync_running knows no union of {', '.join(unknown)}. Got {', '.join(sorted(s))};"
+                " expected mean and var, and beside them count, train_mean and train_var, or"
+                " positions. Keep such layers equal by their axis_name."
             )
-        return type(s)({name: tree(t) if name in inner else values.get(name, t) for name, t in s.items()})
+        return type(s)(
+            {name: tree(t) if name in inner else values.get(name, t) for name, t in s.items()}
+        )
 
     def together(s: Moments) -> Moments:
         wide = jax.tree.map(lambda t: t.astype(statistic_dtype(t.dtype)), s)
         w = weights if weights is not None else 1 if s.count is None else wide.count
         w = jnp.broadcast_to(jnp.asarray(w).astype(wide.var.dtype), s.var.shape)
-        w = jnp.where(all_sum(w, axis_name, groups) > 0, w, 1)  # before the first update all devices count alike
+        w = jnp.where(
+            all_sum(w, axis_name, groups) > 0, w, 1
+        )  # before the first update all devices count alike
         m = Moments(w, wide.mean, wide.var)
         new = pool(m, w.shape, axis_name=axis_name, axis_index_groups=axis_index_groups)
-        count = jax.tree.map(lambda n: all_sum(n, axis_name, groups) / device_count(axis_name, groups), wide.count)
-        return jax.tree.map(lambda old, t: t.astype(old.dtype), s, dataclasses.replace(new, count=count))
+        count = jax.tree.map(
+            lambda n: all_sum(n, axis_name, groups) / device_count(axis_name, groups), wide.count
+        )
+        return jax.tree.map(
+            lambda old, t: t.astype(old.dtype), s, dataclasses.replace(new, count=count)
+        )
 
     def tree(state: Any) -> Any:
-        return jax.tree.map(synced, state, is_leaf=lambda t: isinstance(t, Moments) or _holds_statistics(t))
+        return jax.tree.map(
+            synced, state, is_leaf=lambda t: isinstance(t, Moments) or _holds_statistics(t)
+        )
 
     return tree(state)
 
@@ -316,25 +366,33 @@ def usable(m: Moments) -> jax.Array:
 
 def _has_ghosts(m: Moments, state: Moments, batch_axis: int) -> bool:
     shape = m.mean.shape
-    return m.count is not None and shape != state.mean.shape and shape[single_axis(batch_axis, shape)] > 1
+    return (
+        m.count is not None
+        and shape != state.mean.shape
+        and shape[single_axis(batch_axis, shape)] > 1
+    )
 
 
 def _corrected(m: Moments, correction: int) -> Moments:
     """With variances divided by n - correction."""
     n = m.count.astype(m.var.dtype)
-    return dataclasses.replace(m, var=m.var * n / jnp.maximum(n - correction, 1)) if correction else m
+    return (
+        dataclasses.replace(m, var=m.var * n / jnp.maximum(n - correction, 1)) if correction else m
+    )
 
 
 @in_explicit_meshes
 def update_averaged(state: Moments, m: Moments, *, batch_axis: int = 0) -> Moments:
-    """Averages of the batches' means and unbiased variances: every batch counts alike, however large.
+    """Averages of the batches' means and unbiased variances, each batch counting alike.
 
         k <- k + 1,    mean <- mean + (m - mean) / k,    var <- var + (v n / (n - 1) - var) / k
 
-    It estimates the variance inside batches; `update_cumulative` that of all elements, and is exact where batches differ.
+    It estimates the variance inside batches; `update_cumulative` that of all elements, and is exact
+    where batches differ.
 
     Args:
-        state: old running statistics with a count, here of batches: `init_running(shape, counted=True)`.
+        state: old running statistics with a count, here of batches:
+            `init_running(shape, counted=True)`.
         m: moments of the batch, of the statistic's shape or of the state's.
         batch_axis: axis of the ghost batches in m.
 
@@ -354,7 +412,10 @@ def update_averaged(state: Moments, m: Moments, *, batch_axis: int = 0) -> Momen
         ([1.0], [1.5], [2.0])
     """
     if state.count is None:
-        raise ValueError("an average over batches counts them. Got no count; make the state by init_running(counted=True).")
+        raise ValueError(
+            "an average over batches counts them. Got no count; make the state by"
+            " init_running(counted=True)."
+        )
     k = state.count
     new = update_running(
         Moments(None, state.mean, state.var),  # type: ignore[arg-type]  # the count is of batches here
@@ -363,13 +424,18 @@ def update_averaged(state: Moments, m: Moments, *, batch_axis: int = 0) -> Momen
         correction=1,
         batch_axis=batch_axis,
     )
-    return dataclasses.replace(new, count=jnp.where(usable(_as_state(m, state, batch_axis)), k + 1, k))
+    return dataclasses.replace(
+        new, count=jnp.where(usable(_as_state(m, state, batch_axis)), k + 1, k)
+    )
 
 
 def _as_state(m: Moments, state: Moments, batch_axis: int) -> Moments:
     """A batch's moments with ghost batches pooled, in the state's shape."""
     if m.count is None:
-        raise ValueError("m has no count. Expected a batch's moments, as moments(x, groups) returns, not running statistics.")
+        raise ValueError(
+            "m has no count. Expected a batch's moments, as moments(x, groups) returns, not running"
+            " statistics."
+        )
     shape = m.mean.shape
     if shape != state.mean.shape:
         batch = single_axis(batch_axis, shape)
@@ -377,14 +443,16 @@ def _as_state(m: Moments, state: Moments, batch_axis: int) -> Moments:
             m = pool(m, (*shape[:batch], 1, *shape[batch + 1 :]))
         if [n for n in m.mean.shape if n != 1] != [n for n in state.mean.shape if n != 1]:
             raise ValueError(
-                f"moments of shape {shape} do not fit running statistics of shape {state.mean.shape}. Expected the "
-                "statistic's shape, whose batch axis and spatial axes of size 1 are dropped."
+                f"moments of shape {shape} do not fit running statistics of shape"
+                f" {state.mean.shape}. Expected the statistic's shape, whose batch axis and spatial"
+                " axes of size 1 are dropped."
             )
         m = jax.tree.map(lambda t: t.reshape(state.mean.shape), m)
     if jnp.iscomplexobj(m.mean) and not jnp.iscomplexobj(state.mean):
         raise TypeError(
-            f"the batch's mean is complex and the running mean {state.mean.dtype}. Expected a complex running mean for "
-            "complex x: make it so from the start, init_running(shape, dtype=jnp.complex64)."
+            f"the batch's mean is complex and the running mean {state.mean.dtype}. Expected a"
+            " complex running mean for complex x: make it so from the start, init_running(shape,"
+            " dtype=jnp.complex64)."
         )
     if jnp.iscomplexobj(state.mean):
         m = dataclasses.replace(m, mean=lax.complex(m.mean.real, m.mean.imag))

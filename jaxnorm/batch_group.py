@@ -1,7 +1,7 @@
 """Batch Group Normalization with any number of groups, also where groups are no product over axes.
 
-Each example is flattened in the order channel, row, column and cut into G equal pieces. The flattening is done on moments,
-which have no examples: x is read and written as it lies.
+Each example is flattened in the order channel, row, column and cut into G equal pieces. The
+flattening is done on moments, which have no examples: x is read and written as it lies.
 """
 
 import math
@@ -22,20 +22,26 @@ from jaxnorm._running import init_running
 
 
 def init_batch_group_norm(
-    num_groups: int, x_shape: Sequence[int], *, counted: bool = False, batch_axis: int = 0, channel_axis: int = -1
+    num_groups: int,
+    x_shape: Sequence[int],
+    *,
+    counted: bool = False,
+    batch_axis: int = 0,
+    channel_axis: int = -1,
 ) -> State:
     """State of `batch_group_norm` before the first step: mean 0 and variance 1 for each group.
 
     Args:
         num_groups: G.
         x_shape: shape of x; any number of examples.
-        counted: add `count`, (G,), which divides the initial 0 and 1 out of the average; see `init_running`.
+        counted: add `count`, (G,), which divides the initial 0 and 1 out of the average; see
+            `init_running`.
         batch_axis: axis of the examples.
         channel_axis: axis of the channels.
 
     Returns:
-        `mean` and `var`, (G,), float32; and where G does not divide C `positions`, zeros of the image size, (H, W): its shape
-        says to which resolution the state belongs.
+        `mean` and `var`, (G,), float32; and where G does not divide C `positions`, zeros of the
+        image size, (H, W): its shape says to which resolution the state belongs.
 
     Raises:
         ValueError: G does not divide C H W.
@@ -47,7 +53,11 @@ def init_batch_group_norm(
     channels, positions = _sizes(num_groups, x_shape, batch_axis, channel_axis)
     first = init_running((num_groups,), counted=counted)
     state = {"mean": first.mean, "var": first.var} | ({"count": first.count} if counted else {})
-    return state if channels % num_groups == 0 else state | {"positions": jnp.zeros(positions, jnp.float32)}
+    return (
+        state
+        if channels % num_groups == 0
+        else state | {"positions": jnp.zeros(positions, jnp.float32)}
+    )
 
 
 def batch_group_norm(
@@ -63,14 +73,14 @@ def batch_group_norm(
 ) -> tuple[jax.Array, State]:
     """Standardize each of G equal pieces of the flattened features over the whole batch.
 
-    With d = ((c H + h) W + w) the place of a feature in the order channel, row, column, S_g = {(n, h, w, c): all n,
-    floor(d G / (C H W)) = g}, and
+    With d = ((c H + h) W + w) the place of a feature in the order channel, row, column, S_g = {(n,
+    h, w, c): all n, floor(d G / (C H W)) = g}, and
 
         y = (x - mean_S) / sqrt(var_S + epsilon) * scale_c + bias_c.
 
-    Where G divides C, or is C times whole parts of the image, it is `norm` with `methods.batch_group_norm(G, x.shape)`; G =
-    C H W pools the examples alone. Where G does not divide C the result depends on the position, and state belongs to one
-    image size.
+    Where G divides C, or is C times whole parts of the image, it is `norm` with
+    `methods.batch_group_norm(G, x.shape)`; G = C H W pools the examples alone. Where G does not
+    divide C the result depends on the position, and state belongs to one image size.
 
     Args:
         x: real floating array with examples and channels.
@@ -83,11 +93,13 @@ def batch_group_norm(
         **options: as `norm`.
 
     Returns:
-        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those groups' state.
+        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those
+        groups' state.
 
     Raises:
         TypeError: x is complex or integer.
-        ValueError: G does not divide C H W; state of another number of groups or of another image size.
+        ValueError: G does not divide C H W; state of another number of groups or of another image
+            size.
 
     Example:
         >>> x = jnp.arange(6.0).reshape(1, 2, 3)  # two positions, three channels; flattened 0, 3, 1, 4, 2, 5
@@ -97,51 +109,67 @@ def batch_group_norm(
         [4.0, 11.0]
 
     Reference:
-        Batch Group Normalization, 2020, arXiv:2012.02782. The definition was read in the abstract and in two independent
-        implementations; running statistics are as in one of them.
+        Batch Group Normalization, 2020, arXiv:2012.02782. The definition was read in the abstract
+        and in two independent implementations; running statistics are as in one of them.
     """
     x = real(x, "batch_group_norm")
-    batch, channel = options.get("batch_axis", 0), single_axis(options.get("channel_axis", -1), x.shape)
+    batch, channel = (
+        options.get("batch_axis", 0),
+        single_axis(options.get("channel_axis", -1), x.shape),
+    )
     channels, positions = _sizes(num_groups, x.shape, batch, channel)
     tied = channels % num_groups != 0
     if state["mean"].shape != (num_groups,) or ("positions" in state) != tied:
         raise ValueError(
-            f"state of {state['mean'].shape[0]} groups, {'with' if 'positions' in state else 'without'} positions, does not "
-            f"fit {num_groups} groups of x of shape {x.shape}. Expected init_batch_group_norm({num_groups}, {x.shape})."
+            f"state of {state['mean'].shape[0]} groups,"
+            f" {'with' if 'positions' in state else 'without'} positions, does not fit {num_groups}"
+            f" groups of x of shape {x.shape}. Expected init_batch_group_norm({num_groups},"
+            f" {x.shape})."
         )
     if tied and state["positions"].shape != positions:
         raise ValueError(
-            f"state that belongs to images of {state['positions'].shape} does not fit x of shape {x.shape}. With "
-            f"{num_groups} groups, which do not divide {channels} channels, statistics depend on the position; feed x of that "
-            "size."
+            f"state that belongs to images of {state['positions'].shape} does not fit x of shape"
+            f" {x.shape}. With {num_groups} groups, which do not divide {channels} channels,"
+            " statistics depend on the position; feed x of that size."
         )
     grid = _grid(num_groups, x.shape, batch, channel)
     if train:
         devices = named(options, "axis_name", "axis_index_groups")
-        features = jax.tree.map(lambda t: _pieces(t, num_groups, channel), measured(x, grid, **alone(options)))
+        features = jax.tree.map(
+            lambda t: _pieces(t, num_groups, channel), measured(x, grid, **alone(options))
+        )
         m = pool(features, (num_groups, 1), **devices)
         state = updated(state, m, momentum, correction)
     else:
-        mean, var = (state[name].reshape(-1, 1).astype(statistic_dtype(x.dtype)) for name in ("mean", "var"))
+        mean, var = (
+            state[name].reshape(-1, 1).astype(statistic_dtype(x.dtype)) for name in ("mean", "var")
+        )
         m = Moments(jnp.ones_like(mean), mean, var)
-    return applied(x, jax.tree.map(lambda t: _at_features(t, grid, channel), m), epsilon, **options), state
+    return (
+        applied(x, jax.tree.map(lambda t: _at_features(t, grid, channel), m), epsilon, **options),
+        state,
+    )
 
 
-def _sizes(num_groups: int, x_shape: Sequence[int], batch_axis: int, channel_axis: int) -> tuple[int, Shape]:
+def _sizes(
+    num_groups: int, x_shape: Sequence[int], batch_axis: int, channel_axis: int
+) -> tuple[int, Shape]:
     """C and the image size, once G is checked."""
     batch, channel = single_axis(batch_axis, x_shape), single_axis(channel_axis, x_shape)
     positions = tuple(n for i, n in enumerate(x_shape) if i not in (batch, channel))
     features = x_shape[channel] * math.prod(positions)
     if num_groups < 1 or features % num_groups != 0:
         raise ValueError(
-            f"{num_groups} groups do not divide the features of x. Got x of shape {tuple(x_shape)}; expected a divisor of "
-            f"{features}, the product of its {x_shape[channel]} channels and positions {positions}."
+            f"{num_groups} groups do not divide the features of x. Got x of shape {tuple(x_shape)};"
+            f" expected a divisor of {features}, the product of its {x_shape[channel]} channels and"
+            f" positions {positions}."
         )
     return x_shape[channel], positions
 
 
 def _grid(num_groups: int, x_shape: Shape, batch_axis: int, channel_axis: int) -> Shape:
-    """The coarsest statistic at hand of which every piece is a union: the pieces themselves, or each feature apart."""
+    """The coarsest statistic at hand of which every piece is a union: the pieces themselves, or
+    each feature apart."""
     channels, positions = _sizes(num_groups, x_shape, batch_axis, channel_axis)
     row = methods.Method(Groups(batch=1, spatial=EACH, channel=EACH))
     if channels % num_groups == 0 or num_groups % channels == 0:

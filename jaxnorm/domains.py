@@ -1,7 +1,8 @@
-"""Batch normalization with statistics for each domain, and predictions weighted by how near each domain is.
+"""Batch normalization with statistics for each domain, and predictions weighted by how near each
+domain is.
 
-The statistics of a domain over all layers are its embedding; an example of an unknown domain is placed among them by its own
-statistics.
+The statistics of a domain over all layers are its embedding; an example of an unknown domain is
+placed among them by its own statistics.
 """
 
 import functools
@@ -13,7 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm._between import Options, State, alone, applied, averaged, measured, pooled, real, recalled
+from jaxnorm._between import (
+    Options,
+    State,
+    alone,
+    applied,
+    averaged,
+    measured,
+    pooled,
+    real,
+    recalled,
+)
 from jaxnorm._groups import single_axis
 from jaxnorm._moments import Moments
 from jaxnorm._running import usable
@@ -38,7 +49,9 @@ def init_domain_batch_norm(num_channels: int, num_domains: int) -> State:
         {'mean': (2, 3), 'var': (2, 3)}
     """
     if num_domains < 1:
-        raise ValueError(f"an example has a domain. Got num_domains={num_domains}; expected 1 or more.")
+        raise ValueError(
+            f"an example has a domain. Got num_domains={num_domains}; expected 1 or more."
+        )
     shape = (num_domains, num_channels)
     return {"mean": jnp.zeros(shape, jnp.float32), "var": jnp.ones(shape, jnp.float32)}
 
@@ -57,22 +70,25 @@ def domain_batch_norm(
 
         y_n = (x_n - mean_d) / sqrt(var_d + epsilon) * scale + bias,    d the domain of example n
 
-    with the moments of the batch's examples of domain d in training, and those of row d of the state in inference. Training
-    updates the rows of the domains that are in the batch. Scale and bias are shared by all domains; domain-specific ones are
-    `scale=scales[domain]`, (C,) or (N, C). With one domain it is batch normalization.
+    with the moments of the batch's examples of domain d in training, and those of row d of the
+    state in inference. Training updates the rows of the domains that are in the batch. Scale and
+    bias are shared by all domains; domain-specific ones are `scale=scales[domain]`, (C,) or (N, C).
+    With one domain it is batch normalization.
 
     Args:
         x: real floating array with examples and channels.
         state: see `init_domain_batch_norm`.
         train: use the batch's statistics and update the state, or use the state.
-        domain: integer from 0 to D - 1, for the whole batch, or (N,), one for each example; data, not a static argument.
-            Outside that range y is NaN and no row changes. Where devices hold different domains, (N,) on each.
+        domain: integer from 0 to D - 1, for the whole batch, or (N,), one for each example; data,
+            not a static argument. Outside that range y is NaN and no row changes. Where devices
+            hold different domains, (N,) on each.
         momentum: weight of the old row per update.
         epsilon: added to the variance, in the unit of x squared.
         **options: as `norm`. With one domain for each example, examples are whole on each device.
 
     Returns:
-        y, of x's shape, and the new state. Rows of absent domains stay, as do channels of empty or non-finite sets.
+        y, of x's shape, and the new state. Rows of absent domains stay, as do channels of empty or
+        non-finite sets.
 
     Raises:
         TypeError: x is complex or integer, domain is not integer.
@@ -86,9 +102,9 @@ def domain_batch_norm(
         ([-1.0, 1.0, -1.0, 1.0], [0.5, 0.0, 6.0])
 
     Reference:
-        Batch Normalization Embeddings for Deep Domain Generalization, 2020, arXiv:2011.12672, by its summaries. With scale and
-        bias for each domain as well: Domain-Specific Batch Normalization for Unsupervised Domain Adaptation, 2019,
-        arXiv:1906.03950.
+        Batch Normalization Embeddings for Deep Domain Generalization, 2020, arXiv:2011.12672, by
+        its summaries. With scale and bias for each domain as well: Domain-Specific Batch
+        Normalization for Unsupervised Domain Adaptation, 2019, arXiv:1906.03950.
     """
     x = real(x, "domain_batch_norm")
     batch_axis = options.get("batch_axis", 0)
@@ -98,7 +114,9 @@ def domain_batch_norm(
         return applied(x, _rows(bank, domain, x, batch_axis), epsilon, **options), state
     m = _of_each_domain(x, domain, bank.mean.shape, options)
     keep = usable(m)
-    new = {name: averaged(state[name], getattr(m, name), momentum, keep) for name in ("mean", "var")}
+    new = {
+        name: averaged(state[name], getattr(m, name), momentum, keep) for name in ("mean", "var")
+    }
     return applied(x, _rows(m, domain, x, batch_axis), epsilon, **options), new
 
 
@@ -111,18 +129,20 @@ def domain_distance(
     batch_axis: int = 0,
     channel_axis: int = -1,
 ) -> jax.Array:
-    """How far each example's own statistics are from a domain's: the squared 2-Wasserstein distance of normal distributions.
+    """How far each example's own statistics are from a domain's: the squared 2-Wasserstein distance
+    of normal distributions.
 
         distance_n = sum_c (mean_dc - mean_nc)^2 + (sqrt(var_dc) - sqrt(var_nc))^2
 
-    with the mean and variance of example n over its positions. Sums over layers are the distance of the network's
-    statistics.
+    with the mean and variance of example n over its positions. Sums over layers are the distance of
+    the network's statistics.
 
     Args:
         x: input of the layer, in the network that normalizes with the statistics of this domain.
         state: see `init_domain_batch_norm`.
         domain: integer from 0 to D - 1, or (N,), one for each example.
-        weights: how much each element counts; broadcasts against x. Channels of an example without weight count 0.
+        weights: how much each element counts; broadcasts against x. Channels of an example without
+            weight count 0.
         batch_axis: axis of the examples.
         channel_axis: axis of the channels.
 
@@ -139,12 +159,14 @@ def domain_distance(
         [9.0]
 
     Reference:
-        arXiv:2011.12672; see `domain_batch_norm`. That the distance is squared, and which pass it is measured in, are our
-        choice.
+        arXiv:2011.12672; see `domain_batch_norm`. That the distance is squared, and which pass it
+        is measured in, are our choice.
     """
     x = real(x, "domain_distance")
     row = _rows(recalled(state, x, channel_axis), _labels(domain, x, batch_axis), x, batch_axis)
-    m = measured(x, instance_norm(), weights=weights, batch_axis=batch_axis, channel_axis=channel_axis)
+    m = measured(
+        x, instance_norm(), weights=weights, batch_axis=batch_axis, channel_axis=channel_axis
+    )
     squared = jnp.square(row.mean - m.mean) + jnp.square(_root(row.var) - _root(m.var))
     squared = jnp.where(m.count > 0, squared, 0)
     return squared.sum([i for i in range(x.ndim) if i != single_axis(batch_axis, x.shape)])
@@ -177,25 +199,29 @@ def domain_weights(distances: Any, *, exponent: ArrayLike = 1.0) -> jax.Array:
     leaves: list[jax.Array] = jax.tree.leaves(distances)
     if not leaves:
         raise ValueError(
-            "there are no distances. Expected an array (D, N) or a tree of them, such as the layers store when the collection "
-            "'distances' is mutable."
+            "there are no distances. Expected an array (D, N) or a tree of them, such as the layers"
+            " store when the collection 'distances' is mutable."
         )
     total = functools.reduce(operator.add, leaves)
     nearest = total.min(0, keepdims=True)
-    closeness = jnp.where(total > 0, nearest / jnp.where(total > 0, total, 1), 1) ** jnp.asarray(exponent, total.dtype)
+    closeness = jnp.where(total > 0, nearest / jnp.where(total > 0, total, 1), 1) ** jnp.asarray(
+        exponent, total.dtype
+    )
     return closeness / closeness.sum(0, keepdims=True)
 
 
 def domain_ensemble(
     forward: Callable[[jax.Array], tuple[Any, Any]], num_domains: int, *, exponent: ArrayLike = 1.0
 ) -> tuple[Any, jax.Array]:
-    """Predictions for examples of an unknown domain: the network with each domain's statistics, weighted by nearness.
+    """Predictions for examples of an unknown domain: the network with each domain's statistics,
+    weighted by nearness.
 
         p_n = sum_d w_dn p_dn
 
     Args:
-        forward: `forward(domain)` returns what is averaged, such as probabilities (N, K), or a tree of such arrays, and the
-            distances of its layers, a tree of (N,): see `domain_distance`. It is mapped over the domains by vmap.
+        forward: `forward(domain)` returns what is averaged, such as probabilities (N, K), or a tree
+            of such arrays, and the distances of its layers, a tree of (N,): see `domain_distance`.
+            It is mapped over the domains by vmap.
         num_domains: D, passes through the network.
         exponent: see `domain_weights`.
 
@@ -225,9 +251,12 @@ def domain_ensemble(
     def average(t: jax.Array) -> jax.Array:
         if not jnp.issubdtype(t.dtype, jnp.inexact):
             raise TypeError(
-                f"forward returns {t.dtype}. Expected floating or complex outputs to average, such as probabilities."
+                f"forward returns {t.dtype}. Expected floating or complex outputs to average, such"
+                " as probabilities."
             )
-        return (weights.astype(t.dtype).reshape(*weights.shape, *(1 for _ in t.shape[2:])) * t).sum(0)
+        return (weights.astype(t.dtype).reshape(*weights.shape, *(1 for _ in t.shape[2:])) * t).sum(
+            0
+        )
 
     return jax.tree.map(average, outputs), weights
 
@@ -236,28 +265,39 @@ def _labels(domain: ArrayLike, x: jax.Array, batch_axis: int) -> jax.Array:
     """The domain of the batch, a scalar, or of each example, (N,)."""
     domain = jnp.asarray(domain)
     if not jnp.issubdtype(domain.dtype, jnp.integer):
-        raise TypeError(f"domain is the number of a domain. Got {domain.dtype}, shape {domain.shape}; expected integers.")
+        raise TypeError(
+            f"domain is the number of a domain. Got {domain.dtype}, shape {domain.shape}; expected"
+            " integers."
+        )
     examples = x.shape[single_axis(batch_axis, x.shape)]
     if domain.shape not in ((), (examples,)):
         raise ValueError(
-            f"domain has shape {domain.shape}, and x of shape {x.shape} has {examples} examples. Expected (), one domain for "
-            f"the batch, or ({examples},), one for each example."
+            f"domain has shape {domain.shape}, and x of shape {x.shape} has {examples} examples."
+            f" Expected (), one domain for the batch, or ({examples},), one for each example."
         )
     return domain
 
 
 def _rows(bank: Moments, domain: jax.Array, x: jax.Array, batch_axis: int) -> Moments:
-    """Of moments with a row for each domain, those that serve x: of its domain, or of each example's."""
+    """Of moments with a row for each domain, those that serve x: of its domain, or of each
+    example's."""
 
     def row(t: jax.Array) -> jax.Array:
         t = t.at[domain].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        return t if domain.ndim == 0 else jnp.swapaxes(t, 0, 1 + single_axis(batch_axis, x.shape)).squeeze(0)
+        return (
+            t
+            if domain.ndim == 0
+            else jnp.swapaxes(t, 0, 1 + single_axis(batch_axis, x.shape)).squeeze(0)
+        )
 
     return jax.tree.map(row, bank)
 
 
-def _of_each_domain(x: jax.Array, domain: jax.Array, shape: tuple[int, ...], options: Options) -> Moments:
-    """Moments of the batch's examples of each domain, with a row for each, empty where the domain is absent."""
+def _of_each_domain(
+    x: jax.Array, domain: jax.Array, shape: tuple[int, ...], options: Options
+) -> Moments:
+    """Moments of the batch's examples of each domain, with a row for each, empty where the domain
+    is absent."""
     domains = jnp.arange(shape[0], dtype=domain.dtype)
     if domain.ndim == 0:
         m = measured(x, batch_norm(), **options)

@@ -1,4 +1,5 @@
-"""EvoNorm B0 and S0: normalization and activation as one formula, found by search. x is not centered."""
+"""EvoNorm B0 and S0: normalization and activation as one formula, found by search. x is not
+centered."""
 
 from typing import Unpack
 
@@ -54,12 +55,14 @@ def evonorm_b0(
     epsilon: float = 1e-5,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, State]:
-    """Divide x by the larger of the batch's standard deviation and a line in x above the example's own.
+    """Divide x by the larger of the batch's standard deviation and a line in x above the example's
+    own.
 
         y = x / max(sqrt(var_nhw + epsilon), v x + sqrt(var_hw + epsilon)) * scale + bias
 
-    In inference the running variance stands for var_nhw; var_hw is the example's own always. For v > 0 the output before
-    scale and bias stays below 1 / v. x is read once for both variances. Nonlinear in x by itself, so no activation follows.
+    In inference the running variance stands for var_nhw; var_hw is the example's own always. For v
+    > 0 the output before scale and bias stays below 1 / v. x is read once for both variances.
+    Nonlinear in x by itself, so no activation follows.
 
     Args:
         x: real floating array with examples and channels.
@@ -68,10 +71,12 @@ def evonorm_b0(
         v: (C,), 1 at first; without a unit.
         momentum: weight of the old state per update.
         epsilon: added to the variances, in the unit of x squared.
-        **options: as `norm`. The variance over the batch goes on over `axis_name`, the example's own does not.
+        **options: as `norm`. The variance over the batch goes on over `axis_name`, the example's
+            own does not.
 
     Returns:
-        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those channels' state.
+        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those
+        channels' state.
 
     Raises:
         TypeError: x is complex or integer.
@@ -84,7 +89,8 @@ def evonorm_b0(
         ([[0.447...], [0.75]], [3.0])
 
     Reference:
-        Evolving Normalization-Activation Layers, 2020, arXiv:2004.02967. The definition was read in the authors' code.
+        Evolving Normalization-Activation Layers, 2020, arXiv:2004.02967. The definition was read in
+        the authors' code.
     """
     x = real(x, "evonorm_b0")
     own = measured(x, methods.instance_norm(), **alone(options))
@@ -107,13 +113,19 @@ def evonorm_b0(
 
 
 def evonorm_s0(
-    x: ArrayLike, *, v: ArrayLike, num_groups: int = 32, epsilon: float = 1e-5, **options: Unpack[Options]
+    x: ArrayLike,
+    *,
+    v: ArrayLike,
+    num_groups: int = 32,
+    epsilon: float = 1e-5,
+    **options: Unpack[Options],
 ) -> jax.Array:
     """Divide x sigmoid(v x) by the standard deviation of x over positions and a group of channels.
 
         y = x sigmoid(v x) / sqrt(var_hwg + epsilon) * scale + bias
 
-    With v = 0 it is half of x over its standard deviation, with large v relu(x) over it. Nothing depends on other examples.
+    With v = 0 it is half of x over its standard deviation, with large v relu(x) over it. Nothing
+    depends on other examples.
 
     Args:
         x: real floating array with examples and channels.
@@ -135,7 +147,8 @@ def evonorm_s0(
         [[[0.5], [1.5]]]
 
     Reference:
-        Evolving Normalization-Activation Layers, 2020, arXiv:2004.02967. The definition was read in the authors' code.
+        Evolving Normalization-Activation Layers, 2020, arXiv:2004.02967. The definition was read in
+        the authors' code.
     """
     x = real(x, "evonorm_s0")
     m = measured(x, methods.group_norm(num_groups), **options)

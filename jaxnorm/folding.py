@@ -1,8 +1,9 @@
 """A norm with running statistics folded into the convolution or dense layer before it.
 
-At inference such a norm multiplies and shifts each channel by constants, which the linear layer before it can do itself. What
-follows what is read from the traced program: a layer's output and a norm's input carry marks, and a pair is a marked output
-whose one and only use is a marked input. The layer's parameters must have no other use either.
+At inference such a norm multiplies and shifts each channel by constants, which the linear layer
+before it can do itself. What follows what is read from the traced program: a layer's output and a
+norm's input carry marks, and a pair is a marked output whose one and only use is a marked input.
+The layer's parameters must have no other use either.
 """
 
 from collections import Counter
@@ -33,8 +34,8 @@ def fold(
 
         a = scale / sqrt(var + epsilon),    kernel <- kernel a,    bias <- (bias - mean) a + shift
 
-    Exact to rounding for everything that is linear in its kernel: dense layers, convolutions with groups, strides, dilation and
-    any padding, transposed convolutions.
+    Exact to rounding for everything that is linear in its kernel: dense layers, convolutions with
+    groups, strides, dilation and any padding, transposed convolutions.
 
     Args:
         kernel: of the layer, with the output channels on one axis.
@@ -43,7 +44,8 @@ def fold(
         scale: gamma of the norm, (C,). None is 1.
         shift: beta of the norm, (C,). None is 0.
         epsilon: of the norm, in the unit of x squared.
-        output_axis: axis of the output channels in the kernel: -1 in Flax, -2 for `ConvTranspose(transpose_kernel=True)`.
+        output_axis: axis of the output channels in the kernel: -1 in Flax, -2 for
+            `ConvTranspose(transpose_kernel=True)`.
 
     Returns:
         The new kernel, of its dtype, and the new bias, (C,), of the kernel's dtype.
@@ -66,16 +68,25 @@ def fold(
     channels, wide = kernel.shape[axis], statistic_dtype(kernel.dtype)
     if running.mean.ndim != 1 or channels % max(running.mean.size, 1):
         raise ValueError(
-            f"running statistics of shape {running.mean.shape} do not fit {channels} output channels of a kernel of shape "
-            f"{kernel.shape}. Expected one for each channel or group of channels."
+            f"running statistics of shape {running.mean.shape} do not fit {channels} output"
+            f" channels of a kernel of shape {kernel.shape}. Expected one for each channel or group"
+            " of channels."
         )
 
     def of_channels(t: ArrayLike | None, default: float) -> jax.Array:
-        return jnp.full(channels, default, wide) if t is None else spread(jnp.asarray(t), (channels,)).astype(wide)
+        return (
+            jnp.full(channels, default, wide)
+            if t is None
+            else spread(jnp.asarray(t), (channels,)).astype(wide)
+        )
 
-    a = of_channels(scale, 1) * jax.lax.rsqrt(of_channels(running.var, 1) + jnp.asarray(epsilon, wide))
+    a = of_channels(scale, 1) * jax.lax.rsqrt(
+        of_channels(running.var, 1) + jnp.asarray(epsilon, wide)
+    )
     new_bias = (of_channels(bias, 0) - of_channels(running.mean, 0)) * a + of_channels(shift, 0)
-    new_kernel = kernel.astype(wide) * jnp.expand_dims(a, [i for i in range(kernel.ndim) if i != axis])
+    new_kernel = kernel.astype(wide) * jnp.expand_dims(
+        a, [i for i in range(kernel.ndim) if i != axis]
+    )
     return new_kernel.astype(kernel.dtype), new_bias.astype(kernel.dtype)
 
 
@@ -88,7 +99,8 @@ def mark(t: jax.Array, kind: str, name: str) -> jax.Array:
 
 
 def pairs(program: Any) -> dict[str, str]:
-    """Norm -> layer, where the norm's input is the layer's output and nothing else uses that output.
+    """Norm -> layer, where the norm's input is the layer's output and nothing else uses that
+    output.
 
     A layer or norm that is called more than once has no pair.
     """
@@ -108,7 +120,8 @@ def pairs(program: Any) -> dict[str, str]:
 
 
 def uses(program: Any) -> list[int]:
-    """How many operations and outputs take each input of a program, also inside of its operations."""
+    """How many operations and outputs take each input of a program, also inside of its
+    operations."""
     return [_uses(program.jaxpr, v) for v in program.jaxpr.invars]
 
 
@@ -117,8 +130,13 @@ def _uses(jaxpr: Any, variable: Any) -> int:
     for eqn in jaxpr.eqns:
         inner = [p for p in _inner(eqn) if len(p.invars) == len(eqn.invars)]
         for i in (i for i, v in enumerate(eqn.invars) if v is variable):
-            # Which argument becomes which is only sure where there is one inner program with as many: jit, checkpoint, scan.
-            count += _uses(inner[0], inner[0].invars[i]) if len(inner) == 1 == len(_inner(eqn)) else 1 + len(_inner(eqn))
+            # Which argument becomes which is only sure where there is one inner program with as
+            # many: jit, checkpoint, scan.
+            count += (
+                _uses(inner[0], inner[0].invars[i])
+                if len(inner) == 1 == len(_inner(eqn))
+                else 1 + len(_inner(eqn))
+            )
     return count
 
 
@@ -136,5 +154,9 @@ def _programs(jaxpr: Any) -> Iterator[Any]:
 
 def _inner(eqn: Any) -> list[Any]:
     """The programs inside of an operation."""
-    values = [t for value in eqn.params.values() for t in (value if isinstance(value, tuple | list) else (value,))]
+    values = [
+        t
+        for value in eqn.params.values()
+        for t in (value if isinstance(value, tuple | list) else (value,))
+    ]
     return [t for t in (getattr(value, "jaxpr", value) for value in values) if hasattr(t, "eqns")]

@@ -24,15 +24,17 @@ def filter_response_norm(
 
         y = x / sqrt(mean_hw(x^2) + epsilon + |learned_epsilon|) * scale + bias,    max(y, threshold)
 
-    Threshold and the layer's normalization together keep x and small arrays for the backward pass. Nothing depends on other
-    examples, in training or inference. Without a threshold it is `norm` with `methods.filter_response_norm()`.
+    Threshold and the layer's normalization together keep x and small arrays for the backward pass.
+    Nothing depends on other examples, in training or inference. Without a threshold it is `norm`
+    with `methods.filter_response_norm()`.
 
     Args:
         x: real floating array with examples and channels.
         threshold: tau, (C,), see `thresholded_linear_unit`. None thresholds nothing.
         slope: (C,), of the affine thresholded linear unit. Needs a threshold.
-        learned_epsilon: scalar or traced scalar whose absolute value is added to epsilon; 1e-4 at first in the paper. It is
-            needed where there is one position, since x / |x| knows only the sign of x.
+        learned_epsilon: scalar or traced scalar whose absolute value is added to epsilon; 1e-4 at
+            first in the paper. It is needed where there is one position, since x / |x| knows only
+            the sign of x.
         epsilon: added to the mean square, in the unit of x squared.
         **options: as `norm`; the activation is applied after the threshold.
 
@@ -50,12 +52,16 @@ def filter_response_norm(
         [[[3.0], [0.0]]]
 
     Reference:
-        Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep Neural Networks, 2019,
-        arXiv:1911.09737. The definition was read in implementations by others; epsilon is that of TensorFlow Addons.
+        Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep
+        Neural Networks, 2019, arXiv:1911.09737. The definition was read in implementations by
+        others; epsilon is that of TensorFlow Addons.
     """
     x = real(x, "filter_response_norm")
     if threshold is None and slope is not None:
-        raise ValueError("slope is that of the affine thresholded linear unit. Got threshold=None; expected one, (C,).")
+        raise ValueError(
+            "slope is that of the affine thresholded linear unit. Got threshold=None; expected one,"
+            " (C,)."
+        )
     wide = statistic_dtype(x.dtype)
     if learned_epsilon is not None:
         epsilon = jnp.abs(jnp.asarray(learned_epsilon, wide)) + jnp.asarray(epsilon, wide)  # type: ignore[assignment]
@@ -63,7 +69,9 @@ def filter_response_norm(
         after, dtype = options.get("activation"), output_dtype(x, options)
 
         def thresholded(y: jax.Array) -> jax.Array:
-            y = thresholded_linear_unit(y, threshold, slope=slope, **named(options, "batch_axis", "channel_axis"))
+            y = thresholded_linear_unit(
+                y, threshold, slope=slope, **named(options, "batch_axis", "channel_axis")
+            )
             y = y.astype(dtype)
             return y if after is None else after(y)
 
@@ -72,7 +80,12 @@ def filter_response_norm(
 
 
 def thresholded_linear_unit(
-    x: ArrayLike, threshold: ArrayLike, *, slope: ArrayLike | None = None, batch_axis: int = 0, channel_axis: int = -1
+    x: ArrayLike,
+    threshold: ArrayLike,
+    *,
+    slope: ArrayLike | None = None,
+    batch_axis: int = 0,
+    channel_axis: int = -1,
 ) -> jax.Array:
     """The larger of x and a learned threshold; in the affine form of x and a line.
 

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm import methods
-from jaxnorm._between import Options, State, alone, applied, measured, named, output_dtype, real, updated
+from jaxnorm._between import (
+    Options,
+    State,
+    alone,
+    applied,
+    measured,
+    named,
+    output_dtype,
+    real,
+    updated,
+)
 from jaxnorm._devices import varying_like
 from jaxnorm._groups import EACH, Groups, Method
 from jaxnorm._mean_var import statistic_dtype
@@ -21,7 +31,11 @@ def _second_branch(per_position: bool) -> Method:
 
 
 def init_group_norm_plus(
-    x_shape: tuple[int, ...], *, per_position: bool = True, batch_axis: int = 0, channel_axis: int = -1
+    x_shape: tuple[int, ...],
+    *,
+    per_position: bool = True,
+    batch_axis: int = 0,
+    channel_axis: int = -1,
 ) -> State:
     """State of `group_norm_plus` before the first step: mean 0 and variance 1 of the second branch.
 
@@ -32,13 +46,16 @@ def init_group_norm_plus(
         channel_axis: axis of the channels.
 
     Returns:
-        `mean` and `var`, float32: x's shape without its examples and without axes of one position, or (C,).
+        `mean` and `var`, float32: x's shape without its examples and without axes of one position,
+        or (C,).
 
     Example:
         >>> init_group_norm_plus((1, 8, 8, 64))["mean"].shape
         (8, 8, 64)
     """
-    shape, _ = running_shape(_second_branch(per_position), x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
+    shape, _ = running_shape(
+        _second_branch(per_position), x_shape, batch_axis=batch_axis, channel_axis=channel_axis
+    )
     first = init_running(shape)
     return {"mean": first.mean, "var": first.var}
 
@@ -57,25 +74,29 @@ def group_norm_plus(
     epsilon_outside: bool = False,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, State]:
-    """Group normalization z, mixed with z standardized over the examples, each position and channel apart.
+    """Group normalization z, mixed with z standardized over the examples, each position and channel
+    apart.
 
         z = (x - mean_(n,g)) / sqrt(var_(n,g) + epsilon)
         u = (z - mean_(h,w,c)(z)) / sqrt(var_(h,w,c)(z) + epsilon)
         y = (w z + (1 - w) u) * scale + bias,    w = sigmoid(mixture)
 
-    In inference running statistics of z stand for those of the second line, which is ours: the authors' code has no state and
-    takes those of the test batch (call it with train=True and drop the state). For a large mixture y is group normalization;
-    for a very negative one z standardized over the batch, and with per_position=False Continual Normalization. For one
-    example u is 0, as a difference of terms of about z / sqrt(epsilon), whose rounding y inherits: epsilon has to be above 0,
-    and 1 / sqrt(epsilon) far below the 1e7 of float32. The backward pass keeps x and z.
+    In inference running statistics of z stand for those of the second line, which is ours: the
+    authors' code has no state and takes those of the test batch (call it with train=True and drop
+    the state). For a large mixture y is group normalization; for a very negative one z standardized
+    over the batch, and with per_position=False Continual Normalization. For one example u is 0, as
+    a difference of terms of about z / sqrt(epsilon), whose rounding y inherits: epsilon has to be
+    above 0, and 1 / sqrt(epsilon) far below the 1e7 of float32. The backward pass keeps x and z.
 
     Args:
         x: real floating array with examples and channels.
         state: see `init_group_norm_plus`. With per_position it is tied to the image size.
-        train: use the batch's statistics in the second branch and update the state, or use the state.
+        train: use the batch's statistics in the second branch and update the state, or use the
+            state.
         mixture: lambda, the logit of the first branch's weight: a scalar, 1 at first.
         num_groups: G, a divisor of C.
-        per_position: False pools the positions in the second branch, which is our variant; the state is then (C,).
+        per_position: False pools the positions in the second branch, which is our variant; the
+            state is then (C,).
         momentum: weight of the old state per update.
         epsilon: added to both variances, in the unit of x squared and of 1.
         correction: 1 divides both variances by n - 1, as the authors' code does.
@@ -83,7 +104,8 @@ def group_norm_plus(
         **options: as `norm`. The second branch goes on over `axis_name`, the first does not.
 
     Returns:
-        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those places of the state.
+        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those
+        places of the state.
 
     Raises:
         TypeError: x is complex or integer.
@@ -97,14 +119,19 @@ def group_norm_plus(
         ([[-1.0, 1.0], [1.0, -1.0]], [1.0, 1.0])
 
     Reference:
-        Understanding and Improving Group Normalization, 2022, arXiv:2207.01972. The definition was read in the authors' code.
-        Continual Normalization: Rethinking Batch Normalization for Online Continual Learning, 2022, arXiv:2203.16102.
+        Understanding and Improving Group Normalization, 2022, arXiv:2207.01972. The definition was
+        read in the authors' code. Continual Normalization: Rethinking Batch Normalization for
+        Online Continual Learning, 2022, arXiv:2203.16102.
     """
     x = real(x, "group_norm_plus")
     second = _second_branch(per_position)
     axes = named(options, "batch_axis", "channel_axis")
     wide = statistic_dtype(x.dtype)
-    running = serving(Moments(state["mean"], state["mean"], state["var"]), *running_shape(second, x.shape, **axes), x.shape)
+    running = serving(
+        Moments(state["mean"], state["mean"], state["var"]),
+        *running_shape(second, x.shape, **axes),
+        x.shape,
+    )
 
     def divisors(m: Moments) -> Moments:
         return with_divisor(m, epsilon, correction=correction, epsilon_outside=epsilon_outside)
@@ -119,7 +146,9 @@ def group_norm_plus(
         state = updated(state, m, momentum, correction)
         m = divisors(m)
     else:
-        running = Moments(jnp.ones_like(running.mean, wide), running.mean.astype(wide), running.var.astype(wide))
+        running = Moments(
+            jnp.ones_like(running.mean, wide), running.mean.astype(wide), running.var.astype(wide)
+        )
         m = with_divisor(running, epsilon, epsilon_outside=epsilon_outside)
     w = jax.nn.sigmoid(jnp.asarray(mixture, wide))
     a = w + (1 - w) * jax.lax.rsqrt(m.var)

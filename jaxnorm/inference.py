@@ -1,7 +1,8 @@
 """What a normalization that shares statistics between examples does at test time.
 
-Training measures the batch, and inference remembers it: `weigh_example` mixes the remembered moments with the example's own,
-`adapt_moments` with those of a batch from another distribution, and `choose_example_weight` finds how much on held-out data.
+Training measures the batch, and inference remembers it: `weigh_example` mixes the remembered
+moments with the example's own, `adapt_moments` with those of a batch from another distribution, and
+`choose_example_weight` finds how much on held-out data.
 """
 
 import dataclasses
@@ -14,7 +15,16 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxnorm._groups import EACH, Groups, Method, Shape, Specification, check_divides, resolve, single_axis
+from jaxnorm._groups import (
+    EACH,
+    Groups,
+    Method,
+    Shape,
+    Specification,
+    check_divides,
+    resolve,
+    single_axis,
+)
 from jaxnorm._mean_var import abs2, times
 from jaxnorm._moments import Moments, inexact, moments
 from jaxnorm._pooling import blend, pool
@@ -30,24 +40,29 @@ def weigh_example(
     batch_axis: int = 0,
     channel_axis: int | Sequence[int] = -1,
 ) -> Moments:
-    """Inference example weighing: running moments pooled with each example's own, for normalizing at inference.
+    """Inference example weighing: running moments pooled with each example's own, for normalizing
+    at inference.
 
-    With alpha the weight, M and V the running moments of a set, and m and v the example's own over the same set,
+    With alpha the weight, M and V the running moments of a set, and m and v the example's own over
+    the same set,
 
         mean = (1 - alpha) M + alpha m,    var = (1 - alpha) V + alpha v + alpha (1 - alpha) |m - M|^2,
 
-    which is `merge` with counts 1 - alpha and alpha. alpha = 0 is plain inference, alpha = 1 uses the example alone: instance
-    norm in place of batch norm, group norm in place of batch group norm. No example sees another. In training a value that is
-    normalized with n others stays within sqrt(n - 1) standard deviations; with B examples in a set, alpha = 1/B gives the same
-    bound at inference, and is where to begin a search for the best alpha: see `choose_example_weight`.
+    which is `merge` with counts 1 - alpha and alpha. alpha = 0 is plain inference, alpha = 1 uses
+    the example alone: instance norm in place of batch norm, group norm in place of batch group
+    norm. No example sees another. In training a value that is normalized with n others stays within
+    sqrt(n - 1) standard deviations; with B examples in a set, alpha = 1/B gives the same bound at
+    inference, and is where to begin a search for the best alpha: see `choose_example_weight`.
 
     Args:
         x: floating or complex array.
-        running: running moments in the statistic's shape with the batch pooled, as `running_moments` returns them. Finer
-            ones, such as those of each channel for groups of channels, are pooled, each with equal weight.
+        running: running moments in the statistic's shape with the batch pooled, as
+            `running_moments` returns them. Finer ones, such as those of each channel for groups of
+            channels, are pooled, each with equal weight.
         groups: the method of training; its batch number does not matter.
         example_weight: alpha, from 0 to 1, a number or a traced scalar.
-        weights: how much each element of x counts in the example's own moments. An example without any gets the running ones.
+        weights: how much each element of x counts in the example's own moments. An example without
+            any gets the running ones.
         batch_axis: axis of the examples.
         channel_axis: axis of the channels.
 
@@ -56,7 +71,8 @@ def weigh_example(
 
     Raises:
         TypeError: running moments are complex and x is real.
-        ValueError: alpha outside of 0 to 1, or running moments that do not pool to the method's sets.
+        ValueError: alpha outside of 0 to 1, or running moments that do not pool to the method's
+            sets.
 
     Example:
         >>> import jax.numpy as jnp
@@ -68,35 +84,50 @@ def weigh_example(
         ([[1.0], [0.0]], [[3.75], [0.75]])
 
     Reference:
-        Four Things Everyone Should Know to Improve Batch Normalization, 2020, arXiv:1906.03548. The definition was read in the
-        authors' code, which keeps the second moment where this keeps the variance: with alpha = 0 this is exactly the
-        inference of batch normalization.
+        Four Things Everyone Should Know to Improve Batch Normalization, 2020, arXiv:1906.03548. The
+        definition was read in the authors' code, which keeps the second moment where this keeps the
+        variance: with alpha = 0 this is exactly the inference of batch normalization.
     """
     x = inexact(x)
     alpha = _as_weight(example_weight)
-    shape, fixed = resolve(groups_of_examples(groups, x.shape, batch_axis), x.shape, batch_axis, channel_axis)
+    shape, fixed = resolve(
+        groups_of_examples(groups, x.shape, batch_axis), x.shape, batch_axis, channel_axis
+    )
     own = moments(x, shape, weights=weights, mean=fixed, channel_axis=channel_axis)
     known = pooled_to(running, shape, batch_axis)
     if jnp.iscomplexobj(known.mean) and not jnp.iscomplexobj(own.mean):
-        raise TypeError(f"running.mean is complex ({known.mean.dtype}) and x is {x.dtype}. Expected both real, or x complex.")
+        raise TypeError(
+            f"running.mean is complex ({known.mean.dtype}) and x is {x.dtype}. Expected both real,"
+            " or x complex."
+        )
     alpha = jnp.where(own.count > 0, alpha.astype(own.var.dtype), 0)
     mean, var = known.mean.astype(own.mean.dtype), known.var.astype(own.var.dtype)
-    # merge's formula without its care for empty parts, which has no derivative with respect to alpha at 0 and 1
+    # merge's formula without its care for empty parts, which has no derivative with respect to
+    # alpha at 0 and 1
     between = alpha * (1 - alpha) * abs2(own.mean - mean)
     return Moments(
-        jnp.ones_like(own.count), times(mean, 1 - alpha) + times(own.mean, alpha), (1 - alpha) * var + alpha * own.var + between
+        jnp.ones_like(own.count),
+        times(mean, 1 - alpha) + times(own.mean, alpha),
+        (1 - alpha) * var + alpha * own.var + between,
     )
 
 
 def adapt_moments(
-    running: Moments, batch: Moments, *, source_size: ArrayLike, size: ArrayLike | None = None, batch_axis: int = 0
+    running: Moments,
+    batch: Moments,
+    *,
+    source_size: ArrayLike,
+    size: ArrayLike | None = None,
+    batch_axis: int = 0,
 ) -> Moments:
-    """Moments for a batch from another distribution than the one of training: running and batch statistics averaged.
+    """Moments for a batch from another distribution than the one of training: running and batch
+    statistics averaged.
 
         mean = (N M + n m) / (N + n),    var = (N V + n v) / (N + n)
 
-    with N the number of examples that the running statistics are worth and n those of the batch. N = 0 is normalization with
-    the batch's statistics at test time. Variances are averaged, see `blend`; `merge` would add the variance between the means.
+    with N the number of examples that the running statistics are worth and n those of the batch. N
+    = 0 is normalization with the batch's statistics at test time. Variances are averaged, see
+    `blend`; `merge` would add the variance between the means.
 
     Args:
         running: running moments in the statistic's shape with the batch pooled.
@@ -106,7 +137,8 @@ def adapt_moments(
         batch_axis: axis of the examples.
 
     Returns:
-        `Moments` for `normalize`, with the count of `batch`. Sets of the batch without elements have the running moments.
+        `Moments` for `normalize`, with the count of `batch`. Sets of the batch without elements
+        have the running moments.
 
     Raises:
         ValueError: moments of different shapes.
@@ -118,13 +150,16 @@ def adapt_moments(
         [[1.0]]
 
     Reference:
-        Improving robustness against common corruptions by covariate shift adaptation, 2020, arXiv:2006.16971. The definition
-        was read in its summaries and in independent implementations. N = 0: Evaluating Prediction-Time Batch Normalization
-        for Robustness under Covariate Shift, 2020, arXiv:2006.10963.
+        Improving robustness against common corruptions by covariate shift adaptation, 2020,
+        arXiv:2006.16971. The definition was read in its summaries and in independent
+        implementations. N = 0: Evaluating Prediction-Time Batch Normalization for Robustness under
+        Covariate Shift, 2020, arXiv:2006.10963.
     """
     known = pooled_to(running, batch.mean.shape, batch_axis)
     known = jax.tree.map(lambda t, u: jnp.broadcast_to(t.astype(u.dtype), u.shape), known, batch)
-    source, target = (jnp.asarray(n, batch.var.dtype) for n in (source_size, 1 if size is None else size))
+    source, target = (
+        jnp.asarray(n, batch.var.dtype) for n in (source_size, 1 if size is None else size)
+    )
     prior = jnp.where(batch.count > 0, source / (source + target), 1)
     return dataclasses.replace(blend([known, batch], [prior, 1 - prior]), count=batch.count)
 
@@ -140,11 +175,13 @@ def groups_of_examples(groups: Specification, x_shape: Shape, batch_axis: int = 
 
 
 def pooled_to(running: Moments, shape: Shape, batch_axis: int = 0) -> Moments:
-    """Running moments, pooled where they are finer than statistics of that shape; the batch axis stays of size 1."""
+    """Running moments, pooled where they are finer than statistics of that shape; the batch axis
+    stays of size 1."""
     if running.mean.ndim != len(shape) or running.mean.shape[single_axis(batch_axis, shape)] != 1:
         raise ValueError(
-            f"running moments of shape {running.mean.shape} do not serve statistics of shape {shape}. Expected the statistic's "
-            "shape with 1 for the batch, as running_moments(state, groups, x.shape) returns."
+            f"running moments of shape {running.mean.shape} do not serve statistics of shape"
+            f" {shape}. Expected the statistic's shape with 1 for the batch, as"
+            " running_moments(state, groups, x.shape) returns."
         )
     batch = single_axis(batch_axis, shape)
     coarse = tuple(1 if i == batch else g for i, g in enumerate(shape))
@@ -157,7 +194,9 @@ def _as_weight(alpha: ArrayLike) -> jax.Array:
     """A weight, checked where its value is known."""
     if not isinstance(alpha, Tracer):
         if np.ndim(alpha) != 0 or not 0 <= float(np.asarray(alpha)) <= 1:
-            raise ValueError(f"example_weight is a weight. Got {alpha}; expected a number from 0 to 1.")
+            raise ValueError(
+                f"example_weight is a weight. Got {alpha}; expected a number from 0 to 1."
+            )
     return jnp.asarray(alpha, jnp.result_type(float))
 
 
@@ -183,17 +222,18 @@ def choose_example_weight(
     examples: int | None = None,
     maximize: bool = True,
 ) -> ExampleWeights:
-    """The weight of inference example weighing that does best on held-out data, one for the whole network.
+    """The weight of inference example weighing that does best on held-out data, one for the whole
+    network.
 
     Nothing is trained. Every batch is read once and evaluated with all weights.
 
     Args:
-        evaluate: (alpha, batch) -> (sum, count), such as the number of right predictions and of examples. alpha is a float32
-            scalar, so that `jax.jit(evaluate)` compiles once.
+        evaluate: (alpha, batch) -> (sum, count), such as the number of right predictions and of
+            examples. alpha is a float32 scalar, so that `jax.jit(evaluate)` compiles once.
         batches: held-out data, read once.
         alphas: the weights to try. None tries i / (2 B) for i from 0 to 9, without those above 1.
-        examples: B, the examples that shared statistics in training, needed for the default weights. 1 / B is the weight
-            with which inference has the bound of training.
+        examples: B, the examples that shared statistics in training, needed for the default
+            weights. 1 / B is the weight with which inference has the bound of training.
         maximize: whether more is better, as for accuracy; False for a loss.
 
     Returns:
@@ -209,12 +249,15 @@ def choose_example_weight(
         0.25
 
     Reference:
-        arXiv:1906.03548 for choosing on held-out data; the default weights are those of an independent implementation,
-        tensorflow-tabnet. The paper's own were not read.
+        arXiv:1906.03548 for choosing on held-out data; the default weights are those of an
+        independent implementation, tensorflow-tabnet. The paper's own were not read.
     """
     if alphas is None:
         if examples is None or examples < 1:
-            raise ValueError(f"Got alphas=None and examples={examples}; expected the weights to try, or the B of 1/B.")
+            raise ValueError(
+                f"Got alphas=None and examples={examples}; expected the weights to try, or the B of"
+                " 1/B."
+            )
         alphas = [i / (2 * examples) for i in range(10) if i <= 2 * examples]
     alphas = tuple(sorted(float(alpha) for alpha in alphas))
     for alpha in alphas:
@@ -225,10 +268,16 @@ def choose_example_weight(
         totals += [float(np.asarray(total)) for total, _ in found]
         counts += [float(np.asarray(count)) for _, count in found]
     if not counts.size or not counts.all():
-        raise ValueError(f"nothing to choose by. Got {len(alphas)} weights, counts {counts.tolist()}; expected some of both.")
+        raise ValueError(
+            f"nothing to choose by. Got {len(alphas)} weights, counts {counts.tolist()}; expected"
+            " some of both."
+        )
     values = totals / counts
     finite = np.isfinite(values)
     if not finite.any():
-        raise ValueError(f"nothing to choose by. Got values {values.tolist()} for {alphas}; expected one that is finite.")
+        raise ValueError(
+            f"nothing to choose by. Got values {values.tolist()} for {alphas}; expected one that is"
+            " finite."
+        )
     best = int(np.argmax(np.where(finite, values if maximize else -values, -np.inf)))
     return ExampleWeights(alphas, tuple(values.tolist()), alphas[best])

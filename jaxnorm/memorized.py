@@ -1,7 +1,8 @@
 """Memorized Batch Normalization: the batch's statistics combined with those of the batches before.
 
-A reconstruction: of the paper only its idea is known to us, not the number of remembered batches, nor the weights, nor how
-variances are combined. The weights are the user's, and both combinations of variances are here.
+A reconstruction: of the paper only its idea is known to us, not the number of remembered batches,
+nor the weights, nor how variances are combined. The weights are the user's, and both combinations
+of variances are here.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +28,8 @@ def init_memorized_batch_norm(num_channels: int, memory_size: int) -> State:
         memory_size: K, remembered batches, 1 or more.
 
     Returns:
-        `mean` and `var`, (K, C), oldest batch first, and `count`, (C,), the batches remembered so far; float32.
+        `mean` and `var`, (K, C), oldest batch first, and `count`, (C,), the batches remembered so
+        far; float32.
 
     Raises:
         ValueError: a memory of no batches.
@@ -37,7 +39,10 @@ def init_memorized_batch_norm(num_channels: int, memory_size: int) -> State:
         {'mean': (2, 3), 'var': (2, 3), 'count': (3,)}
     """
     if memory_size < 1:
-        raise ValueError(f"inference needs a remembered batch. Got memory_size={memory_size}; expected 1 or more.")
+        raise ValueError(
+            f"inference needs a remembered batch. Got memory_size={memory_size}; expected 1 or"
+            " more."
+        )
     shape = (memory_size, num_channels)
     return {
         "mean": jnp.zeros(shape, jnp.float32),
@@ -56,33 +61,38 @@ def memorized_batch_norm(
     epsilon: float = 1e-5,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, State]:
-    """Batch normalization with a weighted combination of the last K batches' statistics and the batch's own.
+    """Batch normalization with a weighted combination of the last K batches' statistics and the
+    batch's own.
 
         mean = sum_i a_i mean_i,    var = sum_i a_i (var_i + (mean_i - mean)^2),    y = (x - mean) / sqrt(var + epsilon) *
         scale + bias
 
-    over the batches that are remembered and, in training, this one; a_i are the weights, divided by the sum of those in use.
-    "blend" leaves out (mean_i - mean)^2. Remembered statistics are constants. A training step then replaces the oldest batch
-    by this one. Equal weights and "pool" are batch normalization over all these batches together, if equally large; all
-    weight on the last is batch normalization.
+    over the batches that are remembered and, in training, this one; a_i are the weights, divided by
+    the sum of those in use. "blend" leaves out (mean_i - mean)^2. Remembered statistics are
+    constants. A training step then replaces the oldest batch by this one. Equal weights and "pool"
+    are batch normalization over all these batches together, if equally large; all weight on the
+    last is batch normalization.
 
     Args:
         x: real floating array with examples and channels.
         state: see `init_memorized_batch_norm`.
         train: include the batch's statistics and remember them, or use the memory alone.
-        memory_weights: (K + 1,), 0 or more: those of the remembered batches, oldest first, and last that of the batch
-            itself. While the memory fills, its last places are in use.
-        variance: "pool" for the variance of the batches' mixture, "blend" for the average of variances.
+        memory_weights: (K + 1,), 0 or more: those of the remembered batches, oldest first, and last
+            that of the batch itself. While the memory fills, its last places are in use.
+        variance: "pool" for the variance of the batches' mixture, "blend" for the average of
+            variances.
         epsilon: added to the variance, in the unit of x squared.
         **options: as `norm`.
 
     Returns:
-        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those channels' state. Where no
-        weight is in use, as in inference before the first step, mean 0 and variance 1 are used.
+        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those
+        channels' state. Where no weight is in use, as in inference before the first step, mean 0
+        and variance 1 are used.
 
     Raises:
         TypeError: x is complex or integer.
-        ValueError: another number of weights, an unknown `variance`, state of another number of channels.
+        ValueError: another number of weights, an unknown `variance`, state of another number of
+            channels.
 
     Example:
         >>> state = init_memorized_batch_norm(1, 1)
@@ -93,20 +103,28 @@ def memorized_batch_norm(
         ([[0.0], [1.414...]], [[2.0]])
 
     Reference:
-        Double Forward Propagation for Memorized Batch Normalization, 2020, arXiv:2010.04947. A reconstruction from
+        Double Forward Propagation for Memorized Batch Normalization, 2020, arXiv:2010.04947. A
+        reconstruction from
         summaries: see the module.
     """
     x = real(x, "memorized_batch_norm")
     if variance not in ("pool", "blend"):
-        raise ValueError(f"variances are combined in two ways. Got variance={variance!r}; expected 'pool' or 'blend'.")
+        raise ValueError(
+            f"variances are combined in two ways. Got variance={variance!r}; expected 'pool' or"
+            " 'blend'."
+        )
     channel_axis = options.get("channel_axis", -1)
-    mean, var, count = (lax.stop_gradient(along_channels(state[n], x, channel_axis)) for n in ("mean", "var", "count"))
+    mean, var, count = (
+        lax.stop_gradient(along_channels(state[n], x, channel_axis))
+        for n in ("mean", "var", "count")
+    )
     size = mean.shape[0]
     weights = jnp.asarray(memory_weights, var.dtype)
     if weights.shape != (size + 1,):
         raise ValueError(
-            f"memory_weights has shape {weights.shape}, and the state remembers {size} batches. Expected ({size + 1},): one "
-            "weight for each of them, oldest first, and one for the batch itself."
+            f"memory_weights has shape {weights.shape}, and the state remembers {size} batches."
+            f" Expected ({size + 1},): one weight for each of them, oldest first, and one for the"
+            " batch itself."
         )
     weights = weights.reshape(-1, *(1 for _ in x.shape))
     age = jnp.arange(size, 0, -1, dtype=count.dtype).reshape(-1, *(1 for _ in x.shape))
@@ -126,7 +144,8 @@ def memorized_batch_norm(
 
 
 def _combined(entries: Moments, variance: str) -> Moments:
-    """Moments over the first axis, weighted by count; mean 0 and variance 1 where nothing has a weight."""
+    """Moments over the first axis, weighted by count; mean 0 and variance 1 where nothing has a
+    weight."""
     pooled = pool(entries, (1, *entries.mean.shape[1:]))
     some = pooled.count > 0
     var = pooled.var
@@ -141,16 +160,19 @@ def double_forward(
 ) -> Callable[..., tuple[Any, Any, Any, jax.Array]]:
     """A training step that remembers the statistics that the new parameters give, not the old ones.
 
-    The gradient is taken with the remembered statistics as they are; after the update the same batch passes once more
-    forward, with the new parameters, and only the statistics of that pass are kept. It costs a second forward pass.
+    The gradient is taken with the remembered statistics as they are; after the update the same
+    batch passes once more forward, with the new parameters, and only the statistics of that pass
+    are kept. It costs a second forward pass.
 
     Args:
         loss: `loss(params, state, *batch)` returns the loss, a scalar, and the new state, any tree.
-        update: `update(gradients, optimizer_state, params)` returns the new parameters and optimizer state.
+        update: `update(gradients, optimizer_state, params)` returns the new parameters and
+            optimizer state.
 
     Returns:
-        `step(params, optimizer_state, state, *batch)`, which returns the new params, optimizer_state and state, and the
-        loss of the first pass. Random numbers, such as a dropout key, belong to the batch and are the same in both passes.
+        `step(params, optimizer_state, state, *batch)`, which returns the new params,
+        optimizer_state and state, and the loss of the first pass. Random numbers, such as a dropout
+        key, belong to the batch and are the same in both passes.
 
     Example:
         >>> def loss(params, state, x):
@@ -162,11 +184,13 @@ def double_forward(
         [[2.0]]
 
     Reference:
-        arXiv:2010.04947; see `memorized_batch_norm`. Whether the second pass uses the memory is not known; here it does, so
-        that later layers see what they will in training.
+        arXiv:2010.04947; see `memorized_batch_norm`. Whether the second pass uses the memory is not
+        known; here it does, so that later layers see what they will in training.
     """
 
-    def step(params: Any, optimizer_state: Any, state: Any, *batch: Any) -> tuple[Any, Any, Any, jax.Array]:
+    def step(
+        params: Any, optimizer_state: Any, state: Any, *batch: Any
+    ) -> tuple[Any, Any, Any, jax.Array]:
         (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(params, state, *batch)
         params, optimizer_state = update(gradients, optimizer_state, params)
         _, state = loss(params, state, *batch)

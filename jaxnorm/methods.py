@@ -1,10 +1,11 @@
 """The table of methods: every normalization of the family in one line, with its paper.
 
-A `Method` says, for batch, spatial and channel axes, into how many groups each is split, and whether the mean is fixed. It
-goes wherever statistics are asked for: `norm(x, group_norm(32))`, `moments(x, batch_norm())`, `linen.Norm(instance_norm())`.
+A `Method` says, for batch, spatial and channel axes, into how many groups each is split, and
+whether the mean is fixed. It goes wherever statistics are asked for: `norm(x, group_norm(32))`,
+`moments(x, batch_norm())`, `linen.Norm(instance_norm())`.
 
-In the docstrings N is the number of examples, H x W the positions, C the channels, and S a set that shares statistics. For
-every method
+In the docstrings N is the number of examples, H x W the positions, C the channels, and S a set that
+shares statistics. For every method
 
     y = (x - mean_S) / sqrt(var_S + epsilon) * scale_c + bias_c.
 """
@@ -22,14 +23,16 @@ from jaxnorm._normalize import normalize
 from jaxnorm._parity import with_divisor
 
 BATCH_ENOUGH = 16
-"""Number of examples from which `batch_group_count` keeps every channel apart, so that batch group norm is batch norm."""
+"""Number of examples from which `batch_group_count` keeps every channel apart, so that batch group
+norm is batch norm."""
 
 
 def batch_norm() -> Method:
     """Standardize each channel over the examples and positions.
 
-    S_c = {(n, h, w, c): all n, h, w}. Equals `instance_norm()` for a batch of one, `batch_group_norm(C)` and
-    `ghost_batch_norm(1)`. Under jit with the batch sharded, and with `axis_name`, it is cross-device batch normalization.
+    S_c = {(n, h, w, c): all n, h, w}. Equals `instance_norm()` for a batch of one,
+    `batch_group_norm(C)` and `ghost_batch_norm(1)`. Under jit with the batch sharded, and with
+    `axis_name`, it is cross-device batch normalization.
 
     Returns:
         The method; statistics of (64, 8, 8, 256) have shape (1, 1, 1, 256).
@@ -39,8 +42,9 @@ def batch_norm() -> Method:
         (1, 1, 1, 256)
 
     Reference:
-        Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift, 2015,
-        arXiv:1502.03167. Inference with a biased running variance as in Flax, Keras and Haiku.
+        Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+        Shift, 2015, arXiv:1502.03167. Inference with a biased running variance as in Flax, Keras
+        and Haiku.
     """
     return Method(Groups(batch=1, spatial=1, channel=EACH))
 
@@ -48,8 +52,9 @@ def batch_norm() -> Method:
 def ghost_batch_norm(num_ghosts: int | None = None, *, ghost_size: int | None = None) -> Method:
     """Batch normalization inside consecutive parts of the batch, the ghost batches.
 
-    S_(k, c) = {(n, h, w, c): n in ghost k, all h, w}. Equals `batch_norm()` of each part. One ghost is `batch_norm()`; N
-    ghosts, or `ghost_size=1`, are `instance_norm()`. Running statistics are pooled over the ghosts.
+    S_(k, c) = {(n, h, w, c): n in ghost k, all h, w}. Equals `batch_norm()` of each part. One ghost
+    is `batch_norm()`; N ghosts, or `ghost_size=1`, are `instance_norm()`. Running statistics are
+    pooled over the ghosts.
 
     Args:
         num_ghosts: number of ghost batches, a divisor of N.
@@ -66,17 +71,24 @@ def ghost_batch_norm(num_ghosts: int | None = None, *, ghost_size: int | None = 
         (4, 1, 1, 256)
 
     Reference:
-        Train longer, generalize better: closing the generalization gap in large batch training of neural networks, 2017,
-        arXiv:1705.08741. Pooled running statistics as in the code of Four Things Everyone Should Know to Improve Batch
-        Normalization, 2020, arXiv:1906.03548.
+        Train longer, generalize better: closing the generalization gap in large batch training of
+        neural networks, 2017, arXiv:1705.08741. Pooled running statistics as in the code of Four
+        Things Everyone Should Know to Improve Batch Normalization, 2020, arXiv:1906.03548.
     """
-    return Method(Groups(batch=_one_of(num_ghosts, ghost_size, "num_ghosts", "ghost_size"), spatial=1, channel=EACH))
+    return Method(
+        Groups(
+            batch=_one_of(num_ghosts, ghost_size, "num_ghosts", "ghost_size"),
+            spatial=1,
+            channel=EACH,
+        )
+    )
 
 
 def instance_norm() -> Method:
     """Standardize each channel of each example over the positions.
 
-    S_(n, c) = {(n, h, w, c): all h, w}. Equals `group_norm(C)`. With one position it returns the bias.
+    S_(n, c) = {(n, h, w, c): all h, w}. Equals `group_norm(C)`. With one position it returns the
+    bias.
 
     Returns:
         The method; statistics of (64, 8, 8, 256) have shape (64, 1, 1, 256).
@@ -94,8 +106,8 @@ def instance_norm() -> Method:
 def group_norm(num_groups: int | None = None, *, group_size: int | None = None) -> Method:
     """Standardize each group of consecutive channels of each example.
 
-    S_(n, g) = {(n, h, w, c): all h, w, floor(c / (C / G)) = g}. Equals `layer_norm()` for one group and `instance_norm()`
-    for C groups. Scale and bias stay one per channel, not per group.
+    S_(n, g) = {(n, h, w, c): all h, w, floor(c / (C / G)) = g}. Equals `layer_norm()` for one group
+    and `instance_norm()` for C groups. Scale and bias stay one per channel, not per group.
 
     Args:
         num_groups: G, a divisor of C. The paper's default is 32.
@@ -116,13 +128,20 @@ def group_norm(num_groups: int | None = None, *, group_size: int | None = None) 
     Reference:
         Group Normalization, 2018, arXiv:1803.08494.
     """
-    return Method(Groups(batch=EACH, spatial=1, channel=_one_of(num_groups, group_size, "num_groups", "group_size")))
+    return Method(
+        Groups(
+            batch=EACH,
+            spatial=1,
+            channel=_one_of(num_groups, group_size, "num_groups", "group_size"),
+        )
+    )
 
 
 def layer_norm() -> Method:
     """Standardize each example over all its positions and channels.
 
-    S_n = {(n, h, w, c): all h, w, c}. Equals `group_norm(1)`. For x of shape (N, C) it equals `token_layer_norm()`.
+    S_n = {(n, h, w, c): all h, w, c}. Equals `group_norm(1)`. For x of shape (N, C) it equals
+    `token_layer_norm()`.
 
     Returns:
         The method; statistics of (64, 8, 8, 256) have shape (64, 1, 1, 1).
@@ -132,15 +151,17 @@ def layer_norm() -> Method:
         (64, 1, 1, 1)
 
     Reference:
-        Layer Normalization, 2016, arXiv:1607.06450; on images as in Group Normalization, 2018, arXiv:1803.08494.
+        Layer Normalization, 2016, arXiv:1607.06450; on images as in Group Normalization, 2018,
+        arXiv:1803.08494.
     """
     return Method(Groups(batch=EACH, spatial=1, channel=1))
 
 
 def token_layer_norm() -> Method:
-    """Standardize each position of each example over its channels: layer normalization of tokens, Flax's default kind.
+    """Standardize each token over its channels: Flax's default kind of layer normalization.
 
-    S_(n, h, w) = {(n, h, w, c): all c}. Equals `positional_norm()`, and `layer_norm()` of (N*H*W, C).
+    S_(n, h, w) = {(n, h, w, c): all c}. Equals `positional_norm()`, and `layer_norm()` of (N*H*W,
+    C).
 
     Returns:
         The method; statistics of (64, 8, 8, 256) have shape (64, 8, 8, 1).
@@ -156,10 +177,11 @@ def token_layer_norm() -> Method:
 
 
 def positional_norm() -> Method:
-    """Standardize each position of each example over its channels: `token_layer_norm()` under its name in image models.
+    """Standardize each position over its channels: `token_layer_norm()`'s name in image models.
 
-    S_(n, h, w) = {(n, h, w, c): all c}. The paper uses it without scale and bias and hands mean and standard deviation to
-    later layers; `moments` returns them. The variance is biased; the authors' torch code divides by C - 1.
+    S_(n, h, w) = {(n, h, w, c): all c}. The paper uses it without scale and bias and hands mean and
+    standard deviation to later layers; `moments` returns them. The variance is biased; the authors'
+    torch code divides by C - 1.
 
     Returns:
         The method; statistics of (64, 8, 8, 256) have shape (64, 8, 8, 1).
@@ -177,8 +199,9 @@ def positional_norm() -> Method:
 def rms_norm() -> Method:
     """Divide each position of each example by the root mean square of its channels.
 
-    S_(n, h, w) = {(n, h, w, c): all c} with the mean fixed at 0: y = x / sqrt(mean_S(x^2) + epsilon) * scale. Equals
-    `token_layer_norm()` where the mean over channels is 0. Flax's epsilon is 1e-6.
+    S_(n, h, w) = {(n, h, w, c): all c} with the mean fixed at 0: y = x / sqrt(mean_S(x^2) +
+    epsilon) * scale. Equals `token_layer_norm()` where the mean over channels is 0. Flax's epsilon
+    is 1e-6.
 
     Returns:
         The method; statistics of (8, 196, 768) have shape (8, 196, 1).
@@ -188,7 +211,8 @@ def rms_norm() -> Method:
         0
 
     Reference:
-        Root Mean Square Layer Normalization, 2019, arXiv:1910.07467; epsilon inside the root as in Flax and Keras.
+        Root Mean Square Layer Normalization, 2019, arXiv:1910.07467; epsilon inside the root as in
+        Flax and Keras.
     """
     return Method(Groups(batch=EACH, spatial=EACH, channel=1), mean=0)
 
@@ -196,8 +220,9 @@ def rms_norm() -> Method:
 def filter_response_norm() -> Method:
     """Divide each channel of each example by the root mean square over the positions.
 
-    S_(n, c) = {(n, h, w, c): all h, w} with the mean fixed at 0: y = x / sqrt(mean_S(x^2) + epsilon) * scale + bias. The
-    paper lets a thresholded linear unit follow, and may learn epsilon: `frn.filter_response_norm`.
+    S_(n, c) = {(n, h, w, c): all h, w} with the mean fixed at 0: y = x / sqrt(mean_S(x^2) +
+    epsilon) * scale + bias. The paper lets a thresholded linear unit follow, and may learn epsilon:
+    `frn.filter_response_norm`.
 
     Returns:
         The method; statistics of (64, 8, 8, 256) have shape (64, 1, 1, 256).
@@ -207,21 +232,26 @@ def filter_response_norm() -> Method:
         ((64, 1, 1, 256), 0)
 
     Reference:
-        Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep Neural Networks, 2019,
-        arXiv:1911.09737. The definition was read in implementations by others.
+        Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep
+        Neural Networks, 2019, arXiv:1911.09737. The definition was read in implementations by
+        others.
     """
     return Method(Groups(batch=EACH, spatial=1, channel=EACH), mean=0)
 
 
-def batch_group_norm(num_groups: int, x_shape: Sequence[int] | None = None, *, channel_axis: int = -1) -> Method:
+def batch_group_norm(
+    num_groups: int, x_shape: Sequence[int] | None = None, *, channel_axis: int = -1
+) -> Method:
     """Standardize each group of features over the whole batch.
 
-    Each example, flattened in the order channel, row, column, is cut into G equal pieces; S_g is piece g of all examples.
-    For G that divides C these are groups of channels: equals `batch_norm()` for G = C, and for a batch of one `layer_norm()`
-    (G = 1), `group_norm(G)` and `instance_norm()` (G = C). For G = C k the positions of each channel are split into k parts
-    as well, rows first; the method then depends on the position and is tied to the image size. Pieces of any other G are
-    not a row of the table: `batch_group.batch_group_norm` and the layers `BatchGroupNorm` take every G that divides C H W.
-    `batch_group_count` chooses G by the size of the batch.
+    Each example, flattened in the order channel, row, column, is cut into G equal pieces; S_g is
+    piece g of all examples. For G that divides C these are groups of channels: equals
+    `batch_norm()` for G = C, and for a batch of one `layer_norm()` (G = 1), `group_norm(G)` and
+    `instance_norm()` (G = C). For G = C k the positions of each channel are split into k parts as
+    well, rows first; the method then depends on the position and is tied to the image size. Pieces
+    of any other G are not a row of the table: `batch_group.batch_group_norm` and the layers
+    `BatchGroupNorm` take every G that divides C H W. `batch_group_count` chooses G by the size of
+    the batch.
 
     Args:
         num_groups: G.
@@ -229,7 +259,8 @@ def batch_group_norm(num_groups: int, x_shape: Sequence[int] | None = None, *, c
         channel_axis: axis of the channels in x_shape. The batch is the first axis.
 
     Returns:
-        The method; statistics of (64, 8, 8, 256) in 32 groups have shape (1, 1, 1, 32), in 1024 groups (1, 4, 1, 256).
+        The method; statistics of (64, 8, 8, 256) in 32 groups have shape (1, 1, 1, 32), in 1024
+        groups (1, 4, 1, 256).
 
     Raises:
         ValueError: G pieces are not groups of channels nor whole parts of every channel.
@@ -241,8 +272,8 @@ def batch_group_norm(num_groups: int, x_shape: Sequence[int] | None = None, *, c
         (1, 4, 1, 256)
 
     Reference:
-        Batch Group Normalization, 2020, arXiv:2012.02782. The definition was read in the abstract and in two independent
-        implementations.
+        Batch Group Normalization, 2020, arXiv:2012.02782. The definition was read in the abstract
+        and in two independent implementations.
     """
     if x_shape is None:
         return Method(Groups(batch=1, spatial=1, channel=num_groups))
@@ -257,22 +288,24 @@ def batch_group_norm(num_groups: int, x_shape: Sequence[int] | None = None, *, c
         parts = max(parts // spatial[-1], 1)
     if rest or math.prod(spatial) * x_shape[channel] != num_groups:
         raise ValueError(
-            f"{num_groups} groups of x of shape {tuple(x_shape)} are not whole parts of every channel. Expected a divisor of "
-            f"the {x_shape[channel]} channels, or {x_shape[channel]} times a divisor of the rows, or {x_shape[channel]} times "
-            "the rows times a divisor of the columns; batch_group.batch_group_norm and the layers BatchGroupNorm take any "
-            "divisor of all features."
+            f"{num_groups} groups of x of shape {tuple(x_shape)} are not whole parts of every"
+            f" channel. Expected a divisor of the {x_shape[channel]} channels, or"
+            f" {x_shape[channel]} times a divisor of the rows, or {x_shape[channel]} times the rows"
+            " times a divisor of the columns; batch_group.batch_group_norm and the layers"
+            " BatchGroupNorm take any divisor of all features."
         )
     return Method(Groups(batch=1, spatial=tuple(spatial), channel=EACH))
 
 
 def batch_group_count(batch_size: int, num_channels: int) -> int:
-    """A number of groups for `batch_group_norm`: the largest divisor of C not above C * batch_size / 16.
+    """A number of groups for `batch_group_norm`: the largest divisor of C up to C batch_size / 16.
 
-    A group then pools batch_size * C / G >= 16 pairs of an example and a channel, as many as batch normalization pools from
-    16 examples. From 16 examples on, G = C and the method is batch normalization. (Fewer than 16 pairs where C < 16 /
-    batch_size: there G = 1.)
+    A group then pools batch_size * C / G >= 16 pairs of an example and a channel, as many as batch
+    normalization pools from 16 examples. From 16 examples on, G = C and the method is batch
+    normalization. (Fewer than 16 pairs where C < 16 / batch_size: there G = 1.)
 
-    The rule is ours. The paper chooses G by the size of the batch too, by a rule that could not be read.
+    The rule is ours. The paper chooses G by the size of the batch too, by a rule that could not be
+    read.
 
     Args:
         batch_size: examples that are normalized together.
@@ -292,7 +325,10 @@ def batch_group_count(batch_size: int, num_channels: int) -> int:
         For the method: Batch Group Normalization, 2020, arXiv:2012.02782.
     """
     if batch_size < 1 or num_channels < 1:
-        raise ValueError(f"Got batch_size={batch_size} and num_channels={num_channels}; expected one or more of each.")
+        raise ValueError(
+            f"Got batch_size={batch_size} and num_channels={num_channels}; expected one or more of"
+            " each."
+        )
     limit = max(1, num_channels * min(batch_size, BATCH_ENOUGH) // BATCH_ENOUGH)
     return max(count for count in range(1, limit + 1) if num_channels % count == 0)
 
@@ -304,16 +340,18 @@ def batch_and_group_norm(
     ghost_size: int | None = None,
     group_size: int | None = None,
 ) -> Method:
-    """Standardize each group of channels over each ghost batch: ghost batch and group normalization at once.
+    """Standardize the channels of a group in each ghost batch, both splits at once.
 
-    S_(k, g) = {(n, h, w, c): n in ghost k, all h, w, c in group g}. With B examples in a ghost and G groups of channels,
-    (B, G) = (N, C) is `batch_norm()`, (B, C) `ghost_batch_norm`, (1, C) `instance_norm()`, (1, G) `group_norm(G)`, (1, 1)
-    `layer_norm()` and (N, G) `batch_group_norm(G)`.
+    S_(k, g) = {(n, h, w, c): n in ghost k, all h, w, c in group g}. With B examples in a ghost and
+    G groups of channels, (B, G) = (N, C) is `batch_norm()`, (B, C) `ghost_batch_norm`, (1, C)
+    `instance_norm()`, (1, G) `group_norm(G)`, (1, 1) `layer_norm()` and (N, G)
+    `batch_group_norm(G)`.
 
-    In inference the authors weigh the running statistics of each group with the example's own, which gets the weight alpha;
-    alpha = 1 / B is the share that an example has of its set in training, and makes B = 1 group normalization in inference
-    too. The authors' code leaves alpha at 0, running statistics alone. By default the layer `Norm` of this row uses 0, the
-    layer `BatchAndGroupNorm` 1 / ghost_size.
+    In inference the authors weigh the running statistics of each group with the example's own,
+    which gets the weight alpha; alpha = 1 / B is the share that an example has of its set in
+    training, and makes B = 1 group normalization in inference too. The authors' code leaves alpha
+    at 0, running statistics alone. By default the layer `Norm` of this row uses 0, the layer
+    `BatchAndGroupNorm` 1 / ghost_size.
 
     Args:
         num_ghosts: number of ghost batches, a divisor of N.
@@ -322,7 +360,8 @@ def batch_and_group_norm(
         group_size: or the channels in a group.
 
     Returns:
-        The method; statistics of (64, 8, 8, 256) in 4 ghosts and 32 groups have shape (4, 1, 1, 32).
+        The method; statistics of (64, 8, 8, 256) in 4 ghosts and 32 groups have shape (4, 1, 1,
+        32).
 
     Raises:
         ValueError: both or neither are given, of ghosts or of groups.
@@ -332,17 +371,24 @@ def batch_and_group_norm(
         (32, 1, 1, 32)
 
     Reference:
-        Four Things Everyone Should Know to Improve Batch Normalization, 2020, arXiv:1906.03548. The definition was read in
-        the authors' code.
+        Four Things Everyone Should Know to Improve Batch Normalization, 2020, arXiv:1906.03548. The
+        definition was read in the authors' code.
     """
     batch = _one_of(num_ghosts, ghost_size, "num_ghosts", "ghost_size")
-    return Method(Groups(batch=batch, spatial=1, channel=_one_of(num_groups, group_size, "num_groups", "group_size")))
+    return Method(
+        Groups(
+            batch=batch,
+            spatial=1,
+            channel=_one_of(num_groups, group_size, "num_groups", "group_size"),
+        )
+    )
 
 
 def weight_standardization() -> Method:
-    """Standardize the kernel of a convolution or dense layer over everything but its output channels.
+    """Standardize a layer's kernel over everything but its output channels.
 
-    S_o = {(h, w, i, o): all h, w, i} of a kernel in Flax's order, outputs last. `standardize_kernel` applies it.
+    S_o = {(h, w, i, o): all h, w, i} of a kernel in Flax's order, outputs last.
+    `standardize_kernel` applies it.
 
     Returns:
         The method; statistics of a (3, 3, 64, 128) kernel have shape (1, 1, 1, 128).
@@ -352,8 +398,8 @@ def weight_standardization() -> Method:
         (1, 1, 1, 128)
 
     Reference:
-        Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019, arXiv:1903.10520. The
-        definition was read in the authors' code.
+        Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019,
+        arXiv:1903.10520. The definition was read in the authors' code.
     """
     return Method(Groups(batch=1, spatial=1, channel=EACH))
 
@@ -368,17 +414,19 @@ def standardize_kernel(
 ) -> jax.Array:
     """The standardized kernel: (W - mean_o) / sqrt(var_o + epsilon) for each output channel o.
 
-    Differentiable through both moments. Use it in front of a normalization layer. The variance is biased, with epsilon in
-    the root and smaller than elsewhere because a kernel's variance is about 2 / fan-in. With a gain the kernel is
+    Differentiable through both moments. Use it in front of a normalization layer. The variance is
+    biased, with epsilon in the root and smaller than elsewhere because a kernel's variance is about
+    2 / fan-in. With a gain the kernel is
 
         gain_o / sqrt(fan_in) * (W - mean_o) / sqrt(var_o + epsilon),
 
-    which keeps the variance of its input where no normalization follows. The kernel of a grouped convolution, whose inputs
-    are those of a group, needs nothing else.
+    which keeps the variance of its input where no normalization follows. The kernel of a grouped
+    convolution, whose inputs are those of a group, needs nothing else.
 
     Args:
         kernel: (..., inputs, outputs), floating.
-        gain: (outputs,), divided by the root of the weights an output has. None multiplies by nothing.
+        gain: (outputs,), divided by the root of the weights an output has. None multiplies by
+            nothing.
         epsilon: added to the variance, in the unit of the kernel squared.
         correction: 1 divides the variance by n - 1, as the authors' torch code does.
         epsilon_outside: add epsilon to the standard deviation, as that code does with 1e-5.
@@ -388,7 +436,8 @@ def standardize_kernel(
 
     Raises:
         TypeError: the kernel is not floating or complex.
-        ValueError: one weight an output channel, which would standardize to 0; a gain of another shape.
+        ValueError: one weight an output channel, which would standardize to 0; a gain of another
+            shape.
 
     Example:
         >>> import jax.numpy as jnp
@@ -396,27 +445,30 @@ def standardize_kernel(
         [[-1.0], [1.0]]
 
     Reference:
-        Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019, arXiv:1903.10520. The gain
-        is that of timm's ScaledStdConv2d, after Characterizing signal propagation to close the performance gap in
-        unnormalized ResNets, 2021, arXiv:2101.08692.
+        Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019,
+        arXiv:1903.10520. The gain is that of timm's ScaledStdConv2d, after Characterizing signal
+        propagation to close the performance gap in unnormalized ResNets, 2021, arXiv:2101.08692.
     """
     kernel = inexact(kernel)
     fan_in = kernel.size // max(kernel.shape[-1], 1)
     if kernel.ndim < 2 or fan_in < 2:
         raise ValueError(
-            f"a kernel of shape {kernel.shape} has {fan_in if kernel.ndim > 1 else 1} weight for each output channel, which "
-            "standardizes to 0. Expected (..., inputs, outputs) with two or more weights an output; leave this layer out."
+            f"a kernel of shape {kernel.shape} has {fan_in if kernel.ndim > 1 else 1} weight for"
+            " each output channel, which standardizes to 0. Expected (..., inputs, outputs) with"
+            " two or more weights an output; leave this layer out."
         )
     m = moments(kernel, weight_standardization())
     m = with_divisor(m, epsilon, correction=correction, epsilon_outside=epsilon_outside)
-    return normalize(kernel, m, scale=None if gain is None else jnp.asarray(gain) * fan_in**-0.5, epsilon=0.0)
+    return normalize(
+        kernel, m, scale=None if gain is None else jnp.asarray(gain) * fan_in**-0.5, epsilon=0.0
+    )
 
 
 def _one_of(count: int | None, size: int | None, count_name: str, size_name: str) -> Split:
     """A number of groups or their size, whichever is given."""
     if (count is None) == (size is None):
         raise ValueError(
-            f"Got {count_name}={count} and {size_name}={size}; expected exactly one of the two: the number of groups, or the "
-            "size of each."
+            f"Got {count_name}={count} and {size_name}={size}; expected exactly one of the two: the"
+            " number of groups, or the size of each."
         )
     return Size(size) if size is not None else count  # type: ignore[return-value]  # one of them is not None

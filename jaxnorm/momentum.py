@@ -1,4 +1,5 @@
-"""Momentum Batch Normalization: training normalizes with running statistics that the batch has just entered."""
+"""Momentum Batch Normalization: training normalizes with running statistics that the batch has just
+entered."""
 
 from typing import Unpack
 
@@ -20,7 +21,8 @@ def init_momentum_batch_norm(num_channels: int) -> State:
         num_channels: C.
 
     Returns:
-        `train_mean` and `train_var`, with which training normalizes, and `mean` and `var` of inference; (C,), float32.
+        `train_mean` and `train_var`, with which training normalizes, and `mean` and `var` of
+        inference; (C,), float32.
 
     Example:
         >>> {name: t.shape for name, t in init_momentum_batch_norm(3).items()}
@@ -40,28 +42,30 @@ def momentum_batch_norm(
     epsilon: float = 1e-5,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, State]:
-    """Batch normalization with the batch blended into the running statistics first, so that small batches vary less.
+    """Batch normalization with the batch blended into the running statistics first, so that small
+    batches vary less.
 
         train_mean <- lambda train_mean + (1 - lambda) mean,    train_var <- lambda train_var + (1 - lambda) var,
         y = (x - train_mean) / sqrt(train_var + epsilon) * scale + bias
 
-    with the values just updated, through which the batch keeps 1 - lambda of its gradient; old values are constants.
-    Inference uses a second pair, the running mean and variance of batch normalization. With lambda = 0 it is batch
-    normalization.
+    with the values just updated, through which the batch keeps 1 - lambda of its gradient; old
+    values are constants. Inference uses a second pair, the running mean and variance of batch
+    normalization. With lambda = 0 it is batch normalization.
 
     Args:
         x: real floating array with examples and channels.
         state: see `init_momentum_batch_norm`.
         train: use the blended statistics and update the state, or use the pair of inference.
-        train_momentum: lambda, the weight of the old training statistics, 0 to 1; a number or traced scalar, see
-            `train_momentum_schedule`. Training needs it.
-        momentum: tau, the weight of the old inference statistics per update; see `inference_momentum`.
+        train_momentum: lambda, the weight of the old training statistics, 0 to 1; a number or
+            traced scalar, see `train_momentum_schedule`. Training needs it.
+        momentum: tau, the weight of the old inference statistics per update; see
+            `inference_momentum`.
         epsilon: added to the variance, in the unit of x squared.
         **options: as `norm`.
 
     Returns:
-        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those channels' state; an empty set
-        is normalized with the old training statistics.
+        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those
+        channels' state; an empty set is normalized with the old training statistics.
 
     Raises:
         TypeError: x is complex or integer.
@@ -74,8 +78,9 @@ def momentum_batch_norm(
         ([1.0], [2.5])
 
     Reference:
-        Momentum Batch Normalization for Deep Learning with Small Batch Size, 2020, in the proceedings of ECCV; there is no
-        arXiv version that we know of. The definition was read in an independent reproduction, not in the paper.
+        Momentum Batch Normalization for Deep Learning with Small Batch Size, 2020, in the
+        proceedings of ECCV; there is no arXiv version that we know of. The definition was read in
+        an independent reproduction, not in the paper.
     """
     x = real(x, "momentum_batch_norm")
     channel_axis = options.get("channel_axis", -1)
@@ -83,13 +88,18 @@ def momentum_batch_norm(
         return applied(x, recalled(state, x, channel_axis), epsilon, **options), state
     if train_momentum is None:
         raise ValueError(
-            "training needs the weight of the old training statistics. Got train_momentum=None; expected 0 (batch "
-            "normalization) to 1, for example train_momentum_schedule(epoch, epochs=200, batch_size=4)."
+            "training needs the weight of the old training statistics. Got train_momentum=None;"
+            " expected 0 (batch normalization) to 1, for example train_momentum_schedule(epoch,"
+            " epochs=200, batch_size=4)."
         )
     old = lax.stop_gradient(recalled(state, x, channel_axis, "train_"))
     m = measured(x, batch_norm(), center=old.mean, **options)
     weight = jnp.asarray(train_momentum, old.var.dtype)
-    used = jax.tree.map(lambda t, before: jnp.where(m.count > 0, t, before), blend([old, m], [weight, 1 - weight]), old)
+    used = jax.tree.map(
+        lambda t, before: jnp.where(m.count > 0, t, before),
+        blend([old, m], [weight, 1 - weight]),
+        old,
+    )
     keep = usable(m)
     new = {
         "train_mean": averaged(state["train_mean"], m.mean, weight, keep),
@@ -100,12 +110,16 @@ def momentum_batch_norm(
     return applied(x, used, epsilon, **options), new
 
 
-def train_momentum_schedule(epoch: ArrayLike, *, epochs: int, batch_size: int, ideal_batch_size: int = 32) -> jax.Array:
-    """The paper's schedule of lambda: batch normalization in the first epoch, then ever more of the past.
+def train_momentum_schedule(
+    epoch: ArrayLike, *, epochs: int, batch_size: int, ideal_batch_size: int = 32
+) -> jax.Array:
+    """The paper's schedule of lambda: batch normalization in the first epoch, then ever more of the
+    past.
 
         lambda(t) = q^((T - t) / (T - 1)) - q,    q = min(batch size / ideal batch size, 1)
 
-    from 0 at t = 1 to 1 - q at the last epoch T and after; 0 for batches of the ideal size or larger.
+    from 0 at t = 1 to 1 - q at the last epoch T and after; 0 for batches of the ideal size or
+    larger.
 
     Args:
         epoch: t, counted from 1; a number or traced scalar.
@@ -127,14 +141,18 @@ def train_momentum_schedule(epoch: ArrayLike, *, epochs: int, batch_size: int, i
         See `momentum_batch_norm`.
     """
     if epochs < 2:
-        raise ValueError(f"the schedule runs from the first epoch to another. Got epochs={epochs}; expected 2 or more.")
+        raise ValueError(
+            f"the schedule runs from the first epoch to another. Got epochs={epochs}; expected 2 or"
+            " more."
+        )
     q = min(_relative(batch_size, ideal_batch_size), 1.0)
     left = jnp.clip((epochs - jnp.asarray(epoch, jnp.float32)) / (epochs - 1), 0, 1)
     return jnp.maximum(q**left - q, 0)
 
 
 def inference_momentum(batch_size: int, *, ideal_batch_size: int = 32, base: float = 0.9) -> float:
-    """tau, the momentum of the inference statistics: as many examples remembered whatever the batch size.
+    """tau, the momentum of the inference statistics: as many examples remembered whatever the batch
+    size.
 
         tau = base^(batch size / ideal batch size)
 
@@ -162,7 +180,8 @@ def inference_momentum(batch_size: int, *, ideal_batch_size: int = 32, base: flo
 def _relative(batch_size: int, ideal_batch_size: int) -> float:
     if batch_size < 1 or ideal_batch_size < 1:
         raise ValueError(
-            f"batch sizes are 1 or more. Got batch_size={batch_size} and ideal_batch_size={ideal_batch_size}; expected the "
-            "numbers of examples that share statistics."
+            f"batch sizes are 1 or more. Got batch_size={batch_size} and"
+            f" ideal_batch_size={ideal_batch_size}; expected the numbers of examples that share"
+            " statistics."
         )
     return batch_size / ideal_batch_size

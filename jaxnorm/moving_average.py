@@ -1,4 +1,5 @@
-"""Moving Average Batch Normalization: no mean, and averages over steps both of the statistic and of its gradient."""
+"""Moving Average Batch Normalization: no mean, and averages over steps both of the statistic and of
+its gradient."""
 
 from functools import partial
 from typing import Unpack
@@ -8,7 +9,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._between import Options, State, along_channels, applied, averaged, measured, real, remembered
+from jaxnorm._between import (
+    Options,
+    State,
+    along_channels,
+    applied,
+    averaged,
+    measured,
+    real,
+    remembered,
+)
 from jaxnorm._devices import device_count, device_groups_of, names_of, varying, varying_like
 from jaxnorm._groups import Method
 from jaxnorm._moments import Moments, inexact
@@ -21,11 +31,12 @@ def init_moving_average(num_channels: int, *, window: int = 16) -> State:
 
     Args:
         num_channels: C.
-        window: K, batches over which to average: the batch size that one would like over the one that there is.
+        window: K, batches over which to average: the batch size that one would like over the one
+            that there is.
 
     Returns:
-        `mean_square`, (C,), of inference, 1; `past_mean_square` and `past_gradient`, (K, C), newest first, 0; `step`, steps
-        taken. float32.
+        `mean_square`, (C,), of inference, 1; `past_mean_square` and `past_gradient`, (K, C), newest
+        first, 0; `step`, steps taken. float32.
 
     Raises:
         ValueError: a window below 1.
@@ -35,9 +46,16 @@ def init_moving_average(num_channels: int, *, window: int = 16) -> State:
         {'mean_square': (3,), 'past_mean_square': (8, 3), 'past_gradient': (8, 3), 'step': ()}
     """
     if window < 1:
-        raise ValueError(f"window={window} averages over no batch. Expected 1 or more; 1 is the batch alone.")
+        raise ValueError(
+            f"window={window} averages over no batch. Expected 1 or more; 1 is the batch alone."
+        )
     past, one = jnp.zeros((window, num_channels), jnp.float32), jnp.ones(num_channels, jnp.float32)
-    return {"mean_square": one, "past_mean_square": past, "past_gradient": past, "step": jnp.zeros((), jnp.float32)}
+    return {
+        "mean_square": one,
+        "past_mean_square": past,
+        "past_gradient": past,
+        "step": jnp.zeros((), jnp.float32),
+    }
 
 
 def moving_average_norm(
@@ -53,33 +71,41 @@ def moving_average_norm(
     epsilon: float = 1e-5,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, State]:
-    """Division by the root of a mean square that is averaged over the last K batches, forward and backward.
+    """Division by the root of a mean square that is averaged over the last K batches, forward and
+    backward.
 
         v = mean over K of mean(x^2),    z = x / sqrt(v + epsilon),    y = r z * scale + bias
         r = clip(sqrt((v + epsilon) / (running + epsilon)), 1 / rmax, rmax),    running = momentum running + (1 - momentum) v
         g = dL/dz,    psi = mean(g z),    Psi = mean over K of psi,    dL/dx = (g - z Psi) / sqrt(v + epsilon)
 
-    with r of the running mean square before this step, and constant. In inference y = x / sqrt(running + epsilon) * scale +
-    bias. The first steps, in which the batches before count little, use v = mean(x^2), Psi = psi, and r = 1. With K = 1 and
-    r = 1 gradients are the derivative of y; else they are not, on purpose: the past batches' psi enter also where the cotangent
-    is 0. Nothing subtracts the mean: the convolution in front takes `centralize_kernel` of its kernel.
+    with r of the running mean square before this step, and constant. In inference y = x /
+    sqrt(running + epsilon) * scale + bias. The first steps, in which the batches before count
+    little, use v = mean(x^2), Psi = psi, and r = 1. With K = 1 and r = 1 gradients are the
+    derivative of y; else they are not, on purpose: the past batches' psi enter also where the
+    cotangent is 0. Nothing subtracts the mean: the convolution in front takes `centralize_kernel`
+    of its kernel.
 
-    The backward pass cannot write state. It returns psi as the gradient by `tap`, and the next step takes that as its tap:
+    The backward pass cannot write state. It returns psi as the gradient by `tap`, and the next step
+    takes that as its tap:
 
-        (loss, state), (gradient, tap) = jax.value_and_grad(f, (0, 1), has_aux=True)(parameters, tap, state)
+        (loss, state), (gradient, tap) = jax.value_and_grad(f, (0, 1), has_aux=True)(parameters,
+        tap, state)
 
-    So a tap is replaced by its gradient, not optimized. It must have the scale of the gradients in the backward pass: keep it
-    out of clipping, multiply it by the ratio of the scales when loss scaling changes, and give each call a tap of its own.
-    Devices: with `axis_name` in pmap, vmap and shard_map with check_vma=False the gradient by the tap is one device's part.
-    Take its sum over these devices (also where other gradients are averaged). Under jit, and check_vma=True, it is the sum
-    already. Without `axis_name` state and tap are a device's own.
+    So a tap is replaced by its gradient, not optimized. It must have the scale of the gradients in
+    the backward pass: keep it out of clipping, multiply it by the ratio of the scales when loss
+    scaling changes, and give each call a tap of its own.
+    Devices: with `axis_name` in pmap, vmap and shard_map with check_vma=False the gradient by the
+    tap is one device's part. Take its sum over these devices (also where other gradients are
+    averaged). Under jit, and check_vma=True, it is the sum already. Without `axis_name` state and
+    tap are a device's own.
 
     Args:
         x: real floating array with examples and channels.
         state: see `init_moving_average`.
         train: use the batch and update the state, or use the state.
         tap: in training, (C,): the gradient by it in the step before; zeros at first.
-        average_from: number of the first step, from 1, that averages over the K batches, if K have been seen.
+        average_from: number of the first step, from 1, that averages over the K batches, if K have
+            been seen.
         correct_from: number of the first step that is corrected by r.
         rmax: bound of r, 1 or more.
         momentum: weight of the old running mean square per update.
@@ -87,12 +113,14 @@ def moving_average_norm(
         **options: as `norm`.
 
     Returns:
-        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those channels' statistics. `step`
-        counts batches that some channel could use; a channel with fewer than K of its own by the time of averaging has zeros
-        in its window, which are averaged in, so that its mean square is too small until they are pushed out.
+        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those
+        channels' statistics. `step` counts batches that some channel could use; a channel with
+        fewer than K of its own by the time of averaging has zeros in its window, which are averaged
+        in, so that its mean square is too small until they are pushed out.
 
     Raises:
-        TypeError: x is complex or integer. Forward-mode derivatives: JAX's error that a custom_vjp function has none.
+        TypeError: x is complex or integer. Forward-mode derivatives: JAX's error that a custom_vjp
+            function has none.
         ValueError: state or tap of another number of channels, training without a tap.
 
     Example: three steps of a dense layer's training.
@@ -108,19 +136,28 @@ def moving_average_norm(
         (3, (1,))
 
     Reference:
-        Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization, 2020, arXiv:2001.06838. The
-        definition was read in the authors' code, with the warm-up of its detection recipe; the one for ImageNet corrects from
-        the step in which it averages.
+        Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization, 2020,
+        arXiv:2001.06838. The definition was read in the authors' code, with the warm-up of its
+        detection recipe; the one for ImageNet corrects from the step in which it averages.
     """
     x = real(x, "moving_average_norm")
     channel_axis = options.get("channel_axis", -1)
     running = along_channels(state["mean_square"], x, channel_axis)
     if not train:
-        return applied(x, Moments(jnp.ones_like(running), jnp.zeros_like(running), running), epsilon, **options), state
+        return (
+            applied(
+                x,
+                Moments(jnp.ones_like(running), jnp.zeros_like(running), running),
+                epsilon,
+                **options,
+            ),
+            state,
+        )
     if tap is None or jnp.shape(tap) != state["mean_square"].shape:
         raise ValueError(
-            f"tap has shape {None if tap is None else jnp.shape(tap)}. Expected {state['mean_square'].shape}, one number a "
-            "channel: zeros in the first step, then the gradient by the tap in the step before."
+            f"tap has shape {None if tap is None else jnp.shape(tap)}. Expected"
+            f" {state['mean_square'].shape}, one number a channel: zeros in the first step, then"
+            " the gradient by the tap in the step before."
         )
     tap = jnp.asarray(tap)
     m = measured(x, Method(batch_norm().groups, mean=0), **options)
@@ -131,14 +168,20 @@ def moving_average_norm(
     average_from, correct_from = (jnp.asarray(t, step.dtype) for t in (average_from, correct_from))
     averaging = (step > window) & (step >= average_from)
 
-    square = jnp.where(averaging, along_channels(squares, x, channel_axis).mean(0), lax.stop_gradient(m.var))
+    square = jnp.where(
+        averaging, along_channels(squares, x, channel_axis).mean(0), lax.stop_gradient(m.var)
+    )
     var, rmax = square + epsilon, jnp.asarray(rmax, square.dtype)
-    r = jnp.where(step < correct_from, 1, jnp.clip(jnp.sqrt(var / (running + epsilon)), 1 / rmax, rmax))
+    r = jnp.where(
+        step < correct_from, 1, jnp.clip(jnp.sqrt(var / (running + epsilon)), 1 / rmax, rmax)
+    )
     past = jnp.where(averaging, along_channels(gradients[: window - 1].sum(0), x, channel_axis), 0)
     share = jnp.where(averaging, jnp.asarray(1 / window, var.dtype), 1)
     count = jnp.where(m.count > 0, m.count, 1)
     tap = varying_like(along_channels(tap, x, channel_axis), m.var)
-    divided: jax.Array = _corrected(_parts(x, m.var, options), m.var, tap, var, r, past, share, count)
+    divided: jax.Array = _corrected(
+        _parts(x, m.var, options), m.var, tap, var, r, past, share, count
+    )
     y = applied(x, Moments(m.count, jnp.zeros_like(running), divided), 0.0, **options)
     new = {
         "mean_square": averaged(state["mean_square"], square, momentum, keep),
@@ -151,11 +194,14 @@ def moving_average_norm(
 
 def _pushed(old: jax.Array, new: jax.Array, keep: jax.Array) -> jax.Array:
     """The window `old`, newest first, with `new` in front, in the channels that `keep`."""
-    return remembered(old, jnp.concatenate([new.reshape(1, -1).astype(old.dtype), old[:-1]]), keep.reshape(1, -1))
+    return remembered(
+        old, jnp.concatenate([new.reshape(1, -1).astype(old.dtype), old[:-1]]), keep.reshape(1, -1)
+    )
 
 
 def _parts(x: jax.Array, statistic: jax.Array, options: Options) -> int:
-    """Over how many devices the gradient by the statistic comes in parts, to be summed on the way to x.
+    """Over how many devices the gradient by the statistic comes in parts, to be summed on the way
+    to x.
 
     Where JAX tracks what differs between devices, it has summed it already.
     """
@@ -176,10 +222,12 @@ def _corrected(
     share: jax.Array,
     count: jax.Array,
 ) -> jax.Array:
-    """What x is divided by, squared. Backward, the gradient by the mean square is that of the window.
+    """What x is divided by, squared. Backward, the gradient by the mean square is that of the
+    window.
 
-    With y = x / sqrt(d) scale + bias and d = var / r^2, the gradient by d is -count psi / (2 d), from which psi comes. To
-    subtract z Psi / sqrt(var) = x Psi / var from dL/dx, the gradient by mean(x^2) has to be -count Psi / (2 var).
+    With y = x / sqrt(d) scale + bias and d = var / r^2, the gradient by d is -count psi / (2 d),
+    from which psi comes. To subtract z Psi / sqrt(var) = x Psi / var from dL/dx, the gradient by
+    mean(x^2) has to be -count Psi / (2 var).
     """
     return var / jnp.square(r)
 
@@ -200,7 +248,8 @@ _corrected.defvjp(_corrected_forward, _corrected_backward)
 
 
 def centralize_kernel(kernel: ArrayLike) -> jax.Array:
-    """The kernel less its mean for each output channel, so that a constant input gives 0 where there is no padding.
+    """The kernel less its mean for each output channel, so that a constant input gives 0 where
+    there is no padding.
 
     Args:
         kernel: (..., inputs, outputs), floating or complex.
@@ -222,7 +271,8 @@ def centralize_kernel(kernel: ArrayLike) -> jax.Array:
     kernel = inexact(kernel)
     if kernel.ndim < 2 or kernel.size <= kernel.shape[-1]:
         raise ValueError(
-            f"a kernel of shape {kernel.shape} has one weight for each output channel, which would become 0. Expected "
-            "(..., inputs, outputs) with two or more weights an output; leave this layer's kernel as it is."
+            f"a kernel of shape {kernel.shape} has one weight for each output channel, which would"
+            " become 0. Expected (..., inputs, outputs) with two or more weights an output; leave"
+            " this layer's kernel as it is."
         )
     return kernel - kernel.mean(tuple(range(kernel.ndim - 1)), keepdims=True)

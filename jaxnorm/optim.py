@@ -1,8 +1,9 @@
 """Weight decay on the scale and bias of normalization layers, as optax transformations and masks.
 
-A parameter of a norm is found by its name and its neighbours in the tree, as Flax and jaxnorm name them, in dicts of linen and
-states of nnx: `scale` beside no `kernel` or `embedding`, and `bias` beside such a scale or alone. The other parameters
-of some norms, `OTHERS` and `PROXY`, do not count as neighbours.
+A parameter of a norm is found by its name and its neighbours in the tree, as Flax and jaxnorm name
+them, in dicts of linen and states of nnx: `scale` beside no `kernel` or `embedding`, and `bias`
+beside such a scale or alone. The other parameters of some norms, `OTHERS` and `PROXY`, do not count
+as neighbours.
 """
 
 from collections import defaultdict
@@ -13,14 +14,24 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-OTHERS = {"v", "threshold", "slope", "learned_epsilon", "mixture", "mean_logits", "var_logits", "gain"}
+OTHERS = {
+    "v",
+    "threshold",
+    "slope",
+    "learned_epsilon",
+    "mixture",
+    "mean_logits",
+    "var_logits",
+    "gain",
+}
 """Other parameters of norms and of standardized kernels, which nothing here decays."""
 PROXY = {"proxy_scale", "proxy_bias"}
-"""Those of `ProxyNorm`, which decay as weights do: its authors decay them, and not its scale and bias."""
+"""Those of `ProxyNorm`, which decay as weights do: its authors decay them, and not its scale and
+bias."""
 
 
 def norm_mask(params: Any) -> Any:
-    """Where the scales and biases of norms are, for `optax.masked` and everything else that takes a mask.
+    """Where the scales and biases of norms are, for `optax.masked` and the like.
 
     Args:
         params: tree of parameters: nested dicts of linen, or `nnx.state(model, nnx.Param)`.
@@ -40,8 +51,9 @@ def decay_mask(params: Any, *, biases: bool = False) -> Any:
 
         optax.adamw(1e-3, weight_decay=1e-4, mask=decay_mask)
 
-    Of norms and standardized kernels, `proxy_scale` and `proxy_bias` decay; `scale`, `bias`, `v`, `threshold`, `slope`,
-    `learned_epsilon`, `mixture`, `mean_logits`, `var_logits` and `gain` do not.
+    Of norms and standardized kernels, `proxy_scale` and `proxy_bias` decay; `scale`, `bias`, `v`,
+    `threshold`, `slope`, `learned_epsilon`, `mixture`, `mean_logits`, `var_logits` and `gain` do
+    not.
 
     Args:
         params: tree of parameters.
@@ -64,14 +76,16 @@ def add_norm_decay(
 
         g_scale <- g_scale + weight_decay (scale - target),    g_bias <- g_bias + weight_decay bias
 
-    the gradient of `norm_penalty`. 1 is the identity, where a scale of 0 would switch a layer off; `target=0` is the recipe of
-    Group Normalization, in which norms decay as weights do. Other parameters stay as they are. In front of an optimizer this is
-    a penalty of the loss; behind `optax.scale_by_adam` and in front of the learning rate, decoupled decay.
+    the gradient of `norm_penalty`. 1 is the identity, where a scale of 0 would switch a layer off;
+    `target=0` is the recipe of Group Normalization, in which norms decay as weights do. Other
+    parameters stay as they are. In front of an optimizer this is a penalty of the loss; behind
+    `optax.scale_by_adam` and in front of the learning rate, decoupled decay.
 
     Args:
         weight_decay: coefficient, or a schedule of it, a function of the step.
         target: of the scales.
-        unit_offset: scales are stored as their distance from 1, as by layers with `unit_offset=True`.
+        unit_offset: scales are stored as their distance from 1, as by layers with
+            `unit_offset=True`.
 
     Returns:
         An optax transformation; its update needs the parameters.
@@ -84,21 +98,31 @@ def add_norm_decay(
         ([1.0], [1.0])
 
     Reference:
-        Four Things Everyone Should Know to Improve Batch Normalization, 2020, arXiv:1906.03548: toward 1, as in the authors'
-        code. Group Normalization, 2018, arXiv:1803.08494: toward 0, as cited by reproductions.
+        Four Things Everyone Should Know to Improve Batch Normalization, 2020, arXiv:1906.03548:
+        toward 1, as in the authors' code. Group Normalization, 2018, arXiv:1803.08494: toward 0, as
+        cited by reproductions.
     """
     inner = optax.add_decayed_weights(weight_decay)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
-            raise ValueError("add_norm_decay decays parameters. Got params=None; expected update(updates, state, params).")
-        return inner.update(updates, state, _distances(params, target - 1 if unit_offset else target))
+            raise ValueError(
+                "add_norm_decay decays parameters. Got params=None; expected update(updates, state,"
+                " params)."
+            )
+        return inner.update(
+            updates, state, _distances(params, target - 1 if unit_offset else target)
+        )
 
     return optax.GradientTransformation(inner.init, update)
 
 
-def norm_penalty(params: Any, weight_decay: ArrayLike, *, target: float = 1.0, unit_offset: bool = False) -> jax.Array:
-    """What `add_norm_decay` descends: weight_decay / 2 (sum (scale - target)^2 + sum bias^2) over all norms.
+def norm_penalty(
+    params: Any, weight_decay: ArrayLike, *, target: float = 1.0, unit_offset: bool = False
+) -> jax.Array:
+    """The penalty on the scales and biases of all norms that `add_norm_decay` descends.
+
+    weight_decay / 2 (sum (scale - target)^2 + sum bias^2).
 
     Args:
         params: tree of parameters.
@@ -117,21 +141,31 @@ def norm_penalty(params: Any, weight_decay: ArrayLike, *, target: float = 1.0, u
         See `add_norm_decay`.
     """
     distances = jax.tree.leaves(_distances(params, target - 1 if unit_offset else target))
-    return jnp.asarray(weight_decay) / 2 * sum((jnp.sum(jnp.square(t)) for t in distances), jnp.zeros(()))
+    return (
+        jnp.asarray(weight_decay)
+        / 2
+        * sum((jnp.sum(jnp.square(t)) for t in distances), jnp.zeros(()))
+    )
 
 
 def _distances(params: Any, target: float) -> Any:
-    """How far the scales of norms are from their target and their biases from 0; 0 for everything else."""
+    """How far the scales of norms are from their target and their biases from 0; 0 for everything
+    else."""
 
     def distance(t: Any, name: str, is_norm: bool) -> Any:
         t = jnp.asarray(t)
-        return t - jnp.asarray(target if name == "scale" else 0, t.dtype) if is_norm else jnp.zeros_like(t)
+        return (
+            t - jnp.asarray(target if name == "scale" else 0, t.dtype)
+            if is_norm
+            else jnp.zeros_like(t)
+        )
 
     return jax.tree.map(distance, params, _select(params, lambda name, _: name), norm_mask(params))
 
 
 def _select(params: Any, rule: Any) -> Any:
-    """The tree of rule(name, kind) over the parameters: kind "norm" for scales and biases of norms, "other" for `OTHERS`."""
+    """The tree of rule(name, kind) over the parameters: kind "norm" for scales and biases of norms,
+    "other" for `OTHERS`."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     paths = [_names(path) for path, _ in leaves]
     neighbours = defaultdict(set)
@@ -143,7 +177,9 @@ def _select(params: Any, rule: Any) -> Any:
         name, beside = path[-1] if path else "", neighbours[path[:-1]]
         if beside & {"kernel", "embedding"}:
             return "other" if name == "gain" and "kernel" in beside else ""
-        if name == "scale" or (name == "bias" and ("scale" in beside or beside <= {"bias"} | OTHERS | PROXY)):
+        if name == "scale" or (
+            name == "bias" and ("scale" in beside or beside <= {"bias"} | OTHERS | PROXY)
+        ):
             return "norm"
         return "other" if name in OTHERS and beside <= {"scale", "bias"} | OTHERS else ""
 
@@ -154,4 +190,6 @@ def _names(path: Any) -> tuple[str, ...]:
     """Names on the way to a leaf; the value inside of a variable of nnx has none."""
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
-    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
+    return tuple(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path
+    )

@@ -1,4 +1,5 @@
-"""Positional Normalization whose mean and standard deviation are handed to a later layer: the moment shortcut."""
+"""Positional Normalization whose mean and standard deviation are handed to a later layer: the
+moment shortcut."""
 
 from typing import Unpack
 
@@ -22,13 +23,15 @@ def positional_norm(
 
         std = sqrt(var + epsilon),    y = (x - mean) / std * scale + bias
 
-    Without scale and bias, as in the paper, `moment_shortcut(y, mean, std)` is x. In a network with an encoder and a decoder
-    mean and std of an early layer shift and scale a late one of the same resolution.
+    Without scale and bias, as in the paper, `moment_shortcut(y, mean, std)` is x. In a network with
+    an encoder and a decoder mean and std of an early layer shift and scale a late one of the same
+    resolution.
 
     Args:
         x: real floating array with examples and channels.
         epsilon: added to the variance, in the unit of x squared.
-        correction: 1 divides the variance by C - 1, as the authors' torch code does; their TensorFlow code divides by C.
+        correction: 1 divides the variance by C - 1, as the authors' torch code does; their
+            TensorFlow code divides by C.
         **options: as `norm`.
 
     Returns:
@@ -43,14 +46,19 @@ def positional_norm(
         ([[[-1.0, 1.0]]], [[[2.0]]], [[[1.0]]])
 
     Reference:
-        Positional Normalization, 2019, arXiv:1907.04312. The definition was read in the authors' code.
+        Positional Normalization, 2019, arXiv:1907.04312. The definition was read in the authors'
+        code.
     """
     x = real(x, "positional_norm")
-    m = with_divisor(measured(x, methods.positional_norm(), **options), epsilon, correction=correction)
+    m = with_divisor(
+        measured(x, methods.positional_norm(), **options), epsilon, correction=correction
+    )
     return applied(x, m, 0.0, **options), m.mean, jnp.sqrt(m.var)
 
 
-def moment_shortcut(x: ArrayLike, mean: ArrayLike, std: ArrayLike, *, channel_axis: int = -1) -> jax.Array:
+def moment_shortcut(
+    x: ArrayLike, mean: ArrayLike, std: ArrayLike, *, channel_axis: int = -1
+) -> jax.Array:
     """Give x the mean and standard deviation that `positional_norm` took out of an earlier layer.
 
         y = x * std + mean
@@ -82,11 +90,19 @@ def moment_shortcut(x: ArrayLike, mean: ArrayLike, std: ArrayLike, *, channel_ax
     shapes = {"mean": jnp.shape(mean), "std": jnp.shape(std)}
     if shapes["mean"] != shapes["std"] or shapes["mean"] not in (one_channel, x.shape):
         raise ValueError(
-            f"mean and std of shapes {shapes['mean']} and {shapes['std']} do not fit x of shape {x.shape}. Expected "
-            f"{one_channel} for both, or x's shape; they serve a layer of the same resolution."
+            f"mean and std of shapes {shapes['mean']} and {shapes['std']} do not fit x of shape"
+            f" {x.shape}. Expected {one_channel} for both, or x's shape; they serve a layer of the"
+            " same resolution."
         )
     axes = [i for i in range(x.ndim) if i != channel or shapes["mean"] == x.shape]
     sizes = [x.shape[i] for i in axes_of(axes, x.shape)]
     one = jnp.ones((1,) * x.ndim, statistic_dtype(x.dtype))
     scale, bias = (jnp.asarray(t).reshape(sizes) for t in (std, mean))
-    return normalize(x, Moments(one, jnp.zeros_like(one), one), scale=scale, bias=bias, epsilon=0.0, channel_axis=axes)
+    return normalize(
+        x,
+        Moments(one, jnp.zeros_like(one), one),
+        scale=scale,
+        bias=bias,
+        epsilon=0.0,
+        channel_axis=axes,
+    )

@@ -27,20 +27,21 @@ def proxy_norm(
     epsilon: float = 1e-3,
     **options: Unpack[Options],
 ) -> jax.Array:
-    """Normalize x by a row of the table, scale and shift, activate, and standardize each channel by a Gaussian proxy.
+    """Normalization, activation, and standardization of each channel by a Gaussian proxy.
 
         z = activation(scale x^ + bias),                 x^ normalized by `method`
         p = activation(scale (proxy_bias + (1 + proxy_scale) q) + bias)
         y = (z - mean_q(p)) / sqrt(var_q(p) + proxy_epsilon)
 
-    with q the n quantiles sqrt(2) erfinv(2 (i + 1/2) / n - 1) of the normal distribution. So the channels of the output are
-    standardized, as batch normalization's are, without any statistic of the batch. Training and inference are the same. Mean
-    and variance of the proxy are computed at each call and pass gradients to all four parameters. The backward pass keeps x
-    and small arrays.
+    with q the n quantiles sqrt(2) erfinv(2 (i + 1/2) / n - 1) of the normal distribution. So the
+    channels of the output are standardized, as batch normalization's are, without any statistic of
+    the batch. Training and inference are the same. Mean and variance of the proxy are computed at
+    each call and pass gradients to all four parameters. The backward pass keeps x and small arrays.
 
     Args:
         x: real floating array with examples and channels.
-        method: a row that shares no statistics between examples: `methods.layer_norm()`, `methods.group_norm(4)`.
+        method: a row that shares no statistics between examples: `methods.layer_norm()`,
+            `methods.group_norm(4)`.
         proxy_scale: gamma', (C,), 0 at first. None is 0.
         proxy_bias: beta', (C,), 0 at first. None is 0.
         num_quantiles: n; 200 in the authors' code.
@@ -53,7 +54,8 @@ def proxy_norm(
 
     Raises:
         TypeError: x is complex or integer.
-        ValueError: a method that pools the batch, less than one quantile, parameters of another shape.
+        ValueError: a method that pools the batch, less than one quantile, parameters of another
+            shape.
 
     Example:
         >>> from jaxnorm import methods
@@ -63,18 +65,22 @@ def proxy_norm(
         (0.0, 0.9)
 
     Reference:
-        Proxy-Normalizing Activations to Match Batch Normalization while Removing Batch Dependence, 2021, arXiv:2106.03743.
-        The definition was read in the authors' code; the gradient of the proxy's statistics is taken by differentiation, not
-        by hand and from step to step as there.
+        Proxy-Normalizing Activations to Match Batch Normalization while Removing Batch Dependence,
+        2021, arXiv:2106.03743. The definition was read in the authors' code; the gradient of the
+        proxy's statistics is taken by differentiation, not by hand and from step to step as there.
     """
     x = real(x, "proxy_norm")
     if (method if isinstance(method, Groups) else method.groups).batch != EACH:
         raise ValueError(
-            f"proxy normalization stands in for statistics of the batch. Got {method}, which pools it; expected a row with "
-            "batch=EACH such as methods.layer_norm() or methods.group_norm(4)."
+            f"proxy normalization stands in for statistics of the batch. Got {method}, which pools"
+            " it; expected a row with batch=EACH such as methods.layer_norm() or"
+            " methods.group_norm(4)."
         )
     if num_quantiles < 1:
-        raise ValueError(f"the proxy needs quantiles. Got num_quantiles={num_quantiles}; expected 200, or at least 1.")
+        raise ValueError(
+            f"the proxy needs quantiles. Got num_quantiles={num_quantiles}; expected 200, or at"
+            " least 1."
+        )
     dtype, wide = output_dtype(x, options), statistic_dtype(x.dtype)
     activation = options.get("activation") or (lambda y: y)
     names = {"scale": (options.get("scale"), 1), "bias": (options.get("bias"), 0)}

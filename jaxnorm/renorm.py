@@ -20,13 +20,17 @@ def init_batch_renorm(num_channels: int) -> State:
         num_channels: C.
 
     Returns:
-        `mean` and `std`, (C,), float32. Unlike batch normalization's, this state averages standard deviations.
+        `mean` and `std`, (C,), float32. Unlike batch normalization's, this state averages standard
+        deviations.
 
     Example:
         >>> {name: t.shape for name, t in init_batch_renorm(3).items()}
         {'mean': (3,), 'std': (3,)}
     """
-    return {"mean": jnp.zeros(num_channels, jnp.float32), "std": jnp.ones(num_channels, jnp.float32)}
+    return {
+        "mean": jnp.zeros(num_channels, jnp.float32),
+        "std": jnp.ones(num_channels, jnp.float32),
+    }
 
 
 def batch_renorm(
@@ -40,27 +44,30 @@ def batch_renorm(
     epsilon: float = 1e-5,
     **options: Unpack[Options],
 ) -> tuple[jax.Array, State]:
-    """Batch normalization whose output is corrected by how far the batch is from the running statistics.
+    """Batch normalization, corrected by how far the batch is from the running statistics.
 
         std = sqrt(var + epsilon),    r = clip(std / running_std, 1 / rmax, rmax),    d = clip((mean - running_mean) /
         running_std, -dmax, dmax),    y = ((x - mean) / std * r + d) * scale + bias
 
-    with the running statistics before this step; no gradient flows into r and d. In inference y = (x - running_mean) /
-    running_std * scale + bias. With rmax = 1 and dmax = 0 it is batch normalization; without clipping the output is that of
-    inference, and the gradient r times batch normalization's.
+    with the running statistics before this step; no gradient flows into r and d. In inference y =
+    (x - running_mean) / running_std * scale + bias. With rmax = 1 and dmax = 0 it is batch
+    normalization; without clipping the output is that of inference, and the gradient r times batch
+    normalization's.
 
     Args:
         x: real floating array with examples and channels.
         state: see `init_batch_renorm`.
         train: use the batch's statistics and update the state, or use the state.
-        rmax: bound of the correction of the scale, 1 or more; a number or traced scalar, see `batch_renorm_bounds`.
+        rmax: bound of the correction of the scale, 1 or more; a number or traced scalar, see
+            `batch_renorm_bounds`.
         dmax: bound of the correction of the mean, in standard deviations, 0 or more.
         momentum: weight of the old state per update.
         epsilon: added to the variance, in the unit of x squared.
         **options: as `norm`.
 
     Returns:
-        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those channels' state.
+        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those
+        channels' state.
 
     Raises:
         TypeError: x is complex or integer.
@@ -73,31 +80,41 @@ def batch_renorm(
         ([[0.0], [2.0]], [0.5])
 
     Reference:
-        Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models, 2017, arXiv:1702.03275.
-        That the state averages the standard deviation, and is one pair, follows Keras's implementation; defaults of rmax and
-        dmax are the end of the paper's schedule, as cited by others.
+        Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models,
+        2017, arXiv:1702.03275. That the state averages the standard deviation, and is one pair,
+        follows Keras's implementation; defaults of rmax and dmax are the end of the paper's
+        schedule, as cited by others.
     """
     x = real(x, "batch_renorm")
     channel_axis = options.get("channel_axis", -1)
     mean, std = (along_channels(state[name], x, channel_axis) for name in ("mean", "std"))
     std = jnp.maximum(std, jnp.sqrt(jnp.asarray(epsilon, std.dtype)))
     if not train:
-        return applied(x, Moments(jnp.ones_like(mean), mean, jnp.square(std)), 0.0, **options), state
+        return (
+            applied(x, Moments(jnp.ones_like(mean), mean, jnp.square(std)), 0.0, **options),
+            state,
+        )
     m = measured(x, batch_norm(), center=mean, **options)
     batch_std = jnp.sqrt(m.var + epsilon)
     rmax, dmax = (jnp.asarray(t, std.dtype) for t in (rmax, dmax))
-    r, d = lax.stop_gradient((jnp.clip(batch_std / std, 1 / rmax, rmax), jnp.clip((m.mean - mean) / std, -dmax, dmax)))
+    r, d = lax.stop_gradient(
+        (jnp.clip(batch_std / std, 1 / rmax, rmax), jnp.clip((m.mean - mean) / std, -dmax, dmax))
+    )
     corrected = batch_std / r
     y = applied(x, Moments(m.count, m.mean - d * corrected, jnp.square(corrected)), 0.0, **options)
     keep = usable(m)
-    new = {"mean": averaged(state["mean"], m.mean, momentum, keep), "std": averaged(state["std"], batch_std, momentum, keep)}
+    new = {
+        "mean": averaged(state["mean"], m.mean, momentum, keep),
+        "std": averaged(state["std"], batch_std, momentum, keep),
+    }
     return y, new
 
 
 def batch_renorm_bounds(step: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """The paper's schedule of rmax and dmax: batch normalization for 5,000 steps, then wider.
 
-    rmax grows linearly from 1 at step 5,000 to 3 at step 40,000, dmax from 0 at step 5,000 to 5 at step 25,000.
+    rmax grows linearly from 1 at step 5,000 to 3 at step 40,000, dmax from 0 at step 5,000 to 5 at
+    step 25,000.
 
     Args:
         step: number of the training step, from 0; a number or traced scalar.

@@ -6,7 +6,17 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm._between import Options, State, alone, applied, averaged, measured, pooled, real, recalled
+from jaxnorm._between import (
+    Options,
+    State,
+    alone,
+    applied,
+    averaged,
+    measured,
+    pooled,
+    real,
+    recalled,
+)
 from jaxnorm._moments import Moments
 from jaxnorm._pooling import blend
 from jaxnorm._running import usable
@@ -26,7 +36,10 @@ def init_switchable_norm(num_channels: int) -> State:
         >>> {name: t.shape for name, t in init_switchable_norm(3).items()}
         {'mean': (3,), 'var': (3,)}
     """
-    return {"mean": jnp.zeros(num_channels, jnp.float32), "var": jnp.ones(num_channels, jnp.float32)}
+    return {
+        "mean": jnp.zeros(num_channels, jnp.float32),
+        "var": jnp.ones(num_channels, jnp.float32),
+    }
 
 
 def switchable_norm(
@@ -45,22 +58,24 @@ def switchable_norm(
         mean = sum_k softmax(mean_logits)_k mean_k,    var = sum_k softmax(var_logits)_k var_k    over k = instance, layer,
         batch,    y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    Layer and batch statistics are pooled from the instance ones, so x is read once. Inference takes the batch part from the
-    running statistics. Two logits instead of three leave the batch part out; then there is no state, examples do not meet,
-    and training and inference agree.
+    Layer and batch statistics are pooled from the instance ones, so x is read once. Inference takes
+    the batch part from the running statistics. Two logits instead of three leave the batch part
+    out; then there is no state, examples do not meet, and training and inference agree.
 
     Args:
         x: real floating array with examples and channels.
         state: see `init_switchable_norm`; {} without the batch part.
         train: use the batch's statistics and update the state, or use the state.
-        mean_logits: (3,) or (2,), in the order instance, layer, batch; learned, from equal values on.
+        mean_logits: (3,) or (2,), in the order instance, layer, batch; learned, from equal values
+            on.
         var_logits: as many.
         momentum: weight of the old state per update; the authors use 0.9.
         epsilon: added to the variance, in the unit of x squared.
         **options: as `norm`. Examples are whole on each device; `axis_name` is for the batch part.
 
     Returns:
-        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those channels' state.
+        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those
+        channels' state.
 
     Raises:
         TypeError: x is complex or integer.
@@ -74,17 +89,23 @@ def switchable_norm(
         [[[-1.0, -1.0], [1.0, 1.0]]]
 
     Reference:
-        Differentiable Learning-to-Normalize via Switchable Normalization, 2018, arXiv:1806.10779. The definition was read in
-        the authors' code, whose instance variance divides by n - 1 and whose running variance starts at 0.
+        Differentiable Learning-to-Normalize via Switchable Normalization, 2018, arXiv:1806.10779.
+        The definition was read in the authors' code, whose instance variance divides by n - 1 and
+        whose running variance starts at 0.
     """
     x = real(x, "switchable_norm")
     instance = measured(x, instance_norm(), **alone(options))
     dtype = instance.var.dtype
     shares = [jax.nn.softmax(jnp.asarray(t, dtype)) for t in (mean_logits, var_logits)]
-    if shares[0].shape != shares[1].shape or shares[0].shape not in ((2,), (3,)) or (len(shares[0]) == 3) != bool(state):
+    if (
+        shares[0].shape != shares[1].shape
+        or shares[0].shape not in ((2,), (3,))
+        or (len(shares[0]) == 3) != bool(state)
+    ):
         raise ValueError(
-            f"mean_logits has shape {shares[0].shape}, var_logits {shares[1].shape}, and the state holds {sorted(state)}. "
-            "Expected (3,) with the state of init_switchable_norm, or (2,), without the batch part, with {}."
+            f"mean_logits has shape {shares[0].shape}, var_logits {shares[1].shape}, and the state"
+            f" holds {sorted(state)}. Expected (3,) with the state of init_switchable_norm, or"
+            " (2,), without the batch part, with {}."
         )
     parts = [instance, pooled(instance, layer_norm(), **alone(options))]
     new = state
@@ -93,7 +114,10 @@ def switchable_norm(
         if train:
             m = pooled(instance, batch_norm(), **options)
             keep = usable(m)
-            new = {name: averaged(state[name], getattr(m, name), momentum, keep) for name in ("mean", "var")}
+            new = {
+                name: averaged(state[name], getattr(m, name), momentum, keep)
+                for name in ("mean", "var")
+            }
         parts.append(m)
     parts = [jax.tree.map(lambda t: jnp.broadcast_to(t, instance.mean.shape), m) for m in parts]
     mean, var = (blend(parts, list(share)) for share in shares)

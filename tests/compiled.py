@@ -1,4 +1,5 @@
-"""What tests compile: without optimizations, since operation by operation takes longer and so does an optimized program."""
+"""What tests compile: without optimizations, since operation by operation takes longer and so does
+an optimized program."""
 
 from functools import partial
 

@@ -4,15 +4,19 @@ import os
 
 import chex
 
-# Most of the time of these tests is compilation, and most of that LLVM's: what XLA decides stays as it is.
+# Most of the time of these tests is compilation, and most of that LLVM's: what XLA decides stays as
+# it is.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 chex.set_n_cpu_devices(8)  # before any JAX operation: afterwards the number of devices is fixed
 
 import jax  # noqa: E402
 
-jax.config.update("jax_platforms", "cpu")  # also where a GPU plugin is installed, which test_traffic compiles with
+jax.config.update(
+    "jax_platforms", "cpu"
+)  # also where a GPU plugin is installed, which test_traffic compiles with
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESHES = {"N": (8,), "H": (8,), "NH": (2, 4), "NC": (4, 2)}
-"""Sizes of the device axes i and j that cut the batch N, the height H and the channels C of (N, H, W, C)."""
+"""Sizes of the device axes i and j that cut the batch N, the height H and the channels C of (N, H,
+W, C)."""
 
 AXES = {"N": 0, "H": 1, "C": 3}
 
@@ -47,7 +48,11 @@ def whole(t, cut: str):
 
 
 def _shard_map(f, cut, check_vma):
-    return jax.jit(jax.shard_map(f, mesh=mesh(cut), in_specs=spec(cut), out_specs=spec(cut), check_vma=check_vma))
+    return jax.jit(
+        jax.shard_map(
+            f, mesh=mesh(cut), in_specs=spec(cut), out_specs=spec(cut), check_vma=check_vma
+        )
+    )
 
 
 def _mapped(maps, f, cut):
@@ -74,12 +79,18 @@ def _sharded(f, cut, kind, set_mesh=False, jit=True):
 def fitting(t, cut):
     """The sharding of x as far as an array, such as a statistic of x, can have it."""
     counts = dict(zip("ij", MESHES[cut], strict=False)) | {None: 1}
-    return P(*(name if n % counts[name] == 0 else None for n, name in zip(t.shape, spec(cut), strict=True)))
+    return P(
+        *(
+            name if n % counts[name] == 0 else None
+            for n, name in zip(t.shape, spec(cut), strict=True)
+        )
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """`run(f, cut)` is f as a function of whole arrays of rank 4; f itself sees parts where `named`."""
+    """`run(f, cut)` is f as a function of whole arrays of rank 4; f itself sees parts where
+    `named`."""
 
     name: str
     named: bool

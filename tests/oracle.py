@@ -1,7 +1,8 @@
-"""What the library should return, computed set by set in float64: no reshapes, no JAX, nothing of the library.
+"""What the library should return, computed set by set in float64: no reshapes, no JAX, nothing of
+the library.
 
-A method is a label of the index, as papers give it: elements with equal labels share statistics. Values are sums over the
-elements of one set, and derivatives the closed form on one set.
+A method is a label of the index, as papers give it: elements with equal labels share statistics.
+Values are sums over the elements of one set, and derivatives the closed form on one set.
 """
 
 import dataclasses
@@ -12,8 +13,11 @@ import numpy as np
 Label = Callable[..., tuple]
 
 
-def set_numbers(shape: tuple[int, ...], label: Label, channel_axis: int = -1, batch_axis: int = 0) -> np.ndarray:
-    """For every element the number of its set. `label(n, p, c, N, P, C)` gets indices and sizes, p and P as tuples."""
+def set_numbers(
+    shape: tuple[int, ...], label: Label, channel_axis: int = -1, batch_axis: int = 0
+) -> np.ndarray:
+    """For every element the number of its set. `label(n, p, c, N, P, C)` gets indices and sizes, p
+    and P as tuples."""
     index = np.indices(shape)
     channel, batch = channel_axis % len(shape), batch_axis % len(shape)
     places = [i for i in range(len(shape)) if i not in (channel, batch)]
@@ -25,19 +29,25 @@ def set_numbers(shape: tuple[int, ...], label: Label, channel_axis: int = -1, ba
 
 def statistic_shape(sets: np.ndarray) -> tuple[int, ...]:
     """How many sets one meets walking along each axis."""
-    lines = [sets[tuple(slice(None) if i == axis else 0 for i in range(sets.ndim))] for axis in range(sets.ndim)]
+    lines = [
+        sets[tuple(slice(None) if i == axis else 0 for i in range(sets.ndim))]
+        for axis in range(sets.ndim)
+    ]
     return tuple(len(set(line.tolist())) for line in lines)
 
 
 def at_elements(statistic: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The statistic that serves each element, by its index."""
     index = np.indices(shape)
-    return np.asarray(statistic)[tuple(i * g // n for i, g, n in zip(index, statistic.shape, shape, strict=True))]
+    return np.asarray(statistic)[
+        tuple(i * g // n for i, g, n in zip(index, statistic.shape, shape, strict=True))
+    ]
 
 
 @dataclasses.dataclass
 class Normalized:
-    """Everything at full size, statistics and their cotangents repeated for the elements of their set."""
+    """Everything at full size, statistics and their cotangents repeated for the elements of their
+    set."""
 
     count: np.ndarray
     mean: np.ndarray
@@ -49,8 +59,11 @@ class Normalized:
     dbias: np.ndarray | None = None
 
 
-def normalized(x, sets, *, weights=None, scale=1.0, bias=0.0, epsilon=1e-5, mean=None, gy=None, gm=0.0, gv=0.0):
-    """Statistics, output and, for cotangents gy of y, gm of mean and gv of var, the derivative of Re(sum of products).
+def normalized(
+    x, sets, *, weights=None, scale=1.0, bias=0.0, epsilon=1e-5, mean=None, gy=None, gm=0.0, gv=0.0
+):
+    """Statistics, output and, for cotangents gy of y, gm of mean and gv of var, the derivative of
+    Re(sum of products).
 
     With d = x - mean, s^2 = var + epsilon, W = sum w, and g = scale gy,
 
@@ -61,10 +74,16 @@ def normalized(x, sets, *, weights=None, scale=1.0, bias=0.0, epsilon=1e-5, mean
     x = np.asarray(x, dtype)
     w = np.broadcast_to(np.asarray(1.0 if weights is None else weights, np.float64), x.shape)
     scale, bias, gm, gv = (np.broadcast_to(np.asarray(t), x.shape) for t in (scale, bias, gm, gv))
-    out = Normalized(np.zeros(x.shape), np.zeros(x.shape, dtype), np.zeros(x.shape), np.zeros(x.shape, dtype))
+    out = Normalized(
+        np.zeros(x.shape), np.zeros(x.shape, dtype), np.zeros(x.shape), np.zeros(x.shape, dtype)
+    )
     if gy is not None:
         gy = np.asarray(gy, dtype)
-        out.dx, out.dw, out.dscale = np.zeros(x.shape, dtype), np.zeros(x.shape), np.zeros(x.shape, dtype)
+        out.dx, out.dw, out.dscale = (
+            np.zeros(x.shape, dtype),
+            np.zeros(x.shape),
+            np.zeros(x.shape, dtype),
+        )
         out.dbias = gy.copy()
     for number in np.unique(sets):
         s = sets == number

@@ -1,4 +1,5 @@
-"""The table of methods under test: for each the call, and the label of the index that the paper gives."""
+"""The table of methods under test: for each the call, and the label of the index that the paper
+gives."""
 
 import dataclasses
 import math
@@ -33,7 +34,8 @@ class Row:
 
 
 def pieces(parts: int):
-    """Batch group norm with C * parts groups: the example flattened channel, row, column, and cut into equal pieces."""
+    """Batch group norm with C * parts groups: the example flattened channel, row, column, and cut
+    into equal pieces."""
 
     def label(n, p, c, N, P, C):
         flat = np.ravel_multi_index((c, *p), (C, *P))
@@ -44,7 +46,11 @@ def pieces(parts: int):
 
 ROWS = (
     Row("batch_norm", lambda s, a: methods.batch_norm(), lambda n, p, c, N, P, C: (c,)),
-    Row("ghost_batch_norm", lambda s, a: methods.ghost_batch_norm(2), lambda n, p, c, N, P, C: (n * 2 // N, c)),
+    Row(
+        "ghost_batch_norm",
+        lambda s, a: methods.ghost_batch_norm(2),
+        lambda n, p, c, N, P, C: (n * 2 // N, c),
+    ),
     Row(
         "ghost_batch_norm_size",
         lambda s, a: methods.ghost_batch_norm(ghost_size=1),
@@ -60,11 +66,26 @@ ROWS = (
         function="group_norm",
     ),
     Row("layer_norm", lambda s, a: methods.layer_norm(), lambda n, p, c, N, P, C: (n,)),
-    Row("token_layer_norm", lambda s, a: methods.token_layer_norm(), lambda n, p, c, N, P, C: (n, *p)),
-    Row("positional_norm", lambda s, a: methods.positional_norm(), lambda n, p, c, N, P, C: (n, *p)),
+    Row(
+        "token_layer_norm",
+        lambda s, a: methods.token_layer_norm(),
+        lambda n, p, c, N, P, C: (n, *p),
+    ),
+    Row(
+        "positional_norm", lambda s, a: methods.positional_norm(), lambda n, p, c, N, P, C: (n, *p)
+    ),
     Row("rms_norm", lambda s, a: methods.rms_norm(), lambda n, p, c, N, P, C: (n, *p), mean=0),
-    Row("filter_response_norm", lambda s, a: methods.filter_response_norm(), lambda n, p, c, N, P, C: (n, c), mean=0),
-    Row("batch_group_norm", lambda s, a: methods.batch_group_norm(3), lambda n, p, c, N, P, C: (c * 3 // C,)),
+    Row(
+        "filter_response_norm",
+        lambda s, a: methods.filter_response_norm(),
+        lambda n, p, c, N, P, C: (n, c),
+        mean=0,
+    ),
+    Row(
+        "batch_group_norm",
+        lambda s, a: methods.batch_group_norm(3),
+        lambda n, p, c, N, P, C: (c * 3 // C,),
+    ),
     Row(
         "batch_group_norm_rows",
         lambda s, a: methods.batch_group_norm(2 * C, s, channel_axis=a),
@@ -90,7 +111,11 @@ ROWS = (
         lambda n, p, c, N, P, C: (n, c // 3),
         function="batch_and_group_norm",
     ),
-    Row("weight_standardization", lambda s, a: methods.weight_standardization(), lambda n, p, c, N, P, C: (c,)),
+    Row(
+        "weight_standardization",
+        lambda s, a: methods.weight_standardization(),
+        lambda n, p, c, N, P, C: (c,),
+    ),
 )
 
 
@@ -102,6 +127,17 @@ def shape_of(rank: int, channel_axis: int, batch: int = N, channels: int = C) ->
 
 
 LAYOUTS = (-1, 1)
-CASES = [(row, rank, axis) for row in ROWS for rank in row.ranks for axis in LAYOUTS if rank > 2 or axis == -1]
-# Every row at every rank, in alternating layouts: between them each layout meets each rank and most rows.
-SOME = [case for i, case in enumerate(CASES) if case[1] == 2 or (ROWS.index(case[0]) + case[1]) % 2 == (case[2] == 1)]
+CASES = [
+    (row, rank, axis)
+    for row in ROWS
+    for rank in row.ranks
+    for axis in LAYOUTS
+    if rank > 2 or axis == -1
+]
+# Every row at every rank, in alternating layouts: between them each layout meets each rank and most
+# rows.
+SOME = [
+    case
+    for i, case in enumerate(CASES)
+    if case[1] == 2 or (ROWS.index(case[0]) + case[1]) % 2 == (case[2] == 1)
+]

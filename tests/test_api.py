@@ -1,4 +1,5 @@
-"""The shape of the interface: options by keyword, documented names, and floors that import only from below."""
+"""The shape of the interface: options by keyword, documented names, and floors that import only
+from below."""
 
 import ast
 import graphlib
@@ -14,7 +15,11 @@ import jaxnorm
 from jaxnorm import methods
 
 PACKAGE = pathlib.Path(jaxnorm.__file__).parent
-PUBLIC = {name: value for name, value in vars(jaxnorm).items() if not name.startswith("_") and not inspect.ismodule(value)}
+PUBLIC = {
+    name: value
+    for name, value in vars(jaxnorm).items()
+    if not name.startswith("_") and not inspect.ismodule(value)
+}
 METHODS = {
     name: f
     for name, f in vars(methods).items()
@@ -22,7 +27,8 @@ METHODS = {
 }
 DOCUMENTED = {name: v for name, v in (PUBLIC | METHODS).items() if callable(v)}
 FUNCTIONS = {name: v for name, v in DOCUMENTED.items() if inspect.isfunction(v)}
-# what comes first, by position: arrays, moments, shapes, and the numbers that make up a method; all else is an option
+# what comes first, by position: arrays, moments, shapes, and the numbers that make up a method; all
+# else is an option
 BY_POSITION = {
     "x", "m", "parts", "weights", "groups", "state", "shape", "x_shape", "kernel", "num_ghosts", "num_groups",
     "batch_size", "num_channels", "num_devices",
@@ -32,7 +38,9 @@ BY_POSITION = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_options_are_keyword_only(name):
     positional = [
-        p for p in inspect.signature(FUNCTIONS[name]).parameters.values() if p.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
+        p
+        for p in inspect.signature(FUNCTIONS[name]).parameters.values()
+        if p.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
     ]
     assert {p.name for p in positional} <= BY_POSITION
     if name not in METHODS:
@@ -40,7 +48,11 @@ def test_options_are_keyword_only(name):
 
 
 def sections(name):
-    return set(re.findall(r"^ *(Args|Returns|Raises|Example|Reference):$", inspect.getdoc(DOCUMENTED[name]), re.M))
+    return set(
+        re.findall(
+            r"^ *(Args|Returns|Raises|Example|Reference):$", inspect.getdoc(DOCUMENTED[name]), re.M
+        )
+    )
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
@@ -61,7 +73,9 @@ def test_docstrings_are_complete(name):
 def test_every_argument_is_explained(name):
     args = re.search(r"^ *Args:\n(.*?)(?:\n\n|\Z)", inspect.getdoc(DOCUMENTED[name]), re.M | re.S)
     parameters = inspect.signature(DOCUMENTED[name]).parameters
-    assert [p for p in parameters if not re.search(rf"^ +\**{p}: ", args[1] if args else "", re.M)] == []
+    assert [
+        p for p in parameters if not re.search(rf"^ +\**{p}: ", args[1] if args else "", re.M)
+    ] == []
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -72,7 +86,11 @@ def test_references_have_a_year_and_an_arxiv_id(name):
 
 def test_every_method_has_a_row():
     """A method without a label of its sets is not tested."""
-    returning = {name for name, f in METHODS.items() if inspect.signature(f).return_annotation is methods.Method}
+    returning = {
+        name
+        for name, f in METHODS.items()
+        if inspect.signature(f).return_annotation is methods.Method
+    }
     assert returning == {row.method_name for row in ROWS}
     assert set(METHODS) - returning == {"standardize_kernel", "batch_group_count"}
     for row in ROWS:
@@ -92,7 +110,9 @@ def imported(path):
 
 
 def module_of(path):
-    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
 
 
 FILES = {module_of(path): imported(path) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -110,7 +130,11 @@ FLOORS = (
 
 @pytest.mark.parametrize("floor", range(len(FLOORS)), ids=FLOORS)
 def test_floors_import_only_from_below(floor):
-    ours = {name.split(".")[1] for name in FILES[f"jaxnorm.{FLOORS[floor]}"] if name.startswith("jaxnorm.")}
+    ours = {
+        name.split(".")[1]
+        for name in FILES[f"jaxnorm.{FLOORS[floor]}"]
+        if name.startswith("jaxnorm.")
+    }
     assert ours <= set(FLOORS[:floor])
     assert "jaxnorm" not in FILES[f"jaxnorm.{FLOORS[floor]}"]
 
@@ -122,7 +146,11 @@ def test_there_is_an_order_to_read_the_files_in():
 
 def test_the_core_needs_only_jax():
     for module in FLOORS:
-        others = {name.split(".")[0] for name in FILES[f"jaxnorm.{module}"]} - {"jax", "jaxnorm", "numpy"}
+        others = {name.split(".")[0] for name in FILES[f"jaxnorm.{module}"]} - {
+            "jax",
+            "jaxnorm",
+            "numpy",
+        }
         assert others <= set(sys.stdlib_module_names), module
 
 

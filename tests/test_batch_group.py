@@ -1,4 +1,5 @@
-"""Batch Group Normalization with any number of groups: the flat definition of the paper's implementations."""
+"""Batch Group Normalization with any number of groups: the flat definition of the paper's
+implementations."""
 
 from functools import partial
 
@@ -42,7 +43,8 @@ def draw():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "groups", [4, 9, 12, 72] + [pytest.param(g, marks=pytest.mark.slow) for g in (1, 2, 3, 6, 8, 18, 24, 36)]
+    "groups",
+    [4, 9, 12, 72] + [pytest.param(g, marks=pytest.mark.slow) for g in (1, 2, 3, 6, 8, 18, 24, 36)],
 )
 def test_any_number_of_groups_is_the_flat_definition(groups):
     """Output, gradients, state, and inference by it."""
@@ -56,24 +58,40 @@ def test_any_number_of_groups_is_the_flat_definition(groups):
     expected, (mean, var) = flat(np, *args, groups)
     close(y, expected)
     close(
-        gradients, differentiated(lambda *args: flat(jnp, args[0], *(t[None, None, None] for t in args[1:]), groups))(*args)[1]
+        gradients,
+        differentiated(
+            lambda *args: flat(jnp, args[0], *(t[None, None, None] for t in args[1:]), groups)
+        )(*args)[1],
     )
-    close({"mean": state["mean"], "var": state["var"]}, {"mean": mean / 2, "var": 0.5 + var / 2}, atol=1e-5)
+    close(
+        {"mean": state["mean"], "var": state["var"]},
+        {"mean": mean / 2, "var": 0.5 + var / 2},
+        atol=1e-5,
+    )
     served, unchanged = jax.jit(partial(ours, train=False))(args[0][:1], *args[1:], state=state)
     t = np.moveaxis(args[0][:1], -1, 1).reshape(1, groups, -1)
-    t = (t - np.asarray(state["mean"], "f8")[:, None]) / np.sqrt(np.asarray(state["var"], "f8")[:, None] + 1e-5)
+    t = (t - np.asarray(state["mean"], "f8")[:, None]) / np.sqrt(
+        np.asarray(state["var"], "f8")[:, None] + 1e-5
+    )
     close(served, np.moveaxis(t.reshape(1, 6, 2, 6), 1, -1) * args[1] + args[2])
     close(unchanged, state)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "groups, method", [(6, methods.batch_norm()), (3, methods.batch_group_norm(3)), (12, methods.batch_group_norm(12, SHAPE))]
+    "groups, method",
+    [
+        (6, methods.batch_norm()),
+        (3, methods.batch_group_norm(3)),
+        (12, methods.batch_group_norm(12, SHAPE)),
+    ],
 )
 def test_where_groups_are_a_row_it_is_that_row(groups, method):
     x = jnp.asarray(draw()[0])
     state = batch_group.init_batch_group_norm(groups, SHAPE)
-    ours = differentiated(lambda x: batch_group.batch_group_norm(x, state, train=True, num_groups=groups))
+    ours = differentiated(
+        lambda x: batch_group.batch_group_norm(x, state, train=True, num_groups=groups)
+    )
     close(ours(x)[:2], differentiated(lambda x: norm(x, method))(x)[:2])
 
 
@@ -83,7 +101,11 @@ def test_it_depends_on_the_position():
     x = jnp.asarray(draw()[0])
     for groups, equivariant in ((3, True), (4, False)):
         state = batch_group.init_batch_group_norm(groups, SHAPE)
-        run = jax.jit(lambda x, s=state, g=groups: batch_group.batch_group_norm(x, s, train=True, num_groups=g)[0])
+        run = jax.jit(
+            lambda x, s=state, g=groups: batch_group.batch_group_norm(
+                x, s, train=True, num_groups=g
+            )[0]
+        )
         assert (np.abs(run(x[:, ::-1]) - run(x)[:, ::-1]).max() < 1e-12) == equivariant
 
 
@@ -91,8 +113,13 @@ def test_another_image_size_is_refused_also_under_jit():
     state = batch_group.init_batch_group_norm(4, SHAPE)
     x = jnp.ones((2, 6, 2, 6))  # as many features
     for train in (True, False):
-        run = jax.jit(lambda x, state, t=train: batch_group.batch_group_norm(x, state, train=t, num_groups=4))
-        with pytest.raises(ValueError, match=r"belongs to images of \(2, 6\) does not fit x of shape \(2, 6, 2, 6\)"):
+        run = jax.jit(
+            lambda x, state, t=train: batch_group.batch_group_norm(x, state, train=t, num_groups=4)
+        )
+        with pytest.raises(
+            ValueError,
+            match=r"belongs to images of \(2, 6\) does not fit x of shape \(2, 6, 2, 6\)",
+        ):
             run(x, state)
     layer = linen.BatchGroupNorm(4, use_running_average=True)
     variables = layer.init(KEY, jnp.ones(SHAPE))
@@ -107,10 +134,16 @@ def test_another_image_size_is_refused_also_under_jit():
 
 def test_errors():
     x = jnp.ones(SHAPE)
-    with pytest.raises(ValueError, match="5 groups do not divide the features of x.*a divisor of 72"):
+    with pytest.raises(
+        ValueError, match="5 groups do not divide the features of x.*a divisor of 72"
+    ):
         batch_group.init_batch_group_norm(5, SHAPE)
-    with pytest.raises(ValueError, match="state of 3 groups, without positions, does not fit 4 groups"):
-        batch_group.batch_group_norm(x, batch_group.init_batch_group_norm(3, SHAPE), train=True, num_groups=4)
+    with pytest.raises(
+        ValueError, match="state of 3 groups, without positions, does not fit 4 groups"
+    ):
+        batch_group.batch_group_norm(
+            x, batch_group.init_batch_group_norm(3, SHAPE), train=True, num_groups=4
+        )
     with pytest.raises(ValueError, match="4 groups of 6 channels and x_shape=None"):
         nnx_layers.BatchGroupNorm(6, 4, rngs=nnx.Rngs(0))
 
@@ -121,9 +154,14 @@ def test_layers_debias_correct_and_keep_no_state():
     layer = linen.BatchGroupNorm(4, debias=True, correction=1)
     variables = layer.init(KEY, x, use_running_average=False)
     _, new = layer.apply(variables, x, use_running_average=False, mutable="batch_stats")
-    twin = nnx_layers.BatchGroupNorm(6, 4, debias=True, correction=1, x_shape=SHAPE, rngs=nnx.Rngs(0))
+    twin = nnx_layers.BatchGroupNorm(
+        6, 4, debias=True, correction=1, x_shape=SHAPE, rngs=nnx.Rngs(0)
+    )
     twin(x)
-    for stats in (new["batch_stats"], {name: getattr(twin, name)[...] for name in new["batch_stats"]}):
+    for stats in (
+        new["batch_stats"],
+        {name: getattr(twin, name)[...] for name in new["batch_stats"]},
+    ):
         close((stats["mean"], stats["var"]), (mean, var * 72 / 71), atol=1e-4)
         close(stats["count"], np.full(4, 0.01), atol=1e-6)
     bare = linen.BatchGroupNorm(4, momentum=None)

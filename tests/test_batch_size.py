@@ -1,4 +1,5 @@
-"""The program `benchmarks.batch_size`: its files, its options, and the effect it is there to show."""
+"""The program `benchmarks.batch_size`: its files, its options, and the effect it is there to
+show."""
 
 import csv
 import json
@@ -68,11 +69,26 @@ def test_json_and_csv_agree(finished):
     cells = [(cell["method"], cell["batch_size"]) for cell in saved["cells"]]
     assert cells == [("batch", 16), ("batch_group", 16), ("group", None)]
     from_json = [
-        (cell["method"], str(cell["batch_size"] or ""), str(seed), cell["validation"][seed], cell["test"][seed])
+        (
+            cell["method"],
+            str(cell["batch_size"] or ""),
+            str(seed),
+            cell["validation"][seed],
+            cell["test"][seed],
+        )
         for cell in saved["cells"]
         for seed in range(2)
     ]
-    from_csv = [(row["method"], row["batch_size"], row["seed"], float(row["validation"]), float(row["test"])) for row in rows]
+    from_csv = [
+        (
+            row["method"],
+            row["batch_size"],
+            row["seed"],
+            float(row["validation"]),
+            float(row["test"]),
+        )
+        for row in rows
+    ]
     assert from_csv == from_json
     for key, value in (saved["settings"] | saved["versions"]).items():
         assert {row[key] for row in rows} == {str(value)}
@@ -93,7 +109,10 @@ def test_batch_group_norm_of_16_images_shares_the_training_of_batch_norm(finishe
 
 def test_differences_are_paired_by_seed(finished):
     saved = json.loads((finished / "results.json").read_text())
-    tests = {cell["method"] + (f"@{cell['batch_size']}" if cell["batch_size"] else ""): cell["test"] for cell in saved["cells"]}
+    tests = {
+        cell["method"] + (f"@{cell['batch_size']}" if cell["batch_size"] else ""): cell["test"]
+        for cell in saved["cells"]
+    }
     assert saved["differences"]
     for difference in saved["differences"]:
         by_seed = np.subtract(tests[difference["cell"]], tests[difference["baseline"]])
@@ -106,7 +125,16 @@ def test_draws_a_figure(finished):
 
 @pytest.mark.slow
 def test_other_protocol_and_network(tmp_path):
-    options = ["--protocol", "batch", "--network", "2x2", "--methods", "layer", "--batch-sizes", "64"]
+    options = [
+        "--protocol",
+        "batch",
+        "--network",
+        "2x2",
+        "--methods",
+        "layer",
+        "--batch-sizes",
+        "64",
+    ]
     assert batch_size.main([*SMALL, *options, "--output", str(tmp_path)]) == 0
     (cell,) = Result.load(tmp_path).cells
     assert cell.name == "layer@64"
@@ -115,7 +143,9 @@ def test_other_protocol_and_network(tmp_path):
 def test_refuses_to_overwrite(finished, capsys):
     before = (finished / "results.json").read_bytes()
     message = error_of([*TWO_TRAININGS, "--output", str(finished)], capsys)
-    assert "already holds a result" in message and "--resume" in message and "--overwrite" in message
+    assert (
+        "already holds a result" in message and "--resume" in message and "--overwrite" in message
+    )
     assert (finished / "results.json").read_bytes() == before
 
 
@@ -148,7 +178,9 @@ def test_interrupted_run_keeps_finished_cells_and_resumes(trainings, tmp_path, m
     cells = Result.load(tmp_path).cells
     assert cells[:2] == kept
     assert [cell.name for cell in cells[2:]] == ["batch_group@2", "batch_group@16", "group"]
-    assert len(trainings) == 5  # two before the interruption, one interrupted, two after it; one cell is shared
+    assert (
+        len(trainings) == 5
+    )  # two before the interruption, one interrupted, two after it; one cell is shared
 
 
 def test_resume_adds_methods_and_refuses_other_settings(trainings, tmp_path, capsys):
@@ -187,7 +219,10 @@ def test_full_runs_the_table_at_all_batch_sizes(trainings, tmp_path):
         (["--seeds", "two"], "expected a positive whole number, got 'two'"),
         (["--train-images", "100"], "100 is not a multiple of 32 images per step"),
         (["--train-images", "1800"], "there are 1797 images"),
-        (["--protocol", "batch", "--batch-sizes", "3"], "1024 is not a multiple of 3 images per step"),
+        (
+            ["--protocol", "batch", "--batch-sizes", "3"],
+            "1024 is not a multiple of 3 images per step",
+        ),
         (["--network", "4x4"], "invalid choice: '4x4'"),
         (["--resume", "--overwrite"], "not allowed with argument"),
     ],
@@ -230,10 +265,14 @@ def test_methods_start_from_the_same_kernels():
         init = partial(net.init, train=False)
         params = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
         return [
-            jax.tree_util.keystr(path) for path, t in jax.tree_util.tree_leaves_with_path(params) if "'kernel'" in str(path)
+            jax.tree_util.keystr(path)
+            for path, t in jax.tree_util.tree_leaves_with_path(params)
+            if "'kernel'" in str(path)
         ]
 
-    names = {name: kernels(name) for name in METHODS}  # a kernel's random numbers follow from its name
+    names = {
+        name: kernels(name) for name in METHODS
+    }  # a kernel's random numbers follow from its name
     assert all(kernels == names["batch"] for kernels in names.values()), names
     assert len(names["batch"]) == 1 + 3 * 3 + 1
 

@@ -1,4 +1,5 @@
-"""What every method between moments and normalize does alike: masks, devices, transformations, layers, errors.
+"""What every method between moments and normalize does alike: masks, devices, transformations,
+layers, errors.
 
 What each method computes is tested in the file of its own name.
 """
@@ -40,11 +41,17 @@ class Case:
 
     def __call__(self, x, state, domain, train=True, **options):
         call = self.call | ({"domain": domain} if self.by_example else {})
-        return self.function(x, state, train=train, **(self.construct_options | call | self.parameters | options))
+        return self.function(
+            x, state, train=train, **(self.construct_options | call | self.parameters | options)
+        )
 
     @property
     def construct_options(self):
-        return {name: value for name, value in self.construct.items() if name not in ("num_domains", "use_batch")}
+        return {
+            name: value
+            for name, value in self.construct.items()
+            if name not in ("num_domains", "use_batch")
+        }
 
     def __str__(self):
         return self.name
@@ -112,7 +119,9 @@ STATEFUL = [case for case in CASES if case.init(C)]
 
 def some(*names, of=CASES):
     """All cases, those of other names only in the full product."""
-    marked = [case if case.name in names else pytest.param(case, marks=pytest.mark.slow) for case in of]
+    marked = [
+        case if case.name in names else pytest.param(case, marks=pytest.mark.slow) for case in of
+    ]
     return pytest.mark.parametrize("case", marked, ids=str)
 
 
@@ -131,7 +140,9 @@ def labels(n):
 def some_state(case, dtype="f8"):
     """After a training step, so that no number in it is special."""
     rng = np.random.default_rng(9)
-    state = jax.tree.map(lambda t: (np.asarray(t) + rng.uniform(0.1, 0.5, t.shape)).astype(dtype), case.init(C))
+    state = jax.tree.map(
+        lambda t: (np.asarray(t) + rng.uniform(0.1, 0.5, t.shape)).astype(dtype), case.init(C)
+    )
     return state | ({"count": np.ones(C, dtype)} if "count" in state else {})
 
 
@@ -141,7 +152,9 @@ def test_state_is_float32_and_a_fixed_point(case):
     """Also in double precision: a scan carries it, and a loop gives the same."""
     xs, start = data(3, 6, 2, C).astype("f4"), case.init(C)
     assert all(t.dtype == jnp.float32 for t in start.values())
-    run = jit(lambda state, xs: jax.lax.scan(lambda state, x: case(x, state, labels(6))[::-1], state, xs))
+    run = jit(
+        lambda state, xs: jax.lax.scan(lambda state, x: case(x, state, labels(6))[::-1], state, xs)
+    )
     scanned, ys = run(start, xs)
     step, state = jit(lambda x, state: case(x, state, labels(6))), start
     for x, y in zip(xs, ys, strict=True):
@@ -156,7 +169,8 @@ def test_state_is_float32_and_a_fixed_point(case):
 @pytest.mark.usefixtures("x64")
 @some("memorized", "switchable", "domains")
 def test_transformations_and_layouts_agree(case):
-    """Forward and reverse mode, vmap, channels first, the batch last, per-example scale: one set of values."""
+    """Forward and reverse mode, vmap, channels first, the batch last, per-example scale: one set of
+    values."""
     x, gy, state, domain = data(6, 2, 3, C), data(6, 2, 3, C, seed=1), some_state(case), labels(6)
     scale = data(6, C, seed=2)
 
@@ -184,7 +198,8 @@ def padded(t, value=0):
 @pytest.mark.usefixtures("x64")
 @some("renorm", "switchable", "domains")
 def test_what_is_masked_touches_nothing(case):
-    """Padding, whatever it holds: the rest, its gradient and the state are those without it. Weights count elements."""
+    """Padding, whatever it holds: the rest, its gradient and the state are those without it.
+    Weights count elements."""
     x, gy, state, domain = data(6, 2, C), data(6, 2, C, seed=1), some_state(case), labels(6)
 
     @jit
@@ -221,7 +236,10 @@ def test_devices_together_are_one(case):
     want = jit(f)(state, x, w, gy, domain)
     mesh, cut = Mesh(np.array(jax.devices()), "i"), P("i")
     shard = partial(jax.shard_map, mesh=mesh, in_specs=(P(), *(cut,) * 4))
-    close(jit(shard(partial(f, axis_name="i"), out_specs=(cut, cut, P())))(state, x, w, gy, domain), want)
+    close(
+        jit(shard(partial(f, axis_name="i"), out_specs=(cut, cut, P())))(state, x, w, gy, domain),
+        want,
+    )
 
 
 @pytest.mark.usefixtures("x64")
@@ -232,7 +250,11 @@ def test_groups_of_devices_are_batches_of_their_own(case):
     halves = jit(jax.vmap(lambda *args: f(*args)))
     args = (x, np.ones((8, 1, 1)), gy, domain)
     want = halves(*(t.reshape(2, 4, *t.shape[1:]) for t in args))
-    groups = jit(jax.vmap(partial(f, axis_name="i", axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]]), axis_name="i"))
+    groups = jit(
+        jax.vmap(
+            partial(f, axis_name="i", axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]]), axis_name="i"
+        )
+    )
     y, dx, new = groups(*(t[:, None] for t in args))
     close((y[:, 0], dx[:, 0]), jax.tree.map(lambda t: t.reshape(8, 2, C), want[:2]))
     close(jax.tree.map(lambda t: t[::4], new), want[2])
@@ -250,7 +272,8 @@ def test_half_precision_is_computed_in_single(case):
 
 @some("memorized", "momentum", "domains", of=STATEFUL)
 def test_unusable_sets_leave_the_state(case):
-    """Channel by channel: one without finite moments stays to the bit, in its domain, the others move; y says so."""
+    """Channel by channel: one without finite moments stays to the bit, in its domain, the others
+    move; y says so."""
     x, state, domain = data(6, 2, C).astype("f4"), some_state(case, "f4"), labels(6)
     x[1, 0, 2] = np.nan
     run = jit(lambda x, w: case(x, state, domain, weights=w))
@@ -259,7 +282,9 @@ def test_unusable_sets_leave_the_state(case):
     for name, old in state.items():
         np.testing.assert_array_equal(new[name][rows][..., 2], old[rows][..., 2])
         assert all((new[name][..., c] != old[..., c]).any() for c in (0, 1, 3))
-    assert np.isnan(y[1, 0, 2]) and np.isfinite(y[..., [0, 1, 3]]).all() == ("switchable" not in case.name)
+    assert np.isnan(y[1, 0, 2]) and np.isfinite(y[..., [0, 1, 3]]).all() == (
+        "switchable" not in case.name
+    )
     y, new = run(x, np.zeros((1, 1, 1), "f4"))
     chex.assert_trees_all_equal(new, state)
     assert np.isfinite(y[2:]).all()
@@ -279,13 +304,20 @@ def test_inference_leaves_the_state_and_examples_do_not_meet(case):
 def test_one_value_a_set_is_finite(case):
     """One example without positions: y and its gradient."""
     x, state = data(1, C).astype("f4"), case.init(C)
-    chex.assert_tree_all_finite(jit(partial(differentiated, case))(state, x, np.ones((1, 1)), x, labels(1)))
+    chex.assert_tree_all_finite(
+        jit(partial(differentiated, case))(state, x, np.ones((1, 1)), x, labels(1))
+    )
 
 
 @some("renorm", "momentum", "memorized", "switchable", "switchable without batch", "domains")
 def test_layers_in_linen_and_nnx_are_the_function(case):
-    """Two steps of training, with a mask, and inference of another batch size; parameters and state by the same names."""
-    x, few, mask = data(6, 2, C).astype("f4"), data(3, 2, C, seed=1).astype("f4"), np.arange(6).reshape(6, 1, 1) < 5
+    """Two steps of training, with a mask, and inference of another batch size; parameters and state
+    by the same names."""
+    x, few, mask = (
+        data(6, 2, C).astype("f4"),
+        data(3, 2, C, seed=1).astype("f4"),
+        np.arange(6).reshape(6, 1, 1) < 5,
+    )
     values = {"scale": data(C, seed=2).astype("f4"), "bias": data(C, seed=3).astype("f4")}
     values |= {name: t.astype("f4") for name, t in case.parameters.items()}
     ours = getattr(linen, case.layer)(**case.construct)
@@ -296,7 +328,9 @@ def test_layers_in_linen_and_nnx_are_the_function(case):
     def call(n):
         return case.call | ({"domain": labels(n)} if case.by_example else {})
 
-    variables = jit(lambda x: ours.init(jax.random.key(0), x, use_running_average=True, **call(1)))(few[:1])
+    variables = jit(lambda x: ours.init(jax.random.key(0), x, use_running_average=True, **call(1)))(
+        few[:1]
+    )
     assert jax.tree.map(jnp.shape, variables["params"]) == jax.tree.map(jnp.shape, values)
     stats = variables.get("batch_stats", {})
     chex.assert_trees_all_equal(stats, case.init(C))
@@ -323,7 +357,12 @@ def test_layers_in_linen_and_nnx_are_the_function(case):
         y_linen, stats = in_linen(stats, t, mask[: len(t)], use)
         y_nnx = in_nnx(theirs, t, mask[: len(t)], use)
         close((y_linen, y_nnx), (y, y), rtol=1e-5, atol=1e-5)
-        close((stats, {name: getattr(theirs, name)[...] for name in state}), (state, state), rtol=1e-5, atol=1e-5)
+        close(
+            (stats, {name: getattr(theirs, name)[...] for name in state}),
+            (state, state),
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 def test_layers_use_and_update_apart():
@@ -332,18 +371,32 @@ def test_layers_use_and_update_apart():
     layer = linen.BatchRenorm()
     variables = jit(partial(layer.init, use_running_average=False))(jax.random.key(0), x)
     chex.assert_trees_all_equal(variables["batch_stats"], case.init(C))
-    (trained, new), (evaluated, _) = (jit(partial(renorm.batch_renorm, train=t))(x, case.init(C)) for t in (True, False))
+    (trained, new), (evaluated, _) = (
+        jit(partial(renorm.batch_renorm, train=t))(x, case.init(C)) for t in (True, False)
+    )
     for use, update in ((True, True), (False, False)):
-        flags = {"use_running_average": use, "update_running_average": update, "mutable": "batch_stats"}
+        flags = {
+            "use_running_average": use,
+            "update_running_average": update,
+            "mutable": "batch_stats",
+        }
         y, stats = jit(partial(layer.apply, **flags))(variables, x)
         close(y, evaluated if use else trained, rtol=1e-5, atol=1e-5)
         close(stats["batch_stats"], new if update else case.init(C), rtol=1e-5, atol=1e-5)
 
 
 ERRORS = {
-    "complex x": (TypeError, r"is defined for real x\. Got complex64, shape \(6, 4\)", {"dtype": "c8"}),
+    "complex x": (
+        TypeError,
+        r"is defined for real x\. Got complex64, shape \(6, 4\)",
+        {"dtype": "c8"},
+    ),
     "integer x": (TypeError, r"x must be floating or complex\. Got int32", {"dtype": "i4"}),
-    "an option by another name": (TypeError, r"unexpected keyword argument mask\. Expected some of scale, bias", {"mask": 1}),
+    "an option by another name": (
+        TypeError,
+        r"unexpected keyword argument mask\. Expected some of scale, bias",
+        {"mask": 1},
+    ),
     "state of other channels": (
         ValueError,
         r"state of shape \(.*4,?\) has 4 channels, x of shape \(6, 5\) has 5",
@@ -365,7 +418,10 @@ def test_errors_at_the_door(case, error):
 @pytest.mark.parametrize("name", ["BatchRenorm", "EvoNormS0"])
 def test_layers_refuse_options_of_other_names(name):
     x = jnp.ones((6, 32))
-    message = "unexpected keyword argument weights at the call of a layer. Expected the layer's own or some of mask, scale"
+    message = (
+        "unexpected keyword argument weights at the call of a layer. Expected the layer's own or"
+        " some of mask, scale"
+    )
     with pytest.raises(TypeError, match=message):
         getattr(linen, name)().init(jax.random.key(0), x, use_running_average=True, weights=1)
     with pytest.raises(TypeError, match=message):
@@ -374,11 +430,16 @@ def test_layers_refuse_options_of_other_names(name):
 
 def test_nnx_layers_promote_running_statistics_and_take_no_hook():
     """As `nnx.Norm`; a hook that would not be called is refused."""
-    x, options = jnp.ones((6, C), jnp.bfloat16), {"use_scale": False, "use_bias": False, "rngs": nnx.Rngs(0)}
+    x, options = (
+        jnp.ones((6, C), jnp.bfloat16),
+        {"use_scale": False, "use_bias": False, "rngs": nnx.Rngs(0)},
+    )
     norm = layers_nnx.Norm(C, methods.batch_norm(), **options)
     assert layers_nnx.BatchRenorm(C, **options)(x).dtype == norm(x).dtype == jnp.float32
     assert layers_nnx.BatchRenorm(C, dtype=jnp.bfloat16, **options)(x).dtype == jnp.bfloat16
     with pytest.raises(TypeError, match="promote_dtype"):
         layers_nnx.BatchRenorm(C, promote_dtype=lambda arrays, dtype: arrays, **options)
     with pytest.raises(ValueError, match="promote_dtype=.*not groups of channels"):
-        layers_nnx.BatchGroupNorm(6, 4, x_shape=(1, 2, 6), promote_dtype=lambda arrays, dtype: arrays, rngs=nnx.Rngs(0))
+        layers_nnx.BatchGroupNorm(
+            6, 4, x_shape=(1, 2, 6), promote_dtype=lambda arrays, dtype: arrays, rngs=nnx.Rngs(0)
+        )

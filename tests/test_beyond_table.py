@@ -1,4 +1,5 @@
-"""What every method that is more than a row of the table does alike: layers, masks, devices, precision, transformations."""
+"""What every method that is more than a row of the table does alike: layers, masks, devices,
+precision, transformations."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,7 +24,8 @@ C = SHAPE[-1]
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One method: its function with the layer's parameters, the layers, and the state before the first step."""
+    """One method: its function with the layer's parameters, the layers, and the state before the
+    first step."""
 
     call: Callable[..., Any]
     linen: Any
@@ -89,7 +91,10 @@ FAMILIES = {
 def each(*names, among=tuple(FAMILIES)):
     """These families, the rest of `among` in the slow run."""
     cases = [
-        pytest.param(FAMILIES[name], id=name, marks=[] if not names or name in names else pytest.mark.slow) for name in among
+        pytest.param(
+            FAMILIES[name], id=name, marks=[] if not names or name in names else pytest.mark.slow
+        )
+        for name in among
     ]
     return pytest.mark.parametrize("family", cases)
 
@@ -105,7 +110,10 @@ def parameters(family, dtype="f4"):
     """The layer's parameters, drawn at random: as the function's options."""
     init = partial(family.linen.init, use_running_average=True)
     shapes = jax.eval_shape(init, jax.random.key(0), data())["params"]
-    return {name: data(t.shape, seed=3 + i, dtype=dtype) for i, (name, t) in enumerate(sorted(shapes.items()))}
+    return {
+        name: data(t.shape, seed=3 + i, dtype=dtype)
+        for i, (name, t) in enumerate(sorted(shapes.items()))
+    }
 
 
 def same(a, b, atol=2e-5):
@@ -116,7 +124,9 @@ def same(a, b, atol=2e-5):
 def test_layers_are_the_function(family):
     x, p, first = data(), parameters(family), family.state()
     layer = family.nnx(rngs=nnx.Rngs(0))
-    assert {name for name, t in nnx.to_flat_state(nnx.state(layer, nnx.Param))} == {(name,) for name in p}
+    assert {name for name, t in nnx.to_flat_state(nnx.state(layer, nnx.Param))} == {
+        (name,) for name in p
+    }
     for name, value in p.items():
         getattr(layer, name)[...] = value
 
@@ -126,7 +136,12 @@ def test_layers_are_the_function(family):
 
     @partial(jax.jit, static_argnames="train")
     def in_linen(p, x, state, train):
-        return family.linen.apply({"params": p, "batch_stats": state}, x, use_running_average=not train, mutable="batch_stats")
+        return family.linen.apply(
+            {"params": p, "batch_stats": state},
+            x,
+            use_running_average=not train,
+            mutable="batch_stats",
+        )
 
     @partial(nnx.jit, static_argnames="train")
     def in_nnx(layer, x, train):
@@ -163,23 +178,36 @@ def test_half_precision_is_that_of_float32_rounded(family):
 @pytest.mark.usefixtures("x64")
 def test_masked_examples_and_what_is_under_a_mask_count_nowhere(family):
     """Two examples of NaN under the mask: output, gradients and state are those without them."""
-    x, gy, p, first = data(dtype="f8"), data(seed=1, dtype="f8"), parameters(family, "f8"), family.state()
+    x, gy, p, first = (
+        data(dtype="f8"),
+        data(seed=1, dtype="f8"),
+        parameters(family, "f8"),
+        family.state(),
+    )
     mask = jnp.arange(8).reshape(8, 1, 1, 1) < 6
 
     @jax.jit
     def masked(x, p):
-        y, pull, state = jax.vjp(lambda x, p: family.call(x, first, train=True, weights=mask, **p), x, p, has_aux=True)
+        y, pull, state = jax.vjp(
+            lambda x, p: family.call(x, first, train=True, weights=mask, **p), x, p, has_aux=True
+        )
         return y, pull(jnp.where(mask, gy, 0)), state
 
     @jax.jit
     def alone(x, p):
-        y, pull, state = jax.vjp(lambda x, p: family.call(x, first, train=True, **p), x, p, has_aux=True)
+        y, pull, state = jax.vjp(
+            lambda x, p: family.call(x, first, train=True, **p), x, p, has_aux=True
+        )
         return y, pull(gy[:6]), state
 
     y, (dx, dp), state = masked(x.at[6:].set(jnp.nan), p)
     few, (few_dx, few_dp), few_state = alone(x[:6], p)
     same((y[:6], dx[:6], dp, state), (few, few_dx, few_dp, few_state), atol=1e-10)
-    bias = p["bias"] if "threshold" not in p else jnp.maximum(p["bias"], p["slope"] * p["bias"] + p["threshold"])
+    bias = (
+        p["bias"]
+        if "threshold" not in p
+        else jnp.maximum(p["bias"], p["slope"] * p["bias"] + p["threshold"])
+    )
     if "proxy_bias" not in p:
         np.testing.assert_allclose(y[6:], jnp.broadcast_to(bias, y[6:].shape), atol=1e-12)
     assert jnp.isfinite(y).all()
@@ -189,8 +217,14 @@ def test_masked_examples_and_what_is_under_a_mask_count_nowhere(family):
 @each("evonorm_b0", "group_norm_plus", "batch_group_norm")
 @pytest.mark.usefixtures("x64")
 def test_eight_devices_are_one(family):
-    """Output, gradient of x and state, with masks that leave devices unequal counts, one of them none."""
-    x, gy, p, first = data(dtype="f8"), data(seed=1, dtype="f8"), parameters(family, "f8"), family.state()
+    """Output, gradient of x and state, with masks that leave devices unequal counts, one of them
+    none."""
+    x, gy, p, first = (
+        data(dtype="f8"),
+        data(seed=1, dtype="f8"),
+        parameters(family, "f8"),
+        family.state(),
+    )
     mask = jnp.asarray(np.random.default_rng(2).random(SHAPE) < 0.7).at[3].set(not family.shares)
 
     def step(x, gy, mask, **options):
@@ -200,8 +234,13 @@ def test_eight_devices_are_one(family):
         y, pull, state = jax.vjp(f, x, has_aux=True)
         return y, *pull(gy), state
 
-    mesh, options = Mesh(np.array(jax.devices()), ("i",)), {"axis_name": "i"} if family.shares else {}
-    shards = jax.shard_map(partial(step, **options), mesh=mesh, in_specs=P("i"), out_specs=(P("i"), P("i"), P()))
+    mesh, options = (
+        Mesh(np.array(jax.devices()), ("i",)),
+        {"axis_name": "i"} if family.shares else {},
+    )
+    shards = jax.shard_map(
+        partial(step, **options), mesh=mesh, in_specs=P("i"), out_specs=(P("i"), P("i"), P())
+    )
     same(jax.jit(shards)(x, gy, mask), jax.jit(step)(x, gy, mask), atol=1e-11)
 
 
@@ -214,15 +253,26 @@ def test_groups_of_devices_are_batches_of_their_own(family):
     def part(x, **options):
         return family.call(x, first, train=True, **p, **options)[0]
 
-    split = jax.jit(jax.vmap(partial(part, axis_name="i", axis_index_groups=pairs), axis_name="i"))(x[:, None])
-    same(split.reshape(SHAPE), jax.jit(jax.vmap(part))(x.reshape(4, 2, *SHAPE[1:])).reshape(SHAPE), atol=1e-11)
+    split = jax.jit(jax.vmap(partial(part, axis_name="i", axis_index_groups=pairs), axis_name="i"))(
+        x[:, None]
+    )
+    same(
+        split.reshape(SHAPE),
+        jax.jit(jax.vmap(part))(x.reshape(4, 2, *SHAPE[1:])).reshape(SHAPE),
+        atol=1e-11,
+    )
 
 
 @each("evonorm_s0", "proxy_norm", "batch_group_norm")
 @pytest.mark.usefixtures("x64")
 def test_forward_mode_scan_and_traced_momentum(family):
-    """jvp is the transpose of vjp; state is a fixed point of shapes and dtypes; a schedule compiles nothing again."""
-    x, gy, dx, p, first = *(data(seed=i, dtype="f8") for i in range(3)), parameters(family, "f8"), family.state()
+    """jvp is the transpose of vjp; state is a fixed point of shapes and dtypes; a schedule compiles
+    nothing again."""
+    x, gy, dx, p, first = (
+        *(data(seed=i, dtype="f8") for i in range(3)),
+        parameters(family, "f8"),
+        family.state(),
+    )
     traces = []
 
     @jax.jit
@@ -239,7 +289,13 @@ def test_forward_mode_scan_and_traced_momentum(family):
 
         tangent = jax.jvp(f, (x,), (dx,))[1]
         last, ys = jax.lax.scan(step, first, jnp.stack([x, gy]))
-        return jnp.vdot(gy, tangent), jnp.vdot(dx, jax.vjp(f, x)[1](gy)[0]), last, ys, jax.vmap(f)(jnp.stack([x, gy]))
+        return (
+            jnp.vdot(gy, tangent),
+            jnp.vdot(dx, jax.vjp(f, x)[1](gy)[0]),
+            last,
+            ys,
+            jax.vmap(f)(jnp.stack([x, gy])),
+        )
 
     forward, backward, last, ys, mapped = both(x, gy, dx, {"momentum": jnp.asarray(0.25)})
     np.testing.assert_allclose(forward, backward, rtol=1e-9)

@@ -1,4 +1,5 @@
-"""docs/capabilities.md tells the truth: each cell is tried, and says yes, or the error that it gives."""
+"""docs/capabilities.md tells the truth: each cell is tried, and says yes, or the error that it
+gives."""
 
 import pathlib
 import re
@@ -51,8 +52,13 @@ def of_channels(init):
 def mixed_domains(x, *, axis_name=None, **options):
     """Two domains by turns, also where examples are on different devices."""
     start = 0 if axis_name is None else len(x) * jax.lax.axis_index(axis_name)
-    state, domain = domains.init_domain_batch_norm(x.shape[-1], 2), (start + jnp.arange(len(x), dtype="i4")) % 2
-    return domains.domain_batch_norm(x, state, train=True, domain=domain, axis_name=axis_name, **options)[0]
+    state, domain = (
+        domains.init_domain_batch_norm(x.shape[-1], 2),
+        (start + jnp.arange(len(x), dtype="i4")) % 2,
+    )
+    return domains.domain_batch_norm(
+        x, state, train=True, domain=domain, axis_name=axis_name, **options
+    )[0]
 
 
 def after_dense(x, **options):
@@ -70,7 +76,10 @@ def moving(x, **options):
 
 LOGITS = {"mean_logits": (0.3, -0.2, 0.5), "var_logits": (-0.4, 0.1, 0.7)}
 STEPS = {
-    "batch_renorm": (of_channels(renorm.init_batch_renorm), partial(renorm.batch_renorm, rmax=1.5, dmax=0.5)),
+    "batch_renorm": (
+        of_channels(renorm.init_batch_renorm),
+        partial(renorm.batch_renorm, rmax=1.5, dmax=0.5),
+    ),
     "momentum_batch_norm": (
         of_channels(momentum.init_momentum_batch_norm),
         partial(momentum.momentum_batch_norm, train_momentum=0.4),
@@ -79,7 +88,10 @@ STEPS = {
         lambda x: memorized.init_memorized_batch_norm(C, 2),
         partial(memorized.memorized_batch_norm, memory_weights=(0.2, 0.3, 0.5)),
     ),
-    "switchable_norm": (of_channels(switchable.init_switchable_norm), partial(switchable.switchable_norm, **LOGITS)),
+    "switchable_norm": (
+        of_channels(switchable.init_switchable_norm),
+        partial(switchable.switchable_norm, **LOGITS),
+    ),
     "evonorm_b0": (of_channels(evonorm.init_evonorm_b0), partial(evonorm.evonorm_b0, v=(0.7,) * C)),
     "group_norm_plus": (
         lambda x: group_plus.init_group_norm_plus(x.shape),
@@ -90,7 +102,8 @@ STEPS = {
         partial(batch_group.batch_group_norm, num_groups=16),
     ),
 }
-# A method as x -> y in training, and the axis of x over which its sets can go on: several devices share that one.
+# A method as x -> y in training, and the axis of x over which its sets can go on: several devices
+# share that one.
 CALLS = {
     "batch_norm": (partial(row, methods.batch_norm()), 0),
     "ghost_batch_norm": (partial(row, methods.ghost_batch_norm(1)), 0),
@@ -108,7 +121,10 @@ CALLS = {
     "moving_average_norm": (moving, 0),
     "filter_response_norm": (partial(frn.filter_response_norm, threshold=(-0.5,) * C), 1),
     "evonorm_s0": (partial(evonorm.evonorm_s0, v=(0.7,) * C, num_groups=4), 1),
-    "proxy_norm": (partial(proxy.proxy_norm, method=methods.group_norm(4), activation=jax.nn.silu), 1),
+    "proxy_norm": (
+        partial(proxy.proxy_norm, method=methods.group_norm(4), activation=jax.nn.silu),
+        1,
+    ),
 }
 
 
@@ -117,7 +133,9 @@ def normal(seed=0, shape=SHAPE, dtype="f8"):
 
 
 def close(got, want, tolerance=1e-11):
-    np.testing.assert_allclose(np.asarray(got, "f8"), np.asarray(want, "f8"), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        np.asarray(got, "f8"), np.asarray(want, "f8"), rtol=tolerance, atol=tolerance
+    )
 
 
 def masks(call, axis):
@@ -128,7 +146,10 @@ def masks(call, axis):
     want = f(jnp.asarray(x))
     for under in (other, np.full_like(x, np.nan)):
         close(np.where(mask, f(jnp.where(mask, x, under)), 0), np.where(mask, want, 0))
-    assert not np.allclose(np.where(mask, want, 0), np.where(mask, call(jnp.asarray(x)), 0)) or axis == 3
+    assert (
+        not np.allclose(np.where(mask, want, 0), np.where(mask, call(jnp.asarray(x)), 0))
+        or axis == 3
+    )
 
 
 def over_devices(f, axis):
@@ -189,12 +210,15 @@ def table():
 
 def test_the_page_has_a_row_for_each_method_and_the_columns_tried():
     header = re.search(r"^\| method \|(.*)\|$", PAGE.read_text(), re.M)
-    assert header and [cell.strip().replace(" ", "_") for cell in header[1].split("|")] == [f.__name__ for f in COLUMNS]
+    assert header and [cell.strip().replace(" ", "_") for cell in header[1].split("|")] == [
+        f.__name__ for f in COLUMNS
+    ]
     assert list(table()) == list(CALLS)
 
 
 def cases():
-    """Cells of the table of methods are tried by many other tests too; of the rest, each method and each column meet here."""
+    """Cells of the table of methods are tried by many other tests too; of the rest, each method and
+    each column meet here."""
     for i, name in enumerate(CALLS):
         for j, column in enumerate(COLUMNS):
             often = not hasattr(methods, name) and ((i + j) % 7 == 0 or table()[name][j] != "yes")
@@ -211,5 +235,7 @@ def test_cell(name, column):
         column(call, axis)
         return
     error, message = cell.split(": ", 1)
-    with pytest.raises({"TypeError": TypeError, "ValueError": ValueError}[error], match=re.escape(message)):
+    with pytest.raises(
+        {"TypeError": TypeError, "ValueError": ValueError}[error], match=re.escape(message)
+    ):
         column(call, axis)

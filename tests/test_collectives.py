@@ -1,4 +1,5 @@
-"""How often devices wait for each other: collectives of layers, on simulated devices and compiled for TPUs."""
+"""How often devices wait for each other: collectives of layers, on simulated devices and compiled
+for TPUs."""
 
 import csv
 import json
@@ -20,7 +21,11 @@ VECTOR = 4 * CHANNELS
 
 on_tpu = pytest.mark.skipif(tpu.unavailable() is not None, reason=str(tpu.unavailable()))
 PLATFORMS = ["cpu", pytest.param("v5e:2x4", marks=on_tpu)]
-IN_MAPS = [("cpu", "shard_map"), ("cpu", "pmap"), pytest.param("v5e:2x4", "shard_map", marks=on_tpu)]
+IN_MAPS = [
+    ("cpu", "shard_map"),
+    ("cpu", "pmap"),
+    pytest.param("v5e:2x4", "shard_map", marks=on_tpu),
+]
 
 
 def of(platform, method, context, what, library="jaxnorm"):
@@ -34,7 +39,9 @@ def of(platform, method, context, what, library="jaxnorm"):
 @pytest.mark.parametrize("context", ("jit", "shard_map"))
 def test_synchronized_batch_norm_waits_once_forward_and_once_backward(platform, context):
     """For two vectors each; gradients of scale and bias, and running statistics, travel along."""
-    forward, backward, step = (of(platform, "batch", context, what) for what in ("forward", "backward", "step"))
+    forward, backward, step = (
+        of(platform, "batch", context, what) for what in ("forward", "backward", "step")
+    )
     assert total(forward)[:4] == (1, 2 * VECTOR, 1, 0)
     assert total(backward)[:4] == (2, 4 * VECTOR, 2, 0)
     assert (total(step).number, total(step).depth, total(step).predicates) == (2, 2, 0)
@@ -70,7 +77,10 @@ def test_two_passes_show():
     x = jnp.ones((16, 4))
     mesh = Mesh(np.array(jax.devices()), ("i",), axis_types=(AxisType.Auto,))
     f = jax.shard_map(
-        lambda v, x: layer.apply(v, x, mutable=["batch_stats"])[0], mesh=mesh, in_specs=(P(), P("i")), out_specs=P("i")
+        lambda v, x: layer.apply(v, x, mutable=["batch_stats"])[0],
+        mesh=mesh,
+        in_specs=(P(), P("i")),
+        out_specs=P("i"),
     )
     text = jax.jit(f).lower(layer.init(jax.random.key(0), x), x).compile().as_text()
     assert total(hlo.collectives(text)) == (2, 32, 2, 0, 0, 0)
@@ -78,9 +88,12 @@ def test_two_passes_show():
 
 @pytest.mark.slow
 def test_a_network_waits_for_every_layer():
-    """53 norms, of which four run beside another, forward and backward, and once for the gradients."""
+    """53 norms, of which four run beside another, forward and backward, and once for the
+    gradients."""
     totals = {
-        name: total(of_network(name, "shard_map", jax.devices(), group=4, dtype="float32", image=32))
+        name: total(
+            of_network(name, "shard_map", jax.devices(), group=4, dtype="float32", image=32)
+        )
         for name in ("jaxnorm", "local")
     }
     assert totals["jaxnorm"].depth == 2 * 49 + 1
@@ -89,12 +102,25 @@ def test_a_network_waits_for_every_layer():
 
 
 def test_libraries_without_the_layer():
-    assert of_layer(Case("ghost", "jit", "forward", "flax.linen"), jax.devices(), group=4, dtype="float32") is None
+    assert (
+        of_layer(
+            Case("ghost", "jit", "forward", "flax.linen"), jax.devices(), group=4, dtype="float32"
+        )
+        is None
+    )
 
 
 def test_program(tmp_path, capsys):
     """What is printed and what is written agree, and what another library refuses is noted."""
-    methods = ["--methods", "batch", "batch_index_groups", "--contexts", "shard_map", "--passes", "forward"]
+    methods = [
+        "--methods",
+        "batch",
+        "batch_index_groups",
+        "--contexts",
+        "shard_map",
+        "--passes",
+        "forward",
+    ]
     libraries = ["--libraries", "jaxnorm", "flax.linen"]
     assert collectives.main(["--quick", *methods, *libraries, "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -105,7 +131,9 @@ def test_program(tmp_path, capsys):
     assert by_cell["batch_index_groups", "flax.linen"]["note"] == "NotImplementedError"
     assert "1 | 2048 | 1 (+1)" in printed
     with (tmp_path / "collectives.csv").open() as file:
-        assert [row["program"] for row in csv.DictReader(file)] == [row["program"] for row in saved["results"]]
+        assert [row["program"] for row in csv.DictReader(file)] == [
+            row["program"] for row in saved["results"]
+        ]
     assert saved["model"] == {}
 
 
@@ -115,7 +143,9 @@ def all_reduce(size, devices, conditional=False):
 
 def test_model_of_a_pod():
     """Hops there and back along each axis, rings in half, and twice the bytes over all links."""
-    assert pods.V5E.all_reduce_seconds(8, 0) == pytest.approx((2 * 1 + 2 * 3) * 1e-6)  # 2x4, two lines
+    assert pods.V5E.all_reduce_seconds(8, 0) == pytest.approx(
+        (2 * 1 + 2 * 3) * 1e-6
+    )  # 2x4, two lines
     assert pods.V5E.all_reduce_seconds(256, 0) == pytest.approx((16 + 16) * 1e-6)  # two rings of 16
     assert pods.V5P.all_reduce_seconds(4096, 0) == pytest.approx(3 * 16e-6)
     assert pods.V5E.all_reduce_seconds(1, 1e9) == 0
@@ -129,19 +159,30 @@ def test_model_of_a_pod():
 
 def test_model_counts_what_always_runs():
     """Over all chips, within groups and across them; a slice of another size has other groups."""
-    found = [all_reduce(10, 64), all_reduce(20, 16), all_reduce(30, 4), all_reduce(40, 64, conditional=True)]
+    found = [
+        all_reduce(10, 64),
+        all_reduce(20, 16),
+        all_reduce(30, 4),
+        all_reduce(40, 64, conditional=True),
+    ]
     sizes = pods.rounds(found, 64, 16)
     assert sizes == [(40, "all"), (80, "group"), (120, "across")]
-    # 4x8x8 chips: 20 hops there and back, 10 of them inside a group of 2x2x4, which is open; six links of 100 GB/s a chip
+    # 4x8x8 chips: 20 hops there and back, 10 of them inside a group of 2x2x4, which is open; six
+    # links of 100 GB/s a chip
     across = (20 - 10) * 1e-6 + 2 * 15 / 16 * 120 / 6e11
     expected = pods.V5P.all_reduce_seconds(256, 40) + pods.V5P.all_reduce_seconds(16, 80) + across
     sent = 2 * (255 / 256 * 40 + 15 / 16 * 80 + 15 / 16 * 120)
     assert pods.cost(pods.V5P, 256, 16, sizes) == pytest.approx((expected, sent))
-    with pytest.raises(ValueError, match="all-reduces over all devices, groups of 16 or across them"):
+    with pytest.raises(
+        ValueError, match="all-reduces over all devices, groups of 16 or across them"
+    ):
         pods.rounds([all_reduce(10, 2)], 64, 16)
 
 
 def test_model_is_drawn(tmp_path):
-    curves = {pod.name: {NORMS["jaxnorm"].title: dict.fromkeys(pod.shapes, pods.Cost(1e-3, 1e6))} for pod in pods.PODS}
+    curves = {
+        pod.name: {NORMS["jaxnorm"].title: dict.fromkeys(pod.shapes, pods.Cost(1e-3, 1e6))}
+        for pod in pods.PODS
+    }
     pods.draw(curves, tmp_path / "model.png")
     assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,5 @@
-"""Every method in every context: values and gradients are those of one device, whichever axis is cut between devices."""
+"""Every method in every context: values and gradients are those of one device, whichever axis is
+cut between devices."""
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,11 @@ def normal(seed, shape=SHAPE):
 
 
 def uneven():
-    """Weights that differ between devices; devices 1 and 7 of those that cut the batch count nothing, nor do two rows."""
-    w = np.random.default_rng(2).uniform(0, 1, (16, 8, 3, 1)) * (np.arange(16) % 5 > 0).reshape(16, 1, 1, 1)
+    """Weights that differ between devices; devices 1 and 7 of those that cut the batch count
+    nothing, nor do two rows."""
+    w = np.random.default_rng(2).uniform(0, 1, (16, 8, 3, 1)) * (np.arange(16) % 5 > 0).reshape(
+        16, 1, 1, 1
+    )
     w[2:4], w[14:], w[:, 3], w[:8, 5] = 0, 0, 0, 0
     return w
 
@@ -88,13 +92,16 @@ def check(row, context, cut, weighted, synced=True, reverse=False):
     y, dx, dw, count, mean, var = map(np.asarray, got)
     np.testing.assert_allclose(y, wanted.y, atol=1e-11)
     np.testing.assert_allclose(dx, wanted.dx, atol=1e-10)
-    np.testing.assert_allclose(dw, oracle.summed(wanted.dw, 0, 1, 2).reshape(dw.shape) if weighted else 0, atol=1e-10)
+    np.testing.assert_allclose(
+        dw, oracle.summed(wanted.dw, 0, 1, 2).reshape(dw.shape) if weighted else 0, atol=1e-10
+    )
     for t, want in ((count, wanted.count), (mean, wanted.mean), (var, wanted.var)):
         np.testing.assert_allclose(oracle.at_elements(t, SHAPE), want, atol=1e-11)
 
 
 def splits(row, cut):
-    """Whether the method divides a part: parts of 3 or 6 positions do not hold every number of groups of positions."""
+    """Whether the method divides a part: parts of 3 or 6 positions do not hold every number of
+    groups of positions."""
     return "H" not in cut or not row.name.startswith("batch_group_norm_")
 
 
@@ -108,7 +115,9 @@ for number, row in enumerate(ROWS):
                 turn = number + place + list(MESHES).index(cut) + weighted
                 if turn % 4:  # every row meets every context; cuts and weights take turns
                     continue
-                often = (number + place + list(MESHES).index(cut)) % 11 == 0 and weighted == (number % 3 > 0)
+                often = (number + place + list(MESHES).index(cut)) % 11 == 0 and weighted == (
+                    number % 3 > 0
+                )
                 marks = () if often and (number + place) % 2 else pytest.mark.slow
                 name = f"{row}-{context}-{cut}-{'weights' if weighted else 'plain'}"
                 CASES.append(pytest.param(row, context, cut, weighted, marks=marks, id=name))

@@ -1,4 +1,5 @@
-"""Cross-Iteration Batch Normalization: concatenated batches, the Taylor form with old kernels, the authors' code."""
+"""Cross-Iteration Batch Normalization: concatenated batches, the Taylor form with old kernels, the
+authors' code."""
 
 from functools import partial
 
@@ -15,22 +16,40 @@ from jax.sharding import PartitionSpec as P
 import jaxnorm
 from jaxnorm import linen, methods
 from jaxnorm import nnx as jnnx
-from jaxnorm.cross_iteration import cross_iteration_norm, cross_iteration_window, init_cross_iteration
+from jaxnorm.cross_iteration import (
+    cross_iteration_norm,
+    cross_iteration_window,
+    init_cross_iteration,
+)
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-GROUPED = {"window_strides": (2, 1), "padding": "SAME", "rhs_dilation": (1, 2), "feature_group_count": 2}
+GROUPED = {
+    "window_strides": (2, 1),
+    "padding": "SAME",
+    "rhs_dilation": (1, 2),
+    "feature_group_count": 2,
+}
 # name, layer in front, kernel, inputs, groups
 LAYERS = {
     "dense": (jnp.matmul, (5, 6), (7, 5), 1),
     "valid": (
-        partial(lax.conv_general_dilated, window_strides=(1, 1), padding="VALID", dimension_numbers=NHWC),
+        partial(
+            lax.conv_general_dilated, window_strides=(1, 1), padding="VALID", dimension_numbers=NHWC
+        ),
         (3, 2, 4, 6),
         (3, 5, 6, 4),
         1,
     ),
-    "grouped": (partial(lax.conv_general_dilated, **GROUPED, dimension_numbers=NHWC), (3, 3, 2, 6), (3, 5, 6, 4), 2),
+    "grouped": (
+        partial(lax.conv_general_dilated, **GROUPED, dimension_numbers=NHWC),
+        (3, 3, 2, 6),
+        (3, 5, 6, 4),
+        2,
+    ),
 }
-each_layer = pytest.mark.parametrize("name", ["dense", "grouped", pytest.param("valid", marks=pytest.mark.slow)])
+each_layer = pytest.mark.parametrize(
+    "name", ["dense", "grouped", pytest.param("valid", marks=pytest.mark.slow)]
+)
 
 
 def batches(shape, count=3, seed=0):
@@ -57,7 +76,9 @@ def first_state(name, window=3):
 def step(name, state, x, kernel, rho=1.0, window=3, epsilon=1e-5, **options):
     layer = LAYERS[name][0]
     options |= {"rho": rho, "window": window, "epsilon": epsilon}
-    return cross_iteration_norm(layer(x, kernel), state, train=True, inputs=x, kernel=kernel, layer=layer, **options)
+    return cross_iteration_norm(
+        layer(x, kernel), state, train=True, inputs=x, kernel=kernel, layer=layer, **options
+    )
 
 
 def after(name, xs, ws, state=None):
@@ -119,7 +140,8 @@ def test_definition_with_old_kernels(name):
 @each_layer
 @pytest.mark.parametrize("rho", [0.0, 1.0])
 def test_constant_kernel_is_the_concatenated_batches(name, rho):
-    """Also Cross mini-Batch Normalization: micro-batches of one step, the window their number in it."""
+    """Also Cross mini-Batch Normalization: micro-batches of one step, the window their number in
+    it."""
     layer, shape, inputs, _ = LAYERS[name]
     w = kernels(shape)[0]
     state = first_state(name)
@@ -155,13 +177,22 @@ def test_window_of_no_batches_is_batch_norm(name):
 
     def loss(x, w, cross):
         y = layer(x, w)
-        z = step(name, state, x, w, window=0)[0] if cross else jaxnorm.norm(y, methods.batch_norm())[0]
+        z = (
+            step(name, state, x, w, window=0)[0]
+            if cross
+            else jaxnorm.norm(y, methods.batch_norm())[0]
+        )
         return (jnp.sin(z) * weight).sum(), z
 
-    gradients = (jax.jit(jax.grad(partial(loss, cross=cross), (0, 1), has_aux=True)) for cross in (True, False))
+    gradients = (
+        jax.jit(jax.grad(partial(loss, cross=cross), (0, 1), has_aux=True))
+        for cross in (True, False)
+    )
     ours, theirs = (gradient(xs[-1], ws[-1]) for gradient in gradients)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), ours, theirs)
-    first = step(name, first_state(name), xs[-1], ws[-1])[0]  # and nothing is in the window of the first step
+    first = step(name, first_state(name), xs[-1], ws[-1])[
+        0
+    ]  # and nothing is in the window of the first step
     np.testing.assert_allclose(first, ours[1], atol=1e-12)
 
 
@@ -176,7 +207,9 @@ def test_mean_is_exact_and_variance_never_too_large(name):
     entries = taylor(name, [x, x], ws, 1.0)
     np.testing.assert_allclose(entries[0, 0], mean, atol=1e-12)
     gap = square - entries[0, 1]
-    np.testing.assert_allclose(gap, per_channel(layer(x, ws[1] - ws[0]))[1], atol=1e-12)  # mean((inputs * change)^2) >= 0
+    np.testing.assert_allclose(
+        gap, per_channel(layer(x, ws[1] - ws[0]))[1], atol=1e-12
+    )  # mean((inputs * change)^2) >= 0
 
     # In the library: the statistics used are those of both batches, the first one less its gap.
     v_first = np.maximum(square - gap - mean**2, 0)
@@ -200,7 +233,8 @@ def test_variance_is_never_negative():
 
 @pytest.mark.usefixtures("x64")
 def test_gradient_in_closed_form():
-    """dL/dy = (g - mean(g) / K - (y - mean) / s mean(g z) / K) / s, and none through the window or the kernel's change."""
+    """dL/dy = (g - mean(g) / K - (y - mean) / s mean(g z) / K) / s, and none through the window or
+    the kernel's change."""
     xs, ws = batches((7, 5)), kernels((5, 6))
     state = after("dense", xs[:-1], ws[:-1])
     y, weight = xs[-1] @ ws[-1], jnp.asarray(np.random.default_rng(3).normal(size=(7, 6)))
@@ -250,8 +284,9 @@ def test_batches_of_different_size_and_masks():
 def test_authors_code():
     """Their training steps in NumPy: list of entries, burn-in, dropped entries, running statistics.
 
-    Differences by design: theirs divides by sqrt(v) + epsilon (here epsilon = 0 compares), normalizes with the unbiased
-    variance during burn-in, keeps it in the running statistics, and drops entries whose variance is negative.
+    Differences by design: theirs divides by sqrt(v) + epsilon (here epsilon = 0 compares),
+    normalizes with the unbiased variance during burn-in, keeps it in the running statistics, and
+    drops entries whose variance is negative.
     """
     layer, shape, inputs, _ = LAYERS["grouped"]
     xs, ws = batches(inputs, 8), kernels(shape, 8, step=0.02)
@@ -263,7 +298,9 @@ def test_authors_code():
         active = it > 3
         if active:
             entries = ([(x, w)] + entries)[:3]
-            both = taylor("grouped", [e[0] for e in entries[::-1]], [e[1] for e in entries[::-1]], 1.0)
+            both = taylor(
+                "grouped", [e[0] for e in entries[::-1]], [e[1] for e in entries[::-1]], 1.0
+            )
             kept = both[:, 1] - both[:, 0] ** 2 >= 0
             assert kept.all()
             used_mean = (both[:, 0] * kept).sum(0) / kept.sum(0)
@@ -271,7 +308,10 @@ def test_authors_code():
         else:
             used_mean, used_var = mean, (square - mean**2) * n / (n - 1)
         expected = (y - used_mean) / np.sqrt(used_var)
-        running = 0.9 * running[0] + 0.1 * mean, 0.9 * running[1] + 0.1 * (square - mean**2) * n / (n - 1)
+        running = (
+            0.9 * running[0] + 0.1 * mean,
+            0.9 * running[1] + 0.1 * (square - mean**2) * n / (n - 1),
+        )
         window = cross_iteration_window(it - 1, burn_in=3, window=2)
         z, state = step("grouped", state, x, w, window=window, epsilon=0.0)
         z = z if active else z * np.sqrt((n - 1) / n)
@@ -311,7 +351,9 @@ def test_schedule_in_a_scan_traces_once():
         def body(state, t):
             window = cross_iteration_window(t, burn_in=2)
             y = layer(x, w)
-            z, state = cross_iteration_norm(y, state, train=True, inputs=x, kernel=w, layer=layer, window=window, rho=rho)
+            z, state = cross_iteration_norm(
+                y, state, train=True, inputs=x, kernel=w, layer=layer, window=window, rho=rho
+            )
             return state, z
 
         return lax.scan(body, state, jnp.arange(4))
@@ -371,17 +413,33 @@ def test_devices_equal_one(check_vma):
     groups = ((0, 1, 2, 3), (4, 5, 6, 7))
 
     def f(x, w, state, mask):
-        synced = [step("grouped", state, x, w, axis_name="data", **options) for options in ({}, {"weights": mask})]
+        synced = [
+            step("grouped", state, x, w, axis_name="data", **options)
+            for options in ({}, {"weights": mask})
+        ]
         halves, _ = step("grouped", state, x, w, axis_name="data", axis_index_groups=groups)
-        _, local = step("grouped", state, x, w)  # without an axis, each device's own, also of what it remembers
-        return ([z for z, _ in synced], halves, jax.tree.map(lambda t: t[None], local)), [new for _, new in synced]
+        _, local = step(
+            "grouped", state, x, w
+        )  # without an axis, each device's own, also of what it remembers
+        return ([z for z, _ in synced], halves, jax.tree.map(lambda t: t[None], local)), [
+            new for _, new in synced
+        ]
 
-    specs = {"in_specs": (P("data"), P(), P(), P("data")), "out_specs": (P("data"), P()), "check_vma": check_vma}
-    (zs, halves, local), news = jax.jit(jax.shard_map(f, mesh=mesh, **specs))(xs[-1], ws[-1], state, mask)
+    specs = {
+        "in_specs": (P("data"), P(), P(), P("data")),
+        "out_specs": (P("data"), P()),
+        "check_vma": check_vma,
+    }
+    (zs, halves, local), news = jax.jit(jax.shard_map(f, mesh=mesh, **specs))(
+        xs[-1], ws[-1], state, mask
+    )
     same = partial(jax.tree.map, partial(np.testing.assert_allclose, atol=1e-11))
     for z, new, options in zip(zs, news, ({}, {"weights": mask}), strict=True):
         same((z, new), step("grouped", state, xs[-1], ws[-1], **options))
-    same(halves, jnp.concatenate([step("grouped", state, x, ws[-1])[0] for x in (xs[-1][:4], xs[-1][4:])]))
+    same(
+        halves,
+        jnp.concatenate([step("grouped", state, x, ws[-1])[0] for x in (xs[-1][:4], xs[-1][4:])]),
+    )
     same({name: t[5] for name, t in local.items()}, step("grouped", state, xs[-1][5:6], ws[-1])[1])
 
 
@@ -404,14 +462,25 @@ def test_errors():
     def call(y=x @ w, state=state, **options):
         return cross_iteration_norm(y, state, **{"train": True, "inputs": x, "kernel": w} | options)
 
-    for options in ({"kernel": w[:3]}, {"inputs": x[:, :3]}, {"y": x}, {"state": init_cross_iteration((6, 5))}):
-        with pytest.raises(ValueError, match="Expected the state that init_cross_iteration makes for this kernel"):
+    for options in (
+        {"kernel": w[:3]},
+        {"inputs": x[:, :3]},
+        {"y": x},
+        {"state": init_cross_iteration((6, 5))},
+    ):
+        with pytest.raises(
+            ValueError, match="Expected the state that init_cross_iteration makes for this kernel"
+        ):
             call(**options)
     with pytest.raises(ValueError, match="differ between the channels"):
         call(weights=jnp.ones((4, 6)))
     with pytest.raises(TypeError, match="defined for real x"):
         call(y=(x @ w).astype(jnp.complex64))
-    for shape, options in (((5, 6), {"window": 0}), ((6,), {}), ((5, 6), {"feature_group_count": 4})):
+    for shape, options in (
+        ((5, 6), {"window": 0}),
+        ((6,), {}),
+        ((5, 6), {"feature_group_count": 4}),
+    ):
         with pytest.raises(ValueError, match="Expected a window of 1 or more, a kernel"):
             init_cross_iteration(shape, **options)
     with pytest.raises(ValueError, match="without a bias"):
@@ -424,13 +493,25 @@ def test_errors():
 def test_layers_equal_the_function(kind):
     rngs = nnx.Rngs(0)
     if kind == "conv":
-        options = {"strides": 2, "kernel_dilation": 1, "feature_group_count": 2, "padding": "CIRCULAR", "use_bias": False}
-        front, front_nnx = nn.Conv(6, (3, 3), **options), nnx.Conv(4, 6, (3, 3), **options, rngs=rngs)
+        options = {
+            "strides": 2,
+            "kernel_dilation": 1,
+            "feature_group_count": 2,
+            "padding": "CIRCULAR",
+            "use_bias": False,
+        }
+        front, front_nnx = (
+            nn.Conv(6, (3, 3), **options),
+            nnx.Conv(4, 6, (3, 3), **options, rngs=rngs),
+        )
         xs = [x.astype(jnp.float32) for x in batches((4, 6, 6, 4))]
     else:
         front, front_nnx = nn.Dense(6, use_bias=False), nnx.Linear(4, 6, use_bias=False, rngs=rngs)
         xs = [x.astype(jnp.float32) for x in batches((4, 3, 4))]
-    layer, other = linen.CrossIterationNorm(front, window=2), jnnx.CrossIterationNorm(front_nnx, window=2, rngs=rngs)
+    layer, other = (
+        linen.CrossIterationNorm(front, window=2),
+        jnnx.CrossIterationNorm(front_nnx, window=2, rngs=rngs),
+    )
     variables = jax.jit(partial(layer.init, use_running_average=False))(jax.random.key(0), xs[0])
     kernel = variables["params"]["layer"]["kernel"]
     assert variables["params"].keys() == {"layer", "scale", "bias"}
@@ -445,7 +526,9 @@ def test_layers_equal_the_function(kind):
     @jax.jit
     def train(variables, x):
         def loss(params):
-            y, updates = layer.apply(variables | {"params": params}, x, use_running_average=False, mutable="batch_stats")
+            y, updates = layer.apply(
+                variables | {"params": params}, x, use_running_average=False, mutable="batch_stats"
+            )
             return jnp.sin(y).sum(), (y, updates)
 
         return jax.grad(loss, has_aux=True)(variables["params"])
@@ -455,12 +538,19 @@ def test_layers_equal_the_function(kind):
     for x in xs:
         gradients, (y, updates) = train(variables, x)
         kernel = variables["params"]["layer"]["kernel"]
-        options = {"inputs": x, "kernel": kernel, "scale": variables["params"]["scale"], "bias": variables["params"]["bias"]}
+        options = {
+            "inputs": x,
+            "kernel": kernel,
+            "scale": variables["params"]["scale"],
+            "bias": variables["params"]["bias"],
+        }
         expected, state = function(plain(x, kernel), state, **options)
         np.testing.assert_allclose(y, expected, atol=2e-5)
         loss, gradients_nnx = train_nnx(other, x)
         np.testing.assert_allclose(loss, jnp.sin(y).sum(), rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(gradients["layer"]["kernel"], gradients_nnx["layer"]["kernel"][...], atol=2e-5)
+        np.testing.assert_allclose(
+            gradients["layer"]["kernel"], gradients_nnx["layer"]["kernel"][...], atol=2e-5
+        )
         params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], gradients)
         variables = {"params": params, **updates}
         other.layer.kernel[...], other.scale[...], other.bias[...] = kernel_, scale_, bias_ = (
@@ -474,7 +564,9 @@ def test_layers_equal_the_function(kind):
     y = jax.jit(partial(layer.apply, use_running_average=True))(variables, xs[0])
     np.testing.assert_allclose(other(xs[0], use_running_average=True), y, atol=1e-5)
     m = variables["batch_stats"]
-    expected = normalized(plain(xs[0], kernel_), m["mean"], m["var"]) * np.asarray(scale_) + np.asarray(bias_)
+    expected = normalized(plain(xs[0], kernel_), m["mean"], m["var"]) * np.asarray(
+        scale_
+    ) + np.asarray(bias_)
     np.testing.assert_allclose(y, expected, atol=2e-5)
 
 

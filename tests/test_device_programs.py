@@ -1,4 +1,5 @@
-"""What devices send each other, read off compiled programs: how many collectives, of how many bytes, one after another."""
+"""What devices send each other, read off compiled programs: how many collectives, of how many
+bytes, one after another."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ def gradient(f):
     return lambda x, *rest: jax.grad(lambda x: jnp.sin(f(x, *rest)).sum())(x)
 
 
-# With an axis_name each of them goes on over the devices. Statistics of one device's (16, 1, 3, 6), and sums for each.
+# With an axis_name each of them goes on over the devices. Statistics of one device's (16, 1, 3, 6),
+# and sums for each.
 SYNCED = {
     "batch_norm": (methods.batch_norm(), 6, 2),
     "ghost_batch_norm": (methods.ghost_batch_norm(4), 24, 2),
@@ -39,7 +41,12 @@ SYNCED = {
 def shard_map(check_vma):
     def run(f, *args):
         return counted(
-            jax.jit(jax.shard_map(f, mesh=mesh("H"), in_specs=spec("H"), out_specs=spec("H"), check_vma=check_vma)), *args
+            jax.jit(
+                jax.shard_map(
+                    f, mesh=mesh("H"), in_specs=spec("H"), out_specs=spec("H"), check_vma=check_vma
+                )
+            ),
+            *args,
         )
 
     return run
@@ -55,13 +62,16 @@ RUNS = {"pmap": pmap, "shard_map": shard_map(True), "shard_map unchecked": shard
 @pytest.mark.parametrize(
     "context, name",
     [
-        pytest.param(context, name, marks=[pytest.mark.slow] * (c > 0 and (c + m) % 8 > 0 or m in (2, 6)))
+        pytest.param(
+            context, name, marks=[pytest.mark.slow] * (c > 0 and (c + m) % 8 > 0 or m in (2, 6))
+        )
         for c, context in enumerate(("shard_map", "pmap", "shard_map unchecked"))
         for m, name in enumerate(SYNCED)
     ],
 )
 def test_one_collective_forward_and_one_backward(context, name):
-    """The sums in one, and no count: it is known. The second look, where rounding would show, is one more in a branch."""
+    """The sums in one, and no count: it is known. The second look, where rounding would show, is
+    one more in a branch."""
     method, size, sums = SYNCED[name]
     f = lambda x: norm(x, method, axis_name="i")[0]  # noqa: E731
     looks = int(sums == 2)
@@ -71,14 +81,18 @@ def test_one_collective_forward_and_one_backward(context, name):
 
 
 def test_part_of_the_devices_always_looks_twice():
-    """By groups of indices, and by one axis of two: 2 forward and 1 backward, because the parts may disagree."""
+    """By groups of indices, and by one axis of two: 2 forward and 1 backward, because the parts may
+    disagree."""
     halves = device_groups(8, size=4)
     grouped = lambda x: norm(x, methods.batch_norm(), axis_name="i", axis_index_groups=halves)[0]  # noqa: E731
     member = lambda x: norm(x, methods.batch_norm(), axis_name="j")[0]  # noqa: E731
     for f, cut in ((grouped, "H"), (member, "NH")):
 
         def run(f, cut=cut):
-            return counted(jax.jit(jax.shard_map(f, mesh=mesh(cut), in_specs=spec(cut), out_specs=spec(cut))), X)
+            return counted(
+                jax.jit(jax.shard_map(f, mesh=mesh(cut), in_specs=spec(cut), out_specs=spec(cut))),
+                X,
+            )
 
         assert (run(f).number, run(f).depth, run(f).branches) == (2, 2, 0)
         assert (run(gradient(f)).number, run(gradient(f)).depth) == (3, 3)
@@ -92,12 +106,14 @@ def test_counts_of_weights_ride_along():
 
 
 def sharded(f, cut, kind, shape=SHAPE, jit=jax.jit):
-    return counted(jit(f), jax.device_put(np.ones(shape, "f4"), NamedSharding(mesh(cut, kind), spec(cut))))
+    return counted(
+        jit(f), jax.device_put(np.ones(shape, "f4"), NamedSharding(mesh(cut, kind), spec(cut)))
+    )
 
 
 C = 4 * 6
-# method, cut -> number, bytes and depth of the collectives that always run forward; bytes and depth with backward, where XLA
-# of jax 0.12 sends independent sums apart. One bit is apart.
+# method, cut -> number, bytes and depth of the collectives that always run forward; bytes and depth
+# with backward, where XLA of jax 0.12 sends independent sums apart. One bit is apart.
 WHOLE = [
     (methods.batch_norm(), "N", (1, 2 * C, 1), (4 * C, 2)),
     (methods.batch_group_norm(3), "N", (1, 2 * C, 1), (4 * C, 2)),
@@ -140,7 +156,8 @@ def test_whole_arrays(method, cut, forward, both):
 @pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
 @pytest.mark.parametrize("weighted", (False, True))
 def test_ghosts_across_shards_gather_sums(weighted, kind):
-    """Three ghosts of 16 examples on eight devices of six: what is gathered is a sum for each example, not the example."""
+    """Three ghosts of 16 examples on eight devices of six: what is gathered is a sum for each
+    example, not the example."""
     shape = (48, 8, 8, 6)
     w = np.ones((48, 8, 8, 1), "f4")
     w = jax.device_put(w, NamedSharding(mesh("N", kind), spec("N")))
@@ -157,7 +174,8 @@ def test_ghosts_across_shards_gather_sums(weighted, kind):
 
 @pytest.mark.parametrize("shape", [(64, 48, 32, 6), (4, 48, 512, 6)])
 def test_cuts_of_a_gpu_keep_shards(shape, monkeypatch):
-    """A GPU sums parts of the rows first; where the height is sharded they hold no rows of two devices."""
+    """A GPU sums parts of the rows first; where the height is sharded they hold no rows of two
+    devices."""
     monkeypatch.setattr(lax, "platform_dependent", lambda *args, cpu, default: default(*args))
     jax.clear_caches()
     for g in (f := lambda x: norm(x, methods.group_norm(3))[0], gradient(f)):

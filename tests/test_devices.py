@@ -1,4 +1,5 @@
-"""Several devices: whatever cuts the batch in parts, values and gradients are those of one device."""
+"""Several devices: whatever cuts the batch in parts, values and gradients are those of one
+device."""
 
 import math
 import re
@@ -35,18 +36,24 @@ def cut(x):
 
 
 def with_pmap(f):
-    return lambda *args: jax.tree.map(lambda t: t.reshape(-1, *t.shape[2:]), jax.pmap(f, "i")(*map(cut, args)))
+    return lambda *args: jax.tree.map(
+        lambda t: t.reshape(-1, *t.shape[2:]), jax.pmap(f, "i")(*map(cut, args))
+    )
 
 
 def with_vmap(f):
     def g(*args):
-        return jax.tree.map(lambda t: t.reshape(-1, *t.shape[2:]), jax.vmap(f, axis_name="i")(*map(cut, args)))
+        return jax.tree.map(
+            lambda t: t.reshape(-1, *t.shape[2:]), jax.vmap(f, axis_name="i")(*map(cut, args))
+        )
 
     return jax.jit(g)
 
 
 def with_shard_map(f, check_vma=True):
-    return jax.jit(jax.shard_map(f, mesh=mesh(), in_specs=P("i"), out_specs=P("i"), check_vma=check_vma))
+    return jax.jit(
+        jax.shard_map(f, mesh=mesh(), in_specs=P("i"), out_specs=P("i"), check_vma=check_vma)
+    )
 
 
 CONTEXTS = {
@@ -84,17 +91,23 @@ def compare(context, method, sets, w=None, x=None, atol=1e-11, **options):
     np.testing.assert_allclose(y, o.y, atol=atol)
     np.testing.assert_allclose(dx, o.dx, atol=atol)
     for got, want in ((count, o.count), (mean, o.mean), (var, o.var)):
-        np.testing.assert_allclose(oracle.at_elements(np.asarray(got), SHAPE), want, rtol=1e-6, atol=atol)
+        np.testing.assert_allclose(
+            oracle.at_elements(np.asarray(got), SHAPE), want, rtol=1e-6, atol=atol
+        )
 
 
 @pytest.mark.usefixtures("x64")
 @contexts
 @pytest.mark.parametrize(
-    "method, sets", [(methods.batch_norm(), BATCH), (methods.batch_group_norm(3), BATCH_GROUP)], ids=("BN", "BGN")
+    "method, sets",
+    [(methods.batch_norm(), BATCH), (methods.batch_group_norm(3), BATCH_GROUP)],
+    ids=("BN", "BGN"),
 )
 def test_sets_that_span_all_devices(context, method, sets):
     """Weighted by count: uneven weights, and devices without any valid element."""
-    w = np.random.default_rng(2).uniform(0, 1, (16, 1, 1)) * (np.arange(16) % 5 > 0).reshape(16, 1, 1)
+    w = np.random.default_rng(2).uniform(0, 1, (16, 1, 1)) * (np.arange(16) % 5 > 0).reshape(
+        16, 1, 1
+    )
     w[4:6], w[14:] = 0, 0
     compare(context, method, sets, w)
     if method == methods.batch_norm():
@@ -114,7 +127,9 @@ def test_groups_of_devices_are_ghost_batches(context):
 @pytest.mark.usefixtures("x64")
 def test_groups_of_devices_that_are_not_neighbours():
     far = oracle.set_numbers(SHAPE, lambda n, p, c, N, P, C: (n // 2 % 2, c))
-    compare(with_shard_map, methods.batch_norm(), far, axis_index_groups=[[0, 2, 4, 6], [7, 5, 3, 1]])
+    compare(
+        with_shard_map, methods.batch_norm(), far, axis_index_groups=[[0, 2, 4, 6], [7, 5, 3, 1]]
+    )
     alone = oracle.set_numbers(SHAPE, lambda n, p, c, N, P, C: (n // 2, c))
     compare(with_vmap, methods.batch_norm(), alone, axis_index_groups=[[i] for i in range(8)])
 
@@ -134,7 +149,10 @@ def test_unnamed_axes_are_ghosts_of_the_devices():
         (methods.batch_norm(), BATCH),
         (methods.batch_group_norm(3), BATCH_GROUP),
         (methods.ghost_batch_norm(4), QUARTERS),
-        (methods.group_norm(3), oracle.set_numbers(SHAPE, lambda n, p, c, N, P, C: (n, c * 3 // C))),
+        (
+            methods.group_norm(3),
+            oracle.set_numbers(SHAPE, lambda n, p, c, N, P, C: (n, c * 3 // C)),
+        ),
     ],
     ids=("BN", "BGN", "ghost", "GN"),
 )
@@ -158,16 +176,28 @@ def test_large_means_on_all_devices(context, center):
     """mean / std = 1e4 in float32, and different on every device."""
     x = (normal() + 1e4).astype("f4") + np.repeat(np.arange(8, dtype="f4"), 2).reshape(16, 1, 1)
     options = {} if center is None else {"center": np.full((1, 1, 6), center, "f4")}
-    compare(context, methods.batch_norm(), BATCH, x=x, atol=4 * float(np.finfo("f4").eps) * (np.sqrt(32) + 1e4), **options)
+    compare(
+        context,
+        methods.batch_norm(),
+        BATCH,
+        x=x,
+        atol=4 * float(np.finfo("f4").eps) * (np.sqrt(32) + 1e4),
+        **options,
+    )
 
 
-PARTS = [((2, 4), "j", None, 2), ((2, 4), "j", [[0, 1], [2, 3]], 4), ((8,), "i", [[0, 1, 2, 3], [4, 5, 6, 7]], 2)]
+PARTS = [
+    ((2, 4), "j", None, 2),
+    ((2, 4), "j", [[0, 1], [2, 3]], 4),
+    ((8,), "i", [[0, 1, 2, 3], [4, 5, 6, 7]], 2),
+]
 
 
 @pytest.mark.parametrize("check_vma", (True, False))
 @pytest.mark.parametrize("axes, name, groups, sets", PARTS, ids=str)
 def test_large_means_on_part_of_the_devices(axes, name, groups, sets, check_vma):
-    """Cancellation in one half of a mesh only: devices that disagree about a second round must not hang."""
+    """Cancellation in one half of a mesh only: devices that disagree about a second round must not
+    hang."""
     x = normal((16, 2, 6), dtype="f4") + np.repeat([0, 1e4], 8).astype("f4").reshape(16, 1, 1)
     spec = P(("i", "j")[: len(axes)])
     f = jax.shard_map(
@@ -177,9 +207,13 @@ def test_large_means_on_part_of_the_devices(axes, name, groups, sets, check_vma)
         out_specs=spec,
         check_vma=check_vma,
     )
-    assert " conditional(" not in jax.jit(f).lower(x).compile().as_text()  # not every backend is as patient as the CPU
+    assert (
+        " conditional(" not in jax.jit(f).lower(x).compile().as_text()
+    )  # not every backend is as patient as the CPU
     numbers = oracle.set_numbers(SHAPE, lambda n, p, c, N, P, C: (n * sets // N, c))
-    np.testing.assert_allclose(jax.jit(f)(x), oracle.normalized(x, numbers).y, atol=4 * float(np.finfo("f4").eps) * 1e4)
+    np.testing.assert_allclose(
+        jax.jit(f)(x), oracle.normalized(x, numbers).y, atol=4 * float(np.finfo("f4").eps) * 1e4
+    )
 
 
 @pytest.mark.usefixtures("x64")
@@ -194,7 +228,9 @@ def test_several_axis_names():
     )
     want = oracle.normalized(x, BATCH).y
     np.testing.assert_allclose(jax.jit(f)(x), want, atol=1e-12)
-    inner = jax.vmap(lambda t: norm(t[None], methods.batch_norm(), axis_name=("i", "v"))[0][0], axis_name="v")
+    inner = jax.vmap(
+        lambda t: norm(t[None], methods.batch_norm(), axis_name=("i", "v"))[0][0], axis_name="v"
+    )
     # check_vma=True takes no sum over a mapped and a mesh axis at once (jax 0.10 to 0.12)
     np.testing.assert_allclose(with_shard_map(inner, check_vma=False)(x), want, atol=1e-12)
 
@@ -229,7 +265,9 @@ def test_gradient_of_a_sharded_function(check_vma):
     def local(x, w, scale):
         return jnp.sin(norm(x, methods.batch_norm(), weights=w, scale=scale, axis_name="i")[0])
 
-    sharded = jax.shard_map(local, mesh=mesh(), in_specs=(P("i"), P("i"), P()), out_specs=P("i"), check_vma=check_vma)
+    sharded = jax.shard_map(
+        local, mesh=mesh(), in_specs=(P("i"), P("i"), P()), out_specs=P("i"), check_vma=check_vma
+    )
     single = lambda x, w, s: jnp.sin(norm(x, methods.batch_norm(), weights=w, scale=s)[0])  # noqa: E731
 
     @partial(jax.jit, static_argnums=0)
@@ -237,27 +275,45 @@ def test_gradient_of_a_sharded_function(check_vma):
         g = jax.grad(lambda *args: (f(*args) * normal(seed=1)).sum(), (0, 1, 2))
         return g(*args), jax.jvp(g, args, jax.tree.map(jnp.cos, args))[1]
 
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-11), run(sharded, x, w, scale), run(single, x, w, scale))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=1e-11),
+        run(sharded, x, w, scale),
+        run(single, x, w, scale),
+    )
 
 
 def collectives(f, *args):
-    """The element counts of each all-reduce of the compiled program, those in a condition included."""
+    """The element counts of each all-reduce of the compiled program, those in a condition
+    included."""
     program = f.lower(*args).compile().as_text()
-    shapes = [line.split(" all-reduce", 1)[0] for line in program.splitlines() if re.search(r" all-reduce(-start)?\(", line)]
-    return [[math.prod(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\w\[([\d,]*)\]", s)] for s in shapes]
+    shapes = [
+        line.split(" all-reduce", 1)[0]
+        for line in program.splitlines()
+        if re.search(r" all-reduce(-start)?\(", line)
+    ]
+    return [
+        [
+            math.prod(map(int, filter(None, dims.split(","))))
+            for dims in re.findall(r"\w\[([\d,]*)\]", s)
+        ]
+        for s in shapes
+    ]
 
 
 @pytest.mark.parametrize("check_vma", (True, False))
 @pytest.mark.parametrize("masked", (False, True))
 def test_one_collective_forward_and_one_backward(masked, check_vma):
-    """Of small arrays, and one more in the condition of a second round; remat that saves statistics by name adds none."""
+    """Of small arrays, and one more in the condition of a second round; remat that saves statistics
+    by name adds none."""
     x, w = normal(dtype="f4"), np.arange(16.0, dtype="f4").reshape(16, 1, 1)
 
     def f(x, w):
         return norm(x, methods.batch_norm(), axis_name="i", weights=w if masked else None)[0]
 
     def gradient(f):
-        return with_shard_map(lambda x, w: jax.grad(lambda x: jnp.sin(f(x, w)).sum())(x), check_vma=check_vma)
+        return with_shard_map(
+            lambda x, w: jax.grad(lambda x: jnp.sin(f(x, w)).sum())(x), check_vma=check_vma
+        )
 
     policies = jax.checkpoint_policies
     named = policies.save_only_these_names("jaxnorm_synced_moments")
@@ -268,7 +324,9 @@ def test_one_collective_forward_and_one_backward(masked, check_vma):
     }
     for name, (program, rounds) in programs.items():
         sizes = collectives(program, x, w)
-        assert max(max(size) for size in sizes) <= 6, f"{name}: all-reduce of full-size arrays, {sizes}"
+        assert max(max(size) for size in sizes) <= 6, (
+            f"{name}: all-reduce of full-size arrays, {sizes}"
+        )
         assert len(sizes) == rounds + 1, name
     again = collectives(gradient(jax.checkpoint(f, policy=policies.nothing_saveable)), x, w)
     assert len(again) > 2 + 1  # so the name matters
@@ -276,14 +334,22 @@ def test_one_collective_forward_and_one_backward(masked, check_vma):
 
 @pytest.mark.parametrize("check_vma", (True, False))
 def test_gradients_of_scale_and_bias_cross_devices_summed(check_vma):
-    """Scale and bias are equal on all devices: their cotangents are summed over a device's part first."""
+    """Scale and bias are equal on all devices: their cotangents are summed over a device's part
+    first."""
 
     def f(x, scale, bias):
         y = norm(x, methods.batch_norm(), scale=scale, bias=bias, axis_name="i")[0]
         return jax.lax.psum(jnp.sin(y).sum(), "i")
 
-    sharded = jax.shard_map(f, mesh=mesh(), in_specs=(P("i"), P(), P()), out_specs=P(), check_vma=check_vma)
-    sizes = collectives(jax.jit(jax.grad(sharded, (0, 1, 2))), normal(dtype="f4"), normal((6,), 1, "f4"), normal((6,), 2, "f4"))
+    sharded = jax.shard_map(
+        f, mesh=mesh(), in_specs=(P("i"), P(), P()), out_specs=P(), check_vma=check_vma
+    )
+    sizes = collectives(
+        jax.jit(jax.grad(sharded, (0, 1, 2))),
+        normal(dtype="f4"),
+        normal((6,), 1, "f4"),
+        normal((6,), 2, "f4"),
+    )
     assert max(max(size) for size in sizes) <= 6, f"all-reduce of full-size arrays, {sizes}"
 
 
@@ -302,9 +368,14 @@ BAD_GROUPS = {
 def test_bad_groups_of_devices_are_refused(context, groups):
     for f in (
         lambda x: norm(x, methods.batch_norm(), axis_name="i", axis_index_groups=groups)[0],
-        lambda x: pool(moments(x, (2, 1, 6)), (1, 1, 6), axis_name="i", axis_index_groups=groups).mean,
+        lambda x: (
+            pool(moments(x, (2, 1, 6)), (1, 1, 6), axis_name="i", axis_index_groups=groups).mean
+        ),
     ):
-        with pytest.raises(ValueError, match=r"equal size that name every index.*axis 'i' of size 8; expected each of 0 to 7"):
+        with pytest.raises(
+            ValueError,
+            match=r"equal size that name every index.*axis 'i' of size 8; expected each of 0 to 7",
+        ):
             context(f)(normal(dtype="f4"))
 
 
@@ -313,9 +384,16 @@ def test_names_that_are_not_bound():
         lambda: norm(jnp.ones((4, 6)), methods.batch_norm(), axis_name="batch"),
         lambda: pool(moments(jnp.ones((4, 6)), (4, 6)), (1, 6), axis_name="batch"),
     ):
-        with pytest.raises(NameError, match=r"unbound axis name: 'batch'.*pmap, shard_map or vmap.*plain jit leave it out"):
+        with pytest.raises(
+            NameError,
+            match=r"unbound axis name: 'batch'.*pmap, shard_map or vmap.*plain jit leave it out",
+        ):
             call()
-    with pytest.raises(ValueError, match="axis_index_groups needs one named axis. Got axis_name=None"):
+    with pytest.raises(
+        ValueError, match="axis_index_groups needs one named axis. Got axis_name=None"
+    ):
         norm(jnp.ones((4, 6)), methods.batch_norm(), axis_index_groups=[[0]])
     with pytest.raises(TypeError, match=r"list of lists of device indices. Got \[0, 1\]"):
-        with_vmap(lambda x: norm(x, (1, 1, 6), axis_name="i", axis_index_groups=[0, 1])[0])(normal(dtype="f4"))
+        with_vmap(lambda x: norm(x, (1, 1, 6), axis_name="i", axis_index_groups=[0, 1])[0])(
+            normal(dtype="f4")
+        )

@@ -1,4 +1,5 @@
-"""Batch Normalization Embeddings: the bank of statistics, distances to its rows, and the weighted prediction."""
+"""Batch Normalization Embeddings: the bank of statistics, distances to its rows, and the weighted
+prediction."""
 
 from functools import partial
 
@@ -25,7 +26,10 @@ def data(seed=0, shape=SHAPE):
 
 def bank(count=D, dtype="f8"):
     rng = np.random.default_rng(9)
-    return {"mean": rng.normal(1, 1, (count, 4)).astype(dtype), "var": rng.uniform(0.5, 4, (count, 4)).astype(dtype)}
+    return {
+        "mean": rng.normal(1, 1, (count, 4)).astype(dtype),
+        "var": rng.uniform(0.5, 4, (count, 4)).astype(dtype),
+    }
 
 
 distance = partial(jit, static_argnames=("batch_axis", "channel_axis"))(domains.domain_distance)
@@ -34,7 +38,11 @@ distance = partial(jit, static_argnames=("batch_axis", "channel_axis"))(domains.
 @partial(jit, static_argnames="train")
 def differentiated(x, gy, state, domain, train=True):
     y, pull, new = jax.vjp(
-        lambda x: domains.domain_batch_norm(x, state, train=train, domain=domain, momentum=0.7, epsilon=E), x, has_aux=True
+        lambda x: domains.domain_batch_norm(
+            x, state, train=train, domain=domain, momentum=0.7, epsilon=E
+        ),
+        x,
+        has_aux=True,
     )
     return y, pull(gy)[0], new
 
@@ -80,7 +88,11 @@ def test_a_domain_that_is_none_gives_nan_and_changes_no_row():
     for domain in (-1, D, np.array([0, 1, -1, 1, 0, D], "i4")):
         for train in (True, False):
             y, _, new = differentiated(x, x, state, domain, train=train)
-            outside = np.broadcast_to((domain == -1) | (domain == D), 6) if np.ndim(domain) else np.full(6, True)
+            outside = (
+                np.broadcast_to((domain == -1) | (domain == D), 6)
+                if np.ndim(domain)
+                else np.full(6, True)
+            )
             np.testing.assert_array_equal(np.isnan(y).all((1, 2)), outside)
             assert np.isfinite(y[~outside]).all()
             for name, old in state.items():
@@ -104,10 +116,14 @@ def test_distance_is_wasserstein():
     close((first, last), (mixed, mixed))
     own = {"mean": m, "var": v}  # each example's own statistics as its domain
     close(distance(x, own, domain=np.arange(6)), np.zeros(6))
-    close(distance(x[0:1], own, domain=np.int32(1)), distance(x[1:2], own, domain=np.int32(0)))  # symmetric
+    close(
+        distance(x[0:1], own, domain=np.int32(1)), distance(x[1:2], own, domain=np.int32(0))
+    )  # symmetric
     padded = distance(x, state, domain=DOMAIN, weights=np.arange(6).reshape(6, 1, 1) < 4)
     close(padded, np.where(np.arange(6) < 4, mixed, 0))
-    flat = jit(jax.grad(lambda x: domains.domain_distance(x, state, domain=0).sum()))(x[:, 0])  # one position: variance 0
+    flat = jit(jax.grad(lambda x: domains.domain_distance(x, state, domain=0).sum()))(
+        x[:, 0]
+    )  # one position: variance 0
     close(flat, 2 * (x[:, 0] - state["mean"][0]))
 
 
@@ -117,11 +133,16 @@ def test_weights_of_domains():
     w = domains.domain_weights(distances)
     close(w, (1 / distances) / (1 / distances).sum(0))
     close(domains.domain_weights({"a": distances, "b": [2 * distances]}), w)  # layers add up
-    close(domains.domain_weights(distances, exponent=2.5), distances**-2.5 / (distances**-2.5).sum(0))
+    close(
+        domains.domain_weights(distances, exponent=2.5), distances**-2.5 / (distances**-2.5).sum(0)
+    )
     order = [2, 0, 1]
     close(domains.domain_weights(distances[order]), w[np.array(order)])
     close(domains.domain_weights(np.full((D, 6), 3.0)), np.full((D, 6), 1 / 3))
-    close(domains.domain_weights(np.array([[0.0, 1e-300], [1.0, 1e300]])), np.array([[1.0, 1.0], [0.0, 0.0]]))
+    close(
+        domains.domain_weights(np.array([[0.0, 1e-300], [1.0, 1e300]])),
+        np.array([[1.0, 1.0], [0.0, 0.0]]),
+    )
     close(domains.domain_weights(np.array([[0.0], [2.0], [0.0]])), np.array([[0.5], [0.0], [0.5]]))
     with pytest.raises(ValueError, match="there are no distances.*'distances' is mutable"):
         domains.domain_weights({})
@@ -133,14 +154,20 @@ class Network(nn.Module):
     @nn.compact
     def __call__(self, x, domain):
         for _ in range(2):
-            x = linen.DomainSpecificBatchNorm(num_domains=D)(x, use_running_average=True, domain=domain)
+            x = linen.DomainSpecificBatchNorm(num_domains=D)(
+                x, use_running_average=True, domain=domain
+            )
             x = jnp.tanh(nn.Dense(4)(x))
         return x.mean(1)
 
 
 def test_prediction_for_an_unknown_domain():
-    """Each domain's pass by itself, then the weighted average: in linen by a mutable collection, in nnx by capture."""
-    x, states = data().astype("f4"), [bank(dtype="f4"), jax.tree.map(lambda t: t + 0.5, bank(dtype="f4"))]
+    """Each domain's pass by itself, then the weighted average: in linen by a mutable collection, in
+    nnx by capture."""
+    x, states = (
+        data().astype("f4"),
+        [bank(dtype="f4"), jax.tree.map(lambda t: t + 0.5, bank(dtype="f4"))],
+    )
     network = Network()
     variables = jit(network.init)(jax.random.key(0), x, 0)
     stats = {f"DomainSpecificBatchNorm_{i}": state for i, state in enumerate(states)}
@@ -155,13 +182,17 @@ def test_prediction_for_an_unknown_domain():
     total = np.array([sum(jax.tree.leaves(t)) for t in distances])
     assert len(jax.tree.leaves(distances[0])) == 2 and total.shape == (D, 6)
     np.testing.assert_allclose(weights, total**-1.5 / (total**-1.5).sum(0), rtol=1e-5)
-    np.testing.assert_allclose(predicted, sum(w[:, None] * p for w, p in zip(weights, outputs, strict=True)), rtol=1e-5)
+    np.testing.assert_allclose(
+        predicted, sum(w[:, None] * p for w, p in zip(weights, outputs, strict=True)), rtol=1e-5
+    )
 
     layer = layers.DomainSpecificBatchNorm(4, num_domains=D, rngs=nnx.Rngs(0))
     layer.mean[...], layer.var[...] = (jnp.asarray(states[0][name]) for name in ("mean", "var"))
     layer.eval()
     y, stored = nnx.capture(layer, layers.DomainDistance)(x, domain=1)
-    np.testing.assert_allclose(jax.tree.leaves(stored)[0], distance(x, states[0], domain=1), rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.tree.leaves(stored)[0], distance(x, states[0], domain=1), rtol=1e-5
+    )
     graph, state = nnx.split(layer)
 
     def captured(domain):
@@ -174,12 +205,16 @@ def test_prediction_for_an_unknown_domain():
 
 
 def test_errors():
-    with pytest.raises(TypeError, match="forward returns int32. Expected floating or complex outputs"):
+    with pytest.raises(
+        TypeError, match="forward returns int32. Expected floating or complex outputs"
+    ):
         domains.domain_ensemble(lambda domain: (jnp.full(6, domain, jnp.int32), jnp.ones(6)), D)
     x, state = jnp.ones((6, 4)), domains.init_domain_batch_norm(4, D)
     with pytest.raises(TypeError, match=r"Got float32, shape \(\); expected integers"):
         domains.domain_batch_norm(x, state, train=True, domain=1.0)
-    with pytest.raises(ValueError, match=r"domain has shape \(3,\), and x of shape \(6, 4\) has 6 examples.*\(6,\)"):
+    with pytest.raises(
+        ValueError, match=r"domain has shape \(3,\), and x of shape \(6, 4\) has 6 examples.*\(6,\)"
+    ):
         domains.domain_batch_norm(x, state, train=False, domain=jnp.zeros(3, int))
     with pytest.raises(ValueError, match="Got num_domains=0"):
         domains.init_domain_batch_norm(4, 0)

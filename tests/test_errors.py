@@ -39,7 +39,8 @@ def given(*shape):
 ERRORS = {
     "channels that do not split": (
         ValueError,
-        r"channel axis -1 of x has size 30, which does not split into 32 equal groups\. Got x of shape \(64, 8, 8, 30\) and "
+        r"channel axis -1 of x has size 30, which does not split into 32 equal groups\. Got x of"
+        r" shape \(64, 8, 8, 30\) and "
         r"channel=32; expected a divisor of 30: 1, 2, 3, 5, 6, 10, 15, 30",
         lambda: methods.group_norm(32).groups.shape((64, 8, 8, 30)),
     ),
@@ -50,7 +51,8 @@ ERRORS = {
     ),
     "a short last batch": (
         ValueError,
-        r"batch axis 0 of x has size 50, which does not split into 16 equal groups\..*short last batch.*drop it, or pad it to "
+        r"batch axis 0 of x has size 50, which does not split into 16 equal groups\..*short last"
+        r" batch.*drop it, or pad it to "
         r"64 and give the padding weights=0",
         lambda: methods.ghost_batch_norm(16).groups.shape((50, 8, 8, 6)),
     ),
@@ -65,37 +67,84 @@ ERRORS = {
         "expected a divisor of 4: 1, 2, 4",
         lambda: Groups(1, (3, 1), EACH).shape(NHWC),
     ),
-    "more groups than elements": (ValueError, "does not split into 7 equal", lambda: moments(ones(*NHWC), Groups(channel=7))),
+    "more groups than elements": (
+        ValueError,
+        "does not split into 7 equal",
+        lambda: moments(ones(*NHWC), Groups(channel=7)),
+    ),
     "another number of spatial axes": (
         ValueError,
-        r"spatial=\(1, 2, 3\) names 3 spatial axes\. Got x of shape \(8, 4, 4, 6\), which has 2; expected one value for each",
+        (
+            r"spatial=\(1, 2, 3\) names 3 spatial axes\. Got x of shape \(8, 4, 4, 6\), which has"
+            r" 2; expected one value for each"
+        ),
         lambda: Groups(1, (1, 2, 3), 1).shape(NHWC),
     ),
-    "zero groups": (ValueError, r"Groups\(channel=0\): expected a positive number", lambda: methods.group_norm(0)),
-    "negative groups": (ValueError, r"Groups\(batch=-2\): expected a positive", lambda: Groups(batch=-2)),
-    "fractions of groups": (ValueError, r"Groups\(spatial=0.5\): expected a positive", lambda: Groups(spatial=(1, 0.5))),
-    "True groups": (ValueError, r"Groups\(channel=True\): expected a positive", lambda: Groups(channel=True)),
-    "groups of no elements": (ValueError, "Got 0; expected an integer of at least 1", lambda: Size(0)),
+    "zero groups": (
+        ValueError,
+        r"Groups\(channel=0\): expected a positive number",
+        lambda: methods.group_norm(0),
+    ),
+    "negative groups": (
+        ValueError,
+        r"Groups\(batch=-2\): expected a positive",
+        lambda: Groups(batch=-2),
+    ),
+    "fractions of groups": (
+        ValueError,
+        r"Groups\(spatial=0.5\): expected a positive",
+        lambda: Groups(spatial=(1, 0.5)),
+    ),
+    "True groups": (
+        ValueError,
+        r"Groups\(channel=True\): expected a positive",
+        lambda: Groups(channel=True),
+    ),
+    "groups of no elements": (
+        ValueError,
+        "Got 0; expected an integer of at least 1",
+        lambda: Size(0),
+    ),
     "one axis for batch and channels": (
         ValueError,
-        "batch_axis and channel_axis are both axis 0.*Expected two different axes; x needs a rank of 2 or more",
+        (
+            "batch_axis and channel_axis are both axis 0.*Expected two different axes; x needs a"
+            " rank of 2 or more"
+        ),
         lambda: Groups().shape((8,)),
     ),
     "an axis that is not there": (
         ValueError,
-        r"axis 4 is not an axis of x\. Got x of shape \(8, 4, 4, 6\); expected an integer from -4 to 3",
+        (
+            r"axis 4 is not an axis of x\. Got x of shape \(8, 4, 4, 6\); expected an integer from"
+            r" -4 to 3"
+        ),
         lambda: norm(ones(*NHWC), BN, channel_axis=4),
     ),
-    "a batch axis that is not there": (ValueError, "axis -5 is not an axis of x", lambda: norm(ones(*NHWC), BN, batch_axis=-5)),
-    "an axis that is no number": (ValueError, "axis 'c' is not an axis", lambda: Groups().shape(NHWC, channel_axis="c")),
+    "a batch axis that is not there": (
+        ValueError,
+        "axis -5 is not an axis of x",
+        lambda: norm(ones(*NHWC), BN, batch_axis=-5),
+    ),
+    "an axis that is no number": (
+        ValueError,
+        "axis 'c' is not an axis",
+        lambda: Groups().shape(NHWC, channel_axis="c"),
+    ),
     "several channel axes for one number": (
         ValueError,
-        r"Groups has one number for the channels, but channel_axis=\(1, 3\) names 2 axes.*statistic's shape as a tuple",
+        (
+            r"Groups has one number for the channels, but channel_axis=\(1, 3\) names 2"
+            r" axes.*statistic's shape as a tuple"
+        ),
         lambda: norm(ones(*NHWC), BN, channel_axis=(1, 3)),
     ),
     "a statistic of another rank": (
         ValueError,
-        r"groups of shape \(1, 6\) does not fit x of shape \(8, 4, 4, 6\)\. Expected the same rank, with each size a divisor",
+        (
+            r"groups of shape \(1, 6\) does not fit x of shape \(8, 4, 4, 6\)\. Expected the same"
+            r" rank, with each size a divisor"
+        ),
         lambda: norm(ones(*NHWC), (1, 6)),
     ),
     "a statistic that does not divide": (
@@ -105,20 +154,37 @@ ERRORS = {
     ),
     "groups that are none": (
         TypeError,
-        r"groups is a Groups, a Method or the statistic's shape\. Got 32; expected for example.*group_norm\(32\)",
+        (
+            r"groups is a Groups, a Method or the statistic's shape\. Got 32; expected for"
+            r" example.*group_norm\(32\)"
+        ),
         lambda: norm(ones(*NHWC), 32),
     ),
     "a name for groups": (TypeError, "Got 'batch'", lambda: norm(ones(*NHWC), "batch")),
-    "a method of no groups": (TypeError, r"Method\(groups\) takes a Groups\. Got 3; expected Groups", lambda: Method(3)),
+    "a method of no groups": (
+        TypeError,
+        r"Method\(groups\) takes a Groups\. Got 3; expected Groups",
+        lambda: Method(3),
+    ),
     "another fixed mean": (
         ValueError,
-        "mean is None .* or 0 .* Got 1.5. To compute sums about a value near the mean.* pass it as center",
+        (
+            "mean is None .* or 0 .* Got 1.5. To compute sums about a value near the mean.* pass it"
+            " as center"
+        ),
         lambda: moments(ones(*NHWC), BN, mean=1.5),
     ),
-    "a fixed mean of a method": (ValueError, "mean is None .* Got False", lambda: Method(Groups(), mean=False)),
+    "a fixed mean of a method": (
+        ValueError,
+        "mean is None .* Got False",
+        lambda: Method(Groups(), mean=False),
+    ),
     "integers": (
         TypeError,
-        r"x must be floating or complex\. Got int32, shape \(8, 6\); convert it, for example x\.astype",
+        (
+            r"x must be floating or complex\. Got int32, shape \(8, 6\); convert it, for example"
+            r" x\.astype"
+        ),
         lambda: norm(ones(8, 6, dtype="i4"), BN),
     ),
     "integers to normalize": (
@@ -130,11 +196,16 @@ ERRORS = {
     "a scalar": (ValueError, "x must have axes.*expected for example", lambda: norm(1.0, (1,))),
     "weights of one example each, unaligned": (
         ValueError,
-        r"weights of shape \(8,\) do not broadcast against x of shape \(8, 4, 4, 6\)\. Expected sizes of 1 or "
+        r"weights of shape \(8,\) do not broadcast against x of shape \(8, 4, 4, 6\)\. Expected"
+        r" sizes of 1 or "
         r"x's own.*\(N, 1, 1, 1\)",
         lambda: norm(ones(*NHWC), BN, weights=ones(8)),
     ),
-    "weights of a higher rank": (ValueError, "do not broadcast", lambda: norm(ones(8, 6), BN, weights=ones(1, 8, 6))),
+    "weights of a higher rank": (
+        ValueError,
+        "do not broadcast",
+        lambda: norm(ones(8, 6), BN, weights=ones(1, 8, 6)),
+    ),
     "complex weights": (
         TypeError,
         "weights must be boolean or real. Got complex64; expected for example a boolean mask",
@@ -142,7 +213,10 @@ ERRORS = {
     ),
     "a center of another shape": (
         ValueError,
-        r"center of shape \(6,\) does not fit statistics of shape \(1, 1, 1, 6\)\. Expected that shape",
+        (
+            r"center of shape \(6,\) does not fit statistics of shape \(1, 1, 1, 6\)\. Expected"
+            r" that shape"
+        ),
         lambda: moments(ones(*NHWC), BN, center=ones(6)),
     ),
     "a scale on NCHW data": (
@@ -166,7 +240,11 @@ ERRORS = {
         r"scale has shape \(1, 1, 1, 6\)",
         lambda: norm(ones(*NHWC), BN, scale=ones(1, 1, 1, 6)),
     ),
-    "a scalar scale": (ValueError, r"scale has shape \(\)", lambda: norm(ones(*NHWC), BN, scale=2.0)),
+    "a scalar scale": (
+        ValueError,
+        r"scale has shape \(\)",
+        lambda: norm(ones(*NHWC), BN, scale=2.0),
+    ),
     "a scale for each group": (
         ValueError,
         r"scale has shape \(3,\)",
@@ -187,16 +265,36 @@ ERRORS = {
         r"m\.var of shape \(1, 4\) does not fit x of shape \(8, 6\)",
         lambda: normalize(ones(8, 6), given(1, 4)),
     ),
-    "a running state as moments": (ValueError, r"m\.var of shape \(6,\)", lambda: normalize(ones(8, 6), init_running((6,)))),
+    "a running state as moments": (
+        ValueError,
+        r"m\.var of shape \(6,\)",
+        lambda: normalize(ones(8, 6), init_running((6,))),
+    ),
     "complex moments of real x": (
         TypeError,
         "mean is complex",
         lambda: normalize(ones(8, 6), Moments(ones(1, 6), ones(1, 6, dtype="c8"), ones(1, 6))),
     ),
-    "an integer y": (TypeError, "dtype int32 cannot hold the result", lambda: norm(ones(8, 6), BN, dtype="i4")),
-    "a real y of complex x": (TypeError, "dtype float32 cannot hold", lambda: norm(ones(8, 6, dtype="c8"), BN, dtype="f4")),
-    "pooling to a finer shape": (ValueError, r"does not fit x of shape \(1, 6\)", lambda: pool(given(1, 6), (8, 6))),
-    "merging nothing": (ValueError, r"merge needs one or more moments of equal shape\. Got shapes \[\]", lambda: merge()),
+    "an integer y": (
+        TypeError,
+        "dtype int32 cannot hold the result",
+        lambda: norm(ones(8, 6), BN, dtype="i4"),
+    ),
+    "a real y of complex x": (
+        TypeError,
+        "dtype float32 cannot hold",
+        lambda: norm(ones(8, 6, dtype="c8"), BN, dtype="f4"),
+    ),
+    "pooling to a finer shape": (
+        ValueError,
+        r"does not fit x of shape \(1, 6\)",
+        lambda: pool(given(1, 6), (8, 6)),
+    ),
+    "merging nothing": (
+        ValueError,
+        r"merge needs one or more moments of equal shape\. Got shapes \[\]",
+        lambda: merge(),
+    ),
     "merging unequal shapes": (
         ValueError,
         r"merge needs .* equal shape\. Got shapes \[\(1, 6\), \(1, 3\)\]",
@@ -223,10 +321,17 @@ ERRORS = {
         "num_ghosts=None and ghost_size=None",
         lambda: methods.ghost_batch_norm(),
     ),
-    "ghosts without groups": (ValueError, "num_groups=None and group_size=None", lambda: methods.batch_and_group_norm(2)),
+    "ghosts without groups": (
+        ValueError,
+        "num_groups=None and group_size=None",
+        lambda: methods.batch_and_group_norm(2),
+    ),
     "pieces across rows": (
         ValueError,
-        r"18 groups of x of shape \(8, 4, 6, 6\) are not whole parts of every channel\. Expected a divisor of the 6 channels",
+        (
+            r"18 groups of x of shape \(8, 4, 6, 6\) are not whole parts of every channel\."
+            r" Expected a divisor of the 6 channels"
+        ),
         lambda: methods.batch_group_norm(18, (8, 4, 6, 6)),
     ),
     "pieces across rows and columns": (
@@ -234,8 +339,16 @@ ERRORS = {
         "36 groups .* not whole parts",
         lambda: methods.batch_group_norm(36, (8, 4, 4, 6)),
     ),
-    "pieces across channels": (ValueError, "not whole parts", lambda: methods.batch_group_norm(9, (8, 4, 4, 6))),
-    "pieces of vectors": (ValueError, "12 groups .* not whole parts", lambda: methods.batch_group_norm(12, (8, 6))),
+    "pieces across channels": (
+        ValueError,
+        "not whole parts",
+        lambda: methods.batch_group_norm(9, (8, 4, 4, 6)),
+    ),
+    "pieces of vectors": (
+        ValueError,
+        "12 groups .* not whole parts",
+        lambda: methods.batch_group_norm(12, (8, 6)),
+    ),
     "pieces without a shape": (
         ValueError,
         "does not split into 12",

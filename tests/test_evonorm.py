@@ -58,11 +58,16 @@ def test_b0():
     y, gradients, new = differentiated(flat(ours))(*args)
     close(y, b0(np, *args))
     close(gradients, differentiated(lambda *args: (b0(jnp, *args), None))(*args)[1])
-    np.testing.assert_allclose(new["var"], 0.9 * np.asarray(state["var"]) + 0.1 * args[0].var((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(
+        new["var"], 0.9 * np.asarray(state["var"]) + 0.1 * args[0].var((0, 1, 2)), rtol=1e-6
+    )
     y, gradients, unchanged = differentiated(flat(partial(ours, train=False)))(*args)
     var = np.asarray(state["var"], "f8")
     close(y, b0(np, *args, var=var))
-    close(gradients, differentiated(lambda *args: (b0(jnp, *args, var=var[None, None, None]), None))(*args)[1])
+    close(
+        gradients,
+        differentiated(lambda *args: (b0(jnp, *args, var=var[None, None, None]), None))(*args)[1],
+    )
     assert (unchanged["var"] == state["var"]).all()
 
 
@@ -84,12 +89,15 @@ def test_limits_and_bounds():
     batch = jax.jit(lambda x, v: evonorm.evonorm_b0(x, first, train=True, v=v, epsilon=0.0)[0])
     sample = jax.jit(lambda x, v: evonorm.evonorm_s0(x, v=v, num_groups=3, epsilon=0.0))
     std, own, group = (
-        jnp.sqrt(moments(x, m()).var) for m in (methods.batch_norm, methods.instance_norm, partial(methods.group_norm, 3))
+        jnp.sqrt(moments(x, m()).var)
+        for m in (methods.batch_norm, methods.instance_norm, partial(methods.group_norm, 3))
     )
     group = jnp.repeat(group, 2, axis=-1)
     close(batch(x, jnp.zeros(6)), x / jnp.maximum(std, own))
     assert (batch(x, v) < 1 / v[None, None, None]).all()
-    close(batch(x[:1], v), x[:1] / (own[:1] + jnp.maximum(0, v[None, None, None] * x[:1])))  # one example
+    close(
+        batch(x[:1], v), x[:1] / (own[:1] + jnp.maximum(0, v[None, None, None] * x[:1]))
+    )  # one example
     close(sample(x, jnp.zeros(6)), x / (2 * group))
     close(sample(x, jnp.full(6, 1e6)), jax.nn.relu(x) / group)
     close(sample(x[:2], v), sample(x, v)[:2])  # of the others S0 knows nothing
@@ -100,15 +108,23 @@ def test_they_keep_x_alone():
     x, v = jnp.ones((16, 8, 8, 64), jnp.bfloat16), jnp.ones(64, jnp.float32)
     for f in (
         lambda x, v: evonorm.evonorm_s0(x, v=v, scale=v),
-        lambda x, v: evonorm.evonorm_b0(x, evonorm.init_evonorm_b0(64), train=True, v=v, scale=v)[0],
+        lambda x, v: evonorm.evonorm_b0(x, evonorm.init_evonorm_b0(64), train=True, v=v, scale=v)[
+            0
+        ],
     ):
-        kept = [t for t in jax.tree.leaves(jax.eval_shape(lambda x, v, f=f: jax.vjp(f, x, v)[1], x, v)) if t.size >= x.size]
+        kept = [
+            t
+            for t in jax.tree.leaves(jax.eval_shape(lambda x, v, f=f: jax.vjp(f, x, v)[1], x, v))
+            if t.size >= x.size
+        ]
         assert {(t.shape, t.dtype) for t in kept} == {(x.shape, x.dtype)}
 
 
 def test_errors():
     x, first = jnp.ones(SHAPE), evonorm.init_evonorm_b0(6)
-    with pytest.raises(ValueError, match="channel axis -1 of x has size 6, which does not split into 32"):
+    with pytest.raises(
+        ValueError, match="channel axis -1 of x has size 6, which does not split into 32"
+    ):
         evonorm.evonorm_s0(x, v=jnp.ones(6))
     with pytest.raises(ValueError, match="v has shape \\(4,\\).*Expected \\(6,\\)"):
         evonorm.evonorm_b0(x, first, train=True, v=jnp.ones(4))

@@ -1,4 +1,5 @@
-"""Meshes with axes of type Explicit, the default of `jax.make_mesh`: what is sharded how, layers and state included."""
+"""Meshes with axes of type Explicit, the default of `jax.make_mesh`: what is sharded how, layers
+and state included."""
 
 import contextlib
 import functools
@@ -48,14 +49,16 @@ def specs(tree):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("context", EAGER, ids=str)
 def test_outside_of_jit(context):
-    """Weights have a gradient here: JAX makes the zeros of an unused argument under `jax.set_mesh` only."""
+    """Weights have a gradient here: JAX makes the zeros of an unused argument under `jax.set_mesh`
+    only."""
     check(BY_NAME["group_norm"], context, "NC", True)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("set_mesh", (True, False))
 def test_every_step_between_statistics_and_output(set_mesh):
-    """moments, pool, merge, running state, normalize: typed as they should be, and equal to what one device computes."""
+    """moments, pool, merge, running state, normalize: typed as they should be, and equal to what
+    one device computes."""
     method = methods.batch_norm()
 
     def f(x):
@@ -64,7 +67,11 @@ def test_every_step_between_statistics_and_output(set_mesh):
         both = merge(whole, moments(x * 2, method))
         state = update_running(init_running((12,)), moments(x, methods.ghost_batch_norm(4)))
         total = update_cumulative(init_running((12,), counted=True), both)
-        return (fine, whole, both), (state, total), normalize(x, running_moments(total, method, x.shape))
+        return (
+            (fine, whole, both),
+            (state, total),
+            normalize(x, running_moments(total, method, x.shape)),
+        )
 
     x = sharded(x=X.astype("f8"))
     with entered(x, set_mesh):
@@ -74,7 +81,9 @@ def test_every_step_between_statistics_and_output(set_mesh):
     assert set(specs(state)) == {P(None)}
     assert y.sharding.spec == spec("NC")
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ((fine, whole, both), state, y), jax.jit(f)(X.astype("f8"))
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        ((fine, whole, both), state, y),
+        jax.jit(f)(X.astype("f8")),
     )
 
 
@@ -86,18 +95,25 @@ def test_state_is_a_carry_with_its_own_sharding():
         with jax.set_mesh(mesh("NC", AxisType.Explicit)):
             x = sharded()
             state = jax.tree.map(lambda t, s=s: jax.device_put(t, s), init_running((12,)))
-            assert specs(jax.jit(lambda state: jax.lax.scan(step, state, None, length=2)[0])(state)) == [s, s]
+            assert specs(
+                jax.jit(lambda state: jax.lax.scan(step, state, None, length=2)[0])(state)
+            ) == [s, s]
 
 
 @pytest.mark.parametrize("cut, set_mesh", [("N", True), ("NC", False)])
 def test_linen_layers(cut, set_mesh):
-    layers = [linen.BatchNorm(use_running_average=False), linen.GhostBatchNorm(4, use_running_average=False)]
+    layers = [
+        linen.BatchNorm(use_running_average=False),
+        linen.GhostBatchNorm(4, use_running_average=False),
+    ]
     layers += [linen.GroupNorm(3)]
 
     def f(x, gy):
         outs = []
         for layer in layers:
-            variables = jax.tree.map(lambda t: t + 0.1, layer.init(jax.random.key(0), jnp.ones((1, *x.shape[1:]))))
+            variables = jax.tree.map(
+                lambda t: t + 0.1, layer.init(jax.random.key(0), jnp.ones((1, *x.shape[1:])))
+            )
             apply = functools.partial(layer.apply, mutable="batch_stats")
             y, pull, new = jax.vjp(apply, variables, x, has_aux=True)
             outs.append((y, pull(gy)[0]["params"], pull(gy)[1], new))
@@ -148,11 +164,14 @@ def test_activations_may_use_arrays_of_the_mesh(set_mesh):
         with entered(x, set_mesh):
             got = run(x, jnp.float32(0.5))
         assert got[0].sharding.spec == spec("N")
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, wanted)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, wanted
+        )
 
 
 def test_transformations_compose():
-    """remat, scan over layers, vmap along a sharded axis and forward over reverse, each on typed arrays."""
+    """remat, scan over layers, vmap along a sharded axis and forward over reverse, each on typed
+    arrays."""
     f = lambda x: norm(x, methods.batch_and_group_norm(2, 3))[0]  # noqa: E731
 
     def g(x):
@@ -170,8 +189,17 @@ def test_axes_named_together_on_one_array_axis():
     """Four groups fit the first of two mesh axes, and are typed so; three fit none."""
     where = mesh("NC", AxisType.Explicit)
     x = jax.device_put(np.ones((24, 2, 4), "f4"), NamedSharding(where, P(("i", "j"))))
-    for ghosts, wanted in ((2, None), (3, None), (4, "i"), (8, ("i", "j")), (12, "i"), (24, ("i", "j"))):
-        assert moments(x, methods.ghost_batch_norm(ghosts)).mean.sharding.spec == P(wanted, None, None), ghosts
+    for ghosts, wanted in (
+        (2, None),
+        (3, None),
+        (4, "i"),
+        (8, ("i", "j")),
+        (12, "i"),
+        (24, ("i", "j")),
+    ):
+        assert moments(x, methods.ghost_batch_norm(ghosts)).mean.sharding.spec == P(
+            wanted, None, None
+        ), ghosts
 
 
 @pytest.mark.parametrize("context", SHARDED[1:], ids=str)

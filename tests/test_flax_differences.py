@@ -1,6 +1,7 @@
 """Where jaxnorm differs from Flax on purpose: one test for each, which runs both.
 
-`DIFFERENCES` says for each what Flax does and what jaxnorm does; README.md has the same table for readers.
+`DIFFERENCES` says for each what Flax does and what jaxnorm does; README.md has the same table for
+readers.
 """
 
 import contextlib
@@ -20,34 +21,66 @@ import jaxnorm.linen
 import jaxnorm.nnx
 
 DIFFERENCES = {
-    "masked-devices": "Flax averages the means of devices, whatever their masks count, and one device without a valid row "
-    "gives NaN on all; jaxnorm weighs by count.",
-    "device-groups-checked": "Flax divides sums over unequal `axis_index_groups` by the size of the first, and dies inside "
-    "XLA on incomplete ones; jaxnorm raises ValueError.",
-    "device-groups-everywhere": "Flax has `axis_index_groups` in pmap only; jaxnorm also in vmap and shard_map.",
-    "initialize-without-axis": "Flax's LayerNorm, RMSNorm, GroupNorm and InstanceNorm with `axis_name` cannot be initialized "
-    "outside the map; jaxnorm's can, as both BatchNorms.",
-    "large-mean": "Flax's default variance, E[x^2] - E[x]^2 in float32, is wrong where the mean is large beside the standard "
-    "deviation; jaxnorm's default is right.",
-    "half-precision-nnx": "Flax's nnx layers with `dtype=bfloat16` cast x and running statistics to bfloat16 before they "
-    "compute; jaxnorm computes in float32 and casts the output.",
-    "float32-statistics": "Flax with `force_float32_reductions=False` computes in half precision; jaxnorm always in float32 "
-    "or wider, and the flag says only how running statistics are stored.",
-    "nnx-group-reduction": "Flax's nnx GroupNorm takes statistics of the wrong groups with `reduction_axes`, also without the "
-    "channels among them; jaxnorm computes what linen does, and raises.",
-    "complex-input": "Flax's running mean of complex x turns from float32 to complex64 at the first update in linen and "
-    "loses its imaginary part in nnx; jaxnorm's is complex from initialization in linen, a TypeError in nnx without a complex "
-    "`dtype`.",
-    "float-masks": "Flax casts a real mask to bool in linen and refuses it in nnx; jaxnorm takes it for weights.",
+    "masked-devices": (
+        "Flax averages the means of devices, whatever their masks count, and one device without a"
+        " valid row gives NaN on all; jaxnorm weighs by count."
+    ),
+    "device-groups-checked": (
+        "Flax divides sums over unequal `axis_index_groups` by the size of the first, and dies"
+        " inside XLA on incomplete ones; jaxnorm raises ValueError."
+    ),
+    "device-groups-everywhere": (
+        "Flax has `axis_index_groups` in pmap only; jaxnorm also in vmap and shard_map."
+    ),
+    "initialize-without-axis": (
+        "Flax's LayerNorm, RMSNorm, GroupNorm and InstanceNorm with `axis_name` cannot be"
+        " initialized outside the map; jaxnorm's can, as both BatchNorms."
+    ),
+    "large-mean": (
+        "Flax's default variance, E[x^2] - E[x]^2 in float32, is wrong where the mean is large"
+        " beside the standard deviation; jaxnorm's default is right."
+    ),
+    "half-precision-nnx": (
+        "Flax's nnx layers with `dtype=bfloat16` cast x and running statistics to bfloat16 before"
+        " they compute; jaxnorm computes in float32 and casts the output."
+    ),
+    "float32-statistics": (
+        "Flax with `force_float32_reductions=False` computes in half precision; jaxnorm always in"
+        " float32 or wider, and the flag says only how running statistics are stored."
+    ),
+    "nnx-group-reduction": (
+        "Flax's nnx GroupNorm takes statistics of the wrong groups with `reduction_axes`, also"
+        " without the channels among them; jaxnorm computes what linen does, and raises."
+    ),
+    "complex-input": (
+        "Flax's running mean of complex x turns from float32 to complex64 at the first update in"
+        " linen and loses its imaginary part in nnx; jaxnorm's is complex from initialization in"
+        " linen, a TypeError in nnx without a complex `dtype`."
+    ),
+    "float-masks": (
+        "Flax casts a real mask to bool in linen and refuses it in nnx; jaxnorm takes it for"
+        " weights."
+    ),
     "group-masks": "Flax's GroupNorm needs masks with all channels; jaxnorm's may broadcast.",
-    "nan-in-padding": "Flax gives NaN outputs and gradients where x is NaN under the mask; jaxnorm gives y = bias, and finite "
-    "gradients everywhere.",
-    "nothing-to-average": "Flax stores NaN after an empty mask or batch; jaxnorm leaves running statistics as they are.",
-    "non-finite-batch": "Flax stores infinity and NaN from a batch that has them; jaxnorm leaves the running statistics of "
-    "these channels as they are.",
-    "state-dtype": "Flax's running statistics take the dtype of wider x, float64; jaxnorm's keep theirs.",
-    "shape-errors": "Flax fails with a TypeError of broadcasting on another number of channels than the layer has; jaxnorm "
-    "raises a ValueError that names both.",
+    "nan-in-padding": (
+        "Flax gives NaN outputs and gradients where x is NaN under the mask; jaxnorm gives y ="
+        " bias, and finite gradients everywhere."
+    ),
+    "nothing-to-average": (
+        "Flax stores NaN after an empty mask or batch; jaxnorm leaves running statistics as they"
+        " are."
+    ),
+    "non-finite-batch": (
+        "Flax stores infinity and NaN from a batch that has them; jaxnorm leaves the running"
+        " statistics of these channels as they are."
+    ),
+    "state-dtype": (
+        "Flax's running statistics take the dtype of wider x, float64; jaxnorm's keep theirs."
+    ),
+    "shape-errors": (
+        "Flax fails with a TypeError of broadcasting on another number of channels than the layer"
+        " has; jaxnorm raises a ValueError that names both."
+    ),
 }
 
 KEY = jax.random.key(0)
@@ -57,7 +90,11 @@ FOUR = jax.devices()[:4]
 @contextlib.contextmanager
 def flax():
     """Flax needs JAX's default promotions."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         yield
 
@@ -80,7 +117,9 @@ def batch_norm(module, x, mask=None, start=None, **kwargs):
     """Output, and the batch's own statistics: with momentum 0 they are what is stored."""
     layer = module.BatchNorm(use_running_average=False, **{"momentum": 0.0} | kwargs)
     start = variables(x.shape[-1]) if start is None else start
-    y, new = jax.jit(lambda x, mask: layer.apply(start, x, mask=mask, mutable="batch_stats"))(x, mask)
+    y, new = jax.jit(lambda x, mask: layer.apply(start, x, mask=mask, mutable="batch_stats"))(
+        x, mask
+    )
     return y, new["batch_stats"]
 
 
@@ -97,14 +136,20 @@ def test_masked_devices():
     x, mask = data(2, 4, 3), jnp.array([[1, 1, 1, 1], [1, 0, 0, 0]], bool)[..., None]
 
     def mean(module, mask):
-        return jit(jax.vmap(lambda x, w: batch_norm(module, x, w, axis_name="i")[1]["mean"], axis_name="i"))(x, mask)[0]
+        return jit(
+            jax.vmap(lambda x, w: batch_norm(module, x, w, axis_name="i")[1]["mean"], axis_name="i")
+        )(x, mask)[0]
 
     with flax():
-        per_device = np.stack([np.asarray(x)[i][np.asarray(mask)[i, :, 0]].mean(0) for i in range(2)])
+        per_device = np.stack(
+            [np.asarray(x)[i][np.asarray(mask)[i, :, 0]].mean(0) for i in range(2)]
+        )
         np.testing.assert_allclose(mean(linen, mask), per_device.mean(0), rtol=1e-5)
         assert np.isnan(mean(linen, mask.at[1].set(False))).all()
     for valid in (mask, mask.at[1].set(False)):
-        np.testing.assert_allclose(mean(jaxnorm.linen, valid), np.asarray(x)[np.asarray(valid)[..., 0]].mean(0), rtol=1e-5)
+        np.testing.assert_allclose(
+            mean(jaxnorm.linen, valid), np.asarray(x)[np.asarray(valid)[..., 0]].mean(0), rtol=1e-5
+        )
 
 
 def test_device_groups_checked():
@@ -112,7 +157,9 @@ def test_device_groups_checked():
 
     def means(module, groups):
         layer = {"axis_name": "i", "axis_index_groups": groups}
-        return jax.pmap(lambda x: batch_norm(module, x, **layer)[1]["mean"], axis_name="i", devices=FOUR)(x)[:, 0]
+        return jax.pmap(
+            lambda x: batch_norm(module, x, **layer)[1]["mean"], axis_name="i", devices=FOUR
+        )(x)[:, 0]
 
     with flax():
         assert means(linen, [[0], [1, 2, 3]]).tolist() == [0, 6, 6, 6]  # the mean of 1, 2, 3 is 2
@@ -126,12 +173,20 @@ def test_device_groups_everywhere():
     mesh = jax.sharding.Mesh(np.array(FOUR), ("i",))
 
     def mean(module, x):
-        return batch_norm(module, x, axis_name="i", axis_index_groups=[[0, 3], [1, 2]])[1]["mean"][:1]
+        return batch_norm(module, x, axis_name="i", axis_index_groups=[[0, 3], [1, 2]])[1]["mean"][
+            :1
+        ]
 
     def mapped(module, context):
         if context == "vmap":
             return jit(jax.vmap(lambda x: mean(module, x), axis_name="i"))(x)
-        f = jax.shard_map(lambda x: mean(module, x[0]), mesh=mesh, in_specs=P("i"), out_specs=P("i"), check_vma=True)
+        f = jax.shard_map(
+            lambda x: mean(module, x[0]),
+            mesh=mesh,
+            in_specs=P("i"),
+            out_specs=P("i"),
+            check_vma=True,
+        )
         return jit(f)(x)
 
     for context in ("vmap", "shard_map"):
@@ -142,11 +197,20 @@ def test_device_groups_everywhere():
 
 def test_initialize_without_axis():
     x, affine = data(2, 3, 4), variables(4)["params"]
-    for name, kwargs in (("LayerNorm", {}), ("RMSNorm", {}), ("GroupNorm", {"num_groups": 2}), ("InstanceNorm", {})):
+    for name, kwargs in (
+        ("LayerNorm", {}),
+        ("RMSNorm", {}),
+        ("GroupNorm", {"num_groups": 2}),
+        ("InstanceNorm", {}),
+    ):
         with flax(), pytest.raises(NameError, match="unbound axis name"):
             getattr(linen, name)(**kwargs, axis_name="i").init(KEY, x)
-        assert "scale" in getattr(jaxnorm.linen, name)(**kwargs, axis_name="i").init(KEY, x)["params"]
-        with pytest.raises(NameError, match="unbound axis name"):  # using it outside the map stays an error
+        assert (
+            "scale" in getattr(jaxnorm.linen, name)(**kwargs, axis_name="i").init(KEY, x)["params"]
+        )
+        with pytest.raises(
+            NameError, match="unbound axis name"
+        ):  # using it outside the map stays an error
             getattr(jaxnorm.linen, name)(**kwargs, axis_name="i").apply({"params": affine}, x)
 
 
@@ -195,7 +259,9 @@ def test_float32_statistics():
     start = jax.tree.map(lambda t: t.astype(jnp.bfloat16), variables())
 
     def var(module):
-        stats = batch_norm(module, x, start=start, force_float32_reductions=False, param_dtype=jnp.bfloat16)[1]
+        stats = batch_norm(
+            module, x, start=start, force_float32_reductions=False, param_dtype=jnp.bfloat16
+        )[1]
         assert stats["var"].dtype == jnp.bfloat16
         return np.asarray(stats["var"], np.float64)
 
@@ -247,10 +313,14 @@ def test_float_masks():
     x, weights = data(4, 3), jnp.array([0.5, 0.25, 2.0, 0.0])[:, None]
     weighted = np.average(x, axis=0, weights=weights[:, 0])
     with flax():
-        np.testing.assert_allclose(batch_norm(linen, x, weights)[1]["mean"], x[:3].mean(0), rtol=1e-5)
+        np.testing.assert_allclose(
+            batch_norm(linen, x, weights)[1]["mean"], x[:3].mean(0), rtol=1e-5
+        )
         with pytest.raises(ValueError, match="boolean"):
             call(nnx_layer(nnx, "BatchNorm", 3), x, weights)
-    np.testing.assert_allclose(batch_norm(jaxnorm.linen, x, weights)[1]["mean"], weighted, rtol=1e-5)
+    np.testing.assert_allclose(
+        batch_norm(jaxnorm.linen, x, weights)[1]["mean"], weighted, rtol=1e-5
+    )
     layer = nnx_layer(jaxnorm.nnx, "BatchNorm", 3, momentum=0.0)
     call(layer, x, weights)
     np.testing.assert_allclose(layer.mean[...], weighted, rtol=1e-5)
@@ -282,7 +352,10 @@ def test_nan_in_padding():
         def loss(params, x):
             layer = module.BatchNorm(use_running_average=use)
             y = layer.apply(start | {"params": params}, x, mask=mask, mutable="batch_stats")[0]
-            return jnp.where(mask, jnp.sin(y), 0).sum(), y  # the loss ignores the padding, as it should
+            return (
+                jnp.where(mask, jnp.sin(y), 0).sum(),
+                y,
+            )  # the loss ignores the padding, as it should
 
         (_, y), grads = jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(start["params"], x)
         return y, grads
@@ -320,7 +393,9 @@ def test_non_finite_batch():
         ours = batch_norm(jaxnorm.linen, x)[1]
         assert not np.isfinite(theirs["mean"][0]) and not np.isfinite(theirs["var"][0])
         assert (ours["mean"][0], ours["var"][0]) == (0, 1)
-        chex.assert_trees_all_close(*[{k: v[1:] for k, v in stats.items()} for stats in (ours, theirs)], rtol=1e-5)
+        chex.assert_trees_all_close(
+            *[{k: v[1:] for k, v in stats.items()} for stats in (ours, theirs)], rtol=1e-5
+        )
 
 
 def test_state_dtype(x64):
@@ -336,8 +411,15 @@ def test_shape_errors():
     for use in (True, False):
         for module, error in ((linen, TypeError), (jaxnorm.linen, ValueError)):
             with flax() if module is linen else contextlib.nullcontext(), pytest.raises(error):
-                module.BatchNorm(use_running_average=use).apply(variables(4), x, mutable="batch_stats")
-    for name, kwargs in (("BatchNorm", {}), ("LayerNorm", {}), ("RMSNorm", {}), ("GroupNorm", {"num_groups": 2})):
+                module.BatchNorm(use_running_average=use).apply(
+                    variables(4), x, mutable="batch_stats"
+                )
+    for name, kwargs in (
+        ("BatchNorm", {}),
+        ("LayerNorm", {}),
+        ("RMSNorm", {}),
+        ("GroupNorm", {"num_groups": 2}),
+    ):
         with flax(), pytest.raises(TypeError):
             nnx_layer(nnx, name, 4, **kwargs)(x)
         with pytest.raises(ValueError):
@@ -345,7 +427,11 @@ def test_shape_errors():
 
 
 def test_every_difference_has_a_test():
-    tests = {name.removeprefix("test_").replace("_", "-") for name in globals() if name.startswith("test_")}
+    tests = {
+        name.removeprefix("test_").replace("_", "-")
+        for name in globals()
+        if name.startswith("test_")
+    }
     assert set(DIFFERENCES) <= tests
 
 

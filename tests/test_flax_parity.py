@@ -1,4 +1,5 @@
-"""The drop-in layers against installed Flax: same arguments, variables, outputs, derivatives, updates and errors.
+"""The drop-in layers against installed Flax: same arguments, variables, outputs, derivatives,
+updates and errors.
 
 Where Flax and jaxnorm differ on purpose is in test_flax_differences.py.
 """
@@ -30,9 +31,13 @@ INTEGERS = (jnp.int32, jnp.bool_, jnp.uint8)
 
 @contextlib.contextmanager
 def as_in_flax(module):
-    """Flax needs JAX's default promotions, which the tests switch off; our layers run without them."""
+    """Flax needs JAX's default promotions, which the tests switch off; our layers run without
+    them."""
     ours = module in (jaxnorm.linen, jaxnorm.nnx)
-    with jax.numpy_dtype_promotion("strict" if ours else "standard"), jax.numpy_rank_promotion("raise" if ours else "allow"):
+    with (
+        jax.numpy_dtype_promotion("strict" if ours else "standard"),
+        jax.numpy_rank_promotion("raise" if ours else "allow"),
+    ):
         yield
 
 
@@ -51,7 +56,9 @@ def close(ours, theirs, tolerance=2e-5):
     def wide(t):
         return np.asarray(t).astype(np.complex128 if jnp.iscomplexobj(t) else np.float64)
 
-    chex.assert_trees_all_close(jax.tree.map(wide, ours), jax.tree.map(wide, theirs), rtol=tolerance, atol=tolerance)
+    chex.assert_trees_all_close(
+        jax.tree.map(wide, ours), jax.tree.map(wide, theirs), rtol=tolerance, atol=tolerance
+    )
 
 
 def learned(tree):
@@ -88,28 +95,42 @@ def in_linen(module, name, kwargs, variables, x, mask):
 
     def trained(params, x):
         with as_in_flax(module):
-            return layer.apply(variables | {"params": params}, x, mask=mask, mutable=["batch_stats"], **using[0])
+            return layer.apply(
+                variables | {"params": params}, x, mask=mask, mutable=["batch_stats"], **using[0]
+            )
 
     result = differentiated(trained, variables.get("params", {}), x)
     with as_in_flax(module):
-        return result | {"initial": initial, "evaluated": layer.apply(variables, x, mask=mask, **using[1])}
+        return result | {
+            "initial": initial,
+            "evaluated": layer.apply(variables, x, mask=mask, **using[1]),
+        }
 
 
 def same_in_linen(name, kwargs, x, mask=None, tolerance=2e-5):
     """Compare Flax's layer and ours; the compiler's optimizations would only cost time here."""
     using = {"use_running_average": False} if name == BN else {}
     with as_in_flax(linen):
-        variables = learned(jax.eval_shape(lambda: getattr(linen, name)(**kwargs).init(KEY, x, **using)))
+        variables = learned(
+            jax.eval_shape(lambda: getattr(linen, name)(**kwargs).init(KEY, x, **using))
+        )
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def both(variables, x, mask):
-        return [in_linen(module, name, kwargs, variables, x, mask) for module in (jaxnorm.linen, linen)]
+        return [
+            in_linen(module, name, kwargs, variables, x, mask) for module in (jaxnorm.linen, linen)
+        ]
 
     close(*both(variables, x, mask), tolerance)
 
 
 def cases(*rows):
-    return [pytest.param(*row, id=f"{row[0]}-{'-'.join(f'{k}={v}' for k, v in row[1].items())}-{len(row[2])}d") for row in rows]
+    return [
+        pytest.param(
+            *row, id=f"{row[0]}-{'-'.join(f'{k}={v}' for k, v in row[1].items())}-{len(row[2])}d"
+        )
+        for row in rows
+    ]
 
 
 ARGUMENTS = cases(
@@ -146,9 +167,15 @@ def test_linen_layers_compute_what_flax_computes(name, kwargs, shape):
 
 GRID = {
     BN: ((2, 3, 4, 5), {"axis": (-1, 1, (1, -1), (2, 3))}),
-    LN: ((3, 4, 5, 2), {"reduction_axes": (-1, (1, 2), (1, -1), 2), "feature_axes": (-1, (1, 2), (-1, 1))}),
+    LN: (
+        (3, 4, 5, 2),
+        {"reduction_axes": (-1, (1, 2), (1, -1), 2), "feature_axes": (-1, (1, 2), (-1, 1))},
+    ),
     RMS: ((3, 4, 5, 2), {"reduction_axes": (-1, (1, 2)), "feature_axes": (-1, (1, 2))}),
-    GN: ((3, 2, 4, 6), {"num_groups": (1, 2, 6), "reduction_axes": (None, (1, -1), (2, 3), (0, 1, 2, 3))}),
+    GN: (
+        (3, 2, 4, 6),
+        {"num_groups": (1, 2, 6), "reduction_axes": (None, (1, -1), (2, 3), (0, 1, 2, 3))},
+    ),
     IN: ((2, 3, 4, 5), {"feature_axes": (-1, 1, (2, 3))}),
 }
 
@@ -163,7 +190,12 @@ def test_linen_layers_compute_what_flax_computes_over_the_grid(name, masked, fas
     # no line of indices is masked as a whole: what an empty set gives is a deliberate difference
     mask = jnp.asarray(np.indices(shape).sum(0) % 4 != 0) if masked else None
     for values in itertools.product(*options.values()):
-        same_in_linen(name, dict(zip(options, values, strict=True)) | {"use_fast_variance": fast, "epsilon": 0.1}, x, mask)
+        same_in_linen(
+            name,
+            dict(zip(options, values, strict=True)) | {"use_fast_variance": fast, "epsilon": 0.1},
+            x,
+            mask,
+        )
 
 
 MASKS = [
@@ -183,7 +215,9 @@ MASKS = [
 ]
 
 
-@pytest.mark.parametrize("name, kwargs, shape, mask_shape", MASKS, ids=lambda v: str(v).replace(" ", ""))
+@pytest.mark.parametrize(
+    "name, kwargs, shape, mask_shape", MASKS, ids=lambda v: str(v).replace(" ", "")
+)
 def test_masks_that_flax_accepts_give_what_flax_gives(name, kwargs, shape, mask_shape):
     mask = jnp.asarray(np.random.default_rng(3).random(mask_shape) < 0.7)
     same_in_linen(name, kwargs, data(shape), mask)
@@ -208,7 +242,11 @@ def dtype_name(dtype):
     return dtype and jnp.dtype(dtype).name
 
 
-@pytest.mark.parametrize("name, x_dtype, dtype, param_dtype", VALUES, ids=lambda v: v if isinstance(v, str) else dtype_name(v))
+@pytest.mark.parametrize(
+    "name, x_dtype, dtype, param_dtype",
+    VALUES,
+    ids=lambda v: v if isinstance(v, str) else dtype_name(v),
+)
 def test_values_agree_in_other_dtypes(name, x_dtype, dtype, param_dtype):
     kwargs = EXTRA[name] | {"dtype": dtype, "param_dtype": param_dtype}
     tolerance = max(HALF.get(d, 2e-5) for d in (x_dtype, dtype, param_dtype))
@@ -224,23 +262,34 @@ def test_dtypes_of_variables_and_outputs_are_those_of_flax(name):
         def run(x):
             with as_in_flax(module):
                 layer = getattr(module, name)(**EXTRA[name], **kwargs)
-                return layer.init_with_output(KEY, x, **({"use_running_average": False} if name == BN else {}))
+                return layer.init_with_output(
+                    KEY, x, **({"use_running_average": False} if name == BN else {})
+                )
 
         return jax.eval_shape(run, jax.ShapeDtypeStruct((4, 3, 4), dtype))
 
     compared = 0
     with jax.enable_x64(True):
-        for dtype, param_dtype, of_x in itertools.product((None, *floats), floats, (*floats, *INTEGERS)):
+        for dtype, param_dtype, of_x in itertools.product(
+            (None, *floats), floats, (*floats, *INTEGERS)
+        ):
             kwargs = {"dtype": dtype, "param_dtype": param_dtype}
             for forced in (True, False) if name == BN else (True,):
                 kwargs["force_float32_reductions"] = forced
                 try:
                     theirs = traced(linen, kwargs, of_x)
-                except (TypeError, ValueError, Warning):  # what Flax refuses, or warns of: complex x for real output
+                except (
+                    TypeError,
+                    ValueError,
+                    Warning,
+                ):  # what Flax refuses, or warns of: complex x for real output
                     continue
                 ours = traced(jaxnorm.linen, kwargs, of_x)
                 if name == BN and jnp.complex64 in (of_x, dtype, param_dtype):
-                    del theirs[1]["batch_stats"], ours[1]["batch_stats"]  # see complex-input in test_flax_differences.py
+                    del (
+                        theirs[1]["batch_stats"],
+                        ours[1]["batch_stats"],
+                    )  # see complex-input in test_flax_differences.py
                 assert ours == theirs, {k: str(v) for k, v in kwargs.items()} | {"x": of_x}
                 compared += 1
     assert compared > 100
@@ -255,18 +304,31 @@ MODULES = [(linen, jaxnorm.linen), (nnx, jaxnorm.nnx)]
 def test_arguments_are_those_of_flax_and_what_is_new_comes_after(name, theirs, ours):
     def constructor(cls):
         if issubclass(cls, linen.Module):
-            return [(f.name, f.default, f.kw_only) for f in dataclasses.fields(cls) if f.name not in ("parent", "name")]
-        return [(p.name, p.default, p.kind) for p in list(inspect.signature(cls.__init__).parameters.values())[1:]]
+            return [
+                (f.name, f.default, f.kw_only)
+                for f in dataclasses.fields(cls)
+                if f.name not in ("parent", "name")
+            ]
+        return [
+            (p.name, p.default, p.kind)
+            for p in list(inspect.signature(cls.__init__).parameters.values())[1:]
+        ]
 
     def call(cls):
-        return [(p.name, p.default, p.kind) for p in inspect.signature(cls.__call__).parameters.values()]
+        return [
+            (p.name, p.default, p.kind) for p in inspect.signature(cls.__call__).parameters.values()
+        ]
 
     theirs, ours = getattr(theirs, name), getattr(ours, name)
     for arguments in (constructor, call):
         expected, got = arguments(theirs), arguments(ours)
         assert [a[0] for a in got[: len(expected)]] == [a[0] for a in expected]
-        for a, b in zip(got, expected, strict=False):  # initializers are made anew in each module of Flax
-            assert a[1:] == b[1:] or (a[0].endswith("_init") and a[1].__qualname__ == b[1].__qualname__), a[0]
+        for a, b in zip(
+            got, expected, strict=False
+        ):  # initializers are made anew in each module of Flax
+            assert a[1:] == b[1:] or (
+                a[0].endswith("_init") and a[1].__qualname__ == b[1].__qualname__
+            ), a[0]
 
 
 def test_models_have_the_same_trees():
@@ -278,7 +340,13 @@ def test_models_have_the_same_trees():
         @linen.compact
         def __call__(self, x):
             norm = functools.partial(self.norms.BatchNorm, use_running_average=False, momentum=0.9)
-            for layer in (norm(), norm(), norm(name="last"), self.norms.LayerNorm(), self.norms.RMSNorm()):
+            for layer in (
+                norm(),
+                norm(),
+                norm(name="last"),
+                self.norms.LayerNorm(),
+                self.norms.RMSNorm(),
+            ):
                 x = layer(x)
             return self.norms.InstanceNorm()(self.norms.GroupNorm(2)(x))
 
@@ -287,7 +355,9 @@ def test_models_have_the_same_trees():
             return jax.eval_shape(lambda: Model(module).init(KEY, jnp.ones((2, 3, 4))))
 
     assert variables(jaxnorm.linen) == variables(linen)
-    assert {"BatchNorm_0", "BatchNorm_1", "last", "LayerNorm_0"} < set(variables(jaxnorm.linen)["params"])
+    assert {"BatchNorm_0", "BatchNorm_1", "last", "LayerNorm_0"} < set(
+        variables(jaxnorm.linen)["params"]
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -298,7 +368,9 @@ def test_custom_initializers_draw_the_same_numbers(name):
 
     def variables(module):
         with as_in_flax(module):
-            return getattr(module, name)(**kwargs).init({"params": KEY}, x, **(FLAGS if name == BN else {}))
+            return getattr(module, name)(**kwargs).init(
+                {"params": KEY}, x, **(FLAGS if name == BN else {})
+            )
 
     chex.assert_trees_all_equal(variables(jaxnorm.linen), variables(linen))
 
@@ -392,7 +464,9 @@ def same_in_nnx(name, channels, kwargs, x, mask=None, tolerance=2e-5):
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def both(state, x, mask):
-        return [in_nnx(module, name, channels, kwargs, state, x, mask) for module in (jaxnorm.nnx, nnx)]
+        return [
+            in_nnx(module, name, channels, kwargs, state, x, mask) for module in (jaxnorm.nnx, nnx)
+        ]
 
     close(*both(state, x, mask), tolerance)
 
@@ -401,14 +475,29 @@ NNX_ARGUMENTS = [
     (BN, {}, (6, 5), None),
     (BN, {"axis": 1, "momentum": 0.7, "epsilon": 0.1, "use_bias": False}, (3, 5, 2, 2), None),
     (BN, {"use_fast_variance": False, "use_scale": False}, (4, 3, 2), (4, 3, 1)),
-    (BN, {"scale_init": initializers.normal(), "bias_init": initializers.normal()}, (4, 3, 2), (4, 3, 2)),
+    (
+        BN,
+        {"scale_init": initializers.normal(), "bias_init": initializers.normal()},
+        (4, 3, 2),
+        (4, 3, 2),
+    ),
     (LN, {}, (6, 5), None),
-    (LN, {"reduction_axes": (1, 2), "feature_axes": (1, 2), "use_fast_variance": False}, (2, 5, 4), (2, 1, 4)),
+    (
+        LN,
+        {"reduction_axes": (1, 2), "feature_axes": (1, 2), "use_fast_variance": False},
+        (2, 5, 4),
+        (2, 1, 4),
+    ),
     (LN, {"reduction_axes": (1, 2), "use_bias": False}, (2, 3, 4), None),
     (RMS, {"reduction_axes": (1, -1), "epsilon": 0.1}, (3, 5, 4), (3, 1, 4)),
     (RMS, {"use_scale": False}, (2, 2, 3, 2, 4), None),
     (GN, {"num_groups": 2}, (2, 5, 6), (2, 5, 6)),
-    (GN, {"num_groups": None, "group_size": 2, "use_bias": False, "use_fast_variance": False}, (2, 3, 4, 6), None),
+    (
+        GN,
+        {"num_groups": None, "group_size": 2, "use_bias": False, "use_fast_variance": False},
+        (2, 3, 4, 6),
+        None,
+    ),
     (IN, {}, (2, 5, 4), None),
     (IN, {"feature_axes": 1, "epsilon": 0.1, "use_scale": False}, (2, 3, 5, 4), (2, 1, 5, 4)),
 ]
@@ -418,7 +507,11 @@ NNX_ARGUMENTS = [
 def test_nnx_layers_compute_what_flax_computes(name, kwargs, shape, mask_shape):
     axes = kwargs.get("feature_axes", kwargs.get("axis", -1))
     channels = int(np.prod([shape[i] for i in np.atleast_1d(axes)]))
-    mask = None if mask_shape is None else jnp.asarray(np.random.default_rng(3).random(mask_shape) < 0.7)
+    mask = (
+        None
+        if mask_shape is None
+        else jnp.asarray(np.random.default_rng(3).random(mask_shape) < 0.7)
+    )
     same_in_nnx(name, channels, kwargs, data(shape), mask)
 
 
@@ -448,11 +541,16 @@ def test_dtypes_of_nnx_outputs_are_those_of_flax(name):
         def run(x):
             layer = nnx_layer(module, name, 4, EXTRA[name] | kwargs)
             with as_in_flax(module):
-                return [layer(x, **flags) for flags in (({}, {"use_running_average": True}) if name == BN else ({},))]
+                return [
+                    layer(x, **flags)
+                    for flags in (({}, {"use_running_average": True}) if name == BN else ({},))
+                ]
 
         return jax.eval_shape(run, jax.ShapeDtypeStruct((4, 3, 4), dtype))
 
-    for dtype, param_dtype, of_x in itertools.product((None, *floats), floats, (*floats, *INTEGERS)):
+    for dtype, param_dtype, of_x in itertools.product(
+        (None, *floats), floats, (*floats, *INTEGERS)
+    ):
         kinds = {jnp.issubdtype(d, jnp.complexfloating) for d in (dtype or of_x, of_x, param_dtype)}
         if name == BN and True in kinds:
             continue  # running statistics are real: see test_flax_differences.py
@@ -466,7 +564,12 @@ def test_dtypes_of_nnx_outputs_are_those_of_flax(name):
 
 def variables_of(layer):
     return {
-        "/".join(map(str, path)): (type(v), v.shape, v.dtype, {k: w for k, w in v.get_metadata().items()})
+        "/".join(map(str, path)): (
+            type(v),
+            v.shape,
+            v.dtype,
+            {k: w for k, w in v.get_metadata().items()},
+        )
         for path, v in nnx.to_flat_state(nnx.state(layer))
     }
 
@@ -474,7 +577,11 @@ def variables_of(layer):
 @pytest.mark.parametrize("used", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_nnx_variables_attributes_and_random_streams_are_those_of_flax(name, used):
-    kwargs = EXTRA[name] | {"use_scale": used, "scale_metadata": {"sharding_hint": "a"}, "param_dtype": jnp.float16}
+    kwargs = EXTRA[name] | {
+        "use_scale": used,
+        "scale_metadata": {"sharding_hint": "a"},
+        "param_dtype": jnp.float16,
+    }
     kwargs |= {} if name == RMS else {"use_bias": used, "bias_metadata": {"sharding_hint": "b"}}
     made = []
     for module in (jaxnorm.nnx, nnx):
@@ -490,7 +597,9 @@ def test_nnx_variables_attributes_and_random_streams_are_those_of_flax(name, use
     assert {k: getattr(ours, k) for k in plain} == {k: getattr(theirs, k) for k in plain}
 
 
-@pytest.mark.parametrize("case", [case for case in ERRORS if case not in ("flag twice", "parameters missing")])
+@pytest.mark.parametrize(
+    "case", [case for case in ERRORS if case not in ("flag twice", "parameters missing")]
+)
 def test_nnx_errors_open_with_the_sentence_of_flax(case):
     name, kwargs, _ = ERRORS[case]
     kwargs = {"use_running_average": None} if case == "flag nowhere" else kwargs
@@ -525,7 +634,11 @@ def test_train_eval_and_view_switch_nnx_layers_as_in_flax():
             for switch in (model.train, model.eval, model.train):
                 switch()
                 out += [model(x), nnx.to_pure_dict(nnx.state(model))]
-            out += [model(x, use_running_average=True), viewed(x), nnx.to_pure_dict(nnx.state(viewed))]
+            out += [
+                model(x, use_running_average=True),
+                viewed(x),
+                nnx.to_pure_dict(nnx.state(viewed)),
+            ]
             # the view shares variables with the model
             model(x)
             out.append(nnx.to_pure_dict(nnx.state(viewed)))
@@ -611,8 +724,14 @@ def test_statistics_over_a_named_axis_are_those_of_flax(name, kwargs, groups, co
     if groups and context != "pmap":
         pytest.skip("Flax has device groups in pmap only")
     x = data((4, 3, 2, 4))
-    variables = jaxnorm.linen.BatchNorm().init(KEY, x[0], **FLAGS) if name == BN else {"params": {"scale": jnp.ones(4)}}
-    variables = learned(variables if name in (BN, RMS) else {"params": {"scale": jnp.ones(4), "bias": jnp.ones(4)}})
+    variables = (
+        jaxnorm.linen.BatchNorm().init(KEY, x[0], **FLAGS)
+        if name == BN
+        else {"params": {"scale": jnp.ones(4)}}
+    )
+    variables = learned(
+        variables if name in (BN, RMS) else {"params": {"scale": jnp.ones(4), "bias": jnp.ones(4)}}
+    )
 
     def run(module):
         def of_part(x):
@@ -620,7 +739,9 @@ def test_statistics_over_a_named_axis_are_those_of_flax(name, kwargs, groups, co
                 with as_in_flax(module):
                     layer = getattr(module, name)(**kwargs, axis_name="i", axis_index_groups=groups)
                     flags = FLAGS if name == BN else {}
-                    return layer.apply(variables | {"params": params}, x, mutable=["batch_stats"], **flags)
+                    return layer.apply(
+                        variables | {"params": params}, x, mutable=["batch_stats"], **flags
+                    )
 
             return differentiated(output, variables["params"], x)
 
@@ -671,7 +792,9 @@ def test_a_custom_promote_dtype_sees_what_it_sees_in_flax(name):
             seen.append([None if v is None else v.shape for v in values])
             return tuple(None if v is None else v.astype(jnp.bfloat16) for v in values)
 
-        layer = nnx_layer(module, name, 4, EXTRA[name] | {"promote_dtype": promote, "dtype": jnp.float32})
+        layer = nnx_layer(
+            module, name, 4, EXTRA[name] | {"promote_dtype": promote, "dtype": jnp.float32}
+        )
         with as_in_flax(module):
             return layer(x)
 
@@ -679,9 +802,12 @@ def test_a_custom_promote_dtype_sees_what_it_sees_in_flax(name):
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("name, kwargs", [(GN, {"num_groups": 3}), (GN, {"num_groups": None, "group_size": 2})])
+@pytest.mark.parametrize(
+    "name, kwargs", [(GN, {"num_groups": 3}), (GN, {"num_groups": None, "group_size": 2})]
+)
 def test_num_features_is_held_to(name, kwargs):
-    """Without parameters nothing else would notice, and the groups would be those of another number of channels."""
+    """Without parameters nothing else would notice, and the groups would be those of another number
+    of channels."""
     for module in (nnx, jaxnorm.nnx):
         layer = nnx_layer(module, name, 6, kwargs | {"use_scale": False, "use_bias": False})
         with as_in_flax(module), pytest.raises((TypeError, ValueError)):

@@ -47,11 +47,21 @@ class Layers(fnn.Module):
     def __call__(self, x):
         norm = {"use_running_average": True, "param_dtype": self.dtype}
         conv = {"kernel_size": (3, 3), "param_dtype": self.dtype}
-        x = linen.BatchNorm(**norm)(fnn.Conv(8, use_bias=False, strides=2, **conv)(x), activation=jax.nn.relu)
-        x = linen.GhostBatchNorm(2, use_scale=False, **norm)(fnn.Conv(8, feature_group_count=8, padding="CIRCULAR", **conv)(x))
-        x = linen.BatchGroupNorm(2, unit_offset=True, epsilon=0.1, **norm)(fnn.Conv(12, feature_group_count=4, **conv)(x))
-        x = fnn.BatchNorm(use_bias=False, **norm)(fnn.ConvTranspose(6, transpose_kernel=True, **conv)(jax.nn.relu(x)))
-        x = linen.Norm(methods.batch_norm(), **norm)(fnn.ConvTranspose(6, use_bias=False, strides=(2, 2), **conv)(x))
+        x = linen.BatchNorm(**norm)(
+            fnn.Conv(8, use_bias=False, strides=2, **conv)(x), activation=jax.nn.relu
+        )
+        x = linen.GhostBatchNorm(2, use_scale=False, **norm)(
+            fnn.Conv(8, feature_group_count=8, padding="CIRCULAR", **conv)(x)
+        )
+        x = linen.BatchGroupNorm(2, unit_offset=True, epsilon=0.1, **norm)(
+            fnn.Conv(12, feature_group_count=4, **conv)(x)
+        )
+        x = fnn.BatchNorm(use_bias=False, **norm)(
+            fnn.ConvTranspose(6, transpose_kernel=True, **conv)(jax.nn.relu(x))
+        )
+        x = linen.Norm(methods.batch_norm(), **norm)(
+            fnn.ConvTranspose(6, use_bias=False, strides=(2, 2), **conv)(x)
+        )
         x = fnn.Dense(5, use_bias=False, param_dtype=self.dtype)(x.mean((1, 2)))
         return linen.BatchNorm(use_bias=False, use_scale=False, **norm)(x)
 
@@ -62,7 +72,9 @@ def test_every_layer_and_norm(dtype, x64):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 6, 4)), dtype)
     model = Layers(dtype)
     variables = trained(jax.eval_shape(model.init, jax.random.key(0), x), dtype)
-    forward, folded, pairs = linen.fold_norms(model.apply, variables, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    forward, folded, pairs = linen.fold_norms(
+        model.apply, variables, jax.ShapeDtypeStruct(x.shape, x.dtype)
+    )
     assert len(pairs) == 6 and "batch_stats" not in folded
     assert all("Conv" in name or "Dense" in name for name in folded["params"])
     assert all("bias" in layer for layer in folded["params"].values())
@@ -73,7 +85,11 @@ def test_every_layer_and_norm(dtype, x64):
 
 
 def _without_biases(tree):
-    return {name: _without_biases(t) if isinstance(t, dict) else t for name, t in tree.items() if name != "bias"}
+    return {
+        name: _without_biases(t) if isinstance(t, dict) else t
+        for name, t in tree.items()
+        if name != "bias"
+    }
 
 
 def test_a_residual_network_and_the_same_network_without_norms(x64):
@@ -90,7 +106,9 @@ def test_a_residual_network_and_the_same_network_without_norms(x64):
         @fnn.compact
         def __call__(self, x):
             for width in (4, 8):
-                x = Bottleneck(self.norm, partial(fnn.Conv, dtype=x.dtype), width, 2)(x, train=False)
+                x = Bottleneck(self.norm, partial(fnn.Conv, dtype=x.dtype), width, 2)(
+                    x, train=False
+                )
             return x
 
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 6)))
@@ -99,10 +117,16 @@ def test_a_residual_network_and_the_same_network_without_norms(x64):
     forward, folded, pairs = linen.fold_norms(model.apply, variables, x)
     assert len(pairs) == 8 and pairs["Bottleneck_1/BatchNorm_3"] == "Bottleneck_1/Conv_3"
     expected = jax.jit(model.apply)(variables, x)
-    np.testing.assert_allclose(jax.jit(forward)(folded, x), expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        jax.jit(forward)(folded, x), expected, rtol=0, atol=1e-12 * np.abs(expected).max()
+    )
     bare = Net(lambda **options: Identity())
-    seen = jax.eval_shape(bare.init, jax.random.key(0), x)  # what a model without norms has, but for the biases
-    assert jax.tree.map(jnp.shape, {"params": _without_biases(folded["params"])}) == jax.tree.map(jnp.shape, dict(seen))
+    seen = jax.eval_shape(
+        bare.init, jax.random.key(0), x
+    )  # what a model without norms has, but for the biases
+    assert jax.tree.map(jnp.shape, {"params": _without_biases(folded["params"])}) == jax.tree.map(
+        jnp.shape, dict(seen)
+    )
 
 
 class Awkward(fnn.Module):
@@ -126,8 +150,12 @@ class Awkward(fnn.Module):
         )
         x = norm(name="h", axis=1)(fnn.Conv(4, (1, 1), name="other_axis")(x))
         x = norm(name="i")(fnn.WeightNorm(fnn.Conv(4, (1, 1), name="kernel_made_on_the_way"))(x))
-        x = norm(name="j", use_bias=False)(fnn.Conv(4, (1, 1), name="before_a_given_bias")(x), bias=jnp.ones((2, 4)))
-        x = linen.BatchNorm(name="k")(fnn.Conv(4, (1, 1), name="trained")(x), False, update_running_average=False)
+        x = norm(name="j", use_bias=False)(
+            fnn.Conv(4, (1, 1), name="before_a_given_bias")(x), bias=jnp.ones((2, 4))
+        )
+        x = linen.BatchNorm(name="k")(
+            fnn.Conv(4, (1, 1), name="trained")(x), False, update_running_average=False
+        )
         return norm(name="z")(fnn.Conv(4, (1, 1), name="good")(x))
 
 
@@ -136,8 +164,16 @@ def test_only_where_it_is_right():
     variables = trained(jax.eval_shape(Awkward().init, jax.random.key(0), x))
     _, folded, pairs = linen.fold_norms(Awkward().apply, variables, x)
     assert pairs == {"z": "good"}
-    assert {*variables["params"]} - {*folded["params"]} == {*variables["batch_stats"]} - {*folded["batch_stats"]} == {"z"}
-    jax.tree.map(np.testing.assert_array_equal, variables["params"]["called_twice"], folded["params"]["called_twice"])
+    assert (
+        {*variables["params"]} - {*folded["params"]}
+        == {*variables["batch_stats"]} - {*folded["batch_stats"]}
+        == {"z"}
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        variables["params"]["called_twice"],
+        folded["params"]["called_twice"],
+    )
 
 
 def test_a_scan_and_remat_stay_as_they_are():
@@ -160,17 +196,27 @@ class Model(fnnx.Module):
         options = {"param_dtype": dtype, "rngs": rngs}
         self.blocks = fnnx.List(
             [
-                fnnx.Sequential(fnnx.Conv(3, 8, (3, 3), use_bias=False, **options), nnx.BatchNorm(8, **options)),
-                fnnx.Sequential(fnnx.Conv(8, 8, (3, 3), feature_group_count=8, **options), fnnx.BatchNorm(8, **options)),
                 fnnx.Sequential(
-                    fnnx.ConvTranspose(8, 6, (3, 3), transpose_kernel=True, use_bias=False, **options),
+                    fnnx.Conv(3, 8, (3, 3), use_bias=False, **options), nnx.BatchNorm(8, **options)
+                ),
+                fnnx.Sequential(
+                    fnnx.Conv(8, 8, (3, 3), feature_group_count=8, **options),
+                    fnnx.BatchNorm(8, **options),
+                ),
+                fnnx.Sequential(
+                    fnnx.ConvTranspose(
+                        8, 6, (3, 3), transpose_kernel=True, use_bias=False, **options
+                    ),
                     nnx.BatchGroupNorm(6, 3, use_bias=False, unit_offset=True, **options),
                 ),
             ]
         )
         self.twice, self.after = fnnx.Conv(6, 6, (1, 1), **options), nnx.BatchNorm(6, **options)
         self.shared = self.twice
-        self.dense, self.norm = fnnx.Linear(6, 5, **options), nnx.GhostBatchNorm(5, 2, use_scale=False, **options)
+        self.dense, self.norm = (
+            fnnx.Linear(6, 5, **options),
+            nnx.GhostBatchNorm(5, 2, use_scale=False, **options),
+        )
         self.skip, self.skipped = fnnx.Linear(5, 5, **options), nnx.BatchNorm(5, **options)
         self.groups = nnx.GroupNorm(5, num_groups=5, **options)
 
@@ -191,7 +237,9 @@ def test_nnx(dtype, x64):
     model = fnnx.view(fnnx.merge(graph, trained(state, dtype)), use_running_average=True)
     before = jax.tree.map(np.asarray, fnnx.state(model))
     folded, run = nnx.fold_norms(model, x), fnnx.jit(lambda m, x: m(x))
-    names = {"/".join(map(str, p)) for p, m in fnnx.iter_modules(folded) if isinstance(m, nnx.FoldedNorm)}
+    names = {
+        "/".join(map(str, p)) for p, m in fnnx.iter_modules(folded) if isinstance(m, nnx.FoldedNorm)
+    }
     assert names == {*(f"blocks/{i}/layers/1" for i in range(3)), "norm"}
     np.testing.assert_allclose(run(folded, x), run(model, x), **tolerance(dtype))
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, fnnx.state(model)))
@@ -208,16 +256,24 @@ def test_tied_weights_stay_as_they_are(wrap):
         @fnn.compact
         def __call__(self, x):
             tied, biased = fnn.Dense(6, use_bias=False, name="tied"), fnn.Dense(6, name="biased")
-            first, second, third = (linen.BatchNorm(use_running_average=True, name=name) for name in "abc")
+            first, second, third = (
+                linen.BatchNorm(use_running_average=True, name=name) for name in "abc"
+            )
             x = second(biased(jax.nn.relu(first(tied(x)))))
             x = third(fnn.Dense(6, name="free")(x))
-            return x @ tied.variables["params"]["kernel"].T + biased.variables["params"]["bias"][None]
+            return (
+                x @ tied.variables["params"]["kernel"].T + biased.variables["params"]["bias"][None]
+            )
 
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6)), jnp.float32)
     variables = trained(jax.eval_shape(Tied().init, jax.random.key(0), x))
-    forward, folded, pairs = linen.fold_norms(lambda variables, x: wrap(lambda x: Tied().apply(variables, x))(x), variables, x)
+    forward, folded, pairs = linen.fold_norms(
+        lambda variables, x: wrap(lambda x: Tied().apply(variables, x))(x), variables, x
+    )
     assert pairs == {"c": "free"}
-    np.testing.assert_allclose(forward(folded, x), Tied().apply(variables, x), **tolerance(jnp.float32))
+    np.testing.assert_allclose(
+        forward(folded, x), Tied().apply(variables, x), **tolerance(jnp.float32)
+    )
 
 
 @pytest.mark.parametrize("used", [True, False])

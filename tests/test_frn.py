@@ -1,4 +1,5 @@
-"""Filter Response Normalization and the thresholded linear unit, against their definition in NumPy."""
+"""Filter Response Normalization and the thresholded linear unit, against their definition in
+NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -43,20 +44,30 @@ def test_values_and_gradients():
     close(y, definition(np, *args))
     close(
         gradients,
-        differentiated(lambda *args: definition(jnp, *(t[None, None, None] if t.ndim == 1 else t for t in args)))(*args)[1],
+        differentiated(
+            lambda *args: definition(
+                jnp, *(t[None, None, None] if t.ndim == 1 else t for t in args)
+            )
+        )(*args)[1],
     )
 
 
 def test_limits_of_the_threshold():
     x, scale, bias, *_ = draw()
-    plain = differentiated(lambda x: norm(x, methods.filter_response_norm(), scale=scale, bias=bias, epsilon=1e-6)[0])(x)
+    plain = differentiated(
+        lambda x: norm(x, methods.filter_response_norm(), scale=scale, bias=bias, epsilon=1e-6)[0]
+    )(x)
     run = differentiated(lambda x: frn.filter_response_norm(x, scale=scale, bias=bias))
     close(run(x), plain)
     for threshold, expected in ((-np.inf, lambda t: t), (0.0, jax.nn.relu)):
         tau = jnp.full(5, threshold)
-        ours = differentiated(lambda x, tau=tau: frn.filter_response_norm(x, scale=scale, bias=bias, threshold=tau))
+        ours = differentiated(
+            lambda x, tau=tau: frn.filter_response_norm(x, scale=scale, bias=bias, threshold=tau)
+        )
         theirs = differentiated(
-            lambda x, f=expected: f(norm(x, methods.filter_response_norm(), scale=scale, bias=bias, epsilon=1e-6)[0])
+            lambda x, f=expected: f(
+                norm(x, methods.filter_response_norm(), scale=scale, bias=bias, epsilon=1e-6)[0]
+            )
         )
         close(ours(x), theirs(x))
 
@@ -71,7 +82,9 @@ def test_mean_square_is_one_and_positive_factors_cancel():
 
 def test_learned_epsilon_keeps_one_position_apart():
     x = jnp.asarray(draw()[0])[:, :1, :1]
-    y, (dx, de) = differentiated(lambda x, e: frn.filter_response_norm(x, learned_epsilon=e, epsilon=0.0))(x, jnp.asarray(-4.0))
+    y, (dx, de) = differentiated(
+        lambda x, e: frn.filter_response_norm(x, learned_epsilon=e, epsilon=0.0)
+    )(x, jnp.asarray(-4.0))
     close(y, x / jnp.sqrt(x**2 + 4))
     assert (jnp.abs(dx) > 0).all() and de != 0
 
@@ -93,7 +106,10 @@ def test_normalization_and_threshold_keep_x_alone():
 
 def test_errors():
     x = jnp.ones(SHAPE)
-    with pytest.raises(ValueError, match="threshold has shape \\(4,\\).*Expected \\(5,\\), or \\(3, 5\\) per example"):
+    with pytest.raises(
+        ValueError,
+        match="threshold has shape \\(4,\\).*Expected \\(5,\\), or \\(3, 5\\) per example",
+    ):
         frn.filter_response_norm(x, threshold=jnp.zeros(4))
     with pytest.raises(ValueError, match="Got threshold=None; expected one"):
         frn.filter_response_norm(x, slope=jnp.zeros(5))

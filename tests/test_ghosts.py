@@ -20,12 +20,16 @@ close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, at
 
 
 def data():
-    return np.random.default_rng(0).normal(1, 2, (K * SIZE, 3, 4)) * np.arange(1, 9).reshape(8, 1, 1)
+    return np.random.default_rng(0).normal(1, 2, (K * SIZE, 3, 4)) * np.arange(1, 9).reshape(
+        8, 1, 1
+    )
 
 
 @partial(jit, static_argnames=("convention", "correction"))
 def step(state, m, momentum, convention, correction):
-    return update_running(state, m, momentum=momentum, correction=correction, ghost_update=convention)
+    return update_running(
+        state, m, momentum=momentum, correction=correction, ghost_update=convention
+    )
 
 
 def start(counted=False):
@@ -44,7 +48,8 @@ def ghosts(x, method=methods.ghost_batch_norm(K), **options):  # noqa: B008
 
 @pytest.mark.usefixtures("x64")
 def test_closed_forms():
-    """In NumPy, with d^k and d^(k - 1 - i) written out; only pooled includes the variance between ghosts."""
+    """In NumPy, with d^k and d^(k - 1 - i) written out; only pooled includes the variance between
+    ghosts."""
     x, state = data(), start()
     parts = x.reshape(K, SIZE, 3, 4)
     s = np.stack([parts.mean((1, 2)), parts.var((1, 2))])
@@ -68,7 +73,8 @@ def test_closed_forms():
 @pytest.mark.parametrize("counted", (False, True))
 @pytest.mark.parametrize("correction", (0, 1))
 def test_sequential_is_one_update_after_the_other(counted, correction):
-    """Debiased or not, with each ghost's own correction; a ghost that is empty or not finite is left out, by channel."""
+    """Debiased or not, with each ghost's own correction; a ghost that is empty or not finite is
+    left out, by channel."""
     x, w = data(), np.ones((K * SIZE, 1, 1))
     w[2:4] = 0
     for convention, momentum in (("sequential", D), ("sequential divided", 1 - (1 - D) / K)):
@@ -110,19 +116,29 @@ def test_ghosts_on_another_axis():
     close((new.mean, new.var), (want.mean, want.var))
 
 
-@pytest.mark.parametrize("convention", ["sequential", *(pytest.param(c, marks=pytest.mark.slow) for c in CONVENTIONS[::3])])
+@pytest.mark.parametrize(
+    "convention",
+    ["sequential", *(pytest.param(c, marks=pytest.mark.slow) for c in CONVENTIONS[::3])],
+)
 def test_layers_take_the_convention(convention):
     x = jnp.asarray(data(), "f4")
     want = update_running(init_running((4,)), ghosts(x), momentum=D, ghost_update=convention)
-    ours = linen.GhostBatchNorm(ghost_size=SIZE, ghost_update=convention, momentum=D, use_running_average=False)
+    ours = linen.GhostBatchNorm(
+        ghost_size=SIZE, ghost_update=convention, momentum=D, use_running_average=False
+    )
     variables = jit(ours.init)(jax.random.key(0), x[:1])
     new = jit(lambda x: ours.apply(variables, x, mutable="batch_stats"))(x)
-    theirs = layers.GhostBatchNorm(4, ghost_size=SIZE, ghost_update=convention, momentum=D, rngs=nnx.Rngs(0))
+    theirs = layers.GhostBatchNorm(
+        4, ghost_size=SIZE, ghost_update=convention, momentum=D, rngs=nnx.Rngs(0)
+    )
     nnx.jit(lambda layer, x: layer(x))(theirs, x)
     for got in (new[1]["batch_stats"]["var"], theirs.var[...]):
         np.testing.assert_allclose(got, want.var, rtol=1e-5)
 
 
 def test_another_convention_is_refused():
-    with pytest.raises(ValueError, match="ghost_update='mean' is no convention. Expected one of .*'sequential divided'"):
+    with pytest.raises(
+        ValueError,
+        match="ghost_update='mean' is no convention. Expected one of .*'sequential divided'",
+    ):
         update_running(init_running((4,)), moments(jnp.ones((2, 4)), (2, 4)), ghost_update="mean")

@@ -1,4 +1,5 @@
-"""GN+ against its definition and the released code, both in NumPy, and the methods it lies between."""
+"""GN+ against its definition and the released code, both in NumPy, and the methods it lies
+between."""
 
 import math
 from functools import partial
@@ -36,8 +37,17 @@ def draw(shape=SHAPE):
 
 
 def ours(x, scale, bias, mixture, state=None, train=True, per_position=True, **options):
-    state = group_plus.init_group_norm_plus(x.shape, per_position=per_position) if state is None else state
-    options |= {"scale": scale.reshape(-1), "bias": bias.reshape(-1), "per_position": per_position, "num_groups": GROUPS}
+    state = (
+        group_plus.init_group_norm_plus(x.shape, per_position=per_position)
+        if state is None
+        else state
+    )
+    options |= {
+        "scale": scale.reshape(-1),
+        "bias": bias.reshape(-1),
+        "per_position": per_position,
+        "num_groups": GROUPS,
+    }
     return group_plus.group_norm_plus(x, state, train=train, mixture=mixture, **options)
 
 
@@ -56,48 +66,88 @@ def close(a, b, atol=1e-11):
 @pytest.mark.parametrize("per_position", (True, False))
 def test_values_gradients_and_state(per_position):
     args = draw()
-    y, gradients, state = differentiated(partial(ours, per_position=per_position, momentum=0.5))(*args)
+    y, gradients, state = differentiated(partial(ours, per_position=per_position, momentum=0.5))(
+        *args
+    )
     close(y, definition(np, *args, per_position=per_position))
-    close(gradients, differentiated(lambda *args: (definition(jnp, *args, per_position=per_position), None))(*args)[1])
+    close(
+        gradients,
+        differentiated(lambda *args: (definition(jnp, *args, per_position=per_position), None))(
+            *args
+        )[1],
+    )
     x = args[0].reshape(4, 2, 3, GROUPS, 2)
-    z = ((x - x.mean((1, 2, 4), keepdims=True)) / np.sqrt(x.var((1, 2, 4), keepdims=True) + 1e-5)).reshape(SHAPE)
+    z = (
+        (x - x.mean((1, 2, 4), keepdims=True)) / np.sqrt(x.var((1, 2, 4), keepdims=True) + 1e-5)
+    ).reshape(SHAPE)
     axes = 0 if per_position else (0, 1, 2)
     close(state, {"mean": z.mean(axis=axes) / 2, "var": 0.5 + z.var(axis=axes) / 2}, atol=1e-6)
-    y, gradients, _ = differentiated(partial(ours, per_position=per_position, state=state, train=False))(*args)
+    y, gradients, _ = differentiated(
+        partial(ours, per_position=per_position, state=state, train=False)
+    )(*args)
     running = tuple(
-        np.asarray(state[name], "f8").reshape(1, *([2, 3] if per_position else [1, 1]), 6) for name in ("mean", "var")
+        np.asarray(state[name], "f8").reshape(1, *([2, 3] if per_position else [1, 1]), 6)
+        for name in ("mean", "var")
     )
     close(y, definition(np, *args, running=running))
-    close(gradients, differentiated(lambda *args: (definition(jnp, *args, running=running), None))(*args)[1])
+    close(
+        gradients,
+        differentiated(lambda *args: (definition(jnp, *args, running=running), None))(*args)[1],
+    )
 
 
 def test_parity_with_the_released_code():
     args, switches = draw(), {"correction": 1, "epsilon_outside": True}
     y, gradients, _ = differentiated(partial(ours, **switches))(*args)
     close(y, definition(np, *args, ddof=1, outside=True))
-    close(gradients, differentiated(lambda *args: (definition(jnp, *args, ddof=1, outside=True), None))(*args)[1], atol=1e-10)
+    close(
+        gradients,
+        differentiated(lambda *args: (definition(jnp, *args, ddof=1, outside=True), None))(*args)[
+            1
+        ],
+        atol=1e-10,
+    )
 
 
 def test_limits_of_the_mixture():
-    """Group normalization, and standardization over the batch of it; with the released divisors up to their ratios."""
+    """Group normalization, and standardization over the batch of it; with the released divisors up
+    to their ratios."""
     x = draw()[0]
 
     def between(logit, x, **options):
-        state = group_plus.init_group_norm_plus(x.shape, per_position=options.get("per_position", True))
-        return group_plus.group_norm_plus(x, state, train=True, mixture=logit, num_groups=GROUPS, **options)[0], None
+        state = group_plus.init_group_norm_plus(
+            x.shape, per_position=options.get("per_position", True)
+        )
+        return (
+            group_plus.group_norm_plus(
+                x, state, train=True, mixture=logit, num_groups=GROUPS, **options
+            )[0],
+            None,
+        )
 
     def second(x, method):
         return norm(norm(x, methods.group_norm(GROUPS))[0], method)[0], None
 
     gn = differentiated(lambda x: (norm(x, methods.group_norm(GROUPS))[0], None))(x)[:2]
     close(differentiated(partial(between, 40.0))(x)[:2], gn)
-    for per_position, method in ((True, methods.batch_group_norm(36, SHAPE)), (False, methods.batch_norm())):
+    for per_position, method in (
+        (True, methods.batch_group_norm(36, SHAPE)),
+        (False, methods.batch_norm()),
+    ):
         limit = differentiated(lambda x, p=per_position: between(-1e3, x, per_position=p))(x)[:2]
         close(limit, differentiated(partial(second, method=method))(x)[:2])
     released = {"correction": 1, "epsilon_outside": True, "epsilon": 1e-12}
     k = 12  # positions times channels of a group
-    z = (x.reshape(*SHAPE[:3], GROUPS, 2) - x.reshape(4, -1, GROUPS, 2).mean((1, 3))[:, None, None, :, None]).reshape(SHAPE)
-    z = z / np.repeat(np.sqrt((z**2).reshape(4, -1, GROUPS, 2).mean((1, 3))), 2, axis=-1)[:, None, None]
+    z = (
+        x.reshape(*SHAPE[:3], GROUPS, 2)
+        - x.reshape(4, -1, GROUPS, 2).mean((1, 3))[:, None, None, :, None]
+    ).reshape(SHAPE)
+    z = (
+        z
+        / np.repeat(np.sqrt((z**2).reshape(4, -1, GROUPS, 2).mean((1, 3))), 2, axis=-1)[
+            :, None, None
+        ]
+    )
     u = (z - z.mean(0, keepdims=True)) / z.std(0, keepdims=True)
     run = jax.jit(lambda logit, x: between(logit, x, **released)[0])
     close(run(40.0, x), z * np.sqrt((k - 1) / k), atol=1e-9)
@@ -110,7 +160,10 @@ def test_shift_of_a_group_and_one_example():
     shift = np.random.default_rng(1).normal(size=(4, 1, 1, GROUPS))
     close(run(args[0] + np.repeat(shift, 2, axis=-1), *args[1:])[0], run(*args)[0])
     one = draw((1, *SHAPE[1:]))  # u is 0: what is left is group normalization times its weight
-    for options, divisors in (({}, {}), ({"correction": 1, "epsilon_outside": True}, {"ddof": 1, "outside": True})):
+    for options, divisors in (
+        ({}, {}),
+        ({"correction": 1, "epsilon_outside": True}, {"ddof": 1, "outside": True}),
+    ):
         y, gradients, _ = differentiated(partial(ours, **options))(*one)
         assert all(np.isfinite(t).all() for t in gradients)
         gn = definition(np, *one[:3], np.float64(40), running=(0.0, 1.0), **divisors)
@@ -122,16 +175,24 @@ def test_state_is_tied_to_the_image_size():
     x = jnp.ones((2, 4, 8, 6))
     for train in (True, False):
         with pytest.raises(
-            ValueError, match="running statistics of shape \\(4, 4, 6\\) do not fit x of shape \\(2, 4, 8, 6\\)"
+            ValueError,
+            match=(
+                "running statistics of shape \\(4, 4, 6\\) do not fit x of shape \\(2, 4, 8, 6\\)"
+            ),
         ):
-            jax.eval_shape(lambda x, t=train: group_plus.group_norm_plus(x, state, train=t, num_groups=3), x)
+            jax.eval_shape(
+                lambda x, t=train: group_plus.group_norm_plus(x, state, train=t, num_groups=3), x
+            )
     channels = group_plus.init_group_norm_plus((1, 4, 4, 6), per_position=False)
     y, _ = group_plus.group_norm_plus(x, channels, train=False, num_groups=3, per_position=False)
     assert y.shape == x.shape
 
 
 def test_layers_have_the_switches_of_the_released_code():
-    x, switches = jnp.asarray(draw()[0]), {"correction": 1, "epsilon_outside": True, "use_running_average": False}
+    x, switches = (
+        jnp.asarray(draw()[0]),
+        {"correction": 1, "epsilon_outside": True, "use_running_average": False},
+    )
     expected = definition(np, np.asarray(x), 1.0, 0.0, 1.0, ddof=1, outside=True)
     y, _ = linen.GroupNormPlus(GROUPS, **switches).init_with_output(jax.random.key(0), x)
     close(y, expected)

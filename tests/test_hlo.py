@@ -1,4 +1,5 @@
-"""Collectives of compiled programs: how many, of what, and how long the chains are in which they depend on each other."""
+"""Collectives of compiled programs: how many, of what, and how long the chains are in which they
+depend on each other."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,8 @@ def test_dependent_sums_make_a_chain():
 
 
 def test_independent_sums_are_sent_together():
-    """Arrays of one collective count once, with all their bytes; a chain follows each element of a tuple for itself."""
+    """Arrays of one collective count once, with all their bytes; a chain follows each element of a
+    tuple for itself."""
     together = found(lambda x, y: total_of((x, y)), X, np.arange(5, dtype="f4"))
     assert [sorted(array.shape for array in one.arrays) for one in together] == [[(3,), (5,)]]
     assert total(together) == (1, 32, 1, 0, 0, 0)
@@ -66,11 +68,14 @@ def test_kinds_and_groups_of_devices():
 
 
 def test_branches_count_apart():
-    """What follows a branch depends on the predicate, and on what went in; not on collectives in the branch."""
+    """What follows a branch depends on the predicate, and on what went in; not on collectives in
+    the branch."""
 
     def f(x):
         first = total_of(x)
-        second = lax.cond(first[0] > 0, lambda t: total_of(jnp.sin(total_of(jnp.sin(t)))), jnp.cos, first)
+        second = lax.cond(
+            first[0] > 0, lambda t: total_of(jnp.sin(total_of(jnp.sin(t)))), jnp.cos, first
+        )
         return total_of(jnp.sin(second))
 
     always = [one for one in found(f, X) if not one.conditional]
@@ -82,7 +87,13 @@ def test_branches_count_apart():
 
 def test_what_a_branch_does_not_read_makes_no_chain():
     def f(x, y):
-        return lax.cond(x[0] > 0, lambda a, b: (jnp.sin(a), b), lambda a, b: (a, jnp.sin(b)), total_of(jnp.sin(total_of(x))), y)
+        return lax.cond(
+            x[0] > 0,
+            lambda a, b: (jnp.sin(a), b),
+            lambda a, b: (a, jnp.sin(b)),
+            total_of(jnp.sin(total_of(x))),
+            y,
+        )
 
     def g(x, y):
         a, b = f(x, y)
@@ -97,7 +108,9 @@ def test_loops_count_once():
     assert not any(one.conditional for one in loop)
 
 
-@pytest.mark.parametrize("bit", (lambda x: x[0] > 0, lambda x: (x[0] > 0).astype("i4")), ids=("boolean", "integer"))
+@pytest.mark.parametrize(
+    "bit", (lambda x: x[0] > 0, lambda x: (x[0] > 0).astype("i4")), ids=("boolean", "integer")
+)
 def test_one_bit(bit):
     (one,) = found(lambda x: lax.pmax(bit(x).astype("i4"), "i") > 0, X)
     assert one.predicate
@@ -154,12 +167,14 @@ def test_collectives_that_start_and_end_apart_count_once():
 )
 def test_groups_of_devices(groups, size):
     """All ways of writing them that XLA has."""
-    (first, _) = collectives(STARTED_APART.replace("replica_groups={}", f"replica_groups={groups}"))
+    first, _ = collectives(STARTED_APART.replace("replica_groups={}", f"replica_groups={groups}"))
     assert first.group_size == size
 
 
 def test_text_that_is_no_compiled_program():
-    with pytest.raises(ValueError, match="compiled HLO module, which has an ENTRY. Got 'module @jit_f'"):
+    with pytest.raises(
+        ValueError, match="compiled HLO module, which has an ENTRY. Got 'module @jit_f'"
+    ):
         collectives("module @jit_f")
     with pytest.raises(ValueError, match="Unknown groups of devices: replica_groups=everyone"):
         collectives(STARTED_APART.replace("replica_groups={}", "replica_groups=everyone"))

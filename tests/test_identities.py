@@ -1,6 +1,8 @@
-"""The web of equivalences: methods that are one where their definitions meet, each in values and all gradients.
+"""The web of equivalences: methods that are one where their definitions meet, each in values and
+all gradients.
 
-A row says that two functions are the same: one of the library, and another of the library or a closed form.
+A row says that two functions are the same: one of the library, and another of the library or a
+closed form.
 """
 
 import dataclasses
@@ -39,7 +41,8 @@ Function = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A claim: two functions of arrays of these shapes are the same, and so are their derivatives by each array."""
+    """A claim: two functions of arrays of these shapes are the same, and so are their derivatives
+    by each array."""
 
     claim: str
     left: Function
@@ -66,7 +69,9 @@ def wide(state):
 
 def stateful(function: Function, state, train=True, **options) -> Function:
     """A method with state as a function of x, and perhaps scale and bias."""
-    return lambda x, *affine: function(x, wide(state), train=train, epsilon=E, **options, **named(affine))[0]
+    return lambda x, *affine: function(
+        x, wide(state), train=train, epsilon=E, **options, **named(affine)
+    )[0]
 
 
 def stateless(function: Function, **options) -> Function:
@@ -76,7 +81,9 @@ def stateless(function: Function, **options) -> Function:
 def of_parts(function: Function, count: int, **names) -> Function:
     """The function of each of `count` equal parts of the batch."""
     split = lambda x: x.reshape(count, -1, *x.shape[1:])  # noqa: E731
-    return lambda x, *rest: jax.vmap(lambda part: function(part, *rest), **names)(split(x)).reshape(x.shape)
+    return lambda x, *rest: jax.vmap(lambda part: function(part, *rest), **names)(split(x)).reshape(
+        x.shape
+    )
 
 
 def pulled_back(function: Function) -> Function:
@@ -127,13 +134,17 @@ REDUCTIONS = [
 
 
 def flat_pieces(parts: int) -> Function:
-    """Batch group norm by the reshape of the paper's implementations: channel, row, column, cut into C * parts pieces."""
+    """Batch group norm by the reshape of the paper's implementations: channel, row, column, cut
+    into C * parts pieces."""
 
     def f(x, scale, bias):
         t = jnp.moveaxis(x, -1, 1).reshape(N, parts * C, -1)
         d = t - t.mean((0, 2), keepdims=True)
         t = d / jnp.sqrt((d**2).mean((0, 2), keepdims=True) + E)
-        return jnp.moveaxis(t.reshape(N, C, H, W), 1, -1) * scale[None, None, None] + bias[None, None, None]
+        return (
+            jnp.moveaxis(t.reshape(N, C, H, W), 1, -1) * scale[None, None, None]
+            + bias[None, None, None]
+        )
 
     return f
 
@@ -143,28 +154,53 @@ def position_by_position(x, *affine):
 
 
 RESHAPED = [
-    Row("ghost batch norm is batch norm of each part", table(m.ghost_batch_norm(2)), of_parts(bn, 2)),
+    Row(
+        "ghost batch norm is batch norm of each part", table(m.ghost_batch_norm(2)), of_parts(bn, 2)
+    ),
     Row("instance norm is batch norm of each example", table(m.instance_norm()), of_parts(bn, N)),
     Row(
         "batch norm over a named axis is that of the batch",
-        of_parts(lambda x, *affine: norm(x, m.batch_norm(), epsilon=E, axis_name="i", **named(affine))[0], 2, axis_name="i"),
+        of_parts(
+            lambda x, *affine: norm(x, m.batch_norm(), epsilon=E, axis_name="i", **named(affine))[
+                0
+            ],
+            2,
+            axis_name="i",
+        ),
         bn,
     ),
     Row(
         "batch norm over pairs of devices is ghost batch norm",
         of_parts(
             lambda x, *affine: norm(
-                x, m.batch_norm(), epsilon=E, axis_name="i", axis_index_groups=[[0, 1], [2, 3]], **named(affine)
+                x,
+                m.batch_norm(),
+                epsilon=E,
+                axis_name="i",
+                axis_index_groups=[[0, 1], [2, 3]],
+                **named(affine),
             )[0],
             4,
             axis_name="i",
         ),
         table(m.ghost_batch_norm(2)),
     ),
-    Row("token layer norm is layer norm of all positions", table(m.token_layer_norm()), position_by_position),
-    Row("rms norm of centered channels is token layer norm", centered(table(m.rms_norm()), -1), table(m.token_layer_norm())),
+    Row(
+        "token layer norm is layer norm of all positions",
+        table(m.token_layer_norm()),
+        position_by_position,
+    ),
+    Row(
+        "rms norm of centered channels is token layer norm",
+        centered(table(m.rms_norm()), -1),
+        table(m.token_layer_norm()),
+    ),
     *(
-        Row(f"{parts} C batch groups are the flat pieces", table(BGN(parts * C, X)), flat_pieces(parts))
+        Row(
+            f"{parts} C batch groups are the flat pieces",
+            table(BGN(parts * C, X)),
+            flat_pieces(parts),
+        )
         for parts in (1, 2, 4, 8)
     ),
 ]
@@ -186,7 +222,9 @@ BANK = {"mean": past(7, (3, C)), "var": past(8, (3, C))}
 
 def served(x, *affine, mean=RUNNING["mean"], var=RUNNING["var"]):
     """Inference by running statistics."""
-    along = Moments(jnp.ones((1, 1, 1, C)), *(jnp.asarray(t).reshape(1, 1, 1, C) for t in (mean, var)))
+    along = Moments(
+        jnp.ones((1, 1, 1, C)), *(jnp.asarray(t).reshape(1, 1, 1, C) for t in (mean, var))
+    )
     return normalize(x, along, epsilon=E, **named(affine))
 
 
@@ -198,9 +236,13 @@ def crossed(window, rho=1.0, size=3):
         rng = np.random.default_rng(11)
         for _ in range(2):
             inputs, old = jnp.asarray(rng.normal(1, 2, X)), jnp.asarray(rng.normal(size=(C, C)))
-            _, state = cross_iteration_norm(product(inputs, old), state, train=True, inputs=inputs, kernel=old)
+            _, state = cross_iteration_norm(
+                product(inputs, old), state, train=True, inputs=inputs, kernel=old
+            )
         options = {"inputs": x, "kernel": kernel, "window": window, "rho": rho, "epsilon": E}
-        return cross_iteration_norm(product(x, kernel), state, train=True, **options, **named(affine))[0]
+        return cross_iteration_norm(
+            product(x, kernel), state, train=True, **options, **named(affine)
+        )[0]
 
     return f
 
@@ -213,16 +255,22 @@ DENSE = (X, (C, C), (C,), (C,))
 BACKBONE = [
     Row(f"{name} is batch norm", left, bn)
     for name, left in {
-        "renorm(1, 0)": stateful(batch_renorm, {"mean": past(1), "std": past(2)}, rmax=1.0, dmax=0.0),
+        "renorm(1, 0)": stateful(
+            batch_renorm, {"mean": past(1), "std": past(2)}, rmax=1.0, dmax=0.0
+        ),
         "momentum(0)": stateful(momentum_batch_norm, RUNNING | TRAINING, train_momentum=0.0),
-        "memorized, all weight on the batch": stateful(memorized_batch_norm, REMEMBERED, memory_weights=(0, 0, 1)),
+        "memorized, all weight on the batch": stateful(
+            memorized_batch_norm, REMEMBERED, memory_weights=(0, 0, 1)
+        ),
         "memorized, blended, all weight on the batch": stateful(
             memorized_batch_norm, REMEMBERED, memory_weights=(0, 0, 1), variance="blend"
         ),
         "memorized, nothing yet": stateful(
             memorized_batch_norm, init_memorized_batch_norm(C, 2), memory_weights=(0.3, 0.2, 0.5)
         ),
-        "switchable, batch alone": stateful(switchable_norm, RUNNING, mean_logits=ALONE, var_logits=ALONE),
+        "switchable, batch alone": stateful(
+            switchable_norm, RUNNING, mean_logits=ALONE, var_logits=ALONE
+        ),
         "domain of one": stateful(domain_batch_norm, init_domain_batch_norm(C, 1), domain=0),
         "domain of several": stateful(domain_batch_norm, BANK, domain=np.full(N, 2, "i4")),
         "batch group(C)": stateful(batch_group_norm, init_batch_group_norm(C, X), num_groups=C),
@@ -240,27 +288,46 @@ BACKBONE = [
 ]
 
 SERVED = {
-    "momentum(1)": stateful(momentum_batch_norm, TRAINING | {"mean": past(9), "var": past(10)}, train_momentum=1.0),
+    "momentum(1)": stateful(
+        momentum_batch_norm, TRAINING | {"mean": past(9), "var": past(10)}, train_momentum=1.0
+    ),
     "momentum, served,": stateful(momentum_batch_norm, TRAINING | RUNNING, train=False),
-    "renorm": stateful(batch_renorm, {"mean": RUNNING["mean"], "std": np.sqrt(RUNNING["var"] + E)}, train=False),
-    "switchable, batch alone,": stateful(switchable_norm, RUNNING, train=False, mean_logits=ALONE, var_logits=ALONE),
+    "renorm": stateful(
+        batch_renorm, {"mean": RUNNING["mean"], "std": np.sqrt(RUNNING["var"] + E)}, train=False
+    ),
+    "switchable, batch alone,": stateful(
+        switchable_norm, RUNNING, train=False, mean_logits=ALONE, var_logits=ALONE
+    ),
     "memorized, one batch,": stateful(
         memorized_batch_norm,
         {name: t[None] for name, t in RUNNING.items()} | {"count": np.ones(C)},
         train=False,
         memory_weights=(0.3, 0.7),
     ),
-    "domain": stateful(domain_batch_norm, {name: np.stack([2 * t, t]) for name, t in RUNNING.items()}, train=False, domain=1),
+    "domain": stateful(
+        domain_batch_norm,
+        {name: np.stack([2 * t, t]) for name, t in RUNNING.items()},
+        train=False,
+        domain=1,
+    ),
     "batch group(C)": stateful(batch_group_norm, RUNNING, train=False, num_groups=C),
 }
 INFERENCE = [
-    Row(f"{name} is inference by the state", left, partial(served, **OLD_TRAINING) if name == "momentum(1)" else served)
+    Row(
+        f"{name} is inference by the state",
+        left,
+        partial(served, **OLD_TRAINING) if name == "momentum(1)" else served,
+    )
     for name, left in SERVED.items()
 ] + [
     Row(
         "cross-iteration is inference by the state",
         lambda x, kernel, *affine: stateful(
-            cross_iteration_norm, init_cross_iteration((C, C)) | RUNNING, train=False, inputs=x, kernel=kernel
+            cross_iteration_norm,
+            init_cross_iteration((C, C)) | RUNNING,
+            train=False,
+            inputs=x,
+            kernel=kernel,
         )(product(x, kernel), *affine),
         of_dense(served),
         DENSE,
@@ -269,12 +336,18 @@ INFERENCE = [
 
 
 def last_of(function):
-    """Of a batch in two halves, the function of the whole at the second, the first being a constant."""
-    return lambda x, *rest: function(jnp.concatenate([lax.stop_gradient(x[: N // 2]), x[N // 2 :]]), *rest)[N // 2 :]
+    """Of a batch in two halves, the function of the whole at the second, the first being a
+    constant."""
+    return lambda x, *rest: function(
+        jnp.concatenate([lax.stop_gradient(x[: N // 2]), x[N // 2 :]]), *rest
+    )[N // 2 :]
 
 
 def memorized_halves(x, *affine):
-    state, options = wide(init_memorized_batch_norm(C, 1)), {"memory_weights": (0.5, 0.5), "epsilon": E, "train": True}
+    state, options = (
+        wide(init_memorized_batch_norm(C, 1)),
+        {"memory_weights": (0.5, 0.5), "epsilon": E, "train": True},
+    )
     _, state = memorized_batch_norm(x[: N // 2], state, **options)
     return memorized_batch_norm(x[N // 2 :], state, **options, **named(affine))[0]
 
@@ -284,13 +357,17 @@ def crossed_halves(rho):
         state, y = wide(init_cross_iteration((C, C), window=1)), product(x, kernel)
         options = {"kernel": kernel, "rho": rho, "epsilon": E, "train": True}
         _, state = cross_iteration_norm(y[: N // 2], state, inputs=x[: N // 2], **options)
-        return cross_iteration_norm(y[N // 2 :], state, inputs=x[N // 2 :], **options, **named(affine))[0]
+        return cross_iteration_norm(
+            y[N // 2 :], state, inputs=x[N // 2 :], **options, **named(affine)
+        )[0]
 
     return f
 
 
 CONCATENATED = [
-    Row("memorized with equal weights is batch norm of both batches", memorized_halves, last_of(bn)),
+    Row(
+        "memorized with equal weights is batch norm of both batches", memorized_halves, last_of(bn)
+    ),
     *(
         Row(
             f"cross-iteration of a constant kernel is batch norm of both batches, rho={rho}",
@@ -309,8 +386,12 @@ CONCATENATED = [
 
 
 def moving(window=3, late=True):
-    """Moving average norm with r = 1, as long as it uses the batch alone: late with a window of one, or early."""
-    state = init_moving_average(C, window=window) | {"step": np.array(10.0 if late else 1.0), "mean_square": past(1)}
+    """Moving average norm with r = 1, as long as it uses the batch alone: late with a window of
+    one, or early."""
+    state = init_moving_average(C, window=window) | {
+        "step": np.array(10.0 if late else 1.0),
+        "mean_square": past(1),
+    }
     return stateful(moving_average_norm, state, tap=np.zeros(C), average_from=0, correct_from=100)
 
 
@@ -332,8 +413,12 @@ def std_of(x, axes):
 
 
 def proxy_of_identity(x, scale, bias):
-    """Without an activation the proxy is a normal variable, scaled and shifted; its grid's variance is var(Q)."""
-    return table(m.group_norm(3))(x, scale / jnp.sqrt(scale**2 * Q.var() + 0.03)) + 0 * bias[None, None, None]
+    """Without an activation the proxy is a normal variable, scaled and shifted; its grid's variance
+    is var(Q)."""
+    return (
+        table(m.group_norm(3))(x, scale / jnp.sqrt(scale**2 * Q.var() + 0.03))
+        + 0 * bias[None, None, None]
+    )
 
 
 def s0(v, num_groups=3):
@@ -347,7 +432,9 @@ def b0(v, train=True):
 def switched(**shares):
     """Switchable norm by its shares of instance, layer and, if given, batch statistics."""
     logits = np.array([-np.inf if share == 0 else np.log(share) for share in shares.values()])
-    return stateful(switchable_norm, RUNNING if "batch" in shares else {}, mean_logits=logits, var_logits=logits)
+    return stateful(
+        switchable_norm, RUNNING if "batch" in shares else {}, mean_logits=logits, var_logits=logits
+    )
 
 
 def less_mean_of_groups(x):
@@ -360,7 +447,9 @@ def affine(y, scale, bias):
 
 
 def grouped(num_groups, shape=X):
-    return stateful(batch_group_norm, init_batch_group_norm(num_groups, shape), num_groups=num_groups)
+    return stateful(
+        batch_group_norm, init_batch_group_norm(num_groups, shape), num_groups=num_groups
+    )
 
 
 SINGLE = (ONE, (C,), (C,))
@@ -368,9 +457,17 @@ frn, frn_row = stateless(filter_response_norm), table(m.filter_response_norm())
 OTHERS = [
     Row(*row)
     for row in (
-        ("switchable, instance alone", switched(instance=1, layer=0, batch=0), table(m.instance_norm())),
+        (
+            "switchable, instance alone",
+            switched(instance=1, layer=0, batch=0),
+            table(m.instance_norm()),
+        ),
         ("switchable, layer alone", switched(instance=0, layer=1, batch=0), table(m.layer_norm())),
-        ("switchable without batch, layer alone", switched(instance=0, layer=1), table(m.layer_norm())),
+        (
+            "switchable without batch, layer alone",
+            switched(instance=0, layer=1),
+            table(m.layer_norm()),
+        ),
         (
             "switchable of one example: batch is instance",
             switched(instance=0.2, layer=0.3, batch=0.5),
@@ -379,36 +476,81 @@ OTHERS = [
         ),
         ("batch group function in groups of channels is the row", grouped(3), table(BGN(3))),
         ("batch group function in groups of rows is the row", grouped(2 * C), table(BGN(2 * C, X))),
-        ("batch group function in one group of one example is layer norm", grouped(1, ONE), table(m.layer_norm()), SINGLE),
+        (
+            "batch group function in one group of one example is layer norm",
+            grouped(1, ONE),
+            table(m.layer_norm()),
+            SINGLE,
+        ),
         ("moving average of one batch is the mean square", moving(window=1), MEAN_SQUARE),
         ("moving average in its first steps is the mean square", moving(late=False), MEAN_SQUARE),
-        ("moving average of centered channels is batch norm", centered(moving(window=1), (0, 1, 2)), bn),
+        (
+            "moving average of centered channels is batch norm",
+            centered(moving(window=1), (0, 1, 2)),
+            bn,
+        ),
         ("filter response norm is its row", frn, frn_row),
-        ("filter response norm of centered channels is instance norm", centered(frn, (1, 2)), table(m.instance_norm())),
-        ("filter response norm of one example is moving average norm", frn, moving(window=1), SINGLE),
+        (
+            "filter response norm of centered channels is instance norm",
+            centered(frn, (1, 2)),
+            table(m.instance_norm()),
+        ),
+        (
+            "filter response norm of one example is moving average norm",
+            frn,
+            moving(window=1),
+            SINGLE,
+        ),
         (
             "a threshold of 0 is relu",
             stateless(filter_response_norm, threshold=np.zeros(C)),
             lambda *args: jax.nn.relu(frn_row(*args)),
         ),
-        ("no threshold is minus infinity", stateless(filter_response_norm, threshold=np.full(C, -np.inf)), frn_row),
         (
-            "learned epsilon adds up",
-            lambda x, *affine: filter_response_norm(x, learned_epsilon=-E / 2, epsilon=E / 2, **named(affine)),
+            "no threshold is minus infinity",
+            stateless(filter_response_norm, threshold=np.full(C, -np.inf)),
             frn_row,
         ),
-        ("positional function is its row", lambda *args: stateless(positional_norm)(*args)[0], table(m.positional_norm())),
-        ("the shortcut undoes positional norm", lambda x: moment_shortcut(*positional_norm(x, epsilon=E)), lambda x: x, (X,)),
+        (
+            "learned epsilon adds up",
+            lambda x, *affine: filter_response_norm(
+                x, learned_epsilon=-E / 2, epsilon=E / 2, **named(affine)
+            ),
+            frn_row,
+        ),
+        (
+            "positional function is its row",
+            lambda *args: stateless(positional_norm)(*args)[0],
+            table(m.positional_norm()),
+        ),
+        (
+            "the shortcut undoes positional norm",
+            lambda x: moment_shortcut(*positional_norm(x, epsilon=E)),
+            lambda x: x,
+            (X,),
+        ),
         ("GN+ of a large mixture is group norm", group_plus(40.0), table(m.group_norm(3))),
-        ("GN+ of a very negative mixture pools the batch", group_plus(-1e3), after_group_norm(BGN(H * W * C, X))),
-        ("so it does by channels", group_plus(-1e3, per_position=False), after_group_norm(m.batch_norm())),
+        (
+            "GN+ of a very negative mixture pools the batch",
+            group_plus(-1e3),
+            after_group_norm(BGN(H * W * C, X)),
+        ),
+        (
+            "so it does by channels",
+            group_plus(-1e3, per_position=False),
+            after_group_norm(m.batch_norm()),
+        ),
         (
             "GN+ of one example is a part of group norm",
             group_plus(0.4),
             lambda x, scale, bias: table(m.group_norm(3))(x, scale / (1 + np.exp(-0.4)), bias),
             SINGLE,
         ),
-        ("proxy norm without activation is scaled", stateless(proxy_norm, method=m.group_norm(3)), proxy_of_identity),
+        (
+            "proxy norm without activation is scaled",
+            stateless(proxy_norm, method=m.group_norm(3)),
+            proxy_of_identity,
+        ),
         (
             "S0 of centered groups with v = 0 is half of group norm",
             lambda x, *rest: s0(0.0)(less_mean_of_groups(x), *rest),
@@ -419,7 +561,12 @@ OTHERS = [
             s0(1e9, C),
             lambda x, *rest: affine(jax.nn.relu(x) / std_of(x, (1, 2)), *rest),
         ),
-        ("B0 of a centered example with v = 0 is instance norm", centered(b0(0.0), (1, 2)), table(m.instance_norm()), SINGLE),
+        (
+            "B0 of a centered example with v = 0 is instance norm",
+            centered(b0(0.0), (1, 2)),
+            table(m.instance_norm()),
+            SINGLE,
+        ),
         (
             "B0 of one example divides by a line",
             b0(0.7),
@@ -430,7 +577,11 @@ OTHERS = [
             "B0 in inference has the state's deviation",
             b0(0.7, train=False),
             lambda x, *rest: affine(
-                x / jnp.maximum(jnp.sqrt(past(2) + E).reshape(1, 1, 1, C), 0.7 * x + std_of(x, (1, 2))), *rest
+                x
+                / jnp.maximum(
+                    jnp.sqrt(past(2) + E).reshape(1, 1, 1, C), 0.7 * x + std_of(x, (1, 2))
+                ),
+                *rest,
             ),
         ),
     )
@@ -440,7 +591,12 @@ KERNEL = (3, 2, 4, 6)
 KERNELS = [
     Row(*row)
     for row in (
-        ("a standardized kernel is batch norm of it", partial(methods.standardize_kernel, epsilon=E), bn, (KERNEL,)),
+        (
+            "a standardized kernel is batch norm of it",
+            partial(methods.standardize_kernel, epsilon=E),
+            bn,
+            (KERNEL,),
+        ),
         (
             "a kernel's fan-in is one axis",
             partial(methods.standardize_kernel, epsilon=E),
@@ -461,7 +617,9 @@ KERNELS = [
         ),
         (
             "standardizing again changes nothing",
-            lambda k: methods.standardize_kernel(methods.standardize_kernel(k, epsilon=0.0), epsilon=0.0),
+            lambda k: methods.standardize_kernel(
+                methods.standardize_kernel(k, epsilon=0.0), epsilon=0.0
+            ),
             partial(methods.standardize_kernel, epsilon=0.0),
             (KERNEL,),
         ),
@@ -496,7 +654,10 @@ def along(t):
 def of_momentum(weight):
     def f(x, g):
         own, var = x.mean((0, 1, 2), keepdims=True), x.var((0, 1, 2), keepdims=True)
-        mean, var = (weight * along(old) + (1 - weight) * t for old, t in zip(OLD_TRAINING.values(), (own, var), strict=True))
+        mean, var = (
+            weight * along(old) + (1 - weight) * t
+            for old, t in zip(OLD_TRAINING.values(), (own, var), strict=True)
+        )
         return closed_form(x, g, share=1 - weight, mean=mean, center=own, var=var)
 
     return f
@@ -531,11 +692,20 @@ GRADIENTS = [
         ("rms norm", table(m.rms_norm()), partial(closed_form, axes=(3,), mean=0.0)),
         ("filter response norm", frn, partial(closed_form, axes=(1, 2), mean=0.0)),
         ("inference", served, lambda x, g: g / jnp.sqrt(along(RUNNING["var"]) + E)),
-        ("momentum", stateful(momentum_batch_norm, TRAINING | RUNNING, train_momentum=0.4), of_momentum(0.4)),
+        (
+            "momentum",
+            stateful(momentum_batch_norm, TRAINING | RUNNING, train_momentum=0.4),
+            of_momentum(0.4),
+        ),
         *(
             (
                 f"memorized, {variance}",
-                stateful(memorized_batch_norm, REMEMBERED, memory_weights=(0.2, 0.3, 0.5), variance=variance),
+                stateful(
+                    memorized_batch_norm,
+                    REMEMBERED,
+                    memory_weights=(0.2, 0.3, 0.5),
+                    variance=variance,
+                ),
                 of_memory(variance),
             )
             for variance in ("pool", "blend")

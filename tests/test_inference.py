@@ -23,11 +23,16 @@ def data(shape=SHAPE, seed=0, dtype=np.float64):
 
 def state_of(shape, dtype=jnp.float64, seed=1):
     rng = np.random.default_rng(seed)
-    return jaxnorm.Moments(None, jnp.asarray(rng.normal(size=shape), dtype), jnp.asarray(rng.uniform(0.5, 2, shape), dtype))
+    return jaxnorm.Moments(
+        None,
+        jnp.asarray(rng.normal(size=shape), dtype),
+        jnp.asarray(rng.uniform(0.5, 2, shape), dtype),
+    )
 
 
 def weighed(x, mean, var, groups, parts, alpha):
-    """Output for x (N, H, W, C): the authors' second-moment form, set by set; `mean`, `var` of each channel."""
+    """Output for x (N, H, W, C): the authors' second-moment form, set by set; `mean`, `var` of each
+    channel."""
     y = np.empty_like(x)
     for n in range(x.shape[0]):
         for g in range(groups):
@@ -45,22 +50,39 @@ ROWS = {
     "batch_norm": (methods.batch_norm(), methods.batch_norm(), C, 1),
     "ghost_batch_norm": (methods.ghost_batch_norm(7), methods.batch_norm(), C, 1),
     "batch_group_norm": (methods.batch_group_norm(3), methods.batch_group_norm(3), 3, 1),
-    "batch_group_norm of rows": (methods.batch_group_norm(2 * C, SHAPE), methods.batch_group_norm(2 * C, SHAPE), C, 2),
-    "batch_and_group_norm": (methods.batch_and_group_norm(ghost_size=2, num_groups=2), methods.batch_norm(), 2, 1),
+    "batch_group_norm of rows": (
+        methods.batch_group_norm(2 * C, SHAPE),
+        methods.batch_group_norm(2 * C, SHAPE),
+        C,
+        2,
+    ),
+    "batch_and_group_norm": (
+        methods.batch_and_group_norm(ghost_size=2, num_groups=2),
+        methods.batch_norm(),
+        2,
+        1,
+    ),
 }
 
 
 def some(names, default):
-    return [name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return [
+        name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in names
+    ]
 
 
-@pytest.mark.parametrize("row", some(ROWS, ["batch_norm", "batch_group_norm of rows", "batch_and_group_norm"]))
+@pytest.mark.parametrize(
+    "row", some(ROWS, ["batch_norm", "batch_group_norm of rows", "batch_and_group_norm"])
+)
 def test_values_and_gradients(row, x64):
     method, kept, groups, parts = ROWS[row]
     x = data()
     shape = jaxnorm.running_shape(kept, SHAPE)[0]
     state = state_of(shape)
-    spread = [np.repeat(np.asarray(t).reshape(parts, -1), C // t.shape[-1], 1) for t in (state.mean, state.var)]
+    spread = [
+        np.repeat(np.asarray(t).reshape(parts, -1), C // t.shape[-1], 1)
+        for t in (state.mean, state.var)
+    ]
 
     g = data(seed=2)
 
@@ -75,7 +97,9 @@ def test_values_and_gradients(row, x64):
 
     for alpha in (0.0, 0.3, 1.0):
         (_, y), (dx, dalpha) = ours(x, alpha)
-        np.testing.assert_allclose(y, weighed(x, *spread, groups, parts, alpha), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(
+            y, weighed(x, *spread, groups, parts, alpha), rtol=1e-9, atol=1e-9
+        )
         step, direction = 1e-6, data(seed=3)
         reference = partial(weighed, mean=spread[0], var=spread[1], groups=groups, parts=parts)
         up, down = (np.vdot(reference(x + e * direction, alpha=alpha), g) for e in (step, -step))
@@ -100,8 +124,12 @@ def test_the_ends_are_inference_and_the_example_alone(row, alone):
     np.testing.assert_array_equal(m.mean, np.broadcast_to(running.mean, m.mean.shape))
     np.testing.assert_array_equal(m.var, np.broadcast_to(running.var, m.var.shape))
     between, own = weigh_example(x, running, row, example_weight=0.25), jaxnorm.moments(x, alone)
-    known = (jnp.broadcast_to(t, own.var.shape) for t in (jnp.float32(0.75), running.mean, running.var))
-    merged = jaxnorm.merge(jaxnorm.Moments(*known), jaxnorm.Moments(jnp.full(own.var.shape, 0.25), own.mean, own.var))
+    known = (
+        jnp.broadcast_to(t, own.var.shape) for t in (jnp.float32(0.75), running.mean, running.var)
+    )
+    merged = jaxnorm.merge(
+        jaxnorm.Moments(*known), jaxnorm.Moments(jnp.full(own.var.shape, 0.25), own.mean, own.var)
+    )
     np.testing.assert_allclose(between.mean, merged.mean, rtol=1e-5)
     np.testing.assert_allclose(between.var, merged.var, rtol=1e-5)
     m, own = weigh_example(x, running, row, example_weight=1), jaxnorm.moments(x, alone)
@@ -127,11 +155,14 @@ def test_channels_first_masks_and_the_plain_shape():
 
 
 def test_the_bound_of_training_and_that_it_is_reached(x64):
-    """|y| <= sqrt((1 - w) / w) with w the weight of one value; alpha = 1/B gives training's sqrt(B H W - 1)."""
+    """|y| <= sqrt((1 - w) / w) with w the weight of one value; alpha = 1/B gives training's sqrt(B
+    H W - 1)."""
     B = 4
     x = np.zeros((1, H, W, 1))
     x[0, 0, 0, 0] = 1e8
-    running = jaxnorm.running_moments(jaxnorm.init_running((1,), dtype=jnp.float64), methods.batch_norm(), x.shape)
+    running = jaxnorm.running_moments(
+        jaxnorm.init_running((1,), dtype=jnp.float64), methods.batch_norm(), x.shape
+    )
     y = jaxnorm.normalize(x, weigh_example(x, running, methods.batch_norm(), example_weight=1 / B))
     np.testing.assert_allclose(np.abs(y).max(), np.sqrt(B * H * W - 1), rtol=1e-6)
     x = data((50, H, W, 1)) ** 5
@@ -142,7 +173,9 @@ def test_the_bound_of_training_and_that_it_is_reached(x64):
 def test_single_values_shrink(x64):
     x = data((5, C))
     running = jaxnorm.running_moments(state_of((C,)), methods.batch_norm(), x.shape)
-    y = jaxnorm.normalize(x, m := weigh_example(x, running, methods.batch_norm(), example_weight=0.2))
+    y = jaxnorm.normalize(
+        x, m := weigh_example(x, running, methods.batch_norm(), example_weight=0.2)
+    )
     np.testing.assert_allclose(y, 0.8 * (x - running.mean) / np.sqrt(m.var + 1e-5), rtol=1e-12)
 
 
@@ -152,7 +185,9 @@ def test_the_second_moment_of_a_running_average_holds_the_variance_of_means(x64)
     for _ in range(5):
         x = rng.normal(rng.normal(), 1, (8, C))
         second = 0.9 * second + 0.1 * (x**2).mean(0)
-        state = jaxnorm.update_running(state, jaxnorm.moments(x, methods.batch_norm()), momentum=0.9)
+        state = jaxnorm.update_running(
+            state, jaxnorm.moments(x, methods.batch_norm()), momentum=0.9
+        )
     assert (second - np.asarray(state.mean) ** 2 > np.asarray(state.var)).all()
 
 
@@ -165,7 +200,9 @@ def test_errors():
     with pytest.raises(ValueError, match="with 1 for the batch, as running_moments"):
         weigh_example(x, jaxnorm.init_running((C,)), methods.batch_norm(), example_weight=0.5)
     with pytest.raises(ValueError, match="does not fit"):
-        coarse = jaxnorm.running_moments(jaxnorm.init_running((2,)), methods.batch_group_norm(2), SHAPE)
+        coarse = jaxnorm.running_moments(
+            jaxnorm.init_running((2,)), methods.batch_group_norm(2), SHAPE
+        )
         weigh_example(x, coarse, methods.batch_norm(), example_weight=0.5)
     complex_state = jaxnorm.init_running((C,), dtype=jnp.complex64)
     with pytest.raises(TypeError, match="running.mean is complex"):
@@ -174,7 +211,8 @@ def test_errors():
 
 
 def layers(name):
-    """The same layer in both frameworks, the method, and the method that its running statistics are of."""
+    """The same layer in both frameworks, the method, and the method that its running statistics are
+    of."""
     of = {
         "BatchNorm": (linen.BatchNorm, (), {}, methods.batch_norm(), methods.batch_norm()),
         "Norm": (linen.Norm, (methods.batch_group_norm(2),), {}, methods.batch_group_norm(2), methods.batch_group_norm(2)),
@@ -213,12 +251,19 @@ def test_layers_equal_the_function(name):
 
     for alpha in (0.25, 0.5):
         expected = jaxnorm.normalize(
-            x, weigh_example(x, running, method, example_weight=alpha), scale=jnp.full(C, 2.0), bias=jnp.ones(C)
+            x,
+            weigh_example(x, running, method, example_weight=alpha),
+            scale=jnp.full(C, 2.0),
+            bias=jnp.ones(C),
         )
         np.testing.assert_allclose(apply(variables, x, alpha), expected, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(other(x, True, example_weight=alpha), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            other(x, True, example_weight=alpha), expected, rtol=1e-5, atol=1e-5
+        )
     assert len(traces) == 1
-    np.testing.assert_allclose(apply(variables, x[:1], 0.5)[0], expected[0], rtol=1e-5, atol=1e-5)  # no example sees another
+    np.testing.assert_allclose(
+        apply(variables, x[:1], 0.5)[0], expected[0], rtol=1e-5, atol=1e-5
+    )  # no example sees another
     assert apply(variables, x.astype(jnp.bfloat16), 0.5).dtype == jnp.float32
     viewed = fnnx.view(other, use_running_average=True, example_weight=0.5)
     np.testing.assert_allclose(viewed(x), expected, rtol=1e-5, atol=1e-5)
@@ -232,7 +277,10 @@ def test_layers_equal_the_function(name):
 
 def test_layers_without_running_statistics_weigh_nothing():
     x = jnp.ones((2, 4))
-    one, other = linen.Norm(method=methods.layer_norm()), nnx.Norm(4, methods.layer_norm(), rngs=fnnx.Rngs(0))
+    one, other = (
+        linen.Norm(method=methods.layer_norm()),
+        nnx.Norm(4, methods.layer_norm(), rngs=fnnx.Rngs(0)),
+    )
     with pytest.raises(ValueError, match="this layer keeps none"):
         one.init(jax.random.key(0), x, example_weight=0.5)
     with pytest.raises(ValueError, match="this layer keeps none"):
@@ -246,7 +294,10 @@ def test_a_weight_for_a_whole_model_is_refused_where_no_layer_can_take_it(name):
         ours, theirs = {"num_groups": 4}, {"num_groups": 4, "x_shape": x.shape}
     one, other = getattr(linen, name)(**ours), getattr(nnx, name)(6, **theirs, rngs=fnnx.Rngs(0))
     variables = one.init(jax.random.key(0), x, use_running_average=True)
-    message = "example_weight=0.5 (for BatchRenorm, whose method is no row|with groups that are not groups of channels)"
+    message = (
+        "example_weight=0.5 (for BatchRenorm, whose method is no row|with groups that are not"
+        " groups of channels)"
+    )
     with linen.call_norms_with(example_weight=0.5):
         with pytest.raises(ValueError, match=message):
             one.apply(variables, x, use_running_average=True)
@@ -275,7 +326,9 @@ def test_batch_and_group_norm_is_its_row_in_training_and_batch_norm_in_its_state
     row = methods.batch_and_group_norm(ghost_size=2, num_groups=3)
     np.testing.assert_allclose(y, jaxnorm.norm(x, row)[0], rtol=1e-5, atol=1e-5)
     batch = linen.BatchNorm(**options)
-    state = jax.jit(partial(batch.apply, mutable="batch_stats"))(variables, x)[1]  # which loads the same variables
+    state = jax.jit(partial(batch.apply, mutable="batch_stats"))(variables, x)[
+        1
+    ]  # which loads the same variables
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), new, state)
     other = nnx.BatchAndGroupNorm(C, ghost_size=2, num_groups=3, momentum=0.5, rngs=fnnx.Rngs(0))
     np.testing.assert_allclose(other(x), y, rtol=1e-6)
@@ -293,13 +346,21 @@ def test_the_default_weight_of_batch_and_group_norm():
     variables = {"batch_stats": {"mean": jnp.ones(C), "var": jnp.full(C, 2.0)}}
 
     def layer(**options):
-        return linen.BatchAndGroupNorm(num_groups=3, use_running_average=True, use_scale=False, use_bias=False, **options)
+        return linen.BatchAndGroupNorm(
+            num_groups=3, use_running_average=True, use_scale=False, use_bias=False, **options
+        )
 
-    group_norm = jaxnorm.norm(x, methods.group_norm(3))[0]  # one example a ghost, in training and in inference
-    np.testing.assert_allclose(layer(ghost_size=1).apply(variables, x), group_norm, rtol=1e-5, atol=1e-5)
+    group_norm = jaxnorm.norm(x, methods.group_norm(3))[
+        0
+    ]  # one example a ghost, in training and in inference
+    np.testing.assert_allclose(
+        layer(ghost_size=1).apply(variables, x), group_norm, rtol=1e-5, atol=1e-5
+    )
     quarter = layer(num_ghosts=1).apply(variables, x, example_weight=0.25)
     np.testing.assert_allclose(layer(ghost_size=4).apply(variables, x), quarter, rtol=1e-6)
-    np.testing.assert_allclose(layer(ghost_size=1, example_weight=0.25).apply(variables, x), quarter, rtol=1e-6)
+    np.testing.assert_allclose(
+        layer(ghost_size=1, example_weight=0.25).apply(variables, x), quarter, rtol=1e-6
+    )
     plain = layer(ghost_size=4, example_weight=0.0).apply(variables, x)  # the authors' default
     np.testing.assert_allclose(plain, (x - 1) / np.sqrt(2 + 1e-5), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="Got num_ghosts, which does not tell the size"):
@@ -322,12 +383,24 @@ def test_choosing_a_weight():
     found = choose_example_weight(evaluate, iter(batches), alphas=[0.5, 0.0, 0.25])
     assert found.alphas == (0.0, 0.25, 0.5) and found.best == 0.25 and len(traces) == 1
     np.testing.assert_allclose(found.values, [-0.065, -0.0025, -0.065], atol=1e-6)
-    assert choose_example_weight(evaluate, batches, alphas=[0.0, 0.5], maximize=False).best == 0.0  # equal: the smaller
-    assert choose_example_weight(evaluate, batches, examples=4).alphas == tuple(i / 8 for i in range(9))
-    assert choose_example_weight(evaluate, batches, examples=32).alphas == tuple(i / 64 for i in range(10))
-    unequal = choose_example_weight(lambda a, batch: (sum(batch), len(batch)), [[1.0], [4.0, 4.0]], alphas=[0.5])
+    assert (
+        choose_example_weight(evaluate, batches, alphas=[0.0, 0.5], maximize=False).best == 0.0
+    )  # equal: the smaller
+    assert choose_example_weight(evaluate, batches, examples=4).alphas == tuple(
+        i / 8 for i in range(9)
+    )
+    assert choose_example_weight(evaluate, batches, examples=32).alphas == tuple(
+        i / 64 for i in range(10)
+    )
+    unequal = choose_example_weight(
+        lambda a, batch: (sum(batch), len(batch)), [[1.0], [4.0, 4.0]], alphas=[0.5]
+    )
     assert unequal.values == (3.0,)
-    for wrong, match in (({}, "the B of 1/B"), ({"alphas": [2.0]}, "from 0 to 1"), ({"alphas": []}, "nothing to choose by")):
+    for wrong, match in (
+        ({}, "the B of 1/B"),
+        ({"alphas": [2.0]}, "from 0 to 1"),
+        ({"alphas": []}, "nothing to choose by"),
+    ):
         with pytest.raises(ValueError, match=match):
             choose_example_weight(evaluate, batches, **wrong)
     with pytest.raises(ValueError, match="nothing to choose by"):
@@ -339,25 +412,38 @@ def test_values_that_are_not_finite_are_not_chosen(maximize, best):
     values = {0.0: np.nan, 0.25: 1.0, 0.5: -np.inf, 0.75: 2.0, 1.0: np.inf}
     choose = partial(choose_example_weight, batches=[None], alphas=list(values), maximize=maximize)
     assert choose(lambda alpha, _: (values[float(alpha)], 1)).best == best
-    with pytest.raises(ValueError, match="nothing to choose by. Got values .* expected one that is finite"):
+    with pytest.raises(
+        ValueError, match="nothing to choose by. Got values .* expected one that is finite"
+    ):
         choose(lambda alpha, _: (np.nan, 1))
 
 
 def test_adaptation(x64):
     x = data()
     state = state_of((C,))
-    running, batch = jaxnorm.running_moments(state, methods.batch_norm(), SHAPE), jaxnorm.moments(x, methods.batch_norm())
+    running, batch = (
+        jaxnorm.running_moments(state, methods.batch_norm(), SHAPE),
+        jaxnorm.moments(x, methods.batch_norm()),
+    )
     m = adapt_moments(running, batch, source_size=16, size=N)
     prior = 16 / (16 + N)
     mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
     np.testing.assert_allclose(m.mean.ravel(), prior * state.mean + (1 - prior) * mean, rtol=1e-12)
     np.testing.assert_allclose(m.var.ravel(), prior * state.var + (1 - prior) * var, rtol=1e-12)
-    np.testing.assert_allclose(adapt_moments(running, batch, source_size=0).var, batch.var, rtol=1e-12)
+    np.testing.assert_allclose(
+        adapt_moments(running, batch, source_size=0).var, batch.var, rtol=1e-12
+    )
     np.testing.assert_array_equal(m.count, batch.count)
     mask = jnp.arange(C) > 0  # no element of the first channel
-    m = adapt_moments(running, jaxnorm.moments(x, methods.batch_norm(), weights=mask), source_size=16, size=N)
-    np.testing.assert_array_equal([m.mean.ravel()[0], m.var.ravel()[0]], [state.mean[0], state.var[0]])
-    np.testing.assert_allclose(m.var.ravel()[1:], (prior * state.var + (1 - prior) * var)[1:], rtol=1e-12)
+    m = adapt_moments(
+        running, jaxnorm.moments(x, methods.batch_norm(), weights=mask), source_size=16, size=N
+    )
+    np.testing.assert_array_equal(
+        [m.mean.ravel()[0], m.var.ravel()[0]], [state.mean[0], state.var[0]]
+    )
+    np.testing.assert_allclose(
+        m.var.ravel()[1:], (prior * state.var + (1 - prior) * var)[1:], rtol=1e-12
+    )
 
 
 class Net(fnn.Module):
@@ -397,17 +483,23 @@ def test_batch_statistics_at_test_with_the_rest_of_the_model_in_inference():
     with linen.call_norms_with(use_running_average=False, update_running_average=False):
         y = Net().apply(variables, x, False)
     hidden = jaxnorm.norm(x, methods.batch_norm())[0] @ variables["params"]["Dense_0"]["kernel"]
-    np.testing.assert_allclose(y, jaxnorm.norm(hidden, methods.batch_norm())[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        y, jaxnorm.norm(hidden, methods.batch_norm())[0], rtol=1e-4, atol=1e-4
+    )
     assert not np.allclose(y, Net().apply(variables, x, False), atol=1e-2)
     layer = nnx.BatchNorm(4, rngs=fnnx.Rngs(0))
     viewed = fnnx.view(layer, use_running_average=False, update_running_average=False)
-    np.testing.assert_allclose(viewed(x), jaxnorm.norm(x, methods.batch_norm())[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        viewed(x), jaxnorm.norm(x, methods.batch_norm())[0], rtol=1e-5, atol=1e-5
+    )
     assert not layer.mean[...].any()
 
 
 def forward_of(model):
     def forward(variables, x):
-        return model.apply(variables, x, True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
+        return model.apply(
+            variables, x, True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}
+        )
 
     return forward
 
@@ -417,7 +509,10 @@ SIZES = (5, 2)
 
 def batches_of(shape, seed=0):
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(rng.normal(), 1 + i, (n, *shape)), jnp.float32) for i, n in enumerate(SIZES)]
+    return [
+        jnp.asarray(rng.normal(rng.normal(), 1 + i, (n, *shape)), jnp.float32)
+        for i, n in enumerate(SIZES)
+    ]
 
 
 def averaged(batches):
@@ -440,13 +535,23 @@ def test_a_population_is_that_of_all_elements_in_any_order(reducer):
     measure = partial(linen.population_statistics, forward_of(Net()), variables, reducer=reducer)
     new = measure(batches)
     first = new["batch_stats"]["first"]
-    for value, expected in zip((first["mean"], first["var"]), REDUCED[reducer](batches), strict=True):
+    for value, expected in zip(
+        (first["mean"], first["var"]), REDUCED[reducer](batches), strict=True
+    ):
         np.testing.assert_allclose(value, expected, rtol=2e-6, atol=1e-6)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), new, measure(batches[::-1]))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), new, measure(batches[::-1])
+    )
     assert jax.tree.structure(new) == jax.tree.structure(variables)
     jax.tree.map(np.testing.assert_array_equal, new["params"], variables["params"])
-    jax.tree.map(np.testing.assert_array_equal, new["batch_stats"]["unused"], variables["batch_stats"]["unused"])
-    assert not np.allclose(new["batch_stats"]["second"]["var"], variables["batch_stats"]["second"]["var"])
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        new["batch_stats"]["unused"],
+        variables["batch_stats"]["unused"],
+    )
+    assert not np.allclose(
+        new["batch_stats"]["second"]["var"], variables["batch_stats"]["second"]["var"]
+    )
     one = measure(batches[:1])["batch_stats"]["first"]
     np.testing.assert_allclose(one["mean"], REDUCED[reducer](batches[:1])[0], rtol=2e-6, atol=1e-6)
     np.testing.assert_allclose(one["var"], REDUCED[reducer](batches[:1])[1], rtol=2e-6)
@@ -471,11 +576,17 @@ def test_a_population_in_nnx(reducer):
     structure = fnnx.graphdef(model)
     old = fnnx.state(model, fnnx.Not(fnnx.BatchStat))
     nnx.population_statistics(lambda model, x: model(x), model, batches, reducer=reducer)
-    for value, expected in zip((model.first.mean, model.first.var), REDUCED[reducer](batches), strict=True):
+    for value, expected in zip(
+        (model.first.mean, model.first.var), REDUCED[reducer](batches), strict=True
+    ):
         np.testing.assert_allclose(value[...], expected, rtol=2e-6, atol=1e-6)
     assert model.unused.mean[...].tolist() == [7.0] * 4 and model.second.mean[...].any()
     assert fnnx.graphdef(model) == structure and not hasattr(model.first, "elements")
-    same = jax.tree.map(lambda a, b: a is b or bool((a == b).all()), old, fnnx.state(model, fnnx.Not(fnnx.BatchStat)))
+    same = jax.tree.map(
+        lambda a, b: a is b or bool((a == b).all()),
+        old,
+        fnnx.state(model, fnnx.Not(fnnx.BatchStat)),
+    )
     assert all(jax.tree.leaves(same))
 
 
@@ -496,12 +607,21 @@ def test_populations_of_other_layers(layer, kept):
     def forward(variables, batch):
         return layer.apply(variables, batch[0], False, mask=batch[1], mutable="batch_stats")
 
-    new = linen.population_statistics(forward, variables, zip(batches, masks, strict=True))["batch_stats"]
-    seen = [np.delete(np.asarray(x), 1, 0).reshape(-1, kept, 4 // kept).swapaxes(1, 2).reshape(-1, kept) for x in batches]
+    new = linen.population_statistics(forward, variables, zip(batches, masks, strict=True))[
+        "batch_stats"
+    ]
+    seen = [
+        np.delete(np.asarray(x), 1, 0).reshape(-1, kept, 4 // kept).swapaxes(1, 2).reshape(-1, kept)
+        for x in batches
+    ]
     rtol = 1e-2 if new["mean"].dtype == jnp.bfloat16 else 1e-5
     for value, expected in zip((new["mean"], new["var"]), pooled(seen), strict=True):
-        np.testing.assert_allclose(np.asarray(value, np.float32), expected, rtol=rtol, atol=rtol / 5)
-    assert [t.dtype for t in jax.tree.leaves(new)] == [t.dtype for t in jax.tree.leaves(variables["batch_stats"])]
+        np.testing.assert_allclose(
+            np.asarray(value, np.float32), expected, rtol=rtol, atol=rtol / 5
+        )
+    assert [t.dtype for t in jax.tree.leaves(new)] == [
+        t.dtype for t in jax.tree.leaves(variables["batch_stats"])
+    ]
     assert "count" not in new or new["count"].tolist() == [1.0] * kept
 
 
@@ -515,7 +635,9 @@ def test_populations_of_scanned_layers():
     model = fnn.scan(Step, variable_axes=axes, split_rngs={"params": True}, length=2)()
     batches = batches_of((4,))
     variables = model.init(jax.random.key(0), batches[0], None)
-    new = linen.population_statistics(lambda v, x: model.apply(v, x, None, mutable="batch_stats"), variables, batches)
+    new = linen.population_statistics(
+        lambda v, x: model.apply(v, x, None, mutable="batch_stats"), variables, batches
+    )
     mean, var = (new["batch_stats"]["BatchNorm_0"][name] for name in ("mean", "var"))
     np.testing.assert_allclose(mean[0], pooled(batches)[0], rtol=2e-6, atol=1e-6)
     np.testing.assert_allclose(var[1], [4.0] * 4, rtol=1e-3)
@@ -525,19 +647,37 @@ def test_what_is_not_measured_is_refused():
     batches = batches_of((4,))
     for model, match in (
         (Net(twice=True), "layer unused was called 2 times in 1 batches"),
-        (Net(norm=fnn.BatchNorm), "layer first updates its running statistics by a rule of its own"),
+        (
+            Net(norm=fnn.BatchNorm),
+            "layer first updates its running statistics by a rule of its own",
+        ),
     ):
         variables = model.init(jax.random.key(0), batches[0], False)
         with pytest.raises(ValueError, match=match):
             linen.population_statistics(forward_of(model), variables, batches)
     for name in ("BatchRenorm", "EvoNormB0"):
-        model = fnn.Sequential([linen.BatchNorm(use_running_average=False), getattr(linen, name)(use_running_average=False)])
+        model = fnn.Sequential(
+            [
+                linen.BatchNorm(use_running_average=False),
+                getattr(linen, name)(use_running_average=False),
+            ]
+        )
         inputs = [x[:, None, None] for x in batches]  # an image of one position
         variables = model.init(jax.random.key(0), inputs[0])
-        with pytest.raises(ValueError, match="layer layers_1 updates its .* by a rule of its own. Got .*; expected a layer"):
-            linen.population_statistics(lambda v, x, m=model: m.apply(v, x, mutable="batch_stats"), variables, inputs)
-        pair = fnnx.Sequential(*(getattr(nnx, kind)(4, rngs=fnnx.Rngs(0)) for kind in ("BatchNorm", name)))
-        with pytest.raises(ValueError, match="layer layers/1 updates its .* by a rule of its own. Got .*; expected a layer"):
+        with pytest.raises(
+            ValueError,
+            match="layer layers_1 updates its .* by a rule of its own. Got .*; expected a layer",
+        ):
+            linen.population_statistics(
+                lambda v, x, m=model: m.apply(v, x, mutable="batch_stats"), variables, inputs
+            )
+        pair = fnnx.Sequential(
+            *(getattr(nnx, kind)(4, rngs=fnnx.Rngs(0)) for kind in ("BatchNorm", name))
+        )
+        with pytest.raises(
+            ValueError,
+            match="layer layers/1 updates its .* by a rule of its own. Got .*; expected a layer",
+        ):
             nnx.population_statistics(lambda model, x: model(x), pair, inputs)
     variables = Net().init(jax.random.key(0), batches[0], False)
     measure = partial(linen.population_statistics, forward_of(Net()), variables)
@@ -546,29 +686,44 @@ def test_what_is_not_measured_is_refused():
     with pytest.raises(ValueError, match="reducer is one of 'pooled', 'averaged'. Got 'mean'"):
         measure(batches, reducer="mean")
     with pytest.raises(ValueError, match="no running statistics were updated in 2 batches"):
-        linen.population_statistics(lambda v, x: Net().apply(v, x, False, mutable="batch_stats"), variables, batches)
+        linen.population_statistics(
+            lambda v, x: Net().apply(v, x, False, mutable="batch_stats"), variables, batches
+        )
     with pytest.raises(ValueError, match="layer first updates"):
         nnx.population_statistics(lambda model, x: model(x), Pair(fnnx.BatchNorm), batches)
     model = Pair()
     with pytest.raises(ValueError, match="layer first was called 2 times"):
-        nnx.population_statistics(lambda model, x: model.second(model.first(model.first(x))), model, batches)
+        nnx.population_statistics(
+            lambda model, x: model.second(model.first(model.first(x))), model, batches
+        )
     assert not model.first.mean[...].any()
 
 
 def test_averages_of_batches():
     state = jaxnorm.init_running((4,), counted=True)
     batches = batches_of((4,))
-    for x in (*batches, jnp.full((2, 4), jnp.nan), jnp.zeros((0, 4))):  # what says nothing changes nothing
+    for x in (
+        *batches,
+        jnp.full((2, 4), jnp.nan),
+        jnp.zeros((0, 4)),
+    ):  # what says nothing changes nothing
         state = jaxnorm.update_averaged(state, jaxnorm.moments(x, methods.batch_norm()))
     np.testing.assert_allclose(state.mean, averaged(batches)[0], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(state.var, averaged(batches)[1], rtol=1e-6)
     assert state.count.tolist() == [float(len(SIZES))] * 4
     with pytest.raises(ValueError, match="an average over batches counts them"):
-        jaxnorm.update_averaged(jaxnorm.init_running((4,)), jaxnorm.moments(batches[0], methods.batch_norm()))
+        jaxnorm.update_averaged(
+            jaxnorm.init_running((4,)), jaxnorm.moments(batches[0], methods.batch_norm())
+        )
 
 
 def test_groups_of_an_example():
     x = jnp.asarray(data(dtype=np.float32))
-    running = jaxnorm.running_moments(state_of((3,), jnp.float32), methods.batch_group_norm(3), SHAPE)
-    one, other = (weigh_example(x, running, g, example_weight=0.5) for g in (Groups(1, 1, 3), Groups(EACH, 1, 3)))
+    running = jaxnorm.running_moments(
+        state_of((3,), jnp.float32), methods.batch_group_norm(3), SHAPE
+    )
+    one, other = (
+        weigh_example(x, running, g, example_weight=0.5)
+        for g in (Groups(1, 1, 3), Groups(EACH, 1, 3))
+    )
     np.testing.assert_array_equal(one.var, other.var)

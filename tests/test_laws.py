@@ -1,6 +1,8 @@
-"""Laws that follow from a method's sets: what may be shifted, scaled and reordered, who sees whom, and how large y can be.
+"""Laws that follow from a method's sets: what may be shifted, scaled and reordered, who sees whom,
+and how large y can be.
 
-A method is a row with the labels of its sets, as papers give them. Each law is tried on each row, also where it must not hold.
+A method is a row with the labels of its sets, as papers give them. Each law is tried on each row,
+also where it must not hold.
 """
 
 import dataclasses
@@ -16,7 +18,15 @@ import pytest
 from compiled import jit
 from rows import ROWS
 
-from jaxnorm import init_running, methods, norm, normalize, running_moments, running_shape, update_running
+from jaxnorm import (
+    init_running,
+    methods,
+    norm,
+    normalize,
+    running_moments,
+    running_shape,
+    update_running,
+)
 from jaxnorm.batch_group import batch_group_norm, init_batch_group_norm
 from jaxnorm.cross_iteration import cross_iteration_norm, init_cross_iteration
 from jaxnorm.domains import domain_batch_norm, init_domain_batch_norm
@@ -53,19 +63,23 @@ ALL: Label = lambda n, p, c, *_: (0 * n,)  # noqa: E731
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A method, `function(x, state, train=, epsilon=, scale=, bias=, **options)`, and what its definition says of sets.
+    """A method, `function(x, state, train=, epsilon=, scale=, bias=, **options)`, and what its
+    definition says of sets.
 
     Attributes:
         labels: sets whose elements share statistics.
-        shift: sets on which a constant may be added to x, now and in the past; None where the mean is not taken out.
-        first: state before the first step; the state of the test is that after one step on other data.
+        shift: sets on which a constant may be added to x, now and in the past; None where the mean
+            is not taken out.
+        first: state before the first step; the state of the test is that after one step on other
+            data.
         options: of the function; those named in `per_unit` are in the unit of 1 / x.
         begin: other options in the first step.
-        meeting: labels of what is still shared in inference; None for methods that are tested in training alone.
+        meeting: labels of what is still shared in inference; None for methods that are tested in
+            training alone.
         trains: whether training is tested; else another row does.
         blends: whether x is partly standardized with what is remembered, in training.
-        standardizes: whether y has mean 0 and variance var / (var + epsilon) on each set, or the square mean where `shift` is
-            None.
+        standardizes: whether y has mean 0 and variance var / (var + epsilon) on each set, or the
+            square mean where `shift` is None.
         epsilon: 0 where there is more than one, in different units.
     """
 
@@ -88,15 +102,24 @@ class Row:
 
 
 def of_table(method, example_weight=None):
-    """A row of the table with its running statistics, weighed in inference with the example's own."""
+    """A row of the table with its running statistics, weighed in inference with the example's
+    own."""
 
     def f(x, state, *, train, epsilon, **affine):
         if not train:
             m = running_moments(state, method, x.shape)
-            m = m if example_weight is None else weigh_example(x, m, method, example_weight=example_weight)
+            m = (
+                m
+                if example_weight is None
+                else weigh_example(x, m, method, example_weight=example_weight)
+            )
             return normalize(x, m, epsilon=epsilon, **affine), state
         y, m = norm(x, method, epsilon=epsilon, **affine)
-        state = update_running(state, jax.lax.stop_gradient(m), momentum=0.0) if method.pools_batch else state
+        state = (
+            update_running(state, jax.lax.stop_gradient(m), momentum=0.0)
+            if method.pools_batch
+            else state
+        )
         return y, state
 
     return f
@@ -127,7 +150,13 @@ def table_rows():
         first = first_of(method) if method.pools_batch else dict
         options: dict[str, Any] = {"standardizes": True, "first": first}
         options |= {} if ghosts or not method.pools_batch else {"meeting": ()}
-        yield Row(row.name, of_table(method), (row.label,), None if row.mean == 0 else row.label, **options)
+        yield Row(
+            row.name,
+            of_table(method),
+            (row.label,),
+            None if row.mean == 0 else row.label,
+            **options,
+        )
 
 
 MOMENTUM = {"momentum": 0.0}
@@ -230,7 +259,12 @@ BEYOND = (
         options={"v": np.full(C, 0.7)},
         per_unit=("v",),
     ),
-    Row("proxy_norm", stateless(partial(proxy_norm, method=methods.group_norm(3), activation=jax.nn.silu)), (GROUP,), GROUP),
+    Row(
+        "proxy_norm",
+        stateless(partial(proxy_norm, method=methods.group_norm(3), activation=jax.nn.silu)),
+        (GROUP,),
+        GROUP,
+    ),
     Row(
         "group_norm_plus",
         group_norm_plus,
@@ -315,7 +349,8 @@ def draw(row) -> Data:
 
 
 def compiled(row, train):
-    """The method after a step on the past: y and the derivatives by x, scale and bias, as a function of `Data`."""
+    """The method after a step on the past: y and the derivatives by x, scale and bias, as a
+    function of `Data`."""
 
     def call(x, state, unit, options, train=True, **rest):
         options = options | {name: options[name] / unit for name in row.per_unit}
@@ -366,7 +401,11 @@ def reordered(axis, order, row, data):
     def expected(out):
         return {name: take(t) if t.ndim == 4 else one(t) for name, t in out.items()}
 
-    return other, expected, all(same_partition(sets_of(label), take(sets_of(label))) for label in row.labels)
+    return (
+        other,
+        expected,
+        all(same_partition(sets_of(label), take(sets_of(label))) for label in row.labels),
+    )
 
 
 def same_partition(a, b):
@@ -377,7 +416,10 @@ def same_partition(a, b):
 LAWS = {"unit": in_another_unit, "shift": shifted} | {
     f"{name} {how}": partial(reordered, axis, order)
     for axis, name in enumerate(("examples", "rows", "columns", "channels"))
-    for how, order in (("reversed", np.arange(SHAPE[axis])[::-1]), ("rolled", np.roll(np.arange(SHAPE[axis]), 1)))
+    for how, order in (
+        ("reversed", np.arange(SHAPE[axis])[::-1]),
+        ("rolled", np.roll(np.arange(SHAPE[axis]), 1)),
+    )
 }
 
 
@@ -401,11 +443,18 @@ def touched(labels):
     return out
 
 
-MODES = [(row, train) for row in METHODS for train in (True, False) if (row.trains if train else row.meeting is not None)]
+MODES = [
+    (row, train)
+    for row in METHODS
+    for train in (True, False)
+    if (row.trains if train else row.meeting is not None)
+]
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("row, train", MODES, ids=[f"{row}-{'train' if train else 'inference'}" for row, train in MODES])
+@pytest.mark.parametrize(
+    "row, train", MODES, ids=[f"{row}-{'train' if train else 'inference'}" for row, train in MODES]
+)
 def test_laws(row, train):
     run, data = compiled(row, train), draw(row)
     base, dstate, from_state = run(data)
@@ -415,7 +464,9 @@ def test_laws(row, train):
     assert not from_state.any()
     assert not train or not any(t.any() for t in jax.tree.leaves(dstate))
     if train and row.shift is not None and not row.blends:
-        np.testing.assert_allclose(np.bincount(sets_of(row.shift).ravel(), base["dx"].ravel()), 0, atol=1e-10)
+        np.testing.assert_allclose(
+            np.bincount(sets_of(row.shift).ravel(), base["dx"].ravel()), 0, atol=1e-10
+        )
 
     # an example is seen by those that share a set with it, and by nobody else
     x = data.x.copy()
@@ -432,7 +483,8 @@ def test_laws(row, train):
 
 
 def standardized(row, run, data):
-    """Moments of y on each set, and its largest value: sqrt(m - 1) for m elements, where one stands out."""
+    """Moments of y on each set, and its largest value: sqrt(m - 1) for m elements, where one stands
+    out."""
     (label,), fixed = row.labels, row.shift is None
     sets, plain = sets_of(label), {"scale": np.ones(C), "bias": np.zeros(C)}
     count = np.bincount(sets.ravel())

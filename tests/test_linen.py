@@ -1,4 +1,5 @@
-"""The linen layers for any row of the table: state, training, evaluation, and Flax's transformations."""
+"""The linen layers for any row of the table: state, training, evaluation, and Flax's
+transformations."""
 
 import functools
 
@@ -55,7 +56,9 @@ def apply(layer, variables, x, mutable="batch_stats", **flags):
     """Output and updated statistics."""
     static = {k: v for k, v in flags.items() if v is None or isinstance(v, bool) or callable(v)}
     traced = {k: v for k, v in flags.items() if k not in static}
-    y, new = jit(lambda v, x, t: layer.apply(v, x, mutable=mutable, **static, **t))(variables, x, traced)
+    y, new = jit(lambda v, x, t: layer.apply(v, x, mutable=mutable, **static, **t))(
+        variables, x, traced
+    )
     return y, new.get("batch_stats", {})
 
 
@@ -63,10 +66,18 @@ def same(a, b, **tolerance):
     chex.assert_trees_all_close(a, b, **({"rtol": 1e-5, "atol": 1e-5} | tolerance))
 
 
-MORE = ("ghost_batch_norm_size", "batch_group_norm_columns", "weight_standardization", "layer_norm", "positional_norm")
+MORE = (
+    "ghost_batch_norm_size",
+    "batch_group_norm_columns",
+    "weight_standardization",
+    "layer_norm",
+    "positional_norm",
+)
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, marks=pytest.mark.slow) if row in MORE else row for row in ROWS])
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=pytest.mark.slow) if row in MORE else row for row in ROWS]
+)
 def test_a_row_is_initialized_by_one_example_trained_and_evaluated_with_any_batch(row):
     method, state = ROWS[row]
     layer = layers.Norm(method, momentum=0.0)
@@ -79,7 +90,9 @@ def test_a_row_is_initialized_by_one_example_trained_and_evaluated_with_any_batc
     y, stats = apply(layer, variables, x, **TRAIN)
     same(y, normalize(x, moments(x, method)))
     few = data((3, *SHAPE[1:]), seed=1)
-    evaluated, unchanged = apply(layer, variables | {"batch_stats": stats} if state else variables, few, **EVAL)
+    evaluated, unchanged = apply(
+        layer, variables | {"batch_stats": stats} if state else variables, few, **EVAL
+    )
     if state is None:
         same(evaluated, normalize(few, moments(few, method)))
         return
@@ -88,7 +101,9 @@ def test_a_row_is_initialized_by_one_example_trained_and_evaluated_with_any_batc
     chex.assert_trees_all_equal(unchanged, stats)
 
 
-@pytest.mark.parametrize("method", [methods.ghost_batch_norm(3), methods.ghost_batch_norm(ghost_size=3)])
+@pytest.mark.parametrize(
+    "method", [methods.ghost_batch_norm(3), methods.ghost_batch_norm(ghost_size=3)]
+)
 def test_a_batch_that_ghosts_do_not_divide_is_an_error_in_training_only(method):
     layer = layers.Norm(method)
     variables = initial(layer, (1, 2, 6))
@@ -103,12 +118,16 @@ def test_use_and_update_are_apart():
     variables = initial(layer)
     variables["batch_stats"] = {"mean": jnp.full(6, 3.0), "var": jnp.full(6, 9.0)}
     x = data()
-    batch = (x - x.mean((0, 1, 2), keepdims=True)) / jnp.sqrt(x.var((0, 1, 2), keepdims=True) + 1e-5)
+    batch = (x - x.mean((0, 1, 2), keepdims=True)) / jnp.sqrt(
+        x.var((0, 1, 2), keepdims=True) + 1e-5
+    )
     running = (x - 3) / jnp.sqrt(9 + 1e-5)
     new = {"mean": 1.5 + x.mean((0, 1, 2)) / 2, "var": 4.5 + x.var((0, 1, 2)) / 2}
     for use in (True, False):
         for update in (True, False, None):
-            y, stats = apply(layer, variables, x, use_running_average=use, update_running_average=update)
+            y, stats = apply(
+                layer, variables, x, use_running_average=use, update_running_average=update
+            )
             same(y, running if use else batch)
             same(stats, new if update or (update is None and not use) else variables["batch_stats"])
     frozen = layer.apply(variables, x, **TRAIN, update_running_average=False)  # nothing is mutable
@@ -173,12 +192,17 @@ def test_scale_and_bias_may_come_with_each_example():
 
 def test_an_activation_is_applied_to_the_output():
     x = data()
-    for layer, flags in ((layers.Norm(methods.ghost_batch_norm(2)), TRAIN), (layers.LayerNorm(), {})):
+    for layer, flags in (
+        (layers.Norm(methods.ghost_batch_norm(2)), TRAIN),
+        (layers.LayerNorm(), {}),
+    ):
         variables = jit(lambda x, layer=layer, flags=flags: layer.init(KEY, x, **flags))(x)
 
         def loss(params, x, layer=layer, flags=flags, variables=variables, inside=True):
             v = variables | {"params": params}
-            y = layer.apply(v, x, **flags, mutable="batch_stats", **({"activation": nn.silu} if inside else {}))[0]
+            y = layer.apply(
+                v, x, **flags, mutable="batch_stats", **({"activation": nn.silu} if inside else {})
+            )[0]
             return (y if inside else nn.silu(y)).sum()
 
         fused, plain = (functools.partial(loss, inside=inside) for inside in (True, False))
@@ -187,7 +211,11 @@ def test_an_activation_is_applied_to_the_output():
 
 def test_unit_offset_stores_the_distance_from_one():
     x = data()
-    for cls, args in ((layers.Norm, (methods.layer_norm(),)), (layers.RMSNorm, ()), (layers.GroupNorm, (3,))):
+    for cls, args in (
+        (layers.Norm, (methods.layer_norm(),)),
+        (layers.RMSNorm, ()),
+        (layers.GroupNorm, (3,)),
+    ):
         offset, plain = cls(*args, unit_offset=True), cls(*args)
         variables, usual = offset.init(KEY, x), plain.init(KEY, x)
         assert not variables["params"]["scale"].any()
@@ -196,7 +224,9 @@ def test_unit_offset_stores_the_distance_from_one():
         times = {"params": usual["params"] | {"scale": jnp.full(6, 1.25)}}
         same(offset.apply(moved, x), plain.apply(times, x))
         custom = cls(*args, unit_offset=True, scale_init=nn.initializers.constant(0.5))
-        assert custom.init(KEY, x)["params"]["scale"].tolist() == [-0.5] * 6  # the scale itself starts at 0.5
+        assert (
+            custom.init(KEY, x)["params"]["scale"].tolist() == [-0.5] * 6
+        )  # the scale itself starts at 0.5
 
 
 @pytest.mark.parametrize("row", ["batch_norm", "ghost_batch_norm", "group_norm", "positional_norm"])
@@ -206,7 +236,10 @@ def test_channels_first_is_channels_last_transposed(row):
     x, turned = data(), jnp.moveaxis(data(), -1, 1)
     variables = initial(first, turned.shape)
     chex.assert_trees_all_equal(variables, initial(last))
-    (y, stats), (expected, usual) = apply(first, variables, turned, **TRAIN), apply(last, variables, x, **TRAIN)
+    (y, stats), (expected, usual) = (
+        apply(first, variables, turned, **TRAIN),
+        apply(last, variables, x, **TRAIN),
+    )
     same((jnp.moveaxis(y, 1, -1), stats), (expected, usual))
 
 
@@ -243,7 +276,9 @@ def test_named_layers_are_norm_with_their_row(layer, method):
     general = layers.Norm(method, use_bias=layer.use_bias, use_scale=layer.use_scale)
     variables = initial(layer)
     if not method.pools_batch:
-        assert not isinstance(layer, layers.PositionalNorm) or not variables  # neither scale nor bias
+        assert (
+            not isinstance(layer, layers.PositionalNorm) or not variables
+        )  # neither scale nor bias
         same(apply(layer, variables, x, **TRAIN)[0], normalize(x, moments(x, method)))
         return
     chex.assert_trees_all_equal(variables, initial(general))
@@ -276,7 +311,9 @@ def test_a_row_over_a_named_axis_is_the_row_of_the_whole_batch(context):
         else:
             mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("i",))
             p = jax.sharding.PartitionSpec
-            y, new = jit(jax.shard_map(part, mesh=mesh, in_specs=p("i"), out_specs=(p("i"), p())))(x.reshape(8, 3, 6))
+            y, new = jit(jax.shard_map(part, mesh=mesh, in_specs=p("i"), out_specs=(p("i"), p())))(
+                x.reshape(8, 3, 6)
+            )
         whole = layers.Norm(method, momentum=0.5)
         same((y, new), whole.apply(variables, x.reshape(8, 3, 6), **TRAIN, mutable="batch_stats"))
 
@@ -286,40 +323,61 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, _=None):
-        return layers.Norm(methods.ghost_batch_norm(2), use_running_average=False, momentum=0.5)(x + 1), None
+        return (
+            layers.Norm(methods.ghost_batch_norm(2), use_running_average=False, momentum=0.5)(
+                x + 1
+            ),
+            None,
+        )
 
 
 def test_scan_over_layers_is_the_loop():
-    scanned = nn.scan(Block, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=2)()
+    scanned = nn.scan(
+        Block, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=2
+    )()
     x = data((4, 3))
     variables = jit(scanned.init)(KEY, x)
     (y, _), new = jit(lambda v, x: scanned.apply(v, x, mutable="batch_stats"))(variables, x)
     expected, states = x, []
     for i in range(2):
-        (expected, _), state = Block().apply(jax.tree.map(lambda t, i=i: t[i], variables), expected, mutable="batch_stats")
+        (expected, _), state = Block().apply(
+            jax.tree.map(lambda t, i=i: t[i], variables), expected, mutable="batch_stats"
+        )
         states.append(state)
     same((y, new), (expected, jax.tree.map(lambda *t: jnp.stack(t), *states)))
 
 
 def test_scan_carries_the_state_through_time():
-    steps = nn.scan(Block, variable_broadcast="params", variable_carry="batch_stats", split_rngs={"params": False}, length=3)()
+    steps = nn.scan(
+        Block,
+        variable_broadcast="params",
+        variable_carry="batch_stats",
+        split_rngs={"params": False},
+        length=3,
+    )()
     x = data((4, 3))
     variables = jit(Block().init)(KEY, x)  # Flax cannot create what is carried inside the loop
     (y, _), new = jit(lambda v, x: steps.apply(v, x, mutable="batch_stats"))(variables, x)
     state = variables["batch_stats"]
     for _ in range(3):
-        (x, _), state = Block().apply({"params": variables["params"]} | {"batch_stats": state}, x, mutable="batch_stats")
+        (x, _), state = Block().apply(
+            {"params": variables["params"]} | {"batch_stats": state}, x, mutable="batch_stats"
+        )
         state = state["batch_stats"]
     same((y, new["batch_stats"]), (x, state))
 
 
 def test_vmap_over_layers_keeps_them_apart():
-    many = nn.vmap(Block, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, in_axes=0)()
+    many = nn.vmap(
+        Block, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, in_axes=0
+    )()
     x = data((3, 4, 5))
     variables = jit(many.init)(KEY, x)
     (y, _), new = jit(lambda v, x: many.apply(v, x, mutable="batch_stats"))(variables, x)
     for i in range(3):
-        (expected, _), state = Block().apply(jax.tree.map(lambda t, i=i: t[i], variables), x[i], mutable="batch_stats")
+        (expected, _), state = Block().apply(
+            jax.tree.map(lambda t, i=i: t[i], variables), x[i], mutable="batch_stats"
+        )
         same((y[i], jax.tree.map(lambda t, i=i: t[i], new)), (expected, state))
 
 
@@ -331,6 +389,9 @@ def test_remat_changes_no_gradient_and_updates_once():
         (y, _), new = cls().apply(variables, x, mutable="batch_stats")
         return jnp.sin(y).sum(), new
 
-    run = [jit(jax.value_and_grad(functools.partial(loss, cls), has_aux=True))(x) for cls in (Block, nn.remat(Block))]
+    run = [
+        jit(jax.value_and_grad(functools.partial(loss, cls), has_aux=True))(x)
+        for cls in (Block, nn.remat(Block))
+    ]
     same(*run)
     same(run[1][0][1]["batch_stats"]["Norm_0"]["mean"], (x + 1).mean(0) / 2)

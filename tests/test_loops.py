@@ -1,4 +1,5 @@
-"""What a training loop does with the layers: whatever cuts the work in parts, the training is that of one device at once."""
+"""What a training loop does with the layers: whatever cuts the work in parts, the training is that
+of one device at once."""
 
 import functools
 import re
@@ -52,7 +53,8 @@ def normal(*shape, seed=0, dtype="f8"):
 
 
 def on_devices(context, f, shared=0):
-    """f on every device's part of the batch, the first arguments being shared by all; results stacked over devices."""
+    """f on every device's part of the batch, the first arguments being shared by all; results
+    stacked over devices."""
 
     def part(*args):
         out = f(*args[:shared], *jax.tree.map(lambda t: t[0], args[shared:]))
@@ -62,9 +64,13 @@ def on_devices(context, f, shared=0):
         parts = jax.tree.map(lambda t: t.reshape(DEVICES, -1, *t.shape[1:]), args[shared:])
         if context in ("pmap", "vmap"):
             over = jax.pmap if context == "pmap" else jax.vmap
-            return over(f, in_axes=(None,) * shared + (0,) * len(parts), axis_name="data")(*args[:shared], *parts)
+            return over(f, in_axes=(None,) * shared + (0,) * len(parts), axis_name="data")(
+                *args[:shared], *parts
+            )
         specs = (P(),) * shared + (P("data"),) * len(parts)
-        sharded = jax.shard_map(part, mesh=mesh(), in_specs=specs, out_specs=P("data"), check_vma=context == "shard_map")
+        sharded = jax.shard_map(
+            part, mesh=mesh(), in_specs=specs, out_specs=P("data"), check_vma=context == "shard_map"
+        )
         return sharded(*args[:shared], *parts)
 
     return run
@@ -94,7 +100,8 @@ def accumulated(micro, axis_name=None, synced=False):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("context", ("jit", "pmap", "shard_map", "shard_map unchecked"))
 def test_moments_of_micro_batches_are_those_of_the_batch(context):
-    """Weights differ everywhere; one micro-batch has none on any device, and one device none at all."""
+    """Weights differ everywhere; one micro-batch has none on any device, and one device none at
+    all."""
     x, w = normal(BATCH * 3, 2, 6) + 5, np.random.default_rng(1).uniform(0, 1, (BATCH * 3, 1, 1))
     w = w.reshape(DEVICES, 3, 2, 1, 1)
     w[:, 1] = w[2] = 0
@@ -103,15 +110,25 @@ def test_moments_of_micro_batches_are_those_of_the_batch(context):
     want = jax.tree.map(lambda t: t[0, 0], whole)
     before = init_running((6,), dtype=x.dtype)
     if context == "jit":
-        micro = [np.moveaxis(t.reshape(DEVICES, 3, 2, *t.shape[1:]), 1, 0).reshape(3, BATCH, *t.shape[1:]) for t in (x, w)]
+        micro = [
+            np.moveaxis(t.reshape(DEVICES, 3, 2, *t.shape[1:]), 1, 0).reshape(
+                3, BATCH, *t.shape[1:]
+            )
+            for t in (x, w)
+        ]
         sums = [jit(accumulated)(jax.device_put(micro, NamedSharding(mesh(), P(None, "data"))))]
     else:
         cut = partial(jax.tree.map, lambda t: t.reshape(3, 2, *t.shape[1:]))
-        run = [jit(on_devices(context, lambda *b, s=s: accumulated(cut(b), "data", s))) for s in (True, False)]
+        run = [
+            jit(on_devices(context, lambda *b, s=s: accumulated(cut(b), "data", s)))
+            for s in (True, False)
+        ]
         sums = [first(f(x, w)) for f in run]
     for seen in sums:
         same(seen, want)
-        same(update_running(before, seen, momentum=0.9), update_running(before, whole, momentum=0.9))
+        same(
+            update_running(before, seen, momentum=0.9), update_running(before, whole, momentum=0.9)
+        )
 
 
 def test_merge_of_nothing_is_the_identity():
@@ -130,12 +147,17 @@ class Twice(nn.Module):
     def __call__(self, x, mask=None):
         for _ in range(2):
             x = nn.Dense(6, param_dtype=jnp.float64)(x)
-            x = nn.relu(linen.BatchNorm(use_running_average=False, momentum=self.momentum, **WIDE)(x, mask=mask))
+            x = nn.relu(
+                linen.BatchNorm(use_running_average=False, momentum=self.momentum, **WIDE)(
+                    x, mask=mask
+                )
+            )
         return x
 
 
 def as_moments(batch_stats, count=None):
-    """The mean and var of every layer: Moments of `count` elements, or running ones without a count."""
+    """The mean and var of every layer: Moments of `count` elements, or running ones without a
+    count."""
 
     def of_layer(s):
         n = None if count is None else jnp.full(s["mean"].shape, count, s["var"].dtype)
@@ -156,13 +178,19 @@ def one_update(old, seen, momentum=0.9):
 
 @pytest.mark.usefixtures("x64")
 def test_linen_layers_accumulate_and_update_once():
-    """With momentum 0 a layer's batch_stats are the micro-batch's own; how much they count, the loop knows."""
-    x, mask = normal(3, 8, 5), np.random.default_rng(1).random((3, 8, 1)) < [[[0.9]], [[0.5]], [[0.2]]]
+    """With momentum 0 a layer's batch_stats are the micro-batch's own; how much they count, the
+    loop knows."""
+    x, mask = (
+        normal(3, 8, 5),
+        np.random.default_rng(1).random((3, 8, 1)) < [[[0.9]], [[0.5]], [[0.2]]],
+    )
     variables = jit(Twice().init)(jax.random.key(0), x[0])
     params, old = variables["params"], variables["batch_stats"]
 
     def loss(params, x, mask):
-        y, new = Twice(momentum=0.0).apply(variables | {"params": params}, x, mask, mutable="batch_stats")
+        y, new = Twice(momentum=0.0).apply(
+            variables | {"params": params}, x, mask, mutable="batch_stats"
+        )
         return jnp.where(mask, jnp.sin(y), 0).sum() / mask.sum().astype(y.dtype), new["batch_stats"]
 
     @jit
@@ -178,12 +206,23 @@ def test_linen_layers_accumulate_and_update_once():
         return one_update(old, seen), total
 
     new, total = step(params, x, mask)
-    same(total, jit(jax.grad(lambda params: jax.vmap(partial(loss, params))(x, mask)[0].sum()))(params))
-    apply = partial(Twice().apply, variables, mutable=["batch_stats", "intermediates"], capture_intermediates=True)
+    same(
+        total,
+        jit(jax.grad(lambda params: jax.vmap(partial(loss, params))(x, mask)[0].sum()))(params),
+    )
+    apply = partial(
+        Twice().apply,
+        variables,
+        mutable=["batch_stats", "intermediates"],
+        capture_intermediates=True,
+    )
     shown = jit(jax.vmap(lambda *batch: apply(*batch)[1]["intermediates"]))(x, mask)
     for i in range(2):
         entered = np.asarray(shown[f"Dense_{i}"]["__call__"][0])[mask[..., 0]]
-        same(new[f"BatchNorm_{i}"], {"mean": 0.1 * entered.mean(0), "var": 0.9 + 0.1 * entered.var(0)})
+        same(
+            new[f"BatchNorm_{i}"],
+            {"mean": 0.1 * entered.mean(0), "var": 0.9 + 0.1 * entered.var(0)},
+        )
 
 
 def test_nnx_layers_accumulate_and_update_once():
@@ -210,11 +249,19 @@ def test_nnx_layers_accumulate_and_update_once():
     nnx.update(model, stats)
     whole = nnx_layers.BatchNorm(6, momentum=0.5, rngs=nnx.Rngs(0))
     nnx.jit(lambda layer, x: layer(x))(whole, x.reshape(-1, 6))
-    same([model.layers[0].mean[...], model.layers[0].var[...]], [whole.mean[...], whole.var[...]], atol=5e-6)
+    same(
+        [model.layers[0].mean[...], model.layers[0].var[...]],
+        [whole.mean[...], whole.var[...]],
+        atol=5e-6,
+    )
 
 
 SAVED = jax.checkpoint_policies.save_only_these_names("jaxnorm_synced_moments")
-REMAT = {"plain": lambda f: f, "saved by name": partial(jax.checkpoint, policy=SAVED), "nothing saved": jax.checkpoint}
+REMAT = {
+    "plain": lambda f: f,
+    "saved by name": partial(jax.checkpoint, policy=SAVED),
+    "nothing saved": jax.checkpoint,
+}
 
 
 def compiled(f, *args):
@@ -226,7 +273,9 @@ def all_reduces(program):
 
 
 def conv(x, kernel):
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def some(rows, default):
@@ -234,20 +283,32 @@ def some(rows, default):
     return [pytest.param(*row, marks=[] if row in default else [pytest.mark.slow]) for row in rows]
 
 
-KINDS = [(context, weighted) for context in ("jit", "pmap", "shard_map", "shard_map unchecked") for weighted in (True, False)]
+KINDS = [
+    (context, weighted)
+    for context in ("jit", "pmap", "shard_map", "shard_map unchecked")
+    for weighted in (True, False)
+]
 
 
-@pytest.mark.parametrize("context, weighted", some(KINDS, [("jit", True), ("pmap", True), ("shard_map", False)]))
+@pytest.mark.parametrize(
+    "context, weighted", some(KINDS, [("jit", True), ("pmap", True), ("shard_map", False)])
+)
 def test_remat_repeats_no_collective(context, weighted):
-    """In a convolutional network whose statistics are saved by name, as many all-reduces as without remat."""
-    x, kernels = normal(BATCH, 4, 4, 2, dtype="f4"), [normal(3, 3, 2, 2, seed=i, dtype="f4") for i in range(2)]
+    """In a convolutional network whose statistics are saved by name, as many all-reduces as without
+    remat."""
+    x, kernels = (
+        normal(BATCH, 4, 4, 2, dtype="f4"),
+        [normal(3, 3, 2, 2, seed=i, dtype="f4") for i in range(2)],
+    )
     axis_name = None if context == "jit" else "data"
 
     def gradient(remat, kernels, x):
         @remat
         def block(kernel, x):
             w = (x[:, :1, :1, :1] > 0) if weighted else None
-            return jax.nn.relu(norm(conv(x, kernel), methods.batch_norm(), weights=w, axis_name=axis_name)[0])
+            return jax.nn.relu(
+                norm(conv(x, kernel), methods.batch_norm(), weights=w, axis_name=axis_name)[0]
+            )
 
         def loss(kernels):
             y = x
@@ -261,7 +322,9 @@ def test_remat_repeats_no_collective(context, weighted):
     for name, remat in REMAT.items():
         f, args = partial(gradient, remat), (kernels, x)
         if context == "jit":
-            args = jax.device_put(args, (NamedSharding(mesh(), P()), NamedSharding(mesh(), P("data"))))
+            args = jax.device_put(
+                args, (NamedSharding(mesh(), P()), NamedSharding(mesh(), P("data")))
+            )
         else:
             f = on_devices(context, f, shared=1)
         counts[name] = all_reduces(compiled(f, *args))
@@ -281,21 +344,30 @@ class Block(nn.Module):
 class NnxBlock(nnx.Module):
     def __init__(self, rngs):
         self.conv = nnx.Conv(4, 4, (3, 3), param_dtype=jnp.float64, rngs=rngs)
-        self.norm = nnx_layers.BatchNorm(4, momentum=0.5, axis_name="data", param_dtype=jnp.float64, rngs=rngs)
+        self.norm = nnx_layers.BatchNorm(
+            4, momentum=0.5, axis_name="data", param_dtype=jnp.float64, rngs=rngs
+        )
 
     def __call__(self, x):
         return x + nnx.relu(self.norm(self.conv(x)))
 
 
 def linen_layers(remat):
-    """Two blocks, as a function of their stacked parameters and statistics: the output and the new statistics."""
-    block = {"plain": Block, "saved by name": nn.remat(Block, policy=SAVED), "nothing saved": nn.remat(Block)}[remat]
+    """Two blocks, as a function of their stacked parameters and statistics: the output and the new
+    statistics."""
+    block = {
+        "plain": Block,
+        "saved by name": nn.remat(Block, policy=SAVED),
+        "nothing saved": nn.remat(Block),
+    }[remat]
     axes = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
     layers = nn.scan(block, **axes, length=2)()
     variables = jit(layers.init)(jax.random.key(0), jnp.ones((1, 4, 4, 4), jnp.float64))
 
     def apply(params, stats, x):
-        (y, _), new = layers.apply({"params": params, "batch_stats": stats}, x, mutable="batch_stats")
+        (y, _), new = layers.apply(
+            {"params": params, "batch_stats": stats}, x, mutable="batch_stats"
+        )
         return y, new["batch_stats"]
 
     return apply, variables["params"], variables["batch_stats"]
@@ -318,13 +390,18 @@ def nnx_layers_of(remat):
     return apply, params, stats
 
 
-SCANNED = [(layers, context) for layers in (linen_layers, nnx_layers_of) for context in ("shard_map", "pmap")]
+SCANNED = [
+    (layers, context)
+    for layers in (linen_layers, nnx_layers_of)
+    for context in ("shard_map", "pmap")
+]
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("layers, context", some(SCANNED, []))
 def test_remat_of_scanned_layers_updates_once(layers, context):
-    """remat inside scan over layers: as many collectives, the same gradients, the same running statistics."""
+    """remat inside scan over layers: as many collectives, the same gradients, the same running
+    statistics."""
     x, results, counts = normal(BATCH, 4, 4, 4), {}, {}
     for remat in REMAT:
         apply, params, stats = layers(remat)
@@ -338,7 +415,10 @@ def test_remat_of_scanned_layers_updates_once(layers, context):
 
         program = compiled(on_devices(context, gradient, shared=2), params, stats, x)
         counts[remat], (grads, new) = all_reduces(program), program(params, stats, x)
-        results[remat] = jax.tree.map(lambda t: t.sum(0), grads) if context == "pmap" else first(grads), first(new)
+        results[remat] = (
+            jax.tree.map(lambda t: t.sum(0), grads) if context == "pmap" else first(grads),
+            first(new),
+        )
     same(results["saved by name"], results["plain"])
     same(results["nothing saved"], results["plain"])
     assert counts["saved by name"] == counts["plain"] < counts["nothing saved"]
@@ -351,7 +431,9 @@ class Net(nn.Module):
     def __call__(self, x, mask=None, train=True):
         options = WIDE | {"axis_name": self.axis_name}
         x = nn.Conv(4, (3, 3), param_dtype=jnp.float64)(x)
-        x = nn.relu(linen.BatchNorm(use_running_average=not train, momentum=0.9, **options)(x, mask=mask))
+        x = nn.relu(
+            linen.BatchNorm(use_running_average=not train, momentum=0.9, **options)(x, mask=mask)
+        )
         x = linen.GroupNorm(2, param_dtype=jnp.float64)(x)
         return nn.Dense(CLASSES, param_dtype=jnp.float64)(x.mean((1, 2)))
 
@@ -370,12 +452,15 @@ class NnxNet(nnx.Module):
 
 
 def linen_net(axis_name):
-    """The network as a function of (params, statistics, x, mask, train), and where training starts."""
+    """The network as a function of (params, statistics, x, mask, train), and where training
+    starts."""
     net = Net(axis_name)
     variables = jit(Net().init)(jax.random.key(0), jnp.ones((1, 4, 4, 2), jnp.float64))
 
     def apply(params, stats, x, mask=None, train=True):
-        y, new = net.apply({"params": params, "batch_stats": stats}, x, mask, train, mutable="batch_stats")
+        y, new = net.apply(
+            {"params": params, "batch_stats": stats}, x, mask, train, mutable="batch_stats"
+        )
         return y, new["batch_stats"]
 
     return apply, variables["params"], variables["batch_stats"]
@@ -393,19 +478,28 @@ def nnx_net(axis_name):
 
 
 def batches(even):
-    """Three batches of images, labels and weights of the examples; device 3 has no example that counts."""
-    x, labels = normal(3, BATCH, 4, 4, 2), np.random.default_rng(1).integers(CLASSES, size=(3, BATCH))
-    w = np.ones((3, BATCH)) if even else np.random.default_rng(2).uniform(0, 1, (3, BATCH)) * (np.arange(BATCH) % 5 > 0)
+    """Three batches of images, labels and weights of the examples; device 3 has no example that
+    counts."""
+    x, labels = (
+        normal(3, BATCH, 4, 4, 2),
+        np.random.default_rng(1).integers(CLASSES, size=(3, BATCH)),
+    )
+    w = (
+        np.ones((3, BATCH))
+        if even
+        else np.random.default_rng(2).uniform(0, 1, (3, BATCH)) * (np.arange(BATCH) % 5 > 0)
+    )
     if not even:
         w[:, 6:8] = 0
     return x, labels, w
 
 
 def training_step(apply, axis_name, reduced):
-    """One step of gradient descent; `reduced` says what is averaged over devices, the loss or its gradient.
+    """One step of gradient descent; `reduced` says what is averaged over devices, the loss or its
+    gradient.
 
-    The loss of a device's part divides by the mean number of examples of a device, not by its own: the mean over devices
-    is then that over examples.
+    The loss of a device's part divides by the mean number of examples of a device, not by its own:
+    the mean over devices is then that over examples.
     """
 
     def step(params, stats, x, labels, w):
@@ -425,13 +519,20 @@ def training_step(apply, axis_name, reduced):
 
 
 def trained(net, context, reduced, even):
-    """Parameters, statistics and losses after three steps, and the network's outputs with running statistics."""
+    """Parameters, statistics and losses after three steps, and the network's outputs with running
+    statistics."""
     axis_name = "data" if reduced else None
     apply, params, stats = net(axis_name)
-    step, evaluate = training_step(apply, axis_name, reduced), lambda *args: apply(*args, None, False)[0]
+    step, evaluate = (
+        training_step(apply, axis_name, reduced),
+        lambda *args: apply(*args, None, False)[0],
+    )
     data, losses = batches(even), []
     if reduced:
-        step, evaluate = on_devices(context, step, shared=2), on_devices(context, evaluate, shared=2)
+        step, evaluate = (
+            on_devices(context, step, shared=2),
+            on_devices(context, evaluate, shared=2),
+        )
     elif context == "jit":
         data = jax.device_put(data, NamedSharding(mesh(), P(None, "data")))
     step = jit(step)
@@ -454,7 +555,9 @@ CONTEXTS = [
     ("shard_map", "loss"),
     ("jit", None),
 ]
-RUNS = [(net, *how, even) for net in (linen_net, nnx_net) for how in CONTEXTS for even in (False, True)]
+RUNS = [
+    (net, *how, even) for net in (linen_net, nnx_net) for how in CONTEXTS for even in (False, True)
+]
 DEFAULT = [
     *((linen_net, *how, False) for how in CONTEXTS if how[0] != "shard_map unchecked"),
     (nnx_net, "shard_map", "loss", False),
@@ -464,8 +567,8 @@ DEFAULT = [
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("net, context, reduced, even", some(RUNS, DEFAULT))
 def test_training_is_that_of_one_device(net, context, reduced, even):
-    """Parameters, statistics, losses and evaluation to rounding; on all devices the same parameters and statistics to the
-    bit. nnx keeps running statistics in float32."""
+    """Parameters, statistics, losses and evaluation to rounding; on all devices the same parameters
+    and statistics to the bit. nnx keeps running statistics in float32."""
     got, want = trained(net, context, reduced, even), trained_on_one_device(net, even)
     same((got[0], got[2]), (want[0], want[2]))
     same((got[1], got[3]), (want[1], want[3]), atol=1e-12 if net is linen_net else 1e-6)
@@ -478,7 +581,9 @@ def linen_ensemble():
     variables = jit(nets.init)(jax.random.key(0), jnp.ones((1, 4, 4, 2), jnp.float64))
 
     def apply(params, stats, x, mask):
-        y, new = nets.apply({"params": params, "batch_stats": stats}, x, mask, mutable="batch_stats")
+        y, new = nets.apply(
+            {"params": params, "batch_stats": stats}, x, mask, mutable="batch_stats"
+        )
         return y, new["batch_stats"]
 
     return apply, variables["params"], variables["batch_stats"]
@@ -525,18 +630,26 @@ def test_an_ensemble_trains_as_its_members_alone(ensemble, net):
     alone = jit(partial(trained, single))
     members = [alone(*jax.tree.map(lambda t, i=i: t[i], (params, stats))) for i in range(3)]
     same(together[0], jax.tree.map(lambda *t: jnp.stack(t), *members)[0])
-    same(together[1], jax.tree.map(lambda *t: jnp.stack(t), *members)[1], atol=1e-12 if net is linen_net else 1e-6)
+    same(
+        together[1],
+        jax.tree.map(lambda *t: jnp.stack(t), *members)[1],
+        atol=1e-12 if net is linen_net else 1e-6,
+    )
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("api", ("linen", "nnx"))
 def test_a_mapped_data_axis_shares_synced_statistics(api):
-    """nn.vmap and nnx.vmap over parts of the batch, parameters and statistics broadcast: the whole batch at once."""
+    """nn.vmap and nnx.vmap over parts of the batch, parameters and statistics broadcast: the whole
+    batch at once."""
     x = normal(BATCH, 4, 4, 2)
     parts = x.reshape(4, -1, *x.shape[1:])
     if api == "linen":
         apply, params, stats = linen_net(None)
-        axes = {"variable_axes": {"params": None, "batch_stats": None}, "split_rngs": {"params": False}}
+        axes = {
+            "variable_axes": {"params": None, "batch_stats": None},
+            "split_rngs": {"params": False},
+        }
         variables = {"params": params, "batch_stats": stats}
         nets = nn.vmap(Net, **axes, in_axes=0, axis_name="data")(axis_name="data")
         y, new = jit(lambda v, x: nets.apply(v, x, mutable="batch_stats"))(variables, parts)
@@ -544,7 +657,9 @@ def test_a_mapped_data_axis_shares_synced_statistics(api):
     else:
         apply, params, stats = nnx_net(None)
         net = NnxNet("data", nnx.Rngs(0))
-        y = nnx.jit(nnx.vmap(lambda net, x: net(x), in_axes=(None, 0), axis_name="data"))(net, parts)
+        y = nnx.jit(nnx.vmap(lambda net, x: net(x), in_axes=(None, 0), axis_name="data"))(
+            net, parts
+        )
         new = nnx.state(net, nnx.BatchStat)
     want = jit(apply)(params, stats, x)
     same(y.reshape(BATCH, -1), want[0])

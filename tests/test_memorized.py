@@ -26,7 +26,9 @@ def empty(size):
 @partial(jit, static_argnames=("variance", "train"))
 def differentiated(x, gy, state, weights, variance="pool", train=True):
     y, pull, new = jax.vjp(
-        lambda x: memorized_batch_norm(x, state, train=train, memory_weights=weights, variance=variance, epsilon=E),
+        lambda x: memorized_batch_norm(
+            x, state, train=train, memory_weights=weights, variance=variance, epsilon=E
+        ),
         x,
         has_aux=True,
     )
@@ -37,13 +39,16 @@ def combined(moments, weights, variance):
     a = np.array(weights) / np.sum(weights)
     mean = sum(w * m for w, (m, _) in zip(a, moments, strict=True))
     between = sum(w * (m - mean) ** 2 for w, (m, _) in zip(a, moments, strict=True))
-    return mean, sum(w * v for w, (_, v) in zip(a, moments, strict=True)) + (between if variance == "pool" else 0)
+    return mean, sum(w * v for w, (_, v) in zip(a, moments, strict=True)) + (
+        between if variance == "pool" else 0
+    )
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("variance", ("pool", "blend"))
 def test_definition(variance):
-    """Five batches through a memory of three: filling, then dropping the oldest; the same rule in inference."""
+    """Five batches through a memory of three: filling, then dropping the oldest; the same rule in
+    inference."""
     weights, state, memory = (0.1, 0.5, 0.2, 0.7), empty(3), []
     y = differentiated(data(), data(), state, np.array(weights), variance, train=False)[0]
     close(y, data() / np.sqrt(1 + E))
@@ -69,27 +74,37 @@ def test_definition(variance):
 
 @pytest.mark.usefixtures("x64")
 def test_equal_weights_are_batch_norm_of_the_batches_together():
-    """Also while the memory fills. The gradient is that of the whole, for the batch's part of it."""
+    """Also while the memory fills. The gradient is that of the whole, for the batch's part of
+    it."""
     state = empty(2)
     for seed in range(3):
         x = np.concatenate([data(i) for i in range(seed + 1)])
         gy = np.concatenate([np.zeros((6 * seed, 3, 4)), data(5)])
-        o = oracle.normalized(x, oracle.set_numbers(x.shape, lambda n, p, c, *_: (c,)), epsilon=E, gy=gy)
+        o = oracle.normalized(
+            x, oracle.set_numbers(x.shape, lambda n, p, c, *_: (c,)), epsilon=E, gy=gy
+        )
         y, dx, state = differentiated(data(seed), data(5), state, np.ones(3))
         close((y, dx), (o.y[-6:], o.dx[-6:]))
 
 
 @pytest.mark.usefixtures("x64")
 def test_double_forward():
-    """Only the second pass is remembered: with a learning rate of 0 one forward pass, else that of the new parameters."""
+    """Only the second pass is remembered: with a learning rate of 0 one forward pass, else that of
+    the new parameters."""
     x, state = data(1), empty(2)
 
     def loss(params, state, x):
-        y, state = memorized_batch_norm(x * params, state, train=True, memory_weights=np.ones(3), epsilon=E)
+        y, state = memorized_batch_norm(
+            x * params, state, train=True, memory_weights=np.ones(3), epsilon=E
+        )
         return jnp.mean(y**3 + x * params), state
 
     start = np.full((1, 1, 4), 0.5)
-    step = jit(lambda rate: double_forward(loss, lambda g, opt, p: (p - rate * g, opt + 1))(start, 0, state, x))
+    step = jit(
+        lambda rate: double_forward(loss, lambda g, opt, p: (p - rate * g, opt + 1))(
+            start, 0, state, x
+        )
+    )
     once = jit(jax.value_and_grad(loss, has_aux=True))
     (first, alone), gradient = once(start, state, x)
     for rate in (0.0, 0.1):
@@ -104,7 +119,9 @@ def test_double_forward():
 
 def test_errors():
     x, state = jnp.ones((6, 4)), init_memorized_batch_norm(4, 2)
-    with pytest.raises(ValueError, match=r"shape \(2,\), and the state remembers 2 batches\. Expected \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"shape \(2,\), and the state remembers 2 batches\. Expected \(3,\)"
+    ):
         memorized_batch_norm(x, state, train=True, memory_weights=[1, 1])
     with pytest.raises(ValueError, match="Got variance='mix'; expected 'pool' or 'blend'"):
         memorized_batch_norm(x, state, train=True, memory_weights=[1, 1, 1], variance="mix")

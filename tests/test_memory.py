@@ -1,7 +1,9 @@
-"""What normalization stores, read off compiled programs: nothing is executed, so sizes are those of real networks.
+"""What normalization stores, read off compiled programs: nothing is executed, so sizes are those of
+real networks.
 
-A training step is y = relu(norm(x)) and its derivatives for a given dy. The unit is the normalized tensor x; what is small is
-counted in vectors, float32 arrays with a value for each example and channel, or for each token. XLA's CPU compiler is asked.
+A training step is y = relu(norm(x)) and its derivatives for a given dy. The unit is the normalized
+tensor x; what is small is counted in vectors, float32 arrays with a value for each example and
+channel, or for each token. XLA's CPU compiler is asked.
 """
 
 import functools
@@ -58,7 +60,9 @@ def by_norm(method, x, channel_axis=-1, **options):
     channel = jax.ShapeDtypeStruct((x.shape[channel_axis],), jnp.float32)
 
     def f(parameters, x):
-        return norm(x, method, scale=parameters[0], bias=parameters[1], channel_axis=channel_axis, **options)
+        return norm(
+            x, method, scale=parameters[0], bias=parameters[1], channel_axis=channel_axis, **options
+        )
 
     return f, (channel, channel)
 
@@ -82,7 +86,11 @@ def by_layer(library, method, x):
 
 
 def by(api, method, x):
-    return by_norm(METHODS[method], x) if api == "norm" else by_layer({"linen": "jaxnorm"}.get(api, api), method, x)
+    return (
+        by_norm(METHODS[method], x)
+        if api == "norm"
+        else by_layer({"linen": "jaxnorm"}.get(api, api), method, x)
+    )
 
 
 def step(f, activation=jax.nn.relu):
@@ -98,7 +106,10 @@ def step(f, activation=jax.nn.relu):
 
 
 def compiled(f, *arguments):
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # for Flax; ours is strict elsewhere
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):  # for Flax; ours is strict elsewhere
         return jax.jit(f).lower(*arguments).compile()
 
 
@@ -115,7 +126,8 @@ def temporaries(program):
 
 
 def stored(program, dtype, size):
-    """Operations that store an array of `dtype` and of `size` elements or more. Values inside a fusion are not stored."""
+    """Operations that store an array of `dtype` and of `size` elements or more. Values inside a
+    fusion are not stored."""
     text = program.as_text()
     fused = set(re.findall(r" fusion\(.*calls=%?([\w.\-]+)", text))
     found, computation = [], None
@@ -133,8 +145,13 @@ def stored(program, dtype, size):
 def residuals(f, *arguments):
     """Arrays that the backward pass of f keeps, each once; an argument too, where it is needed."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        jaxpr = jax.make_jaxpr(lambda *arguments: jax.vjp(f, *arguments, has_aux=True)[1])(*arguments).jaxpr
-    return [variable.aval for variable in {id(variable): variable for variable in jaxpr.outvars}.values()]
+        jaxpr = jax.make_jaxpr(lambda *arguments: jax.vjp(f, *arguments, has_aux=True)[1])(
+            *arguments
+        ).jaxpr
+    return [
+        variable.aval
+        for variable in {id(variable): variable for variable in jaxpr.outvars}.values()
+    ]
 
 
 def full_size(arrays, size):
@@ -146,7 +163,11 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 apis = pytest.mark.parametrize("api", ["norm", "linen"])
 programs = pytest.mark.parametrize(
     ("api", "dtype"),
-    [*(("norm", dtype) for dtype in DTYPES), ("linen", "bfloat16"), pytest.param("linen", "float32", marks=pytest.mark.slow)],
+    [
+        *(("norm", dtype) for dtype in DTYPES),
+        ("linen", "bfloat16"),
+        pytest.param("linen", "float32", marks=pytest.mark.slow),
+    ],
 )
 
 
@@ -154,7 +175,9 @@ programs = pytest.mark.parametrize(
 @programs
 def test_step_allocates_small_arrays_only(name, method, dtype, api):
     x = tensor(name, dtype)
-    assert temporaries(compiled_step(name, method, dtype, api)) <= TEMPORARIES * nbytes(x) + 8 * vector(x, method)
+    assert temporaries(compiled_step(name, method, dtype, api)) <= TEMPORARIES * nbytes(
+        x
+    ) + 8 * vector(x, method)
 
 
 @cases
@@ -173,18 +196,23 @@ def test_backward_keeps_x_and_small_arrays(name, method, dtype, api):
     f, parameters = by(api, method, x)
     kept = residuals(f, parameters, x)
     assert full_size(kept, x.size) == [(x.shape, dtype)]
-    assert sum(nbytes(t) for t in kept) <= nbytes(x) + 3 * vector(x, method) + 4  # mean, variance, scale and n
+    assert (
+        sum(nbytes(t) for t in kept) <= nbytes(x) + 3 * vector(x, method) + 4
+    )  # mean, variance, scale and n
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("name", "method"), [("resnet50_stage1", "batch"), ("diffusion_32", "group"), ("vit_b", "token_layer")]
+    ("name", "method"),
+    [("resnet50_stage1", "batch"), ("diffusion_32", "group"), ("vit_b", "token_layer")],
 )
 def test_bounds_can_fail(name, method, dtype):
     """Flax under the same functions exceeds each."""
     x = tensor(name, dtype)
     f, parameters = by("flax.linen", method, x)
-    assert temporaries(compiled_step(name, method, dtype, "flax.linen")) > TEMPORARIES * nbytes(x) + 8 * vector(x, method)
+    assert temporaries(compiled_step(name, method, dtype, "flax.linen")) > TEMPORARIES * nbytes(
+        x
+    ) + 8 * vector(x, method)
     assert len(full_size(residuals(f, parameters, x), x.size)) > 1
     if dtype == "bfloat16":
         assert stored(compiled_step(name, method, dtype, "flax.linen"), "f32", x.size)
@@ -199,7 +227,9 @@ def test_channels_first(method, dtype, api):
         f, parameters = by_norm(METHODS[method], x, channel_axis=1)
     else:
         running = {"use_running_average": False} if METHODS[method].pools_batch else {}
-        f, parameters = by_module(linen.Norm(METHODS[method], channel_axis=1, dtype=x.dtype, **running), x)
+        f, parameters = by_module(
+            linen.Norm(METHODS[method], channel_axis=1, dtype=x.dtype, **running), x
+        )
     program = compiled(step(f), parameters, x, x)
     assert temporaries(program) <= TEMPORARIES * nbytes(x) + 8 * vector(x, method, channel_axis=1)
     assert dtype == "float32" or stored(program, "f32", x.size) == []
@@ -218,7 +248,12 @@ def test_root_mean_square(dtype):
     assert full_size(residuals(f, parameters, x), x.size) == [(x.shape, dtype)]
 
 
-UNBIASED = [("resnet50_stage1", "batch"), ("diffusion_32", "group"), ("vit_b", "token_layer"), ("vit_b", "rms")]
+UNBIASED = [
+    ("resnet50_stage1", "batch"),
+    ("diffusion_32", "group"),
+    ("vit_b", "token_layer"),
+    ("vit_b", "rms"),
+]
 
 
 @dtypes
@@ -242,10 +277,12 @@ def test_without_bias(name, method, dtype):
 @dtypes
 @pytest.mark.parametrize("per", ["example", "position"])
 @pytest.mark.parametrize(
-    ("name", "method"), [("resnet50_stage1", "batch"), ("diffusion_32", "group"), ("vit_b", "token_layer")]
+    ("name", "method"),
+    [("resnet50_stage1", "batch"), ("diffusion_32", "group"), ("vit_b", "token_layer")],
 )
 def test_masks(name, method, per, dtype):
-    """XLA's CPU compiler hands sums to a library that takes in no `where`, so the masked array is stored, in float32."""
+    """XLA's CPU compiler hands sums to a library that takes in no `where`, so the masked array is
+    stored, in float32."""
     x = tensor(name, dtype)
     ones = x.shape[1:] if per == "example" else x.shape[-1:]
     mask = jax.ShapeDtypeStruct((*x.shape[: x.ndim - len(ones)], *(1 for _ in ones)), jnp.bool_)
@@ -285,13 +322,19 @@ def test_activation_keeps_more_after_the_layer(dtype):
     assert len(full_size(residuals(outside, parameters, x), x.size)) > 1
 
 
-MAPPED = [("resnet50_stage3", "batch"), ("diffusion_32", "group"), ("detector_p3", "batch_group"), ("vit_b", "token_layer")]
+MAPPED = [
+    ("resnet50_stage3", "batch"),
+    ("diffusion_32", "group"),
+    ("detector_p3", "batch_group"),
+    ("vit_b", "token_layer"),
+]
 
 
 @programs
 @pytest.mark.parametrize(("name", "method"), MAPPED)
 def test_vmap_of_grad(name, method, dtype, api):
-    """A gradient for each of three micro-batches. Rows of channels may store an array in x's own dtype."""
+    """A gradient for each of three micro-batches. Rows of channels may store an array in x's own
+    dtype."""
     x = tensor(name, dtype)
     f, parameters = by(api, method, x)
     many = jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
@@ -299,7 +342,9 @@ def test_vmap_of_grad(name, method, dtype, api):
     def loss(parameters, x, weights):
         return (jax.nn.relu(f(parameters, x)[0]) * weights).sum()
 
-    program = compiled(jax.vmap(jax.grad(loss, argnums=(0, 1)), (None, 0, 0)), parameters, many, many)
+    program = compiled(
+        jax.vmap(jax.grad(loss, argnums=(0, 1)), (None, 0, 0)), parameters, many, many
+    )
     bound = TEMPORARIES + (method == "token_layer")
     assert temporaries(program) <= bound * nbytes(many) + 3 * 8 * vector(x, method)
     assert dtype == "float32" or stored(program, "f32", x.size) == []
@@ -308,7 +353,8 @@ def test_vmap_of_grad(name, method, dtype, api):
 @programs
 @pytest.mark.parametrize(("name", "method"), MAPPED)
 def test_scan(name, method, dtype, api):
-    """Four layers in a loop keep the input of each, and store as much as if they only multiplied it by their scale.
+    """Four layers in a loop keep the input of each, and store as much as if they only multiplied it
+    by their scale.
 
     How much that is, is XLA's affair: on the CPU its loops hold bfloat16 arrays in float32.
     """

@@ -1,4 +1,5 @@
-"""Statistics: weights, empty sets, precision, complex numbers, and the laws of pooling and merging."""
+"""Statistics: weights, empty sets, precision, complex numbers, and the laws of pooling and
+merging."""
 
 from functools import partial
 
@@ -25,7 +26,8 @@ def normal(shape=SHAPE, seed=0, dtype="f8"):
 
 @partial(jax.jit, static_argnums=0)
 def run(groups, x, w, gy, gm, gv, scale, bias, center=None):
-    """Everything `norm` returns, and the pullback to x, weights, scale and bias; groups is (statistic's shape, mean)."""
+    """Everything `norm` returns, and the pullback to x, weights, scale and bias; groups is
+    (statistic's shape, mean)."""
     shape, mean = groups
 
     def f(x, w, scale, bias):
@@ -34,7 +36,9 @@ def run(groups, x, w, gy, gm, gv, scale, bias, center=None):
 
     # a boolean mask has no derivative
     args = (x, w, scale, bias) if w is not None and w.dtype != bool else (x, scale, bias)
-    (y, *_), pull, m = jax.vjp(f if len(args) == 4 else lambda x, *rest: f(x, w, *rest), *args, has_aux=True)
+    (y, *_), pull, m = jax.vjp(
+        f if len(args) == 4 else lambda x, *rest: f(x, w, *rest), *args, has_aux=True
+    )
     return y, m, pull((gy, gm, gv))
 
 
@@ -46,12 +50,16 @@ def compare(groups, sets, x, w, *, mean=None, center=None, atol=1e-11, dw_at_zer
         gy, gm = normal(x.shape, 1, "c16"), normal(groups, 2, "c16")
     y, m, grads = run((groups, mean), x, w, gy, gm, gv, scale, bias, center)
     spread = [oracle.at_elements(t, x.shape) for t in (gm, gv)]
-    o = oracle.normalized(x, sets, weights=w, scale=scale, bias=bias, mean=mean, gy=gy, gm=spread[0], gv=spread[1])
+    o = oracle.normalized(
+        x, sets, weights=w, scale=scale, bias=bias, mean=mean, gy=gy, gm=spread[0], gv=spread[1]
+    )
     np.testing.assert_allclose(y, o.y, atol=atol)
     for name in ("count", "mean", "var"):
         got = np.asarray(getattr(m, name))
         assert got.shape == groups
-        np.testing.assert_allclose(oracle.at_elements(got, x.shape), getattr(o, name), atol=atol, err_msg=name)
+        np.testing.assert_allclose(
+            oracle.at_elements(got, x.shape), getattr(o, name), atol=atol, err_msg=name
+        )
     wanted = [o.dx, oracle.summed(o.dscale, -1).real, oracle.summed(o.dbias, -1).real]
     if len(grads) == 4:
         axes = [i for i in range(x.ndim) if np.shape(w)[i] != 1]
@@ -64,7 +72,9 @@ def compare(groups, sets, x, w, *, mean=None, center=None, atol=1e-11, dw_at_zer
 
 def broadcasts(shape):
     """Every shape that broadcasts against `shape` with its rank."""
-    return [tuple(n if i >> k & 1 else 1 for k, n in enumerate(shape)) for i in range(2 ** len(shape))]
+    return [
+        tuple(n if i >> k & 1 else 1 for k, n in enumerate(shape)) for i in range(2 ** len(shape))
+    ]
 
 
 @pytest.mark.usefixtures("x64")
@@ -124,7 +134,9 @@ def test_infinite_elements_that_count_show():
 
 def test_empty_sets_have_no_moments():
     x = jnp.full((2, 3, 4), jnp.nan)
-    y, m = jax.jit(lambda x: norm(x, (2, 1, 2), weights=jnp.zeros((2, 1, 1)), bias=jnp.arange(4.0)))(x)
+    y, m = jax.jit(
+        lambda x: norm(x, (2, 1, 2), weights=jnp.zeros((2, 1, 1)), bias=jnp.arange(4.0))
+    )(x)
     assert all((t == 0).all() for t in jax.tree.leaves(m))
     assert (y == jnp.arange(4.0).reshape(1, 1, 4)).all()
 
@@ -142,7 +154,9 @@ def test_empty_batch(weights):
 @pytest.mark.parametrize("centered_by", (None, 1e4))
 def test_one_value_a_set_gives_the_bias_exactly(centered_by):
     """For any value: x - mean must be 0 to the bit."""
-    x = jnp.asarray(normal((64, 1, 8), dtype="f4")) * 10.0 ** jnp.arange(-20, 20, 5, dtype="f4").reshape(1, 1, 8)
+    x = jnp.asarray(normal((64, 1, 8), dtype="f4")) * 10.0 ** jnp.arange(
+        -20, 20, 5, dtype="f4"
+    ).reshape(1, 1, 8)
     bias = jnp.arange(8.0)
     center = None if centered_by is None else jnp.full((64, 1, 8), centered_by)
 
@@ -182,10 +196,13 @@ CENTERS = (0.0, 1e4, 1.0001e4, -1e4, np.nan, np.inf)
 
 
 @pytest.mark.parametrize(
-    "ratio, center", [(1e4, c) for c in (None, *CENTERS)] + [(1e3, None), (1e2, None), (1e3, 1.0)], ids=str
+    "ratio, center",
+    [(1e4, c) for c in (None, *CENTERS)] + [(1e3, None), (1e2, None), (1e3, 1.0)],
+    ids=str,
 )
 def test_center_never_changes_the_result(ratio, center):
-    """Large mean / std in float32. At 1e4 a difference of means of squares has no digit left, at 100 it has three."""
+    """Large mean / std in float32. At 1e4 a difference of means of squares has no digit left, at
+    100 it has three."""
     x = (normal((256, 4), dtype="f4") + np.float32(ratio)).astype("f4")
     gy = normal((256, 4), 1, dtype="f4")
     sets = oracle.set_numbers(x.shape, lambda n, p, c, *_: (c,))
@@ -212,7 +229,9 @@ def test_center_has_no_gradient():
     f = jax.jit(jax.grad(lambda c, x: jnp.sin(norm(x, GROUP_NORM, center=c)[0]).sum()))
     assert (f(normal(GROUP_NORM, 1), x) == 0).all()
     compare(GROUP_NORM, SETS, x, None, center=normal(GROUP_NORM, 1))
-    compare(GROUP_NORM, SETS, x, normal(SHAPE, 3) ** 2, center=normal((4, 1, 1), 1))  # shared by the groups
+    compare(
+        GROUP_NORM, SETS, x, normal(SHAPE, 3) ** 2, center=normal((4, 1, 1), 1)
+    )  # shared by the groups
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16", "float32"))
@@ -222,7 +241,9 @@ def test_statistics_are_float32(dtype):
     f = jax.jit(lambda x: norm(x, (1, 4), scale=jnp.ones(4, dtype)))
     (y, m), pull = jax.vjp(f, x)
     assert y.dtype == dtype and {t.dtype for t in jax.tree.leaves(m)} == {jnp.dtype("f4")}
-    o = oracle.normalized(np.asarray(x, "f8"), oracle.set_numbers(x.shape, lambda n, p, c, *_: (c,)))
+    o = oracle.normalized(
+        np.asarray(x, "f8"), oracle.set_numbers(x.shape, lambda n, p, c, *_: (c,))
+    )
     np.testing.assert_allclose(m.mean[0], o.mean[0], rtol=1e-6)
     np.testing.assert_allclose(m.var[0], o.var[0], rtol=2e-5)
     half = float(jnp.finfo(dtype).eps) / 2 * np.abs(o.y).max()
@@ -266,14 +287,24 @@ def test_pooled_instance_moments_are_the_moments_of_the_method(coarse):
     @partial(jax.jit, static_argnums=0)
     def both(pooled, x, w):
         def f(x, w):
-            m = pool(moments(x, methods.instance_norm(), weights=w), coarse) if pooled else moments(x, coarse, weights=w)
+            m = (
+                pool(moments(x, methods.instance_norm(), weights=w), coarse)
+                if pooled
+                else moments(x, coarse, weights=w)
+            )
             weight = jnp.arange(1.0, m.var.size + 1).reshape(m.var.shape)
             return (weight * (gm * m.mean + gv * m.var)).sum(), m
 
         (dx, dw), m = jax.grad(f, (0, 1), has_aux=True)(x, w)
-        return dx, jnp.where(w > 0, dw, 0), m  # an empty set has no mean for a first element to differ from
+        return (
+            dx,
+            jnp.where(w > 0, dw, 0),
+            m,
+        )  # an empty set has no mean for a first element to differ from
 
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), both(True, x, w), both(False, x, w))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=1e-12), both(True, x, w), both(False, x, w)
+    )
 
 
 def test_means_fixed_at_zero_stay_there_when_pooled():
@@ -291,7 +322,9 @@ def test_moments_are_a_commutative_monoid():
 
     def draw():
         count = rng.integers(0, 5, (3, 2)) * rng.uniform(0, 1, (3, 2))  # empty sets among them
-        return Moments(*(jnp.asarray(t) for t in (count, rng.normal(size=(3, 2)), rng.uniform(0, 2, (3, 2)))))
+        return Moments(
+            *(jnp.asarray(t) for t in (count, rng.normal(size=(3, 2)), rng.uniform(0, 2, (3, 2))))
+        )
 
     nothing = jax.tree.map(jnp.zeros_like, draw())
     for _ in range(5):
@@ -324,7 +357,9 @@ def test_blends_lack_the_variance_of_the_means():
     a = 0.25  # their share of the elements
     union, average = merge(one, two), blend([one, two], [a, 1 - a])
     np.testing.assert_allclose(average.mean, union.mean, atol=1e-14)
-    np.testing.assert_allclose(union.var - average.var, a * (1 - a) * (one.mean - two.mean) ** 2, atol=1e-14)
+    np.testing.assert_allclose(
+        union.var - average.var, a * (1 - a) * (one.mean - two.mean) ** 2, atol=1e-14
+    )
     assert (average.count == union.count).all()
     arrays = blend([one, two], [jnp.full((1, 6), a), jnp.array(1 - a)])
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-15), arrays, average)

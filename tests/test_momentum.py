@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 from compiled import jit
 
-from jaxnorm.momentum import inference_momentum, init_momentum_batch_norm, momentum_batch_norm, train_momentum_schedule
+from jaxnorm.momentum import (
+    inference_momentum,
+    init_momentum_batch_norm,
+    momentum_batch_norm,
+    train_momentum_schedule,
+)
 
 SHAPE, E = (6, 3, 4), 1e-3
 close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
@@ -26,7 +31,11 @@ def some_state():
 @jit
 def differentiated(x, gy, state, weight):
     y, pull, new = jax.vjp(
-        lambda x: momentum_batch_norm(x, state, train=True, train_momentum=weight, momentum=0.7, epsilon=E), x, has_aux=True
+        lambda x: momentum_batch_norm(
+            x, state, train=True, train_momentum=weight, momentum=0.7, epsilon=E
+        ),
+        x,
+        has_aux=True,
     )
     return y, pull(gy)[0], new
 
@@ -34,7 +43,8 @@ def differentiated(x, gy, state, weight):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
 def test_definition_and_closed_form_of_the_gradient(weight):
-    """The batch keeps 1 - lambda of the gradient through statistics, centred at the batch's own mean."""
+    """The batch keeps 1 - lambda of the gradient through statistics, centred at the batch's own
+    mean."""
     x, g, state = data(), data(1), some_state()
     y, dx, new = differentiated(x, g, state, weight)
     mean, var = x.mean((0, 1)), x.var((0, 1))
@@ -47,7 +57,9 @@ def test_definition_and_closed_form_of_the_gradient(weight):
     x_hat = (x - blended["train_mean"]) / s
     gradient = (g - (1 - weight) * (g.mean((0, 1)) + (x - mean) / s * (g * x_hat).mean((0, 1)))) / s
     close((y, dx, dict(new)), (x_hat, gradient, blended | inference))
-    evaluated = jit(lambda x, state: momentum_batch_norm(x, state, train=False, epsilon=E)[0])(x, new)
+    evaluated = jit(lambda x, state: momentum_batch_norm(x, state, train=False, epsilon=E)[0])(
+        x, new
+    )
     close(evaluated, (x - inference["mean"]) / np.sqrt(inference["var"] + E))  # whatever lambda is
 
 
@@ -62,14 +74,22 @@ def test_empty_sets_are_normalized_with_the_old_training_statistics():
 def test_training_needs_the_weight_and_inference_does_not():
     state = init_momentum_batch_norm(4)
     momentum_batch_norm(data().astype("f4"), state, train=False)
-    with pytest.raises(ValueError, match=r"Got train_momentum=None; expected 0 .* to 1.*train_momentum_schedule"):
+    with pytest.raises(
+        ValueError, match=r"Got train_momentum=None; expected 0 .* to 1.*train_momentum_schedule"
+    ):
         momentum_batch_norm(data().astype("f4"), state, train=True)
 
 
 def test_schedule_is_the_papers_and_is_data():
-    """In the paper's form rho^(T / (T - 1) max(T - t, 0)) - rho^T; epochs change without compiling again."""
+    """In the paper's form rho^(T / (T - 1) max(T - t, 0)) - rho^T; epochs change without compiling
+    again."""
     epochs = 200
-    table = {2: (0, 0.061, 0.186, 0.436, 0.9375), 8: (0, 0.102, 0.248, 0.456, 0.75), 32: (0,) * 5, 64: (0,) * 5}
+    table = {
+        2: (0, 0.061, 0.186, 0.436, 0.9375),
+        8: (0, 0.102, 0.248, 0.456, 0.75),
+        32: (0,) * 5,
+        64: (0,) * 5,
+    }
 
     @partial(jit, static_argnames="size")
     @chex.assert_max_traces(n=len(table))
@@ -79,7 +99,10 @@ def test_schedule_is_the_papers_and_is_data():
     for size, values in table.items():
         rho = min(size / 32, 1) ** (1 / epochs)
         got = np.array([schedule(t, size) for t in range(1, epochs + 1)])
-        paper = [rho ** (epochs / (epochs - 1) * max(epochs - t, 0)) - rho**epochs for t in range(1, epochs + 1)]
+        paper = [
+            rho ** (epochs / (epochs - 1) * max(epochs - t, 0)) - rho**epochs
+            for t in range(1, epochs + 1)
+        ]
         np.testing.assert_allclose(got, paper, atol=1e-6)
         np.testing.assert_allclose(got[[0, 49, 99, 149, 199]], values, atol=6e-4)
         assert (np.diff(got) >= 0).all()

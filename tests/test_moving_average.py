@@ -1,4 +1,5 @@
-"""Moving Average Batch Normalization: the authors' steps in NumPy, backward pass included, and its reductions."""
+"""Moving Average Batch Normalization: the authors' steps in NumPy, backward pass included, and its
+reductions."""
 
 from functools import partial
 
@@ -28,7 +29,9 @@ def double(state):
 
 def batch(seed, shape=SHAPE):
     rng = np.random.default_rng(seed)
-    return rng.normal(0.3, 1 + 0.5 * (seed % 3), shape), rng.normal(size=shape)  # x, and the loss's gradient by y
+    return rng.normal(0.3, 1 + 0.5 * (seed % 3), shape), rng.normal(
+        size=shape
+    )  # x, and the loss's gradient by y
 
 
 @partial(jax.jit, static_argnames=("axis_name", "axis_index_groups", "channel_axis"))
@@ -36,7 +39,9 @@ def step(x, weight, state, tap, scale, bias, **options):
     """y and the new state, then the gradients by x, tap, scale and bias of sum(y weight)."""
 
     def loss(x, tap, scale, bias):
-        y, new = moving_average_norm(x, state, train=True, tap=tap, scale=scale, bias=bias, **options)
+        y, new = moving_average_norm(
+            x, state, train=True, tap=tap, scale=scale, bias=bias, **options
+        )
         return (y * weight).sum(), (y, new)
 
     gradients, (y, new) = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(x, tap, scale, bias)
@@ -71,14 +76,17 @@ class Authors:
 
 @pytest.mark.usefixtures("x64")
 def test_authors_recipe():
-    """Values, gradients and state of twelve steps, through both warm-ups and where r is clipped; one trace."""
+    """Values, gradients and state of twelve steps, through both warm-ups and where r is clipped;
+    one trace."""
     scale, bias = jnp.asarray([1.0, 0.5, -2.0, 3.0, 1.0]), jnp.arange(5.0)
     traces = step._cache_size()
     authors = Authors(3, 5, average_from=6, correct_from=9)
     state, tap, clipped = double(init_moving_average(5, window=3)), jnp.zeros(5), np.zeros(2)
     for it in range(1, 13):
         x, dy = batch(it)
-        x[..., 3:] *= (0.01, 30) if it >= 9 else 1  # less and more than five times the running root mean square
+        x[..., 3:] *= (
+            (0.01, 30) if it >= 9 else 1
+        )  # less and more than five times the running root mean square
         before = authors.running
         expected = authors.step(x, dy, np.asarray(scale), np.asarray(bias))
         y, state, (dx, tap, dscale, dbias) = step(
@@ -97,7 +105,8 @@ def test_authors_recipe():
 
 @pytest.mark.usefixtures("x64")
 def test_one_batch_is_the_derivative():
-    """K = 1 and r = 1: autodiff of x / sqrt(mean x^2 + epsilon); and the tap's gradient is mean(g z)."""
+    """K = 1 and r = 1: autodiff of x / sqrt(mean x^2 + epsilon); and the tap's gradient is mean(g
+    z)."""
     x, dy = (jnp.asarray(t) for t in batch(3))
     scale, bias = jnp.arange(1.0, 6.0), jnp.ones(5)
 
@@ -108,7 +117,9 @@ def test_one_batch_is_the_derivative():
     expected = jax.jit(jax.grad(plain, (0, 1, 2)))(x, scale, bias)
     state = double(init_moving_average(5, window=1))
     for average_from in (1, 100):
-        _, _, (dx, tap, dscale, dbias) = step(x, dy, state, jnp.ones(5), scale, bias, average_from=average_from, correct_from=9)
+        _, _, (dx, tap, dscale, dbias) = step(
+            x, dy, state, jnp.ones(5), scale, bias, average_from=average_from, correct_from=9
+        )
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), (dx, dscale, dbias), expected)
         z = x / jnp.sqrt((x * x).mean(AXES, keepdims=True) + 1e-5)
         psi = (np.asarray(dy) * np.asarray(scale) * np.asarray(z)).mean(AXES)
@@ -132,7 +143,10 @@ def test_masks_channels_first_and_vmap():
     arguments = (state, tap, jnp.arange(1.0, 6.0), jnp.ones(5))
     y, new, gradients = step(jnp.asarray(x), jnp.asarray(dy), *arguments)
 
-    padded = np.concatenate([x, np.full((2, 3, 3, 5), np.nan)]), np.concatenate([dy, np.zeros((2, 3, 3, 5))])
+    padded = (
+        np.concatenate([x, np.full((2, 3, 3, 5), np.nan)]),
+        np.concatenate([dy, np.zeros((2, 3, 3, 5))]),
+    )
     mask = jnp.arange(6).reshape(6, 1, 1, 1) < 4
     y_mask, new_mask, gradients_mask = step(*map(jnp.asarray, padded), *arguments, weights=mask)
     np.testing.assert_allclose(y_mask[:4], y, atol=1e-12)
@@ -142,18 +156,29 @@ def test_masks_channels_first_and_vmap():
 
     turned = (jnp.moveaxis(jnp.asarray(t), -1, 1) for t in (x, dy))
     y_first, new_first, gradients_first = step(*turned, *arguments, channel_axis=1)
-    same = (jnp.moveaxis(y_first, 1, -1), new_first, (jnp.moveaxis(gradients_first[0], 1, -1), *gradients_first[1:]))
+    same = (
+        jnp.moveaxis(y_first, 1, -1),
+        new_first,
+        (jnp.moveaxis(gradients_first[0], 1, -1), *gradients_first[1:]),
+    )
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), same, (y, new, gradients))
 
     twice = jax.vmap(lambda x, dy, tap: step(x, dy, state, tap, *arguments[2:]))
     many = twice(*(jnp.stack([t, 2 * t]) for t in (jnp.asarray(x), jnp.asarray(dy), tap)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, atol=1e-12), many, (y, new, gradients))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a[0], b, atol=1e-12), many, (y, new, gradients)
+    )
 
 
 def test_no_forward_mode():
     state, tap = init_moving_average(3), jnp.zeros(3)
     with pytest.raises(TypeError, match="can't apply forward-mode .* to a custom_vjp function"):
-        f = lambda x: jax.jvp(lambda x: moving_average_norm(x, state, train=True, tap=tap)[0], (x,), (x,))  # noqa: E731
+
+        def f(x):
+            return jax.jvp(
+                lambda x: moving_average_norm(x, state, train=True, tap=tap)[0], (x,), (x,)
+            )
+
         jax.jit(f).lower(jnp.ones((4, 3)))
 
 
@@ -166,7 +191,9 @@ def test_devices_equal_one(kind):
     y, new, gradients = step(x, dy, *arguments)
 
     def f(x, dy, groups=None):
-        y, new, (dx, tap, *affine) = step(x, dy, *arguments, axis_name="data", axis_index_groups=groups)
+        y, new, (dx, tap, *affine) = step(
+            x, dy, *arguments, axis_name="data", axis_index_groups=groups
+        )
         if kind != "check_vma":
             tap, affine = lax.psum((tap, affine), "data")
         return y, dx, (new, tap, affine)
@@ -177,12 +204,20 @@ def test_devices_equal_one(kind):
             y, dx, rest = jax.jit(jax.vmap(f, axis_name="data"))(*cut)
             return y.reshape(x.shape), dx.reshape(x.shape), jax.tree.map(lambda t: t[0], rest)
         mesh = Mesh(np.array(jax.devices()), ("data",))
-        specs = {"in_specs": P("data"), "out_specs": (P("data"), P("data"), replicated), "check_vma": kind == "check_vma"}
+        specs = {
+            "in_specs": P("data"),
+            "out_specs": (P("data"), P("data"), replicated),
+            "check_vma": kind == "check_vma",
+        }
         return jax.jit(jax.shard_map(f, mesh=mesh, **specs))(x, dy)
 
     got_y, dx, (got_new, tap, affine) = run(f, P())
     expected = (y, new, gradients)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-11), (got_y, got_new, (dx, tap, *affine)), expected)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=1e-11),
+        (got_y, got_new, (dx, tap, *affine)),
+        expected,
+    )
 
     halves = ((0, 1, 2, 3), (4, 5, 6, 7))
     got_y, dx, _ = run(lambda x, dy: (*f(x, dy, halves)[:2], jnp.zeros(())), P())
@@ -199,7 +234,11 @@ def test_history_gets_no_gradient():
     def loss(state):
         return (moving_average_norm(x, state, train=True, tap=jnp.zeros(5))[0] * dy).sum()
 
-    assert all(np.all(np.asarray(t) == 0) for n, t in jax.jit(jax.grad(loss))(warmed()).items() if n != "mean_square")
+    assert all(
+        np.all(np.asarray(t) == 0)
+        for n, t in jax.jit(jax.grad(loss))(warmed()).items()
+        if n != "mean_square"
+    )
 
 
 def test_half_precision_and_inference():
@@ -221,7 +260,10 @@ def test_bad_batches_leave_their_channels():
     tap = jnp.array([jnp.nan, 1.0, jnp.inf, 2.0, 3.0])
     run = jax.jit(partial(moving_average_norm, train=True))
     _, new = run(x.at[0, 0, 0, 1].set(jnp.nan), state, tap=tap)
-    changed = [np.atleast_2d(new[name] != state[name])[0].tolist() for name in ("mean_square", "past_mean_square")]
+    changed = [
+        np.atleast_2d(new[name] != state[name])[0].tolist()
+        for name in ("mean_square", "past_mean_square")
+    ]
     assert changed == [[True, False, True, True, True]] * 2
     np.testing.assert_array_equal(new["past_gradient"][0], [0, 1, 0, 2, 3])
     y, new = run(x, state, tap=jnp.zeros(5), weights=jnp.zeros((4, 1, 1, 1)))
@@ -233,11 +275,15 @@ def test_centralized_kernel_ignores_a_constant():
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 4, 6)), jnp.float32)
     centered = centralize_kernel(kernel)
     np.testing.assert_allclose(centered, kernel - kernel.mean((0, 1, 2), keepdims=True), atol=1e-7)
-    conv = partial(lax.conv_general_dilated, window_strides=(1, 1), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    conv = partial(
+        lax.conv_general_dilated, window_strides=(1, 1), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     constant = jnp.full((2, 5, 5, 4), 7.0)
     np.testing.assert_allclose(conv(constant, centered, padding="VALID"), 0, atol=1e-4)
     assert np.abs(conv(constant, kernel, padding="VALID")).max() > 1
-    shifted = conv(constant + 1, centered, padding="SAME") - conv(constant, centered, padding="SAME")
+    shifted = conv(constant + 1, centered, padding="SAME") - conv(
+        constant, centered, padding="SAME"
+    )
     assert np.abs(shifted).max() > 0.1  # padding is not constant
     with pytest.raises(ValueError, match="one weight for each output channel"):
         centralize_kernel(jnp.ones((1, 1, 1, 8)))
@@ -246,7 +292,9 @@ def test_centralized_kernel_ignores_a_constant():
 def test_errors():
     state = init_moving_average(3)
     for tap in (None, jnp.zeros(4)):
-        with pytest.raises(ValueError, match="zeros in the first step, then the gradient by the tap"):
+        with pytest.raises(
+            ValueError, match="zeros in the first step, then the gradient by the tap"
+        ):
             moving_average_norm(jnp.ones((4, 3)), state, train=True, tap=tap)
     with pytest.raises(ValueError, match="has 3 channels"):
         moving_average_norm(jnp.ones((4, 5)), state, train=True, tap=jnp.zeros(3))
@@ -277,15 +325,20 @@ class NetNNX(nnx.Module):
         self.dense = nnx.Linear(16, 2, rngs=rngs)
 
     def __call__(self, x, train):
-        return self.dense(nnx.relu(self.norm(x, not train, average_from=3, correct_from=8)).mean((1, 2)))
+        return self.dense(
+            nnx.relu(self.norm(x, not train, average_from=3, correct_from=8)).mean((1, 2))
+        )
 
 
 @pytest.mark.slow
 def test_small_nets_learn_and_agree():
-    """Two images at a time, in linen through Flax's TrainState, in nnx through its optimizer: the same numbers."""
+    """Two images at a time, in linen through Flax's TrainState, in nnx through its optimizer: the
+    same numbers."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, (80, 2))
-    xs = rng.normal(size=(80, 2, 6, 6, 1)).astype(np.float32) * (1 + 2 * labels[..., None, None, None]).astype(np.float32)
+    xs = rng.normal(size=(80, 2, 6, 6, 1)).astype(np.float32) * (
+        1 + 2 * labels[..., None, None, None]
+    ).astype(np.float32)
     net = Net()
     variables = jax.jit(partial(net.init, train=False))(jax.random.key(0), xs[0])
     trained = {name: variables[name] for name in ("params", "_overwrite_with_gradient")}
@@ -298,8 +351,13 @@ def test_small_nets_learn_and_agree():
             x, label = data
 
             def loss(params):
-                logits, new = net.apply(params | {"batch_stats": stats}, x, train=True, mutable="batch_stats")
-                return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean(), new["batch_stats"]
+                logits, new = net.apply(
+                    params | {"batch_stats": stats}, x, train=True, mutable="batch_stats"
+                )
+                return (
+                    optax.softmax_cross_entropy_with_integer_labels(logits, label).mean(),
+                    new["batch_stats"],
+                )
 
             (value, stats), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
             carry = state.apply_gradients(grads=gradients), stats
@@ -307,7 +365,9 @@ def test_small_nets_learn_and_agree():
 
         return lax.scan(body, carry, data)
 
-    _, (losses, after) = train((start.replace(step=jnp.asarray(0)), variables["batch_stats"]), (xs, labels))
+    _, (losses, after) = train(
+        (start.replace(step=jnp.asarray(0)), variables["batch_stats"]), (xs, labels)
+    )
     assert losses[-20:].mean() < 0.8 * losses[:20].mean()
 
     model = NetNNX(nnx.Rngs(0))
@@ -318,15 +378,21 @@ def test_small_nets_learn_and_agree():
     @nnx.jit
     def train_nnx(model, optimizer, x, label):
         def loss(model):
-            return optax.softmax_cross_entropy_with_integer_labels(model(x, train=True), label).mean()
+            return optax.softmax_cross_entropy_with_integer_labels(
+                model(x, train=True), label
+            ).mean()
 
-        value, gradients = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, (nnx.Param, jnnx.Tap)))(model)
+        value, gradients = nnx.value_and_grad(
+            loss, argnums=nnx.DiffState(0, (nnx.Param, jnnx.Tap))
+        )(model)
         params, taps = nnx.split_state(gradients, nnx.Param, jnnx.Tap)
         optimizer.update(model, params)
         nnx.update(model, taps)
         return value
 
-    values = [train_nnx(model, optimizer, x, label) for x, label in zip(xs[:12], labels[:12], strict=True)]
+    values = [
+        train_nnx(model, optimizer, x, label) for x, label in zip(xs[:12], labels[:12], strict=True)
+    ]
     np.testing.assert_allclose(values, losses[:12], rtol=1e-3)
     state, stats = jax.tree.map(lambda t: t[11], after)
     tap = state.params["_overwrite_with_gradient"]["MovingAverageNorm_0"]["tap"]
@@ -341,9 +407,16 @@ def test_small_nets_learn_and_agree():
 @pytest.mark.usefixtures("x64")
 def test_state_and_tap_are_float32():
     """Also in double precision, and after a step."""
-    single, x, state = {jnp.dtype("float32")}, jnp.ones(SHAPE, jnp.float32), init_moving_average(SHAPE[-1])
+    single, x, state = (
+        {jnp.dtype("float32")},
+        jnp.ones(SHAPE, jnp.float32),
+        init_moving_average(SHAPE[-1]),
+    )
     assert {t.dtype for t in state.values()} == single
-    assert {t.dtype for t in moving_average_norm(x, state, train=True, tap=jnp.zeros(5, "f4"))[1].values()} == single
+    assert {
+        t.dtype
+        for t in moving_average_norm(x, state, train=True, tap=jnp.zeros(5, "f4"))[1].values()
+    } == single
     variables = linen.MovingAverageNorm().init(jax.random.key(0), x, use_running_average=True)
     assert {t.dtype for t in jax.tree.leaves(variables)} == single
     assert jnnx.MovingAverageNorm(SHAPE[-1], rngs=nnx.Rngs(0)).tap.dtype in single

@@ -1,4 +1,5 @@
-"""The nnx layers for any row of the table: the same results as the linen ones, state, switches and transformations."""
+"""The nnx layers for any row of the table: the same results as the linen ones, state, switches and
+transformations."""
 
 import chex
 import jax
@@ -47,7 +48,9 @@ def values(layer):
 
 
 def stats(layer):
-    return {name: getattr(layer, name)[...] for name in ("count", "mean", "var") if hasattr(layer, name)}
+    return {
+        name: getattr(layer, name)[...] for name in ("count", "mean", "var") if hasattr(layer, name)
+    }
 
 
 def same(a, b):
@@ -59,7 +62,13 @@ def test_a_row_gives_what_it_gives_in_linen(row):
     method, x, few = ROWS[row], data(), data((3, *SHAPE[1:]), seed=1)
     keeps_positions = method.pools_batch and method.groups.spatial != 1
     kwargs = {"momentum": 0.7, "correction": 1, "debias": True}
-    ours = make(layers.Norm, 6, method, **kwargs, **({"x_shape": (1, *SHAPE[1:])} if keeps_positions else {}))
+    ours = make(
+        layers.Norm,
+        6,
+        method,
+        **kwargs,
+        **({"x_shape": (1, *SHAPE[1:])} if keeps_positions else {}),
+    )
     theirs = linen.Norm(method, **kwargs)
 
     @jax.jit
@@ -67,7 +76,12 @@ def test_a_row_gives_what_it_gives_in_linen(row):
         variables = theirs.init(jax.random.key(0), x[:1], use_running_average=False)
         start = variables.get("batch_stats", {})
         y, new = theirs.apply(variables, x, use_running_average=False, mutable="batch_stats")
-        return start, y, new.get("batch_stats", {}), theirs.apply(variables | new, few, use_running_average=True)
+        return (
+            start,
+            y,
+            new.get("batch_stats", {}),
+            theirs.apply(variables | new, few, use_running_average=True),
+        )
 
     start, y, new, evaluated = in_linen(x, few)
     chex.assert_trees_all_equal(stats(ours), dict(start))
@@ -150,9 +164,15 @@ NAMED = [
     (lambda: make(layers.GhostBatchNorm, 6, 2), methods.ghost_batch_norm(2)),
     (lambda: make(layers.GhostBatchNorm, 6, ghost_size=1), methods.instance_norm()),
     (lambda: make(layers.BatchGroupNorm, 6, 3), methods.batch_group_norm(3)),
-    (lambda: make(layers.BatchGroupNorm, 6, 12, x_shape=SHAPE), methods.batch_group_norm(12, SHAPE)),
+    (
+        lambda: make(layers.BatchGroupNorm, 6, 12, x_shape=SHAPE),
+        methods.batch_group_norm(12, SHAPE),
+    ),
     (lambda: make(layers.PositionalNorm, 6), methods.positional_norm()),
-    (lambda: make(layers.Norm, 6, Groups(batch=Size(2), spatial=1, channel=2)), methods.batch_and_group_norm(2, 2)),
+    (
+        lambda: make(layers.Norm, 6, Groups(batch=Size(2), spatial=1, channel=2)),
+        methods.batch_and_group_norm(2, 2),
+    ),
 ]
 
 
@@ -173,7 +193,10 @@ def test_channels_first_is_channels_last_transposed():
 def test_scale_bias_and_activation_at_the_call():
     x, g, b = data(), data((4, 6), seed=1), data((4, 6), seed=2)
     bare = {"use_scale": False, "use_bias": False}
-    for layer in (make(layers.Norm, 6, methods.batch_norm(), **bare), make(layers.LayerNorm, 6, **bare)):
+    for layer in (
+        make(layers.Norm, 6, methods.batch_norm(), **bare),
+        make(layers.LayerNorm, 6, **bare),
+    ):
         plain = call(layer, x)
         expected = jax.nn.silu(plain * g[:, None, None, :] + b[:, None, None, :])
         same(call(layer, x, scale=g, bias=b, activation=jax.nn.silu), expected)
@@ -183,7 +206,11 @@ def test_scale_bias_and_activation_at_the_call():
 
 def test_unit_offset_stores_the_distance_from_one():
     x = data()
-    for cls, args in ((layers.Norm, (6, methods.layer_norm())), (layers.RMSNorm, (6,)), (layers.GroupNorm, (6, 3))):
+    for cls, args in (
+        (layers.Norm, (6, methods.layer_norm())),
+        (layers.RMSNorm, (6,)),
+        (layers.GroupNorm, (6, 3)),
+    ):
         offset, plain = make(cls, *args, unit_offset=True), make(cls, *args)
         assert not offset.scale[...].any()
         same(offset(x), plain(x))
@@ -237,7 +264,13 @@ def test_layers_are_scanned_and_mapped_over():
 
     @nnx.vmap(in_axes=0)
     def several(key):
-        layer = layers.Norm(6, methods.batch_norm(), momentum=0.5, scale_init=nnx.initializers.normal(), rngs=nnx.Rngs(key))
+        layer = layers.Norm(
+            6,
+            methods.batch_norm(),
+            momentum=0.5,
+            scale_init=nnx.initializers.normal(),
+            rngs=nnx.Rngs(key),
+        )
         return layer
 
     stack = several(jax.random.split(jax.random.key(0), 3))
@@ -249,7 +282,9 @@ def test_layers_are_scanned_and_mapped_over():
         return layer(x)
 
     graphdef, state = nnx.split(stack)
-    singles = [nnx.merge(graphdef, jax.tree.map(lambda t, i=i: t[i], state), copy=True) for i in range(3)]
+    singles = [
+        nnx.merge(graphdef, jax.tree.map(lambda t, i=i: t[i], state), copy=True) for i in range(3)
+    ]
     expected = x
     for layer in singles:
         expected = layer(expected)
@@ -259,7 +294,9 @@ def test_layers_are_scanned_and_mapped_over():
 
 def test_rows_over_a_named_axis_are_the_rows_of_the_whole_batch():
     x, whole = data((4, 2, 3, 6)), make(layers.Norm, 6, methods.batch_norm(), momentum=0.5)
-    graphdef, state = nnx.split(make(layers.Norm, 6, methods.batch_norm(), momentum=0.5, axis_name="i"))
+    graphdef, state = nnx.split(
+        make(layers.Norm, 6, methods.batch_norm(), momentum=0.5, axis_name="i")
+    )
 
     def part(x):
         layer = nnx.merge(graphdef, state, copy=True)

@@ -1,4 +1,5 @@
-"""Applying statistics: dtypes, scale and bias of every shape, activation, and what is kept for the backward pass."""
+"""Applying statistics: dtypes, scale and bias of every shape, activation, and what is kept for the
+backward pass."""
 
 from functools import partial
 
@@ -8,7 +9,17 @@ import numpy as np
 import oracle
 import pytest
 
-from jaxnorm import EACH, Groups, Moments, init_running, methods, moments, norm, normalize, running_moments
+from jaxnorm import (
+    EACH,
+    Groups,
+    Moments,
+    init_running,
+    methods,
+    moments,
+    norm,
+    normalize,
+    running_moments,
+)
 
 SHAPE = (4, 3, 5, 6)
 SETS = oracle.set_numbers(SHAPE, lambda n, p, c, N, P, C: (n, c * 3 // C))
@@ -37,9 +48,22 @@ def test_scale_bias_and_moments_of_another_precision(x_dtype, other):
     """y keeps x's dtype, and every derivative that of its argument."""
     x, scale = normal(dtype=x_dtype), normal((6,), 1, other)
     m = moments(normal(dtype=other), methods.batch_norm())
-    y, pull = jax.vjp(jax.jit(lambda *args: normalize(args[0], args[1], scale=args[2], bias=args[3])), x, m, scale, scale)
+    y, pull = jax.vjp(
+        jax.jit(lambda *args: normalize(args[0], args[1], scale=args[2], bias=args[3])),
+        x,
+        m,
+        scale,
+        scale,
+    )
     assert y.dtype == x_dtype
-    assert [t.dtype for t in jax.tree.leaves(pull(y))] == [x_dtype, other, other, other, other, other]
+    assert [t.dtype for t in jax.tree.leaves(pull(y))] == [
+        x_dtype,
+        other,
+        other,
+        other,
+        other,
+        other,
+    ]
 
 
 # which axes of x the scale has, channel_axis, and its shape
@@ -61,34 +85,50 @@ SCALES = [
 def test_scale_and_bias_of_every_shape(axes, channel_axis, shape):
     """One per feature, one per example and feature, and several feature axes."""
     x, gy, scale, bias = normal(), normal(seed=1), normal(shape, 2), normal(shape, 3)
-    f = jax.jit(lambda x, s, b: norm(x, (4, 1, 1, 3), scale=s, bias=b, channel_axis=channel_axis)[0])
+    f = jax.jit(
+        lambda x, s, b: norm(x, (4, 1, 1, 3), scale=s, bias=b, channel_axis=channel_axis)[0]
+    )
     y, pull = jax.vjp(f, x, scale, bias)
     index = np.indices(SHAPE)
     at = tuple(index[i] for i in axes)
     o = oracle.normalized(x, SETS, scale=scale[at], bias=bias[at], gy=gy)
     np.testing.assert_allclose(y, o.y, atol=1e-12)
-    for got, want in zip(pull(gy), (o.dx, oracle.summed(o.dscale, *axes), oracle.summed(o.dbias, *axes)), strict=True):
+    for got, want in zip(
+        pull(gy), (o.dx, oracle.summed(o.dscale, *axes), oracle.summed(o.dbias, *axes)), strict=True
+    ):
         np.testing.assert_allclose(got, want, atol=1e-11)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("batch_axis, channel_axis, order", [(1, -1, (1, 0, 2, 3)), (3, 0, (3, 1, 2, 0)), (2, 1, (1, 3, 0, 2))])
+@pytest.mark.parametrize(
+    "batch_axis, channel_axis, order",
+    [(1, -1, (1, 0, 2, 3)), (3, 0, (3, 1, 2, 0)), (2, 1, (1, 3, 0, 2))],
+)
 def test_batch_axis_anywhere(batch_axis, channel_axis, order):
     """Transposing x and naming its axes is transposing y."""
     x, scale = normal(), normal((4, 6), 2)
     y, m = norm(x, methods.group_norm(3), scale=scale)
-    z, n = norm(x.transpose(order), methods.group_norm(3), scale=scale, batch_axis=batch_axis, channel_axis=channel_axis)
+    z, n = norm(
+        x.transpose(order),
+        methods.group_norm(3),
+        scale=scale,
+        batch_axis=batch_axis,
+        channel_axis=channel_axis,
+    )
     np.testing.assert_allclose(z, y.transpose(order), atol=1e-12)
     np.testing.assert_allclose(n.var, m.var.transpose(order), atol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
 def test_moments_may_be_anything_that_divides_x():
-    """Values and gradients with given moments: dmean = -sum g / s, dvar = -sum g d / 2 s^3 over the block."""
+    """Values and gradients with given moments: dmean = -sum g / s, dvar = -sum g d / 2 s^3 over the
+    block."""
     for stat in ((1, 1, 1, 6), (4, 3, 1, 2), (2, 1, 5, 3), (1, 1, 1, 1)):
         x, gy, scale = normal(), normal(seed=1), normal((6,), 2)
         m = Moments(None, normal(stat, 3), normal(stat, 4) ** 2)
-        y, pull = jax.vjp(jax.jit(lambda x, m, s: normalize(x, m, scale=s, epsilon=1e-3)), x, m, scale)
+        y, pull = jax.vjp(
+            jax.jit(lambda x, m, s: normalize(x, m, scale=s, epsilon=1e-3)), x, m, scale
+        )
         dx, dm, dscale = pull(gy)
         mean, var = (oracle.at_elements(t, SHAPE) for t in (m.mean, m.var))
         s, d = np.sqrt(var + 1e-3), x - mean
@@ -118,13 +158,19 @@ def test_activation_is_that_of_y():
     @partial(jax.jit, static_argnums=0)
     def f(inside, x, scale, bias):
         def g(x, scale, bias):
-            y = norm(x, (4, 1, 1, 3), scale=scale, bias=bias, activation=jax.nn.silu if inside else None)[0]
+            y = norm(
+                x, (4, 1, 1, 3), scale=scale, bias=bias, activation=jax.nn.silu if inside else None
+            )[0]
             return y if inside else jax.nn.silu(y)
 
         y, pull = jax.vjp(g, x, scale, bias)
         return y, pull(gy)
 
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), f(True, x, scale, bias), f(False, x, scale, bias))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=1e-12),
+        f(True, x, scale, bias),
+        f(False, x, scale, bias),
+    )
 
 
 @pytest.mark.usefixtures("x64")
@@ -148,10 +194,18 @@ BIG = (16, 8, 8, 32)
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
 @pytest.mark.parametrize("extra", ("plain", "activation", "weights", "adaptive", "center"))
 @pytest.mark.parametrize(
-    "method", (methods.batch_norm(), methods.group_norm(4), methods.rms_norm(), methods.batch_and_group_norm(4, 8)), ids=str
+    "method",
+    (
+        methods.batch_norm(),
+        methods.group_norm(4),
+        methods.rms_norm(),
+        methods.batch_and_group_norm(4, 8),
+    ),
+    ids=str,
 )
 def test_backward_keeps_x_and_small_arrays(method, extra, dtype):
-    """The residuals of the VJP are x once, in its dtype, and vectors; with an activation no more."""
+    """The residuals of the VJP are x once, in its dtype, and vectors; with an activation no
+    more."""
     x = jax.ShapeDtypeStruct(BIG, dtype)
     options = {
         "plain": {},
@@ -164,13 +218,18 @@ def test_backward_keeps_x_and_small_arrays(method, extra, dtype):
 
     def residuals(x):
         small = {k: options.pop(k) for k in ("scale", "bias")}
-        return jax.vjp(lambda x, scale, bias: norm(x, method, scale=scale, bias=bias, **options)[0], x, *small.values())[1]
+        return jax.vjp(
+            lambda x, scale, bias: norm(x, method, scale=scale, bias=bias, **options)[0],
+            x,
+            *small.values(),
+        )[1]
 
     kept = jax.tree.leaves(jax.eval_shape(residuals, x))
     full = [t for t in kept if t.size >= np.prod(BIG) // 2]
     assert [t.dtype for t in full] == [dtype]
     small = sum(t.size * t.dtype.itemsize for t in kept) - full[0].size * full[0].dtype.itemsize
-    # token statistics are a 32nd of x; a few vectors of them, and of the channels of each example, are no second x
+    # token statistics are a 32nd of x; a few vectors of them, and of the channels of each example,
+    # are no second x
     statistic = np.prod(method.groups.shape(BIG))
     assert small <= 4 * (8 * statistic + 16 * 32 * 4)
 
@@ -183,7 +242,9 @@ def test_backward_keeps_no_half_size_arrays_either():
             x = norm(x, methods.group_norm(4), activation=jnp.tanh)[0]
         return x
 
-    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(net, x)[1], jax.ShapeDtypeStruct(BIG, "bfloat16")))
+    kept = jax.tree.leaves(
+        jax.eval_shape(lambda x: jax.vjp(net, x)[1], jax.ShapeDtypeStruct(BIG, "bfloat16"))
+    )
     assert sum(t.size * t.dtype.itemsize for t in kept) <= 5.5 * np.prod(BIG) * 2
 
 

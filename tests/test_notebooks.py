@@ -1,4 +1,5 @@
-"""Every notebook runs to its end, and is committed the way it was run: `python tests/test_notebooks.py` runs and saves them."""
+"""Every notebook runs to its end, and is committed the way it was run:
+`python tests/test_notebooks.py` runs and saves them."""
 
 import os
 import sys
@@ -13,7 +14,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def executed(path: Path, cwd: Path) -> nbformat.NotebookNode:
-    """The notebook with its outputs, run by this interpreter in `cwd` with the jaxnorm of this checkout."""
+    """The notebook with its outputs, run by this interpreter in `cwd` with the jaxnorm of this
+    checkout."""
     path_list = [str(ROOT), str(path.parent), os.environ.get("PYTHONPATH")]
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, path_list)),
@@ -24,7 +26,11 @@ def executed(path: Path, cwd: Path) -> nbformat.NotebookNode:
     env.pop("MPLBACKEND", None)  # IPython's own: figures become outputs
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, timeout=120, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(cwd)}}
+        notebook,
+        timeout=120,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(cwd)}},
     )
     client.execute(env=env)
     return notebook
@@ -36,7 +42,9 @@ def test_there_are_notebooks():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path, monkeypatch):
-    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel before the user's
+    monkeypatch.setenv(
+        "JUPYTER_PREFER_ENV_PATH", "1"
+    )  # this environment's kernel before the user's
     executed(path, tmp_path)
 
 
@@ -45,10 +53,16 @@ def test_is_committed_with_its_pictures(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run python tests/test_notebooks.py"
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), (
+        "run python tests/test_notebooks.py"
+    )
     outputs = [output for cell in code for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [
+        output
+        for output in outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
     assert path.stat().st_size < 1_500_000
 
 
@@ -61,5 +75,7 @@ if __name__ == "__main__":
             notebook = executed(path, Path(folder))
         for cell in notebook.cells:
             cell.metadata = {}
-        notebook.metadata["language_info"] = {"name": "python"}  # without the version of whoever ran it
+        notebook.metadata["language_info"] = {
+            "name": "python"
+        }  # without the version of whoever ran it
         nbformat.write(notebook, path)

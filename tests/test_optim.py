@@ -1,4 +1,5 @@
-"""Weight decay on scale and bias: which parameters, toward what, and the gradient of which penalty."""
+"""Weight decay on scale and bias: which parameters, toward what, and the gradient of which
+penalty."""
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +48,24 @@ def true_paths(mask):
 
 def test_norms_are_found_in_linen():
     params = shapes(Net(), jnp.ones((1, 4, 4, 3)))
-    found = {"BatchNorm_0/scale", "BatchNorm_0/bias", "LayerNorm_0/bias", "GroupNorm_0/scale", "RMSNorm_0/scale"}
+    found = {
+        "BatchNorm_0/scale",
+        "BatchNorm_0/bias",
+        "LayerNorm_0/bias",
+        "GroupNorm_0/scale",
+        "RMSNorm_0/scale",
+    }
     assert true_paths(norm_mask(params)) == found
     decayed = true_paths(decay_mask(params))
-    assert not any(path.endswith("/bias") or path == "bias" for path in decayed) and not decayed & found
-    assert {"Conv_0/kernel", "Embed_0/embedding", "MultiHeadDotProductAttention_0/query/kernel"} <= decayed
+    assert (
+        not any(path.endswith("/bias") or path == "bias" for path in decayed)
+        and not decayed & found
+    )
+    assert {
+        "Conv_0/kernel",
+        "Embed_0/embedding",
+        "MultiHeadDotProductAttention_0/query/kernel",
+    } <= decayed
     everything = set(true_paths(jax.tree.map(lambda t: True, params)))
     assert true_paths(decay_mask(params, biases=True)) == everything - found
 
@@ -73,7 +87,9 @@ def test_norms_are_found_in_nnx():
     assert found == [
         {"bias": False, "kernel": False}, {"bias": True, "scale": True}, {"bias": True}, {"embedding": False}, {"scale": True},
     ]  # fmt: skip
-    optimizer = fnnx.Optimizer(model, optax.chain(add_norm_decay(0.5), optax.sgd(1.0)), wrt=fnnx.Param)
+    optimizer = fnnx.Optimizer(
+        model, optax.chain(add_norm_decay(0.5), optax.sgd(1.0)), wrt=fnnx.Param
+    )
     model[1].scale[...] = jnp.full(3, 3.0)
     kernel = model[0].kernel[...]
     optimizer.update(model, jax.tree.map(jnp.zeros_like, params))
@@ -86,7 +102,10 @@ def test_norms_are_found_in_nnx():
     "layer, others",
     [
         (linen.EvoNormB0(), {"v"}),
-        (linen.FilterResponseNorm(use_slope=True, use_learned_epsilon=True), {"threshold", "slope", "learned_epsilon"}),
+        (
+            linen.FilterResponseNorm(use_slope=True, use_learned_epsilon=True),
+            {"threshold", "slope", "learned_epsilon"},
+        ),
         (linen.GroupNormPlus(), {"mixture"}),
         (linen.SwitchableNorm(), {"mean_logits", "var_logits"}),
         (linen.ProxyNorm(methods.layer_norm()), {"proxy_scale", "proxy_bias"}),
@@ -96,17 +115,25 @@ def test_norms_are_found_in_nnx():
 def test_norms_with_other_parameters(layer, others, use_scale):
     layer = layer.clone(use_scale=use_scale)
     running = {"use_running_average": True} if hasattr(layer, "use_running_average") else {}
-    params = jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.ones((2, 4, 4, 64)), **running))["params"]
+    params = jax.eval_shape(
+        lambda: layer.init(jax.random.key(0), jnp.ones((2, 4, 4, 64)), **running)
+    )["params"]
     own = {"scale", "bias"} & set(params)
     assert set(params) - own == others and ("scale" in own) == use_scale
     assert true_paths(norm_mask({"net": params})) == {f"net/{name}" for name in own}
     decayed = {f"net/{name}" for name in others if name.startswith("proxy")}
-    assert true_paths(decay_mask({"net": params})) == true_paths(decay_mask({"net": params}, biases=True)) == decayed
+    assert (
+        true_paths(decay_mask({"net": params}))
+        == true_paths(decay_mask({"net": params}, biases=True))
+        == decayed
+    )
 
 
 def test_the_gain_of_a_kernel_does_not_decay_and_other_layers_parameters_of_these_names_do():
     params = {"a": {"kernel": 1.0, "gain": 1.0, "bias": 0.0}, "b": {"v": 1.0, "k": 1.0}}
-    assert true_paths(decay_mask(params)) == {"a/kernel", "b/v", "b/k"} and not true_paths(norm_mask(params))
+    assert true_paths(decay_mask(params)) == {"a/kernel", "b/v", "b/k"} and not true_paths(
+        norm_mask(params)
+    )
 
 
 PARAMS = {
@@ -127,10 +154,17 @@ def test_the_gradient_and_the_penalty(target, unit_offset, x64):
     update, _ = decay.update(jax.tree.map(jnp.ones_like, params), decay.init(params), params)
     zero = {"Dense_0": {"kernel": 0.0, "bias": 0.0}}
     wanted = zero | {
-        "BatchNorm_0": {"scale": 0.1 * (PARAMS["BatchNorm_0"]["scale"] - target), "bias": 0.1 * PARAMS["BatchNorm_0"]["bias"]},
+        "BatchNorm_0": {
+            "scale": 0.1 * (PARAMS["BatchNorm_0"]["scale"] - target),
+            "bias": 0.1 * PARAMS["BatchNorm_0"]["bias"],
+        },
         "LayerNorm_0": {"bias": 0.1 * PARAMS["LayerNorm_0"]["bias"]},
     }
-    jax.tree.map(lambda u, t: np.testing.assert_allclose(u, 1 + t + np.zeros_like(u), rtol=1e-12), update, wanted)
+    jax.tree.map(
+        lambda u, t: np.testing.assert_allclose(u, 1 + t + np.zeros_like(u), rtol=1e-12),
+        update,
+        wanted,
+    )
     gradient = jax.grad(lambda p: norm_penalty(p, 0.1, **options))(params)
     jax.tree.map(lambda u, g: np.testing.assert_allclose(u - 1, g, atol=1e-12), update, gradient)
     value = 0.05 * sum((t**2).sum() / 0.01 for t in jax.tree.leaves(wanted) if np.ndim(t))
@@ -154,7 +188,9 @@ def test_a_schedule_and_no_parameters():
     zeros = jax.tree.map(jnp.zeros_like, params)
     first, state = decay.update(zeros, state, params)
     second, _ = decay.update(zeros, state, params)
-    assert first["LayerNorm_0"]["bias"].tolist() == [0.0] and second["LayerNorm_0"]["bias"].tolist() == [-1.5]
+    assert first["LayerNorm_0"]["bias"].tolist() == [0.0] and second["LayerNorm_0"][
+        "bias"
+    ].tolist() == [-1.5]
     with pytest.raises(ValueError, match="Got params=None"):
         decay.update(zeros, state)
 
@@ -163,17 +199,24 @@ def test_inside_a_mask_and_a_chain():
     """The usual recipe: weights toward 0, norms toward 1, and other biases not at all."""
     params = jax.tree.map(jnp.asarray, PARAMS)
     optimizer = optax.chain(
-        optax.add_decayed_weights(0.1, mask=decay_mask), optax.masked(add_norm_decay(0.5), norm_mask), optax.sgd(1.0)
+        optax.add_decayed_weights(0.1, mask=decay_mask),
+        optax.masked(add_norm_decay(0.5), norm_mask),
+        optax.sgd(1.0),
     )
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    )
     new = optax.apply_updates(params, updates)
-    np.testing.assert_allclose(new["Dense_0"]["kernel"], 0.9 * PARAMS["Dense_0"]["kernel"], rtol=1e-6)
+    np.testing.assert_allclose(
+        new["Dense_0"]["kernel"], 0.9 * PARAMS["Dense_0"]["kernel"], rtol=1e-6
+    )
     np.testing.assert_array_equal(new["Dense_0"]["bias"], PARAMS["Dense_0"]["bias"])
     np.testing.assert_allclose(new["BatchNorm_0"]["scale"], [2.0, 0.75], rtol=1e-6)
 
 
 def test_joint_scaling_through_relu_linear_and_batch_norm_changes_nothing(x64):
-    """Why the size of scale and bias is free there, and decaying them is only a choice of step size."""
+    """Why the size of scale and bias is free there, and decaying them is only a choice of step
+    size."""
     rng = np.random.default_rng(0)
     x, kernel, scale, bias = (jnp.asarray(rng.normal(size=s)) for s in ((16, 5), (5, 4), 5, 5))
 
@@ -189,4 +232,6 @@ def test_joint_scaling_through_relu_linear_and_batch_norm_changes_nothing(x64):
     np.testing.assert_allclose(hx, gx, atol=1e-12)
     np.testing.assert_allclose(7.5 * hs, gs, atol=1e-12)
     np.testing.assert_allclose(7.5 * hb, gb, atol=1e-12)
-    np.testing.assert_allclose(gs @ scale + gb @ bias, 0, atol=1e-12)  # no gradient along the scaling
+    np.testing.assert_allclose(
+        gs @ scale + gb @ bias, 0, atol=1e-12
+    )  # no gradient along the scaling

@@ -1,4 +1,5 @@
-"""Positional Normalization with the moment shortcut, against NumPy, and the dynamic shortcut in both frameworks."""
+"""Positional Normalization with the moment shortcut, against NumPy, and the dynamic shortcut in
+both frameworks."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,9 @@ def test_the_shortcut_undoes_the_normalization(epsilon, correction):
     """In value, and its derivative is the identity."""
 
     def there_and_back(x):
-        return positional.moment_shortcut(*positional.positional_norm(x, epsilon=epsilon, correction=correction))
+        return positional.moment_shortcut(
+            *positional.positional_norm(x, epsilon=epsilon, correction=correction)
+        )
 
     x, gy = data(), data(seed=1)
     y, pull = jax.vjp(jax.jit(there_and_back), x)
@@ -71,7 +74,9 @@ def test_one_channel_and_another_layout():
     y, mean, std = positional.positional_norm(data((2, 3, 1)), correction=1)
     assert (y == 0).all() and (mean == data((2, 3, 1))).all()
     np.testing.assert_allclose(std, np.sqrt(1e-5))
-    dx = jax.jit(jax.grad(lambda x: sum(t.sum() for t in positional.positional_norm(x))))(jnp.ones((2, 3, 4)))
+    dx = jax.jit(jax.grad(lambda x: sum(t.sum() for t in positional.positional_norm(x))))(
+        jnp.ones((2, 3, 4))
+    )
     np.testing.assert_allclose(dx, 0.25)  # that of the mean: constant positions give no NaN
     x, other = data(), data((3, 4, 5, 8), seed=1)
     first = positional.positional_norm(jnp.moveaxis(x, -1, 1), channel_axis=1)
@@ -85,14 +90,18 @@ def test_one_channel_and_another_layout():
 def test_the_shortcut_keeps_x_and_the_moments():
     x = jnp.ones((16, 8, 8, 64), jnp.bfloat16)
     mean = jnp.ones((16, 8, 8, 1), jnp.float32)
-    y, pull = jax.eval_shape(lambda *args: jax.vjp(positional.moment_shortcut, *args), x, mean, mean)
+    y, pull = jax.eval_shape(
+        lambda *args: jax.vjp(positional.moment_shortcut, *args), x, mean, mean
+    )
     kept = [t for t in jax.tree.leaves(pull) if t.size >= x.size]
     assert y.dtype == jnp.bfloat16 and [(t.shape, t.dtype) for t in kept] == [(x.shape, x.dtype)]
 
 
 def test_moments_of_another_resolution_are_refused():
     x, m = jnp.ones(SHAPE), jnp.ones((3, 2, 5, 1))
-    with pytest.raises(ValueError, match=r"do not fit x of shape \(3, 4, 5, 6\). Expected \(3, 4, 5, 1\) for both"):
+    with pytest.raises(
+        ValueError, match=r"do not fit x of shape \(3, 4, 5, 6\). Expected \(3, 4, 5, 1\) for both"
+    ):
         positional.moment_shortcut(x, m, m)
     with pytest.raises(ValueError, match=r"\(3, 4, 5, 1\) and \(3, 4, 5, 6\) do not fit"):
         positional.moment_shortcut(x, jnp.ones((3, 4, 5, 1)), x)
@@ -110,19 +119,31 @@ def test_dynamic_shortcut(channel_axis):
     close(jnp.moveaxis(y, channel_axis, -1), plain, atol=1e-5)
 
     rng = np.random.default_rng(2)
-    variables = jax.tree.map(lambda t: jnp.asarray(rng.normal(size=t.shape), jnp.float32), variables)
+    variables = jax.tree.map(
+        lambda t: jnp.asarray(rng.normal(size=t.shape), jnp.float32), variables
+    )
     y = jax.jit(layer.apply)(variables, *args)
-    twin = nnx_layers.DynamicMomentShortcut(6, hidden_features=4, channel_axis=channel_axis, rngs=nnx.Rngs(0))
+    twin = nnx_layers.DynamicMomentShortcut(
+        6, hidden_features=4, channel_axis=channel_axis, rngs=nnx.Rngs(0)
+    )
     for conv, name in ((twin.first, "Conv_0"), (twin.second, "Conv_1")):
-        conv.kernel[...], conv.bias[...] = (variables["params"][name][key] for key in ("kernel", "bias"))
+        conv.kernel[...], conv.bias[...] = (
+            variables["params"][name][key] for key in ("kernel", "bias")
+        )
     close(nnx.jit(lambda layer, *args: layer(*args))(twin, *args), y, atol=1e-4)
 
     def conv(t, p):
         padded = np.pad(t, ((0, 0), (1, 1), (1, 1), (0, 0)))
         windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
-        return np.einsum("nhwcij,ijco->nhwo", windows, np.asarray(p["kernel"], "f8")) + np.asarray(p["bias"], "f8")
+        return np.einsum("nhwcij,ijco->nhwo", windows, np.asarray(p["kernel"], "f8")) + np.asarray(
+            p["bias"], "f8"
+        )
 
     t = np.concatenate([mean, std], axis=-1).astype("f8")
-    f, g = np.split(conv(np.maximum(conv(t, variables["params"]["Conv_0"]), 0), variables["params"]["Conv_1"]), 2, axis=-1)
+    f, g = np.split(
+        conv(np.maximum(conv(t, variables["params"]["Conv_0"]), 0), variables["params"]["Conv_1"]),
+        2,
+        axis=-1,
+    )
     expected = np.asarray(x, "f8") * (std + f) + mean + g
     np.testing.assert_allclose(jnp.moveaxis(y, channel_axis, -1), expected, rtol=1e-4, atol=1e-3)

@@ -1,5 +1,6 @@
-"""What could hang runs in processes of its own, which end by themselves: two processes that train as one, and large means on
-some devices only, which make devices disagree whether a second look at the data is needed.
+"""What could hang runs in processes of its own, which end by themselves: two processes that train
+as one, and large means on some devices only, which make devices disagree whether a second look at
+the data is needed.
 
 As a script, this file is one of those processes.
 """
@@ -32,11 +33,15 @@ MIRRORED = [[0, 7], [1, 6], [2, 5], [3, 4]]
 
 
 def pairs(x, axis_name):
-    """Batch normalization over pairs of devices; where the batch is whole, over the rows that they would have."""
+    """Batch normalization over pairs of devices; where the batch is whole, over the rows that they
+    would have."""
     if axis_name:
         return norm(x, methods.batch_norm(), axis_name=axis_name, axis_index_groups=MIRRORED)[0]
     order = sum(MIRRORED, [])
-    y = norm(x.reshape(DEVICES, -1, x.shape[-1])[np.array(order)].reshape(x.shape), methods.ghost_batch_norm(len(MIRRORED)))[0]
+    y = norm(
+        x.reshape(DEVICES, -1, x.shape[-1])[np.array(order)].reshape(x.shape),
+        methods.ghost_batch_norm(len(MIRRORED)),
+    )[0]
     return y.reshape(DEVICES, -1, x.shape[-1])[np.argsort(order)].reshape(x.shape)
 
 
@@ -46,12 +51,16 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
         wide = {"param_dtype": jnp.float64}
-        batch = linen.BatchNorm(False, axis_name=self.axis_name, momentum=0.9, force_float32_reductions=False, **wide)
+        batch = linen.BatchNorm(
+            False, axis_name=self.axis_name, momentum=0.9, force_float32_reductions=False, **wide
+        )
         ghosts = methods.ghost_batch_norm(ghost_size=ROWS // DEVICES // 2)
         x = nn.relu(batch(nn.Dense(8, **wide)(x)))
         x = linen.GroupNorm(2, **wide)(nn.Dense(8, **wide)(x))
         x = nn.relu(linen.Norm(ghosts, use_running_average=False, momentum=None, **wide)(x))
-        return nn.Dense(1, **wide)(pairs(nn.Dense(8, **wide)(x), None if self.is_initializing() else self.axis_name))
+        return nn.Dense(1, **wide)(
+            pairs(nn.Dense(8, **wide)(x), None if self.is_initializing() else self.axis_name)
+        )
 
 
 def placed(x, mesh, spec):
@@ -60,7 +69,8 @@ def placed(x, mesh, spec):
 
 
 def training(context):
-    """Losses, parameters and running statistics of three steps of gradient descent, as this process has them."""
+    """Losses, parameters and running statistics of three steps of gradient descent, as this process
+    has them."""
     rng = np.random.default_rng(0)
     data = [rng.normal(3, 1, (3, ROWS, 6)), rng.normal(size=(3, ROWS, 1))]
     axis_name, net = ("data", Net("data")) if context == "pmap" else (None, Net())
@@ -78,7 +88,10 @@ def training(context):
 
     if context == "pmap":
         step = jax.pmap(step, "data", in_axes=(None, None, 0, 0))
-        mine = slice(jax.process_index() * jax.local_device_count(), (jax.process_index() + 1) * jax.local_device_count())
+        mine = slice(
+            jax.process_index() * jax.local_device_count(),
+            (jax.process_index() + 1) * jax.local_device_count(),
+        )
         data = [t.reshape(3, DEVICES, -1, t.shape[-1])[:, mine] for t in data]
     elif context == "jit":
         mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
@@ -100,10 +113,19 @@ def large_means():
     """A mean of 1e4 standard deviations in some of the sets only, in float32."""
     x = np.random.default_rng(1).normal(size=(DEVICES, 4, 6)).astype("f4")
     x[[0, 1, 2, 3, 5, 7]] += np.float32(1e4)
-    method, halves, columns = methods.batch_norm(), [[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 4], [1, 5], [2, 6], [3, 7]]
-    mine = slice(jax.process_index() * jax.local_device_count(), (jax.process_index() + 1) * jax.local_device_count())
+    method, halves, columns = (
+        methods.batch_norm(),
+        [[0, 1, 2, 3], [4, 5, 6, 7]],
+        [[0, 4], [1, 5], [2, 6], [3, 7]],
+    )
+    mine = slice(
+        jax.process_index() * jax.local_device_count(),
+        (jax.process_index() + 1) * jax.local_device_count(),
+    )
     for groups in (halves, MIRRORED):
-        y = jax.pmap(lambda x, g=groups: norm(x, method, axis_name="i", axis_index_groups=g)[0], "i")(x[mine])
+        y = jax.pmap(
+            lambda x, g=groups: norm(x, method, axis_name="i", axis_index_groups=g)[0], "i"
+        )(x[mine])
         check(y, x, groups, first=mine.start)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("i", "j"), axis_types=(AxisType.Auto,) * 2)
     for name, groups in (("j", halves), ("i", columns), (("i", "j"), [list(range(DEVICES))])):
@@ -113,14 +135,17 @@ def large_means():
 
 
 def check(y, x, groups, first=0):
-    """The parts of y that this process has, against each group standardized in float64. pmap counts from its own `first`."""
+    """The parts of y that this process has, against each group standardized in float64. pmap counts
+    from its own `first`."""
     want = np.empty(x.shape)
     for group in groups:
         rows = x[group].astype("f8")
         want[group] = (rows - rows.mean((0, 1))) / np.sqrt(rows.var((0, 1)) + 1e-5)
     for shard in y.addressable_shards:
         index = first + (shard.index[0].start or 0)
-        np.testing.assert_allclose(shard.data, want[index : index + 1], atol=4 * np.finfo("f4").eps * 1e4)
+        np.testing.assert_allclose(
+            shard.data, want[index : index + 1], atol=4 * np.finfo("f4").eps * 1e4
+        )
 
 
 def main(port, processes, rank, out):
@@ -129,7 +154,9 @@ def main(port, processes, rank, out):
     jax.config.update("jax_enable_x64", True)
     if processes > 1:
         address = f"127.0.0.1:{port}"
-        jax.distributed.initialize(address, processes, rank, initialization_timeout=60, coordinator_bind_address=address)
+        jax.distributed.initialize(
+            address, processes, rank, initialization_timeout=60, coordinator_bind_address=address
+        )
     assert (jax.process_count(), jax.device_count()) == (processes, DEVICES)
     large_means()
     if processes > 1:
@@ -146,25 +173,39 @@ def launch(processes, out):
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | {
         "PYTHONPATH": str(root),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": (
+            f"--xla_force_host_platform_device_count={DEVICES // processes}"
+            " --xla_backend_optimization_level=0"
+        ),
     }
     env |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"} if processes > 1 else {}
-    commands = [[sys.executable, __file__, str(port), str(processes), str(rank), str(out)] for rank in range(processes)]
+    commands = [
+        [sys.executable, __file__, str(port), str(processes), str(rank), str(out)]
+        for rank in range(processes)
+    ]
     logs = [Path(out, f"log{rank}") for rank in range(processes)]
     running = []
     try:
         for command, log in zip(commands, logs, strict=True):
             with log.open("w") as file:
-                running.append(subprocess.Popen(command, env=env, cwd=root, stdout=file, stderr=subprocess.STDOUT))
+                running.append(
+                    subprocess.Popen(
+                        command, env=env, cwd=root, stdout=file, stderr=subprocess.STDOUT
+                    )
+                )
         codes, deadline = [None], time.monotonic() + LIMIT + 10
-        while None in codes and not any(codes) and time.monotonic() < deadline:  # one that fails leaves the other waiting
+        while (
+            None in codes and not any(codes) and time.monotonic() < deadline
+        ):  # one that fails leaves the other waiting
             time.sleep(0.05)
             codes = [p.poll() for p in running]
     finally:
         for p in running:
             p.kill()
             p.wait()
-    assert codes == [0] * processes, "\n".join(f"process {rank}: {log.read_text()[-3000:]}" for rank, log in enumerate(logs))
+    assert codes == [0] * processes, "\n".join(
+        f"process {rank}: {log.read_text()[-3000:]}" for rank, log in enumerate(logs)
+    )
 
 
 @pytest.mark.usefixtures("x64")

@@ -41,7 +41,10 @@ def calls():
     yield "linen.BatchNorm", lambda: batch.apply(state, x, mutable="batch_stats")
     layer = nnx.BatchNorm(8, rngs=flax_nnx.Rngs(0))
     yield "nnx.BatchNorm", lambda: layer(x)
-    yield "grad", lambda: jax.grad(lambda x: batch.apply(state, x, mutable="batch_stats")[0].sum())(x)
+    yield (
+        "grad",
+        lambda: jax.grad(lambda x: batch.apply(state, x, mutable="batch_stats")[0].sum())(x),
+    )
 
 
 def test_the_second_call_outside_of_jit_compiles_nothing(compilations):
@@ -65,7 +68,9 @@ def test_export_with_symbolic_sizes(name, platform):
         return jax.value_and_grad(lambda x: (norm(x, method, scale=scale)[0] ** 2).sum())(x)
 
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    program = export.export(jax.jit(f), platforms=[platform])(x, jax.ShapeDtypeStruct((8,), jnp.float32))
+    program = export.export(jax.jit(f), platforms=[platform])(
+        x, jax.ShapeDtypeStruct((8,), jnp.float32)
+    )
     if platform == "cpu":
         x, scale = jax.random.normal(jax.random.key(0), (4, 3, 5, 8)), jnp.arange(8.0)
         for got, want in zip(program.call(x, scale), jax.jit(f)(x, scale), strict=True):
@@ -75,7 +80,8 @@ def test_export_with_symbolic_sizes(name, platform):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("value", (123.456, 100000.1, -1e18))
 def test_a_constant_is_its_mean(name, value):
-    """Whatever it is, y is 0: the mean is taken again about the first one, whose rounding would show."""
+    """Whatever it is, y is 0: the mean is taken again about the first one, whose rounding would
+    show."""
     if name != "rms":
         y, m = jax.jit(lambda x: norm(x, METHODS[name]))(jnp.full((16, 16, 16, 8), value))
         assert (m.var == 0).all()

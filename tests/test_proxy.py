@@ -31,8 +31,16 @@ def definition(xp, x, scale, bias, more_scale, more_bias, n=200):
 
 
 def ours(x, scale, bias, more_scale, more_bias, activation=jax.nn.silu, **options):
-    scale, bias, more_scale, more_bias = (t.reshape(-1) for t in (scale, bias, more_scale, more_bias))
-    names = {"scale": scale, "bias": bias, "proxy_scale": more_scale, "proxy_bias": more_bias, "activation": activation}
+    scale, bias, more_scale, more_bias = (
+        t.reshape(-1) for t in (scale, bias, more_scale, more_bias)
+    )
+    names = {
+        "scale": scale,
+        "bias": bias,
+        "proxy_scale": more_scale,
+        "proxy_bias": more_bias,
+        "activation": activation,
+    }
     return proxy.proxy_norm(x, methods.layer_norm(), **names, **options)
 
 
@@ -68,16 +76,29 @@ def test_gradient_by_finite_differences():
         for sign in (1,):
             step = np.zeros((1, 1, 1, 6))
             step[..., 2] = 1e-6 * sign
-            high, low = (np.sin(definition(np, *args[:i], args[i] + s, *args[i + 1 :])).sum() for s in (step, -step))
+            high, low = (
+                np.sin(definition(np, *args[:i], args[i] + s, *args[i + 1 :])).sum()
+                for s in (step, -step)
+            )
             assert grad[0, 0, 0, 2] == pytest.approx((high - low) / 2e-6, abs=1e-6)
 
 
 def test_without_an_activation():
-    """out = gamma (y - beta') / sqrt(gamma^2 (1 + gamma')^2 v_n + epsilon), v_n the variance of the grid."""
+    """out = gamma (y - beta') / sqrt(gamma^2 (1 + gamma')^2 v_n + epsilon), v_n the variance of the
+    grid."""
     x, scale, bias, more_scale, more_bias = draw()
-    normal = (x - x.mean((1, 2, 3), keepdims=True)) / np.sqrt(x.var((1, 2, 3), keepdims=True) + 1e-3)
-    expected = scale * (normal - more_bias) / np.sqrt(scale**2 * (1 + more_scale) ** 2 * quantiles(200).var() + 0.03)
-    close(jax.jit(lambda *args: ours(*args, activation=None))(x, scale, bias, more_scale, more_bias), expected)
+    normal = (x - x.mean((1, 2, 3), keepdims=True)) / np.sqrt(
+        x.var((1, 2, 3), keepdims=True) + 1e-3
+    )
+    expected = (
+        scale
+        * (normal - more_bias)
+        / np.sqrt(scale**2 * (1 + more_scale) ** 2 * quantiles(200).var() + 0.03)
+    )
+    close(
+        jax.jit(lambda *args: ours(*args, activation=None))(x, scale, bias, more_scale, more_bias),
+        expected,
+    )
 
 
 def test_variance_of_the_grid():
@@ -87,18 +108,28 @@ def test_variance_of_the_grid():
 
 
 def test_the_grid_itself_comes_out_standardized():
-    """Its own quantiles as input: mean 0 and variance V / (V + epsilon), as what they stand for would."""
+    """Its own quantiles as input: mean 0 and variance V / (V + epsilon), as what they stand for
+    would."""
     x = jnp.asarray(quantiles(200)).reshape(1, 200, 1)
     x = x / jnp.sqrt(x.var())
     zero, grid = jnp.zeros(1), np.sqrt(quantiles(200).var())
     y = proxy.proxy_norm(
-        x, methods.layer_norm(), scale=jnp.full(1, 1.0), proxy_scale=zero + 1 / grid - 1, epsilon=0.0, activation=jax.nn.relu
+        x,
+        methods.layer_norm(),
+        scale=jnp.full(1, 1.0),
+        proxy_scale=zero + 1 / grid - 1,
+        epsilon=0.0,
+        activation=jax.nn.relu,
     )
     var = np.maximum(quantiles(200) / grid, 0).var()
     assert float(y.mean()) == pytest.approx(0, abs=1e-12)
     assert float(y.var()) == pytest.approx(var / (var + 0.03), abs=1e-12)
     exact = 0.5 - 1 / (2 * np.pi)  # of relu of a normal number
-    assert abs(np.maximum(quantiles(10_000), 0).var() - exact) < 1e-3 < abs(np.maximum(quantiles(50), 0).var() - exact)
+    assert (
+        abs(np.maximum(quantiles(10_000), 0).var() - exact)
+        < 1e-3
+        < abs(np.maximum(quantiles(50), 0).var() - exact)
+    )
 
 
 def test_a_scale_of_zero_gives_zero_and_examples_do_not_meet():
@@ -106,22 +137,43 @@ def test_a_scale_of_zero_gives_zero_and_examples_do_not_meet():
     run = jax.jit(ours)
     y = run(x, scale * (np.arange(6) != 2), bias, more_scale, more_bias)
     close(y[..., 2], np.zeros(SHAPE[:3]))
-    close(run(x * np.array([1, 3, 3])[:, None, None, None], scale, bias, more_scale, more_bias)[:1], run(x, *draw()[1:])[:1])
+    close(
+        run(x * np.array([1, 3, 3])[:, None, None, None], scale, bias, more_scale, more_bias)[:1],
+        run(x, *draw()[1:])[:1],
+    )
 
 
 def test_scale_and_bias_of_each_example():
     x, scale, bias, more_scale, more_bias = draw()
     each = np.random.default_rng(1).normal(size=(2, 3, 6))
-    more = {"proxy_scale": more_scale.ravel(), "proxy_bias": more_bias.ravel(), "activation": jax.nn.silu}
-    y = jax.jit(lambda x, g, b: proxy.proxy_norm(x, methods.layer_norm(), scale=g, bias=b, **more))(x, *each)
-    alone = [definition(np, x[i : i + 1], each[0][i], each[1][i], more_scale, more_bias) for i in range(3)]
+    more = {
+        "proxy_scale": more_scale.ravel(),
+        "proxy_bias": more_bias.ravel(),
+        "activation": jax.nn.silu,
+    }
+    y = jax.jit(lambda x, g, b: proxy.proxy_norm(x, methods.layer_norm(), scale=g, bias=b, **more))(
+        x, *each
+    )
+    alone = [
+        definition(np, x[i : i + 1], each[0][i], each[1][i], more_scale, more_bias)
+        for i in range(3)
+    ]
     close(y, np.concatenate(alone))
 
 
 def test_it_keeps_x_alone():
     x, one = jnp.ones((16, 8, 8, 64), jnp.bfloat16), jnp.ones(64, jnp.float32)
-    f = lambda x, g: proxy.proxy_norm(x, methods.layer_norm(), scale=g, proxy_scale=g, activation=jax.nn.silu)  # noqa: E731
-    kept = [t for t in jax.tree.leaves(jax.eval_shape(lambda x, g: jax.vjp(f, x, g)[1], x, one)) if t.size >= x.size]
+
+    def f(x, g):
+        return proxy.proxy_norm(
+            x, methods.layer_norm(), scale=g, proxy_scale=g, activation=jax.nn.silu
+        )
+
+    kept = [
+        t
+        for t in jax.tree.leaves(jax.eval_shape(lambda x, g: jax.vjp(f, x, g)[1], x, one))
+        if t.size >= x.size
+    ]
     assert {(t.shape, t.dtype) for t in kept} == {(x.shape, x.dtype)}
 
 

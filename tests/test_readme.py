@@ -1,4 +1,5 @@
-"""What README.md and the pages of docs/ show runs: README's examples in a fresh namespace each, a page from top to bottom."""
+"""What README.md and the pages of docs/ show runs: README's examples in a fresh namespace each, a
+page from top to bottom."""
 
 import importlib
 import pathlib
@@ -24,11 +25,16 @@ EXAMPLES = examples(README)
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_examples_run(code):
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # what users have
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):  # what users have
         exec(compile(code, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if examples(page.read_text())], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if examples(page.read_text())], ids=lambda page: page.stem
+)
 def test_pages_run(page):
     namespace = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -54,8 +60,14 @@ NOT_LAYERS = {"example_weight="}
 
 def methods():
     table = README.split("\n## Methods\n")[1].split("\n## ")[0]
-    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("| ") and "---" not in line]
-    return {row[0].strip(): [re.findall(r"`([\w.=]+)`", cell) for cell in row[1:3]] for row in rows[1:]}
+    rows = [
+        line.strip("|").split("|")
+        for line in table.splitlines()
+        if line.startswith("| ") and "---" not in line
+    ]
+    return {
+        row[0].strip(): [re.findall(r"`([\w.=]+)`", cell) for cell in row[1:3]] for row in rows[1:]
+    }
 
 
 @pytest.mark.parametrize("name", methods())
@@ -75,5 +87,9 @@ def test_methods_exist_by_the_names_of_the_table(name):
 def test_every_layer_is_in_the_table():
     listed = {layer for _, layers in methods().values() for layer in layers}
     for framework in (jaxnorm.linen, jaxnorm.nnx):
-        ours = {name for name, value in vars(framework).items() if isinstance(value, type) and "Norm" in name}
+        ours = {
+            name
+            for name, value in vars(framework).items()
+            if isinstance(value, type) and "Norm" in name
+        }
         assert ours - {"Norm", "FoldedNorm"} <= listed, framework.__name__

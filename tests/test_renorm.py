@@ -1,4 +1,5 @@
-"""Batch Renormalization: its definition, what it is with special bounds, and the paper's schedule."""
+"""Batch Renormalization: its definition, what it is with special bounds, and the paper's
+schedule."""
 
 from functools import partial
 
@@ -28,7 +29,17 @@ def some_state():
 @jit
 def differentiated(x, gy, state, rmax, dmax, scale, bias):
     def f(x, scale, bias):
-        return batch_renorm(x, state, train=True, rmax=rmax, dmax=dmax, momentum=0.7, epsilon=E, scale=scale, bias=bias)
+        return batch_renorm(
+            x,
+            state,
+            train=True,
+            rmax=rmax,
+            dmax=dmax,
+            momentum=0.7,
+            epsilon=E,
+            scale=scale,
+            bias=bias,
+        )
 
     y, pull, new = jax.vjp(f, x, scale, bias, has_aux=True)
     return y, new, pull(gy)
@@ -36,13 +47,16 @@ def differentiated(x, gy, state, rmax, dmax, scale, bias):
 
 def corrections(x, state, rmax, dmax):
     std = np.sqrt(x.var((0, 1)) + E)
-    return np.clip(std / state["std"], 1 / rmax, rmax), np.clip((x.mean((0, 1)) - state["mean"]) / state["std"], -dmax, dmax)
+    return np.clip(std / state["std"], 1 / rmax, rmax), np.clip(
+        (x.mean((0, 1)) - state["mean"]) / state["std"], -dmax, dmax
+    )
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("rmax, dmax", [(1.0, 0.0), (1.2, 0.1), (3.0, 5.0), (1e6, 1e6)])
 def test_definition(rmax, dmax):
-    """y and its derivatives are those of x_hat r + d with constants r and d; the state averages standard deviations."""
+    """y and its derivatives are those of x_hat r + d with constants r and d; the state averages
+    standard deviations."""
     x, gy, scale, bias, state = data(), data(1), data(2)[0, 0], data(3)[0, 0], some_state()
     y, new, (dx, dscale, dbias) = differentiated(x, gy, state, rmax, dmax, scale, bias)
     r, d = corrections(x, state, rmax, dmax)
@@ -53,7 +67,10 @@ def test_definition(rmax, dmax):
     close(new["mean"], 0.7 * state["mean"] + 0.3 * x.mean((0, 1)))
     close(new["std"], 0.7 * state["std"] + 0.3 * np.sqrt(x.var((0, 1)) + E))
     if rmax == 1e6:  # inference with the state before this step
-        close(batch_renorm(x, state, train=False, epsilon=E, scale=scale, bias=bias)[0], x_hat * scale + bias)
+        close(
+            batch_renorm(x, state, train=False, epsilon=E, scale=scale, bias=bias)[0],
+            x_hat * scale + bias,
+        )
 
 
 @pytest.mark.usefixtures("x64")
@@ -69,7 +86,9 @@ def test_running_deviation_is_never_below_epsilon():
     """A state of constant channels, or of zeros, does not divide by 0."""
     x, state = data(), {"mean": np.zeros(4), "std": np.zeros(4)}
     close(batch_renorm(x, state, train=False, epsilon=E)[0], x / np.sqrt(E))
-    constant, new = batch_renorm(np.full(SHAPE, 3.0), init_batch_renorm(4), train=True, epsilon=E, momentum=0.0, dmax=0.0)
+    constant, new = batch_renorm(
+        np.full(SHAPE, 3.0), init_batch_renorm(4), train=True, epsilon=E, momentum=0.0, dmax=0.0
+    )
     close((constant, new["std"]), (np.zeros(SHAPE), np.full(4, np.float32(np.sqrt(E)))))
 
 

@@ -1,4 +1,5 @@
-"""A real model changes its norm layers by changing an import: it trains the same, from a checkpoint saved by Flax."""
+"""A real model changes its norm layers by changing an import: it trains the same, from a checkpoint
+saved by Flax."""
 
 import contextlib
 import functools
@@ -54,7 +55,9 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         norms = importlib.import_module(self.home)
-        norm = functools.partial(norms.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5)
+        norm = functools.partial(
+            norms.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5
+        )
         x = nn.relu(norm(name="bn_init")(nn.Conv(8, (3, 3), use_bias=False)(x)))
         for features, strides in ((8, 1), (16, 2)):
             x = Block(features, norm, strides)(x)
@@ -123,7 +126,9 @@ def test_a_resnet_goes_on_with_jaxnorm_from_a_checkpoint_of_flax():
 
     ours_state, ours = run(step, loaded, 4)
     np.testing.assert_allclose(ours, expected, rtol=1e-3)
-    chex.assert_trees_all_close(ours_state["batch_stats"], expected_state["batch_stats"], rtol=2e-3, atol=2e-3)
+    chex.assert_trees_all_close(
+        ours_state["batch_stats"], expected_state["batch_stats"], rtol=2e-3, atol=2e-3
+    )
     assert before[0] > before[-1] > ours[-1] and ours[-1] < 0.6 * before[0]
 
 

@@ -53,13 +53,17 @@ def of(x):
     ids=str,
 )
 def test_shape_of_state(groups, shape, state, statistic):
-    """The batch axis and spatial axes of 1 are dropped, the channels stay; the batch number does not matter."""
+    """The batch axis and spatial axes of 1 are dropped, the channels stay; the batch number does
+    not matter."""
     assert running_shape(groups, shape) == (state, statistic)
     assert running_moments(init_running(state), groups, shape).mean.shape == statistic
 
 
 def test_shape_of_state_channels_first():
-    assert running_shape(Groups(1, (1, EACH), 3), (8, 6, 4, 5), channel_axis=1) == ((3, 5), (1, 3, 1, 5))
+    assert running_shape(Groups(1, (1, EACH), 3), (8, 6, 4, 5), channel_axis=1) == (
+        (3, 5),
+        (1, 3, 1, 5),
+    )
     assert running_shape(BN, (4, 6, 8), batch_axis=2, channel_axis=0) == ((4,), (4, 1, 1))
 
 
@@ -78,13 +82,17 @@ def test_exponential_average_in_flax_convention():
 
 @pytest.mark.usefixtures("x64")
 def test_counted_average_forgets_where_it_began():
-    """sum of weights times values, over the sum of weights: the first batch is the state after one step."""
+    """sum of weights times values, over the sum of weights: the first batch is the state after one
+    step."""
     state = init_running((6,), dtype="f8", counted=True)
     xs = batches()
     for k, x in enumerate(xs, start=1):
         state = update_running(state, moments(x, BN), momentum=0.7)
         weights = 0.3 * 0.7 ** np.arange(k)[::-1]
-        mean, var = (sum(w * of(t)[i] for w, t in zip(weights, xs, strict=False)) / weights.sum() for i in (0, 1))
+        mean, var = (
+            sum(w * of(t)[i] for w, t in zip(weights, xs, strict=False)) / weights.sum()
+            for i in (0, 1)
+        )
         close((state.count, state.mean, state.var), (np.full(6, weights.sum()), mean, var))
 
 
@@ -125,7 +133,9 @@ def test_ghosts_are_pooled_on_any_batch_axis():
 @pytest.mark.usefixtures("x64")
 def test_state_of_several_axes():
     x = batches()[1]
-    state = update_running(init_running((3, 6), dtype="f8"), moments(x, Groups(1, EACH, EACH)), momentum=0.0)
+    state = update_running(
+        init_running((3, 6), dtype="f8"), moments(x, Groups(1, EACH, EACH)), momentum=0.0
+    )
     close((state.mean, state.var), (x.mean(0), x.var(0)))
     groups = Groups(1, EACH, EACH)
     y = normalize(x, running_moments(state, groups, x.shape))
@@ -141,7 +151,9 @@ def test_state_is_a_fixed_point_of_the_update(update, counted, dtype):
         return
     x = jnp.asarray(np.stack(batches())).astype("complex64" if dtype == "complex64" else "float32")
     start = init_running((6,), dtype=dtype, counted=counted)
-    state, _ = jax.jit(lambda s, xs: jax.lax.scan(lambda s, x: (update(s, moments(x, BN)), None), s, xs))(start, x)
+    state, _ = jax.jit(
+        lambda s, xs: jax.lax.scan(lambda s, x: (update(s, moments(x, BN)), None), s, xs)
+    )(start, x)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, start)
     assert state.mean.dtype == dtype
 
@@ -149,14 +161,17 @@ def test_state_is_a_fixed_point_of_the_update(update, counted, dtype):
 @pytest.mark.parametrize("kind", ("empty", "nan", "inf", "1e30"))
 @pytest.mark.parametrize("counted", (False, True))
 def test_unusable_sets_leave_the_state(counted, kind):
-    """Channel by channel: what is empty or not finite stays to the bit, what is usable moves. 1e30 has no finite square."""
+    """Channel by channel: what is empty or not finite stays to the bit, what is usable moves. 1e30
+    has no finite square."""
     x = jnp.asarray(batches()[0], "f4")
     weights = jnp.ones((1, 1, 6)).at[..., 2].set(0) if kind == "empty" else None
     if kind != "empty":
         x = x.at[0, 0, 2].set(float(kind))
     m = moments(x, BN, weights=weights)
     for update in (update_running, update_cumulative)[: 1 + counted]:
-        state = update(init_running((6,), counted=counted), moments(jnp.asarray(batches()[1], "f4"), BN))
+        state = update(
+            init_running((6,), counted=counted), moments(jnp.asarray(batches()[1], "f4"), BN)
+        )
         new = jax.jit(update)(state, m)
         for old, now in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
             assert now[2] == old[2] and (np.delete(now, 2) != np.delete(old, 2)).all()
@@ -177,7 +192,9 @@ def test_correction_is_the_unbiased_variance_of_torch():
     n = w.sum() * 3
     corrected = update_running(init_running((6,), dtype="f8"), m, momentum=0.0, correction=1)
     close(corrected.var, m.var[0, 0] * n / (n - 1))
-    one = update_running(init_running((6,), dtype="f8"), moments(x[:1, :1], BN), momentum=0.5, correction=1)
+    one = update_running(
+        init_running((6,), dtype="f8"), moments(x[:1, :1], BN), momentum=0.5, correction=1
+    )
     close(one.var, np.full(6, 0.5))
 
 
@@ -206,21 +223,27 @@ def test_momentum_is_data():
 
 @pytest.mark.usefixtures("x64")
 def test_gradient_of_an_update_used_at_once():
-    """Nothing in the update stops the gradient: who normalizes with it gets (1 - momentum) of it."""
+    """Nothing in the update stops the gradient: who normalizes with it gets (1 - momentum) of
+    it."""
     x, gy = batches()[0], batches(seed=1)[0]
     sets = oracle.set_numbers(x.shape, lambda n, p, c, *_: (c,))
 
     def f(x):
         return update_running(init_running((6,), dtype="f8"), moments(x, BN), momentum=0.75).mean
 
-    np.testing.assert_allclose(jax.vjp(f, x)[1](gy[0, 0])[0], 0.25 * oracle.normalized(x, sets, gy=0 * gy, gm=gy[0, 0]).dx)
+    np.testing.assert_allclose(
+        jax.vjp(f, x)[1](gy[0, 0])[0], 0.25 * oracle.normalized(x, sets, gy=0 * gy, gm=gy[0, 0]).dx
+    )
 
 
 def test_complex_moments_need_a_complex_state():
     m = moments(jnp.ones((8, 6), "complex64"), BN)
     for update in (update_running, update_cumulative):
         with pytest.raises(
-            TypeError, match=r"mean is complex.*running mean float32.*init_running\(shape, dtype=jnp.complex64\)"
+            TypeError,
+            match=(
+                r"mean is complex.*running mean float32.*init_running\(shape, dtype=jnp.complex64\)"
+            ),
         ):
             update(init_running((6,), counted=True), m)
 
@@ -230,11 +253,16 @@ def test_state_of_another_size_is_refused():
     state = init_running(running_shape(groups, (8, 4, 4, 6))[0])
     assert running_moments(state, groups, (1, 4, 9, 6)).mean.shape == (1, 2, 1, 6)
     whole = Groups(1, EACH, EACH)
-    with pytest.raises(ValueError, match=r"shape \(4, 4, 6\) do not fit x of shape \(2, 8, 8, 6\).*\(1, 8, 8, 6\).*image size"):
+    with pytest.raises(
+        ValueError,
+        match=r"shape \(4, 4, 6\) do not fit x of shape \(2, 8, 8, 6\).*\(1, 8, 8, 6\).*image size",
+    ):
         running_moments(init_running((4, 4, 6)), whole, (2, 8, 8, 6))
     with pytest.raises(ValueError, match=r"shape \(6,\) do not fit x of shape \(2, 8\).*\(1, 8\)"):
         running_moments(init_running((6,)), BN, (2, 8))
-    with pytest.raises(ValueError, match=r"moments of shape \(1, 8\) do not fit running statistics of shape \(6,\)"):
+    with pytest.raises(
+        ValueError, match=r"moments of shape \(1, 8\) do not fit running statistics of shape \(6,\)"
+    ):
         update_running(init_running((6,)), moments(jnp.ones((2, 8)), BN))
     with pytest.raises(ValueError, match=r"needs a count.*init_running\(counted=True\)"):
         update_cumulative(init_running((6,)), moments(jnp.ones((2, 6)), BN))

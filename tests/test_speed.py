@@ -1,4 +1,5 @@
-"""`benchmarks.speed`, `growth` and `networks`: that what they write and print agrees, never how fast anything is."""
+"""`benchmarks.speed`, `growth` and `networks`: that what they write and print agrees, never how
+fast anything is."""
 
 import csv
 import json
@@ -47,18 +48,33 @@ def case(name, ours, linen, floor):
 def test_speed_writes_files_that_agree(tiny, tmp_path, monkeypatch, capsys):
     for library in ("haiku", "torch"):
         monkeypatch.setitem(sys.modules, library, None)
-    assert speed.main(["--dtypes", "float32", "--rounds", "2", "--seconds", "0", "--output", str(tmp_path)]) == 0
+    assert (
+        speed.main(
+            ["--dtypes", "float32", "--rounds", "2", "--seconds", "0", "--output", str(tmp_path)]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "not installed" in printed and "haiku" in printed and "torch" in printed
 
     saved = json.loads((tmp_path / "speed.json").read_text())
     assert set(saved["about"]) >= {"device", "date", "command", "commit", "versions"}
-    assert [case["method"] for case in saved["cases"]] == [*METHODS[:3], "token_layer", *METHODS[3:]]
+    assert [case["method"] for case in saved["cases"]] == [
+        *METHODS[:3],
+        "token_layer",
+        *METHODS[3:],
+    ]
     rows = list(csv.DictReader((tmp_path / "speed.csv").read_text().splitlines()))
     for one in saved["cases"]:
-        libraries = [row["library"] for row in rows if (row["method"], row["shape"]) == (one["method"], one["shape"])]
+        libraries = [
+            row["library"]
+            for row in rows
+            if (row["method"], row["shape"]) == (one["method"], one["shape"])
+        ]
         assert libraries == list(one["seconds"])
-        assert {"jaxnorm", "floor"} <= set(libraries) and not {"haiku", "torch_last"} & set(libraries)
+        assert {"jaxnorm", "floor"} <= set(libraries) and not {"haiku", "torch_last"} & set(
+            libraries
+        )
         assert ("flax.nnx" in libraries) == (one["method"] not in ("batch_group", "ghost_batch"))
     by_case = {(one["method"], one["shape"]): one for one in saved["cases"]}
     for row in rows:
@@ -66,18 +82,34 @@ def test_speed_writes_files_that_agree(tiny, tmp_path, monkeypatch, capsys):
         for kind in speed.KINDS:
             ours, theirs = one["seconds"]["jaxnorm"][kind], one["seconds"][row["library"]][kind]
             assert len(ours) == len(theirs) == 2
-            assert float(row[f"{kind}_ms"]) == pytest.approx(np.percentile(theirs, 25) * 1e3, rel=1e-4)
-            assert float(row[f"{kind}_ratio"]) == pytest.approx(np.median(np.divide(ours, theirs)), rel=1e-3)
+            assert float(row[f"{kind}_ms"]) == pytest.approx(
+                np.percentile(theirs, 25) * 1e3, rel=1e-4
+            )
+            assert float(row[f"{kind}_ratio"]) == pytest.approx(
+                np.median(np.divide(ours, theirs)), rel=1e-3
+            )
 
     table = (tmp_path / "speed.md").read_text()
     for one in saved["cases"]:
-        ms = " / ".join(f"{np.percentile(one['seconds']['jaxnorm'][kind], 25) * 1e3:.2f}" for kind in speed.KINDS)
+        ms = " / ".join(
+            f"{np.percentile(one['seconds']['jaxnorm'][kind], 25) * 1e3:.2f}"
+            for kind in speed.KINDS
+        )
         assert f"| {one['shape']} | {ms} |" in table
     assert (tmp_path / "speed.png").read_bytes().startswith(PNG)
 
 
 def test_speed_prints_markdown(tiny, tmp_path, capsys):
-    options = ["--methods", "token_layer", "--dtypes", "bfloat16", "--peers", "--rounds", "1", "--markdown"]
+    options = [
+        "--methods",
+        "token_layer",
+        "--dtypes",
+        "bfloat16",
+        "--peers",
+        "--rounds",
+        "1",
+        "--markdown",
+    ]
     assert speed.main([*options, "--output", str(tmp_path)]) == 0
     table = capsys.readouterr().out
     assert "### LayerNorm, tokens, bfloat16" in table and "| tokens | " in table
@@ -87,10 +119,25 @@ def test_speed_prints_markdown(tiny, tmp_path, capsys):
 @pytest.mark.parametrize("library", ["haiku", "equinox", "torch"])
 def test_speed_measures_an_installed_library(library, tiny, tmp_path):
     pytest.importorskip(library)
-    options = ["--peers", library, "--dtypes", "float32", "--rounds", "1", "--output", str(tmp_path)]
+    options = [
+        "--peers",
+        library,
+        "--dtypes",
+        "float32",
+        "--rounds",
+        "1",
+        "--output",
+        str(tmp_path),
+    ]
     assert speed.main(options) == 0
-    names = {name for one in json.loads((tmp_path / "speed.json").read_text())["cases"] for name in one["seconds"]}
-    assert names == {"jaxnorm", "floor"} | ({"torch_last", "torch_first"} if library == "torch" else {library})
+    names = {
+        name
+        for one in json.loads((tmp_path / "speed.json").read_text())["cases"]
+        for name in one["seconds"]
+    }
+    assert names == {"jaxnorm", "floor"} | (
+        {"torch_last", "torch_first"} if library == "torch" else {library}
+    )
 
 
 def test_ratios_are_medians_over_rounds_and_means_over_shapes():
@@ -101,7 +148,11 @@ def test_ratios_are_medians_over_rounds_and_means_over_shapes():
     tables = speed.tables([first, second])
     heads, summary = tables["Summary"]
     line = dict(zip(heads, summary, strict=True))
-    assert (line["/ best JAX"], line["/ floor"], line["/ torch"]) == ("2.00 / 2.00", "2.00 / 2.00", "–")
+    assert (line["/ best JAX"], line["/ floor"], line["/ torch"]) == (
+        "2.00 / 2.00",
+        "2.00 / 2.00",
+        "–",
+    )
     assert line["worst step"] == "4.00 b"
     assert tables["BatchNorm, float32"][1] == [
         *("a", "1500.00 / 1500.00", "1.00 / 1.00", "1.00 / 1.00", "–", "2.00 / 2.00"),
@@ -111,7 +162,11 @@ def test_ratios_are_medians_over_rounds_and_means_over_shapes():
 
 @pytest.mark.parametrize(
     "options",
-    [["--rounds", "0"], ["--methods", "token_layer", "--shapes", "image"], ["--output", "pyproject.toml/x"]],
+    [
+        ["--rounds", "0"],
+        ["--methods", "token_layer", "--shapes", "image"],
+        ["--output", "pyproject.toml/x"],
+    ],
 )
 def test_speed_refuses(options, tiny, capsys):
     with pytest.raises(SystemExit) as exit_info:

@@ -1,4 +1,5 @@
-"""Switchable Normalization: its definition and gradient, and the three normalizations that it mixes."""
+"""Switchable Normalization: its definition and gradient, and the three normalizations that it
+mixes."""
 
 from functools import partial
 
@@ -30,7 +31,9 @@ def logits(n, seed=5):
 @partial(jit, static_argnames="train")
 def differentiated(x, gy, state, mean_logits, var_logits, train=True):
     def f(x, a, b):
-        return switchable_norm(x, state, train=train, mean_logits=a, var_logits=b, momentum=0.7, epsilon=E)
+        return switchable_norm(
+            x, state, train=train, mean_logits=a, var_logits=b, momentum=0.7, epsilon=E
+        )
 
     y, pull, new = jax.vjp(f, x, mean_logits, var_logits, has_aux=True)
     return y, pull(gy), new
@@ -41,7 +44,9 @@ def by_hand(np, x, mean_logits, var_logits, batch=None):
     kinds = [(x.mean(axes, keepdims=True), x.var(axes, keepdims=True)) for axes in AXES.values()]
     kinds[2] = kinds[2] if batch is None else batch
     shares = [np.exp(t) / np.exp(t).sum() for t in (mean_logits, var_logits)]
-    mean, var = (sum(w * m[i] for w, m in zip(share, kinds, strict=False)) for i, share in enumerate(shares))
+    mean, var = (
+        sum(w * m[i] for w, m in zip(share, kinds, strict=False)) for i, share in enumerate(shares)
+    )
     return (x - mean) / np.sqrt(var + E)
 
 
@@ -60,18 +65,31 @@ def test_definition(n):
         assert new == same == {}
         close(evaluated, y)
         return
-    close(dict(new), {"mean": 0.7 * start["mean"] + 0.3 * x.mean((0, 1)), "var": 0.7 * start["var"] + 0.3 * x.var((0, 1))})
+    close(
+        dict(new),
+        {
+            "mean": 0.7 * start["mean"] + 0.3 * x.mean((0, 1)),
+            "var": 0.7 * start["var"] + 0.3 * x.var((0, 1)),
+        },
+    )
     close(evaluated, by_hand(np, x, *logits(n), batch=(start["mean"], start["var"])))
 
 
 @pytest.mark.usefixtures("x64")
 def test_variance_is_between_those_it_mixes():
-    """The blend of variances is at least the smallest: |dy/dx| at constant statistics is 1 / sqrt(var + epsilon)."""
+    """The blend of variances is at least the smallest: |dy/dx| at constant statistics is 1 /
+    sqrt(var + epsilon)."""
     x, (a, b) = data(), logits(3)
-    smallest = np.min([np.broadcast_to(x.var(axes, keepdims=True), SHAPE) for axes in AXES.values()], axis=0)
-    largest = np.max([np.broadcast_to(x.var(axes, keepdims=True), SHAPE) for axes in AXES.values()], axis=0)
+    smallest = np.min(
+        [np.broadcast_to(x.var(axes, keepdims=True), SHAPE) for axes in AXES.values()], axis=0
+    )
+    largest = np.max(
+        [np.broadcast_to(x.var(axes, keepdims=True), SHAPE) for axes in AXES.values()], axis=0
+    )
     y = differentiated(x, x, state(), a, b)[0]
-    var = ((x[:, :1] - x[:, 1:2]) / (y[:, :1] - y[:, 1:2])) ** 2 - E  # two positions share their statistics
+    var = (
+        (x[:, :1] - x[:, 1:2]) / (y[:, :1] - y[:, 1:2])
+    ) ** 2 - E  # two positions share their statistics
     assert (var >= smallest[:, :1] - 1e-9).all() and (var <= largest[:, :1] + 1e-9).all()
 
 
@@ -79,5 +97,7 @@ def test_logits_and_state_belong_together():
     x, start = jnp.ones((6, 4)), init_switchable_norm(4)
     for sizes, given in (((3, 3), {}), ((2, 2), start), ((3, 2), start), ((4, 4), start)):
         a, b = (jnp.ones(n) for n in sizes)
-        with pytest.raises(ValueError, match=r"Expected \(3,\) with the state of init_switchable_norm, or \(2,\)"):
+        with pytest.raises(
+            ValueError, match=r"Expected \(3,\) with the state of init_switchable_norm, or \(2,\)"
+        ):
             switchable_norm(x, given, train=True, mean_logits=a, var_logits=b)

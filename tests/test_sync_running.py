@@ -21,7 +21,9 @@ from jaxnorm import (
     update_running,
 )
 
-X = np.random.default_rng(0).normal(size=(3, 8, 4, 5, 6))  # steps, devices, examples, positions, channels
+X = np.random.default_rng(0).normal(
+    size=(3, 8, 4, 5, 6)
+)  # steps, devices, examples, positions, channels
 METHOD = methods.batch_norm()
 CONTEXTS = {"pmap": jax.pmap, "vmap": jax.vmap}
 contexts = pytest.mark.parametrize("mapped", CONTEXTS.values(), ids=CONTEXTS)
@@ -46,7 +48,11 @@ def test_cumulative_statistics_are_those_of_all_data(mapped):
         return sync_running(state, axis_name="i")
 
     state = mapped(f, axis_name="i", in_axes=1)(X)
-    for got, wanted in ((state.mean, X.mean((0, 1, 2, 3))), (state.var, X.var((0, 1, 2, 3))), (state.count, 3 * 20)):
+    for got, wanted in (
+        (state.mean, X.mean((0, 1, 2, 3))),
+        (state.var, X.var((0, 1, 2, 3))),
+        (state.count, 3 * 20),
+    ):
         np.testing.assert_allclose(got, np.broadcast_to(wanted, (8, 6)), rtol=1e-12)
 
 
@@ -59,7 +65,9 @@ def test_averages_are_pooled_within_groups(mapped, weighted):
     def f(steps, w):
         state = local(steps, update_running, False)
         groups = device_groups(8, size=4, strided=True)
-        return state, sync_running(state, axis_name="i", axis_index_groups=groups, weights=w if weighted else None)
+        return state, sync_running(
+            state, axis_name="i", axis_index_groups=groups, weights=w if weighted else None
+        )
 
     old, new = jax.tree.map(np.asarray, mapped(f, axis_name="i", in_axes=(1, 0))(X, w))
     for members in ([0, 2, 4, 6], [1, 3, 5, 7]):
@@ -85,12 +93,15 @@ def test_inside_shard_map(check_vma):
         return sync_running(local(steps[:, 0].astype("f4"), update_cumulative, True), axis_name="i")
 
     out = spec() if check_vma else spec("i")
-    run = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec(None, "i"), out_specs=out, check_vma=check_vma))
+    run = jax.jit(
+        jax.shard_map(f, mesh=mesh, in_specs=spec(None, "i"), out_specs=out, check_vma=check_vma)
+    )
     np.testing.assert_allclose(run(X.astype("f4")).var[:6], X.var((0, 1, 2, 3)), rtol=1e-5)
 
 
 def test_trees_of_layers():
-    """batch_stats of linen, frozen or not, with bfloat16 and complex means, and the state of nnx layers."""
+    """batch_stats of linen, frozen or not, with bfloat16 and complex means, and the state of nnx
+    layers."""
     m = {"mean": jnp.arange(8.0)[:, None], "var": jnp.ones((8, 1))}
     narrow = {"mean": m["mean"].astype("bfloat16"), "var": m["var"].astype("bfloat16")}
     stats = {
@@ -98,7 +109,9 @@ def test_trees_of_layers():
         "deep": {"narrow": narrow, "complex": m | {"mean": m["mean"].astype("complex64") * 1j}},
     }
     synced = jax.vmap(lambda s: sync_running(s, axis_name="i"), axis_name="i")(stats)
-    assert jax.tree.map(lambda t: (t.shape, t.dtype), synced) == jax.tree.map(lambda t: (t.shape, t.dtype), stats)
+    assert jax.tree.map(lambda t: (t.shape, t.dtype), synced) == jax.tree.map(
+        lambda t: (t.shape, t.dtype), stats
+    )
     for t in (synced["block"][0]["norm"], synced["block"][1], synced["deep"]["complex"]):
         np.testing.assert_allclose(abs(t["mean"]), 3.5)
         np.testing.assert_allclose(t["var"], 1 + 5.25)
@@ -111,24 +124,34 @@ def test_trees_of_layers():
         new = layer.apply(variables, x, mutable="batch_stats")[1]["batch_stats"]
         return sync_running(new, axis_name="i")
 
-    np.testing.assert_allclose(jax.vmap(train, axis_name="i")(x)["mean"][3], x.mean((0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(
+        jax.vmap(train, axis_name="i")(x)["mean"][3], x.mean((0, 1, 2)), atol=1e-6
+    )
 
     def train_nnx(x):
         layer = nnx.BatchNorm(6, momentum=0.0, rngs=flax_nnx.Rngs(0))
         layer(x)
         state = flax_nnx.state(layer, flax_nnx.BatchStat)
-        flax_nnx.replace_by_pure_dict(state, sync_running(flax_nnx.to_pure_dict(state), axis_name="i"))
+        flax_nnx.replace_by_pure_dict(
+            state, sync_running(flax_nnx.to_pure_dict(state), axis_name="i")
+        )
         flax_nnx.update(layer, state)
         return layer.var[...]
 
-    np.testing.assert_allclose(jax.vmap(train_nnx, axis_name="i")(x)[5], x.var((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.vmap(train_nnx, axis_name="i")(x)[5], x.var((0, 1, 2)), rtol=1e-5
+    )
 
 
 def test_statistics_with_other_arrays_beside_them():
-    """A second pair and what is inside of the mapping become equal too; arrays without a union are refused."""
+    """A second pair and what is inside of the mapping become equal too; arrays without a union are
+    refused."""
     mean, var = jnp.arange(8.0)[:, None], jnp.ones((8, 1))
     state = momentum.init_momentum_batch_norm(1)
-    state = {name: jnp.broadcast_to(t, (8, 1)) for name, t in state.items()} | {"train_mean": 2 * mean, "mean": mean}
+    state = {name: jnp.broadcast_to(t, (8, 1)) for name, t in state.items()} | {
+        "train_mean": 2 * mean,
+        "mean": mean,
+    }
     state |= {"positions": jnp.zeros((8, 4, 4)), "inner": {"mean": mean, "var": var}}
     sync = jax.vmap(lambda s: sync_running(s, axis_name="i"), axis_name="i")
     synced = sync(state)
@@ -137,20 +160,30 @@ def test_statistics_with_other_arrays_beside_them():
         np.testing.assert_allclose(synced[name + "var"], np.full((8, 1), 1 + factor**2 * 5.25))
     np.testing.assert_allclose(synced["inner"]["var"], np.full((8, 1), 6.25))
     assert synced["positions"].shape == (8, 4, 4) and not synced["positions"].any()
-    with pytest.raises(TypeError, match="no union of past_count. Got mean, past_count, var; expected mean and var"):
+    with pytest.raises(
+        TypeError, match="no union of past_count. Got mean, past_count, var; expected mean and var"
+    ):
         sync({"mean": mean, "var": var, "past_count": mean})
 
 
 def test_what_is_no_state_is_refused():
-    with pytest.raises(TypeError, match=r'a leaf of type .*Tracer; expected Moments, or mappings with "mean" and "var"'):
-        jax.vmap(lambda t: sync_running({"mean": t}, axis_name="i"), axis_name="i")(jnp.ones((8, 1)))
+    with pytest.raises(
+        TypeError,
+        match=r'a leaf of type .*Tracer; expected Moments, or mappings with "mean" and "var"',
+    ):
+        jax.vmap(lambda t: sync_running({"mean": t}, axis_name="i"), axis_name="i")(
+            jnp.ones((8, 1))
+        )
     with pytest.raises(NameError, match="unbound axis name: 'j'"):
         sync_running(Moments(None, jnp.zeros(1), jnp.ones(1)), axis_name="j")
 
 
 @pytest.mark.parametrize("devices, size", [(8, 3), (8, 0), (8, 16), (0, 1), (8, -2)])
 def test_groups_that_do_not_divide_are_refused(devices, size):
-    with pytest.raises(ValueError, match=rf"{devices} devices do not split into groups of {size}. Expected a divisor"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{devices} devices do not split into groups of {size}. Expected a divisor",
+    ):
         device_groups(devices, size=size)
 
 

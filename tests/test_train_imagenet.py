@@ -1,4 +1,5 @@
-"""`benchmarks.train_imagenet`: a killed run goes on bit for bit, and jit, pmap and several processes agree."""
+"""`benchmarks.train_imagenet`: a killed run goes on bit for bit, and jit, pmap and several
+processes agree."""
 
 import contextlib
 import json
@@ -49,10 +50,35 @@ if sys.argv[2] != "0":
     dying(placement.Jit), dying(placement.Pmap)
 raise SystemExit(train_imagenet.main(sys.argv[4:]))
 """
-"""The program in a process that ends in time; killed at the batch of that number, as soon as that checkpoint is there."""
+"""The program in a process that ends in time; killed at the batch of that number, as soon as that
+checkpoint is there."""
 
-SMALL = ["--stages", "1", "--width", "8", "--image-size", "32", "--dtype", "float32", "--norm", "batch", "--num-groups", "4"]
-TRAINING = ["--batch", "16", "--epochs", "3", "--warmup-epochs", "0.5", "--learning-rate", "1", "--save-every", "3"]
+SMALL = [
+    "--stages",
+    "1",
+    "--width",
+    "8",
+    "--image-size",
+    "32",
+    "--dtype",
+    "float32",
+    "--norm",
+    "batch",
+    "--num-groups",
+    "4",
+]
+TRAINING = [
+    "--batch",
+    "16",
+    "--epochs",
+    "3",
+    "--warmup-epochs",
+    "0.5",
+    "--learning-rate",
+    "1",
+    "--save-every",
+    "3",
+]
 STEPS, EPOCH = 12, 4
 
 
@@ -72,13 +98,16 @@ def compiled_quickly():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Noise of 48x40 pixels with more red, green or blue in it: 22 images of a class to train, 10 to evaluate."""
+    """Noise of 48x40 pixels with more red, green or blue in it: 22 images of a class to train, 10
+    to evaluate."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for split, count in (("train", 22), ("val", 10)):
         for label, color in enumerate(("blue", "green", "red")):
             (folder / split / color).mkdir(parents=True)
             for index in range(count):
-                pixels = rng.integers(0, 120, (40, 48, 3), np.uint8) + 100 * (np.arange(3) == 2 - label).astype(np.uint8)
+                pixels = rng.integers(0, 120, (40, 48, 3), np.uint8) + 100 * (
+                    np.arange(3) == 2 - label
+                ).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / split / color / f"{index}.JPEG")
     return folder
 
@@ -89,26 +118,51 @@ def cache(tmp_path_factory):
 
 
 def launch(cache, *arguments, devices=2, processes=1, dies_at=0, waits_for=""):
-    """Exit statuses and output of the program on `devices` devices in all, with a hard limit on its time."""
+    """Exit statuses and output of the program on `devices` devices in all, with a hard limit on its
+    time."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()} | {
+    environment = {
+        name: value for name, value in os.environ.items() if "proxy" not in name.lower()
+    } | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": (
+            f"--xla_force_host_platform_device_count={devices // processes}"
+            " --xla_backend_optimization_level=0"
+        ),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     if processes > 1:
         environment["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
-    program = [sys.executable, "-c", PROGRAM, str(SECONDS), str(dies_at), str(waits_for), *map(str, arguments)]
+    program = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        str(SECONDS),
+        str(dies_at),
+        str(waits_for),
+        *map(str, arguments),
+    ]
     running = []
     try:
         for process in range(processes):
-            several = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes), "--process-id", str(process)]
+            several = [
+                "--coordinator",
+                f"127.0.0.1:{port}",
+                "--num-processes",
+                str(processes),
+                "--process-id",
+                str(process),
+            ]
             command = program + (several if processes > 1 else [])
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            running.append(subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes))
+            running.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment, start_new_session=True, **pipes
+                )
+            )
         output = "".join(process.communicate(timeout=SECONDS)[0] for process in running)
     finally:
         for process in running:
@@ -133,13 +187,19 @@ def lines(output):
 
 
 def saved(output, step=STEPS):
-    here = ocp.args.StandardRestore(fallback_sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    here = ocp.args.StandardRestore(
+        fallback_sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    )
     folder = output / "checkpoints" / str(step) / "state"
-    return jax.tree.map(np.asarray, ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore(folder.absolute(), args=here))
+    return jax.tree.map(
+        np.asarray,
+        ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore(folder.absolute(), args=here),
+    )
 
 
 def kill_and_resume(cache, output, *arguments, **options):
-    """A run that dies in the middle of its second epoch, after its first checkpoint, and is resumed."""
+    """A run that dies in the middle of its second epoch, after its first checkpoint, and is
+    resumed."""
     arguments = [*arguments, "--output", output, "--resume"]
     first = output / "checkpoints" / "3"
     statuses, text = launch(cache, *arguments, dies_at=6, waits_for=first, **options)
@@ -156,7 +216,8 @@ def assert_same_run(output, expected):
 
 @pytest.fixture(scope="module")
 def finished(folder, cache, tmp_path_factory):
-    """A run by jit in one process with two devices that nothing disturbed: options, output folder and what it printed."""
+    """A run by jit in one process with two devices that nothing disturbed: options, output folder
+    and what it printed."""
     options = ["--data", folder, *SMALL, *TRAINING]
     output = tmp_path_factory.mktemp("finished") / "run"
     return options, output, finish(cache, *options, "--output", output)
@@ -164,7 +225,9 @@ def finished(folder, cache, tmp_path_factory):
 
 def test_learns_and_says_so(finished):
     _, output, text = finished
-    steps_, evaluations = ([line for line in lines(output) if ("epoch" in line) == which] for which in (False, True))
+    steps_, evaluations = (
+        [line for line in lines(output) if ("epoch" in line) == which] for which in (False, True)
+    )
     assert [line["step"] for line in steps_] == list(range(1, STEPS + 1))
     assert [line["step"] for line in evaluations] == [4, 8, 12]
     assert all(np.isfinite(line["loss"]) and 0 <= line["accuracy"] <= 100 for line in steps_)
@@ -225,7 +288,9 @@ def test_a_batch_is_the_same_however_many_processes_share_it(folder, processes):
 
     def read(index, count):
         processes(index, count)
-        train = data.training_batches(images.train, batch=16, num_classes=3, size=32, seed=1, workers=0)
+        train = data.training_batches(
+            images.train, batch=16, num_classes=3, size=32, seed=1, workers=0
+        )
         val = data.evaluation_batches(images.val, batch=16, num_classes=3, size=32, workers=0)
         return [next(train) for _ in range(9)], list(val)
 
@@ -233,14 +298,19 @@ def test_a_batch_is_the_same_however_many_processes_share_it(folder, processes):
     for batches, *parts in zip(whole, *halves, strict=True):
         for batch, *rows in zip(batches, *parts, strict=True):
             chex.assert_trees_all_equal(batch, jax.tree.map(lambda *x: np.concatenate(x), *rows))
-    counts = [len({pixels.tobytes() for batch in part for pixels in batch["image"]}) for part in (whole[0][:4], whole[0][:8])]
+    counts = [
+        len({pixels.tobytes() for batch in part for pixels in batch["image"]})
+        for part in (whole[0][:4], whole[0][:8])
+    ]
     assert counts == [64, 128]  # crops are drawn anew, for each epoch as well
     assert [batch["weight"].sum() for batch in whole[1]] == [16, 14]
 
 
 def test_an_epoch_holds_every_image_once(folder):
     images = data.find(str(folder), None)
-    batches = data.training_batches(images.train, batch=11, num_classes=3, size=32, seed=1, workers=0)
+    batches = data.training_batches(
+        images.train, batch=11, num_classes=3, size=32, seed=1, workers=0
+    )
     for _ in range(2):
         labels = np.concatenate([next(batches)["label"] for _ in range(6)])
         np.testing.assert_array_equal(np.bincount(labels), 22)
@@ -262,11 +332,16 @@ def test_array_records_hold_the_same_images(folder, tmp_path):
     expected = data.find(str(folder), None)
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
-        writer = ArrayRecordWriter(str(tmp_path / split / f"x-{split}.array_record-00000-of-00001"), "group_size:1")
+        writer = ArrayRecordWriter(
+            str(tmp_path / split / f"x-{split}.array_record-00000-of-00001"), "group_size:1"
+        )
         source = getattr(expected, split)
         for example in (source[i] for i in range(len(source))):
             message = data.example_class()()
-            image, label = message.features.feature.add(key="image"), message.features.feature.add(key="label")
+            image, label = (
+                message.features.feature.add(key="image"),
+                message.features.feature.add(key="label"),
+            )
             image.value.bytes_list.value.append(example["image"])
             label.value.int64_list.value.append(example["label"])
             writer.write(message.SerializeToString())
@@ -280,14 +355,25 @@ def test_array_records_hold_the_same_images(folder, tmp_path):
 
 
 def test_reads_an_example_that_tensorflow_wrote():
-    """`tf.train.Example` with image b"\\xff\\xd8" and label 300, and a feature that is left alone; bytes by hand."""
+    """`tf.train.Example` with image b"\\xff\\xd8" and label 300, and a feature that is left alone;
+    bytes by hand."""
 
     def field(number, content):
         return bytes([number << 3 | 2, len(content)]) + content
 
-    features = {"image": field(1, field(1, b"\xff\xd8")), "label": field(3, field(1, b"\xac\x02")), "x": field(2, b"")}
-    entries = b"".join(field(1, field(1, name.encode()) + field(2, value)) for name, value in features.items())
-    assert data.Records([field(1, entries)])[0] == {"image": b"\xff\xd8", "label": 300, "name": "record 0"}
+    features = {
+        "image": field(1, field(1, b"\xff\xd8")),
+        "label": field(3, field(1, b"\xac\x02")),
+        "x": field(2, b""),
+    }
+    entries = b"".join(
+        field(1, field(1, name.encode()) + field(2, value)) for name, value in features.items()
+    )
+    assert data.Records([field(1, entries)])[0] == {
+        "image": b"\xff\xd8",
+        "label": 300,
+        "name": "record 0",
+    }
 
 
 def trainer(placement, method, devices_per_norm=1, dtype="float32"):
@@ -302,13 +388,23 @@ def trainer(placement, method, devices_per_norm=1, dtype="float32"):
         dtype=dtype,
     )
     schedule = steps.learning_rate("cosine", peak=0.5, steps=4, warmup_steps=0)
-    return steps.Trainer(model, steps.sgd(schedule, weight_decay=1e-3, decay_norm="zero"), schedule, 0.1, placement.axis)
+    return steps.Trainer(
+        model,
+        steps.sgd(schedule, weight_decay=1e-3, decay_norm="zero"),
+        schedule,
+        0.1,
+        placement.axis,
+    )
 
 
 def two_steps(placement, method, devices_per_norm):
-    """Metrics of two steps on 16 images, parameters and statistics after them, and an evaluation."""
+    """Metrics of two steps on 16 images, parameters and statistics after them, and an
+    evaluation."""
     rng = np.random.default_rng(0)
-    batch = {"image": rng.integers(0, 255, (16, 16, 16, 3), np.uint8), "label": (np.arange(16) % 7).astype(np.int32)}
+    batch = {
+        "image": rng.integers(0, 255, (16, 16, 16, 3), np.uint8),
+        "label": (np.arange(16) % 7).astype(np.int32),
+    }
     one = trainer(placement, method, devices_per_norm)
     state = placement.load(jax.jit(one.initialize, static_argnums=1)(jax.random.key(0), 16))
     step = placement.compile(one.train, donate=(0,))
@@ -316,7 +412,9 @@ def two_steps(placement, method, devices_per_norm):
     for _ in range(2):
         state, found = step(state, placement.batch(batch))
         metrics.append({name: placement.value(x) for name, x in found.items()})
-    sums = placement.compile(one.evaluate)(state, placement.batch(batch | {"weight": np.ones(16, np.float32)}))
+    sums = placement.compile(one.evaluate)(
+        state, placement.batch(batch | {"weight": np.ones(16, np.float32)})
+    )
     return metrics, placement.unload(state), {name: placement.value(x) for name, x in sums.items()}
 
 
@@ -331,7 +429,8 @@ def two_steps(placement, method, devices_per_norm):
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_quickly")
 def test_jit_and_pmap_agree(method, devices_per_norm):
-    """Means are averages of the devices' either way; jit pools variances over all images, pmap averages those of parts."""
+    """Means are averages of the devices' either way; jit pools variances over all images, pmap
+    averages those of parts."""
     (metrics, state, sums), (expected, expected_state, expected_sums) = (
         two_steps(placement, method, devices_per_norm) for placement in (Jit(), Pmap())
     )
@@ -339,7 +438,9 @@ def test_jit_and_pmap_agree(method, devices_per_norm):
         assert ours == pytest.approx(theirs, rel=1e-4)
     chex.assert_trees_all_close(state.params, expected_state.params, rtol=1e-3, atol=1e-4)
     if devices_per_norm == 8 or method == "group":
-        chex.assert_trees_all_close(state.batch_stats, expected_state.batch_stats, rtol=1e-3, atol=1e-4)
+        chex.assert_trees_all_close(
+            state.batch_stats, expected_state.batch_stats, rtol=1e-3, atol=1e-4
+        )
         assert sums == pytest.approx(expected_sums, rel=1e-3)
     assert sums["images"] == expected_sums["images"] == 16
 
@@ -364,13 +465,21 @@ def test_evaluation_counts_only_images_with_weight():
         def apply(self, variables, pixels, train):
             label = jnp.round(pixels[:, 0, 0, 0] * steps.STD[0] + steps.MEAN[0]).astype(int)
             own = jnp.where(label[:, None] < 4, 10.0, 2.5)
-            return jnp.where(jnp.arange(7)[None] == label[:, None], own, jnp.array([[0.0, 9, 3, 2, 1, 0, 0]]))
+            return jnp.where(
+                jnp.arange(7)[None] == label[:, None], own, jnp.array([[0.0, 9, 3, 2, 1, 0, 0]])
+            )
 
     labels = np.array([0, 1, 4, 6, 0, 5], np.int32)
     images = np.broadcast_to(labels.astype(np.uint8)[:, None, None, None], (6, 4, 4, 3))
     batch = {"image": images, "label": labels, "weight": np.array([1, 1, 1, 1, 0, 0], np.float32)}
-    sums = one._replace(model=Known()).evaluate(steps.State(0, {}, {}, ()), jax.tree.map(jnp.asarray, batch))
-    assert {name: float(sums[name]) for name in ("images", "top1", "top5")} == {"images": 4, "top1": 2, "top5": 4}
+    sums = one._replace(model=Known()).evaluate(
+        steps.State(0, {}, {}, ()), jax.tree.map(jnp.asarray, batch)
+    )
+    assert {name: float(sums[name]) for name in ("images", "top1", "top5")} == {
+        "images": 4,
+        "top1": 2,
+        "top5": 4,
+    }
     assert np.isfinite(sums["loss"])
 
 
@@ -379,14 +488,20 @@ def test_schedules():
     found = [float(steps_(step)) for step in (0, 5, 10, 29, 31, 61, 91, 99)]
     assert found == pytest.approx([0, 1, 2, 2, 0.2, 0.02, 0.002, 0.002])
     cosine = steps.learning_rate("cosine", peak=2.0, steps=100, warmup_steps=20)
-    assert [float(cosine(step)) for step in (0, 10, 20, 60, 100)] == pytest.approx([0, 1, 2, 1, 0], abs=1e-6)
+    assert [float(cosine(step)) for step in (0, 10, 20, 60, 100)] == pytest.approx(
+        [0, 1, 2, 1, 0], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(("decay_norm", "bias"), (("zero", 0.9), ("none", 1.0)))
 def test_decay_of_scales_and_biases(decay_norm, bias):
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    optimizer = steps.sgd(lambda step: 1.0, weight_decay=0.1 / 1.9, decay_norm=decay_norm)  # 1.9: Nesterov's first step
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    optimizer = steps.sgd(
+        lambda step: 1.0, weight_decay=0.1 / 1.9, decay_norm=decay_norm
+    )  # 1.9: Nesterov's first step
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    )
     after = optax.apply_updates(params, updates)
     np.testing.assert_allclose(after["kernel"], 0.9, rtol=1e-6)
     np.testing.assert_allclose(after["bias"], bias, rtol=1e-6)
@@ -406,7 +521,10 @@ def error_of(capsys, *arguments):
         (["--batch", "128"], "more than the 66 training images"),
         (["--warmup-epochs", "3"], "--warmup-epochs 3 is not from 0 to less than --epochs 3"),
         (["--norm", "group", "--num-groups", "3"], "does not split into 3 equal groups"),
-        (["--norm", "ghost_batch", "--ghost-size", "4"], "--ghost-size 4 does not divide the 2 images of a device"),
+        (
+            ["--norm", "ghost_batch", "--ghost-size", "4"],
+            "--ghost-size 4 does not divide the 2 images of a device",
+        ),
         (["--devices-per-norm", "3"], "--devices-per-norm 3 does not divide the 8 devices"),
         (["--devices-per-norm", "2", "--norm", "group"], "not for --norm group"),
         (["--num-classes", "5"], "has 3 classes, not the 5"),
@@ -415,7 +533,9 @@ def error_of(capsys, *arguments):
     ],
 )
 def test_options_that_do_not_fit(arguments, message, folder, tmp_path, capsys):
-    error = error_of(capsys, "--data", folder, *SMALL, *TRAINING, "--output", tmp_path / "run", *arguments)
+    error = error_of(
+        capsys, "--data", folder, *SMALL, *TRAINING, "--output", tmp_path / "run", *arguments
+    )
     assert message in error
     assert not (tmp_path / "run").exists()
 
@@ -448,5 +568,7 @@ def test_refuses_another_run(finished, capsys):
     before = (output / "metrics.jsonl").read_bytes()
     assert "continue it with --resume" in error_of(capsys, *options, "--output", output)
     error = error_of(capsys, *options, "--output", output, "--resume", "--width", "16")
-    assert "width 8, not 16" in error and "devices 2, not 8" in error and "cannot be resumed" in error
+    assert (
+        "width 8, not 16" in error and "devices 2, not 8" in error and "cannot be resumed" in error
+    )
     assert (output / "metrics.jsonl").read_bytes() == before

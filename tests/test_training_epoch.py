@@ -1,4 +1,5 @@
-"""Every layer trains: after one epoch of handwritten digits, compiled, the loss is lower than before."""
+"""Every layer trains: after one epoch of handwritten digits, compiled, the loss is lower than
+before."""
 
 import inspect
 from collections.abc import Callable
@@ -57,7 +58,8 @@ def some(names, often):
 
 @pytest.mark.parametrize("name", some(METHODS, ("moving_average", "evonorm_b0")))
 def test_linen_layers_of_the_comparison_train(name):
-    """By the steps of the main job, on one device; the loss of the first quarter before, that of the last after."""
+    """By the steps of the main job, on one device; the loss of the first quarter before, that of
+    the last after."""
     net: Any = Small((METHODS[name].at(BATCH // 4, WIDTH),) * 2)
     images = jax.tree.map(lambda t: t[:, None], batches())  # of one device
     state = jit(partial(training._initialize, net, OPTIMIZER, 1))(jnp.zeros(1, "i4"))
@@ -67,7 +69,10 @@ def test_linen_layers_of_the_comparison_train(name):
     def loss(state, images):
         on_devices = dict(state.on_devices)
         taps = {key: on_devices.pop(key) for key in (OVERWRITE_WITH_GRADIENT,) if key in on_devices}
-        one = lambda batch: training._loss(state.params, taps, on_devices, batch, net, state.step / STEPS)[0]  # noqa: E731
+
+        def one(batch):
+            return training._loss(state.params, taps, on_devices, batch, net, state.step / STEPS)[0]
+
         return jax.lax.map(one, images).mean()
 
     after = jit(partial(training._train_epoch, net, OPTIMIZER, STEPS))(state, images)
@@ -108,7 +113,10 @@ class Shortcut(nnx.Module):
     """Positional norm whose moments come back after a convolution."""
 
     def __init__(self, rngs):
-        self.conv, self.shortcut = conv(rngs), layers.DynamicMomentShortcut(WIDTH, hidden_features=4, rngs=rngs)
+        self.conv, self.shortcut = (
+            conv(rngs),
+            layers.DynamicMomentShortcut(WIDTH, hidden_features=4, rngs=rngs),
+        )
 
     def __call__(self, x):
         y, mean, std = positional_norm(self.conv(x))
@@ -145,7 +153,9 @@ NNX: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
 } | {
     "BatchAndGroupNorm": behind("BatchAndGroupNorm", ghost_size=4, num_groups=4),
     "BatchGroupNorm": behind("BatchGroupNorm", num_groups=8, x_shape=IMAGES),
-    "CrossIterationNorm": lambda rngs: layers.CrossIterationNorm(conv(rngs, use_bias=False), rngs=rngs),
+    "CrossIterationNorm": lambda rngs: layers.CrossIterationNorm(
+        conv(rngs, use_bias=False), rngs=rngs
+    ),
     "DomainSpecificBatchNorm": behind("DomainSpecificBatchNorm", num_domains=2),
     "DynamicMomentShortcut": Shortcut,
     "EvoNormS0": behind("EvoNormS0", num_groups=4),
@@ -153,7 +163,9 @@ NNX: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
     "GroupNorm": behind("GroupNorm", num_groups=4),
     "GroupNormPlus": behind("GroupNormPlus", num_groups=4, x_shape=IMAGES),
     "MemorizedBatchNorm": behind("MemorizedBatchNorm", memory_weights=(0.2, 0.3, 0.5)),
-    "MovingAverageNorm": lambda rngs: layers.MovingAverageNorm(conv(rngs, use_bias=False), window=4, rngs=rngs),
+    "MovingAverageNorm": lambda rngs: layers.MovingAverageNorm(
+        conv(rngs, use_bias=False), window=4, rngs=rngs
+    ),
     "Norm": behind("Norm", method=methods.batch_and_group_norm(4, 3)),
     "ProxyNorm": behind("ProxyNorm", method=methods.group_norm(4)),
     "WSConv": lambda rngs: layers.WSConv(1, WIDTH, (3, 3), strides=2, use_gain=True, rngs=rngs),
@@ -168,7 +180,9 @@ NOW: dict[str, dict[str, Any]] = {
 
 
 def test_each_nnx_layer_has_a_network():
-    modules = {name for name, t in vars(layers).items() if inspect.isclass(t) and issubclass(t, nnx.Module)}
+    modules = {
+        name for name, t in vars(layers).items() if inspect.isclass(t) and issubclass(t, nnx.Module)
+    }
     assert set(NNX) == modules - {"FoldedNorm"}  # which serves alone
 
 
@@ -187,14 +201,19 @@ def test_nnx_layers_train(name):
             logits = model(images.pixels, **NOW.get(name, {}))
             return optax.softmax_cross_entropy_with_integer_labels(logits, images.labels).mean()
 
-        value, gradients = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, (nnx.Param, layers.Tap)))(model)
+        value, gradients = nnx.value_and_grad(
+            loss, argnums=nnx.DiffState(0, (nnx.Param, layers.Tap))
+        )(model)
         params, taps = nnx.split_state(gradients, nnx.Param, layers.Tap)
         optimizer.update(model, params)
         nnx.update(model, taps)
         return value
 
     images = batches()
-    losses = [float(step(model, optimizer, jax.tree.map(lambda t, i=i: t[i], images))) for i in range(STEPS)]
+    losses = [
+        float(step(model, optimizer, jax.tree.map(lambda t, i=i: t[i], images)))
+        for i in range(STEPS)
+    ]
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), old, nnx.state(model, nnx.Param))
     assert all(jax.tree.leaves(changed)), changed
     size = STEPS // 4

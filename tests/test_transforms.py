@@ -40,12 +40,16 @@ def functions(row, option):
     method, shape, fixed = row
     w = np.random.default_rng(5).uniform(0.1, 1, SHAPE)
     activation = "activation" in option
-    options = ({"weights": w} if "weights" in option else {}) | ({"activation": jnp.tanh} if activation else {})
+    options = ({"weights": w} if "weights" in option else {}) | (
+        {"activation": jnp.tanh} if activation else {}
+    )
 
     def ours(x, scale):
         return norm(x, method, scale=scale, **options)[0]
 
-    return ours, lambda x, scale: naive(x, scale, w if "weights" in option else 1.0, shape, fixed, activation)
+    return ours, lambda x, scale: naive(
+        x, scale, w if "weights" in option else 1.0, shape, fixed, activation
+    )
 
 
 def loss(f, x, scale):
@@ -100,9 +104,13 @@ TRANSFORMS = {
     "jacfwd": lambda f, *args: jax.jacfwd(f, 1)(*args),
     "jacrev": lambda f, *args: jax.jacrev(f, 1)(*args),
     "forward over reverse": lambda f, *args: jax.jvp(partial(gradient, f), args, arguments(1)),
-    "reverse over forward": lambda f, *args: jax.grad(lambda *a: jax.jvp(partial(loss, f), a, arguments(1))[1], (0, 1))(*args),
+    "reverse over forward": lambda f, *args: jax.grad(
+        lambda *a: jax.jvp(partial(loss, f), a, arguments(1))[1], (0, 1)
+    )(*args),
     "reverse over reverse": lambda f, *args: jax.vjp(partial(gradient, f), *args)[1](arguments(1)),
-    "third order": lambda f, *args: jax.jvp(lambda *a: jax.jvp(partial(gradient, f), a, arguments(1))[1], args, arguments(2)),
+    "third order": lambda f, *args: jax.jvp(
+        lambda *a: jax.jvp(partial(gradient, f), a, arguments(1))[1], args, arguments(2)
+    ),
     "checkpoint": lambda f, *args: gradient(jax.checkpoint(f), *args),
     "checkpoint, nothing saved": lambda f, *args: gradient(
         jax.checkpoint(f, policy=jax.checkpoint_policies.nothing_saveable), *args
@@ -114,7 +122,9 @@ TRANSFORMS = {
 SLOW = ("third order", "checkpoint, nothing saved", "reverse over forward")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TRANSFORMS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TRANSFORMS]
+)
 def test_transformations(name):
     """One compilation for each transformation: all rows and options at once."""
 
@@ -134,13 +144,16 @@ def test_eager_equals_compiled():
 
 
 def test_derivatives_through_what_stands_between():
-    """Moments, ordinary JAX that closes over traced state, then normalize: Momentum BN's blend as an example."""
+    """Moments, ordinary JAX that closes over traced state, then normalize: Momentum BN's blend as
+    an example."""
     x, _ = arguments()
     mean, var = jnp.ones((1, 1, 6)), jnp.full((1, 1, 6), 2.0)
 
     def ours(x, a):
         m = moments(x, methods.batch_norm())
-        return normalize(x, jax.tree.map(lambda t, s: a * t + (1 - a) * s, m, type(m)(m.count, mean, var)))
+        return normalize(
+            x, jax.tree.map(lambda t, s: a * t + (1 - a) * s, m, type(m)(m.count, mean, var))
+        )
 
     def plain(x, a):
         mu = a * x.mean((0, 1), keepdims=True) + (1 - a) * mean
@@ -152,7 +165,10 @@ def test_derivatives_through_what_stands_between():
         g = jax.grad(lambda x, a: jnp.sin(f(x, a)).sum(), (0, 1))
         return f(x, a), g(x, a), jax.jvp(g, (x, a), (jnp.cos(x), jnp.ones_like(a)))[1]
 
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-10), *(hvp(f, x, jnp.array(0.3)) for f in (ours, plain)))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=1e-10),
+        *(hvp(f, x, jnp.array(0.3)) for f in (ours, plain)),
+    )
 
 
 def test_second_derivatives_of_moments_and_weights():

@@ -1,4 +1,5 @@
-"""Weight Standardization: the parity switches of the kernel's function, and the layers of both frameworks."""
+"""Weight Standardization: the parity switches of the kernel's function, and the layers of both
+frameworks."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,9 @@ def test_kernels_with_gain_and_released_divisors(shape, options):
 
         return jax.jit(g)(kernel, gain, gy)
 
-    y, gradients = run(lambda kernel, gain: methods.standardize_kernel(kernel, gain=gain, **options))
+    y, gradients = run(
+        lambda kernel, gain: methods.standardize_kernel(kernel, gain=gain, **options)
+    )
     np.testing.assert_allclose(y, standardized(np, kernel, gain, **options), atol=1e-12)
     theirs = run(lambda kernel, gain: standardized(jnp, kernel, gain, **options))[1]
     for a, b in zip(gradients, theirs, strict=True):
@@ -50,7 +53,9 @@ def test_kernels_with_gain_and_released_divisors(shape, options):
 @pytest.mark.usefixtures("x64")
 def test_a_constant_kernel_has_finite_gradients():
     for options in ({}, RELEASED):
-        grad = jax.grad(lambda w, o=options: methods.standardize_kernel(w, **o).sum())(jnp.ones((3, 4)))
+        grad = jax.grad(lambda w, o=options: methods.standardize_kernel(w, **o).sum())(
+            jnp.ones((3, 4))
+        )
         assert jnp.isfinite(grad).all()
 
 
@@ -65,13 +70,23 @@ def test_the_gain_keeps_variance():
 CASES = {
     "conv": ((2, 6, 6, 4), {"features": 8, "kernel_size": (3, 3)}, {}),
     "grouped": ((2, 6, 6, 4), {"features": 8, "kernel_size": (3, 3), "feature_group_count": 2}, {}),
-    "depthwise": ((2, 6, 4), {"features": 4, "kernel_size": (3,), "feature_group_count": 4}, RELEASED),
-    "strided": ((2, 6, 6, 4), {"features": 8, "kernel_size": (3, 3), "strides": 2, "use_bias": False}, {}),
+    "depthwise": (
+        (2, 6, 4),
+        {"features": 4, "kernel_size": (3,), "feature_group_count": 4},
+        RELEASED,
+    ),
+    "strided": (
+        (2, 6, 6, 4),
+        {"features": 8, "kernel_size": (3, 3), "strides": 2, "use_bias": False},
+        {},
+    ),
     "dense": ((2, 6, 4), {"features": 8}, {}),
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("conv", "strided"))) for n in CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("conv", "strided"))) for n in CASES]
+)
 def test_layers_are_flax_layers_with_a_standardized_kernel(name):
     (shape, arguments, options), use_gain = CASES[name], name in ("grouped", "strided", "dense")
     conv = "kernel_size" in arguments
@@ -82,18 +97,27 @@ def test_layers_are_flax_layers_with_a_standardized_kernel(name):
     assert set(shapes) == {"kernel"} | ({"bias"} if arguments.get("use_bias", True) else set()) | (
         {"gain"} if use_gain else set()
     )
-    p = {name: jnp.asarray(normal(*t.shape, seed=i), jnp.float32) for i, (name, t) in enumerate(sorted(shapes.items()))}
+    p = {
+        name: jnp.asarray(normal(*t.shape, seed=i), jnp.float32)
+        for i, (name, t) in enumerate(sorted(shapes.items()))
+    }
     y = jax.jit(layer.apply)({"params": p}, x)
 
     gain = np.asarray(p["gain"], "f8") if use_gain else None
     kernel = standardized(np, np.asarray(p["kernel"], "f8"), gain, **options)
-    plain = {name: t for name, t in p.items() if name != "gain"} | {"kernel": jnp.asarray(kernel, jnp.float32)}
+    plain = {name: t for name, t in p.items() if name != "gain"} | {
+        "kernel": jnp.asarray(kernel, jnp.float32)
+    }
     expected = jax.jit(flax_layer(**arguments).apply)({"params": plain}, x)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
-    rest = {name: value for name, value in arguments.items() if name not in ("features", "kernel_size")}
+    rest = {
+        name: value for name, value in arguments.items() if name not in ("features", "kernel_size")
+    }
     sizes = (shape[-1], arguments["features"], *([arguments["kernel_size"]] if conv else []))
-    twin = (nnx_layers.WSConv if conv else nnx_layers.WSDense)(*sizes, **rest, **options, use_gain=use_gain, rngs=nnx.Rngs(0))
+    twin = (nnx_layers.WSConv if conv else nnx_layers.WSDense)(
+        *sizes, **rest, **options, use_gain=use_gain, rngs=nnx.Rngs(0)
+    )
     assert {path[0] for path, _ in nnx.to_flat_state(nnx.state(twin, nnx.Param))} == set(p)
     for name, value in p.items():
         getattr(twin, name)[...] = value
@@ -115,13 +139,16 @@ def test_the_kernel_is_standardized_before_its_dtype_is_changed():
 
 
 def test_gradients_reach_the_kernel_and_leave_its_shift_and_scale_alone():
-    """The gradient is orthogonal to the directions in which the standardized kernel does not change."""
+    """The gradient is orthogonal to the directions in which the standardized kernel does not
+    change."""
     layer = nnx_layers.WSConv(4, 8, (3, 3), use_bias=False, epsilon=0.0, rngs=nnx.Rngs(0))
     x = jnp.asarray(normal(2, 6, 6, 4), jnp.float32)
     grad = nnx.jit(nnx.grad(lambda layer, x: jnp.sin(layer(x)).sum()))(layer, x).kernel[...]
     assert jnp.abs(grad).max() > 1e-2
     for direction in (jnp.ones_like(grad), layer.kernel[...]):
-        np.testing.assert_allclose((grad * direction).sum((0, 1, 2)), 0, atol=1e-4 * float(jnp.abs(grad).max()))
+        np.testing.assert_allclose(
+            (grad * direction).sum((0, 1, 2)), 0, atol=1e-4 * float(jnp.abs(grad).max())
+        )
 
 
 def test_one_weight_an_output_is_refused():

@@ -1,4 +1,5 @@
-"""Labelled images from folders of files, ArrayRecord files or TFDS, as batches that grain reads, decodes and remembers."""
+"""Labelled images from folders of files, ArrayRecord files or TFDS, as batches that grain reads,
+decodes and remembers."""
 
 import io
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,8 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from PIL import Image
 
 Example = dict[str, Any]
-"""`image`: bytes of a JPEG or PNG file, later pixels (H, W, 3) uint8; `label`: its class; `name`: for errors, where known."""
+"""`image`: bytes of a JPEG or PNG file, later pixels (H, W, 3) uint8; `label`: its class; `name`:
+for errors, where known."""
 
 THREADS = 16
 """Threads of a process that read and decode."""
@@ -23,7 +25,8 @@ READ_AHEAD = 512
 """Images that they decode in advance."""
 
 CROP_MARGIN = 256 / 224
-"""Shorter side of an evaluated image before its central square is cut out, over the side of that square."""
+"""Shorter side of an evaluated image before its central square is cut out, over the side of that
+square."""
 
 Source = grain.sources.RandomAccessDataSource[Example]
 """Examples by number."""
@@ -41,8 +44,9 @@ def find(data: str, num_classes: int | None) -> Images:
     """The images under `data`.
 
     Args:
-        data: a folder with train/ and val/, each with a folder of image files per class, or with ArrayRecord files of
-            `tf.train.Example` as TFDS writes them; or tfds:NAME for a data set that TFDS has prepared as ArrayRecord.
+        data: a folder with train/ and val/, each with a folder of image files per class, or with
+            ArrayRecord files of `tf.train.Example` as TFDS writes them; or tfds:NAME for a data set
+            that TFDS has prepared as ArrayRecord.
         num_classes: needed for ArrayRecord files, which do not say it.
 
     Raises:
@@ -58,8 +62,9 @@ def find(data: str, num_classes: int | None) -> Images:
     if any(records):
         if num_classes is None or not all(records):
             raise ValueError(
-                f"{data} holds ArrayRecord files. Expected them in train/ and val/ both, and their --num-classes. Got "
-                f"{len(records[0])} in train/, {len(records[1])} in val/ and --num-classes {num_classes}."
+                f"{data} holds ArrayRecord files. Expected them in train/ and val/ both, and their"
+                f" --num-classes. Got {len(records[0])} in train/, {len(records[1])} in val/ and"
+                f" --num-classes {num_classes}."
             )
         train, val = (Records(grain.sources.ArrayRecordDataSource(paths)) for paths in records)
         return Images(train, val, num_classes)
@@ -67,11 +72,16 @@ def find(data: str, num_classes: int | None) -> Images:
     if train.classes != val.classes:
         differing = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(
-            f"{folders[0]} has {len(train.classes)} classes, {folders[1]} {len(val.classes)}, and these stand in one of them "
-            f"only: {', '.join(differing[:5])}{', ...' if differing[5:] else ''}. Expected the same folders in both."
+            f"{folders[0]} has {len(train.classes)} classes, {folders[1]} {len(val.classes)}, and"
+            " these stand in one of them only:"
+            f" {', '.join(differing[:5])}{', ...' if differing[5:] else ''}. Expected the same"
+            " folders in both."
         )
     if num_classes not in (None, len(train.classes)):
-        raise ValueError(f"{folders[0]} has {len(train.classes)} classes, not the {num_classes} of --num-classes.")
+        raise ValueError(
+            f"{folders[0]} has {len(train.classes)} classes, not the {num_classes} of"
+            " --num-classes."
+        )
     return Images(train, val, len(train.classes))
 
 
@@ -87,7 +97,10 @@ class Folder:
             if path.suffix.lower() in (".jpeg", ".jpg", ".png")
         ]
         if not self.files:
-            raise ValueError(f"{folder} has no images. Expected a folder for each class with .jpeg, .jpg or .png files in it.")
+            raise ValueError(
+                f"{folder} has no images. Expected a folder for each class with .jpeg, .jpg or .png"
+                " files in it."
+            )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -97,7 +110,8 @@ class Folder:
         return {"image": path.read_bytes(), "label": label, "name": str(path)}
 
 
-# tf.train.Example as it is on the wire, so that TensorFlow is not needed. A map is a repeated message of keys and values.
+# tf.train.Example as it is on the wire, so that TensorFlow is not needed. A map is a repeated
+# message of keys and values.
 _SCHEMA = """
 name: "example" package: "benchmarks" syntax: "proto3"
 message_type { name: "Bytes" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
@@ -124,7 +138,8 @@ def example_class() -> Any:
 
 
 class Records:
-    """Serialized `tf.train.Example` messages with the features `image` (a JPEG or PNG file) and `label`."""
+    """Serialized `tf.train.Example` messages with the features `image` (a JPEG or PNG file) and
+    `label`."""
 
     def __init__(self, records: Any):
         self.records = records
@@ -136,7 +151,10 @@ class Records:
         message = example_class().FromString(self.records[index])
         features = {entry.key: entry.value for entry in message.features.feature}
         if not {"image", "label"} <= features.keys():
-            raise ValueError(f"record {index} has the features {sorted(features)}. Expected image and label among them.")
+            raise ValueError(
+                f"record {index} has the features {sorted(features)}. Expected image and label"
+                " among them."
+            )
         image, label = features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
         return {"image": image, "label": label, "name": f"record {index}"}
 
@@ -146,41 +164,63 @@ def _from_tfds(name: str) -> Images:
         import tensorflow_datasets as tfds  # type: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
-            f"tfds:{name} needs TensorFlow Datasets: pip install tensorflow-datasets. Its ArrayRecord files can be read "
-            "without it, from a folder with train/ and val/."
+            f"tfds:{name} needs TensorFlow Datasets: pip install tensorflow-datasets. Its"
+            " ArrayRecord files can be read without it, from a folder with train/ and val/."
         ) from error
     builder = tfds.builder(name)
     decoders = {"image": tfds.decode.SkipDecoding()}
-    train, val = (builder.as_data_source(split, decoders=decoders) for split in ("train", "validation"))
+    train, val = (
+        builder.as_data_source(split, decoders=decoders) for split in ("train", "validation")
+    )
     return Images(train, val, builder.info.features["label"].num_classes)
 
 
-def training_batches(source: Source, *, batch: int, num_classes: int, size: int, seed: int, workers: int) -> Iterator[Example]:
-    """This process's part of every batch, without end: randomly cropped and flipped, in an order drawn for each epoch.
+def training_batches(
+    source: Source, *, batch: int, num_classes: int, size: int, seed: int, workers: int
+) -> Iterator[Example]:
+    """This process's part of every batch, without end: randomly cropped and flipped, in an order
+    drawn for each epoch.
 
-    An epoch leaves out what does not fill a batch, other images each time. Seed and step decide what a batch holds, however
-    many processes share it.
+    An epoch leaves out what does not fill a batch, other images each time. Seed and step decide
+    what a batch holds, however many processes share it.
     """
     images = grain.MapDataset.source(source).seed(seed)
-    images = images.random_map(partial(_train_example, size=size, num_classes=num_classes)).shuffle()
+    images = images.random_map(
+        partial(_train_example, size=size, num_classes=num_classes)
+    ).shuffle()
     return iter(_batches(images[: len(source) // batch * batch], batch, workers, epochs=None))
 
 
-def evaluation_batches(source: Source, *, batch: int, num_classes: int, size: int, workers: int) -> Iterable[Example]:
-    """This process's part of every batch of one pass, the last one filled up with images of weight 0."""
-    images = grain.MapDataset.source(source).map(partial(_evaluation_example, size=size, num_classes=num_classes))
-    nothing = {"image": np.zeros((size, size, 3), np.uint8), "label": np.int32(0), "weight": np.float32(0)}
+def evaluation_batches(
+    source: Source, *, batch: int, num_classes: int, size: int, workers: int
+) -> Iterable[Example]:
+    """This process's part of every batch of one pass, the last one filled up with images of weight
+    0."""
+    images = grain.MapDataset.source(source).map(
+        partial(_evaluation_example, size=size, num_classes=num_classes)
+    )
+    nothing = {
+        "image": np.zeros((size, size, 3), np.uint8),
+        "label": np.int32(0),
+        "weight": np.float32(0),
+    }
     if missing := -len(source) % batch:
-        images = grain.MapDataset.concatenate([images, grain.MapDataset.source([nothing] * missing)])
+        images = grain.MapDataset.concatenate(
+            [images, grain.MapDataset.source([nothing] * missing)]
+        )
     return _batches(images, batch, workers, epochs=1)
 
 
 class Share(grain.transforms.DatasetSelectionMap):
-    """The consecutive rows of every batch that belong to this process, so that all together read the batch in its order."""
+    """The consecutive rows of every batch that belong to this process, so that all together read
+    the batch in its order."""
 
     def __init__(self, length: int, batch: int):
         self.length, self.batch = length // jax.process_count(), batch
-        self.rows, self.first = batch // jax.process_count(), batch // jax.process_count() * jax.process_index()
+        self.rows, self.first = (
+            batch // jax.process_count(),
+            batch // jax.process_count() * jax.process_index(),
+        )
 
     def __len__(self) -> int:
         return self.length
@@ -189,18 +229,25 @@ class Share(grain.transforms.DatasetSelectionMap):
         return 0, index // self.rows * self.batch + self.first + index % self.rows
 
 
-def _batches(images: grain.MapDataset[Any], batch: int, workers: int, *, epochs: int | None) -> grain.IterDataset[Any]:
+def _batches(
+    images: grain.MapDataset[Any], batch: int, workers: int, *, epochs: int | None
+) -> grain.IterDataset[Any]:
     share = Share(len(images), batch)
     images = grain.MapDataset.select_from_datasets([images], share).repeat(epochs)
     if not workers:
         return images.to_iter_dataset(grain.ReadOptions(THREADS, READ_AHEAD)).batch(share.rows)
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's flags, which this program leaves alone
-    # Workers take turns with whole batches, so that a batch holds the same images whatever their number.
-    batches = images.batch(share.rows).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
+    # Workers take turns with whole batches, so that a batch holds the same images whatever their
+    # number.
+    batches = images.batch(share.rows).to_iter_dataset(
+        grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+    )
     return batches.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers=workers))
 
 
-def _train_example(example: Example, rng: np.random.Generator, *, size: int, num_classes: int) -> Example:
+def _train_example(
+    example: Example, rng: np.random.Generator, *, size: int, num_classes: int
+) -> Example:
     image = decode(example)
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=random_box(rng, *image.size))
     pixels = np.asarray(image)[:, :: rng.choice((1, -1))]
@@ -219,13 +266,19 @@ def decode(example: Example) -> Image.Image:
     try:
         return Image.open(io.BytesIO(example["image"])).convert("RGB")
     except OSError as error:
-        raise ValueError(f"{example.get('name', 'an image')} cannot be decoded: {error}. Replace or remove it.") from error
+        raise ValueError(
+            f"{example.get('name', 'an image')} cannot be decoded: {error}. Replace or remove it."
+        ) from error
 
 
 def random_box(rng: np.random.Generator, width: int, height: int) -> tuple[int, int, int, int]:
-    """A random part of an image: 8 to 100 % of its area with an aspect ratio from 3/4 to 4/3, or else the central square."""
+    """A random part of an image: 8 to 100 % of its area with an aspect ratio from 3/4 to 4/3, or
+    else the central square."""
     for _ in range(10):
-        area, ratio = width * height * rng.uniform(0.08, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        area, ratio = (
+            width * height * rng.uniform(0.08, 1),
+            np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3))),
+        )
         w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
@@ -236,7 +289,8 @@ def random_box(rng: np.random.Generator, width: int, height: int) -> tuple[int, 
 
 
 def central_box(width: int, height: int) -> tuple[float, float, float, float]:
-    """The square that is left when an image is resized to a shorter side of 256 and its central 224x224 are cut out."""
+    """The square that is left when an image is resized to a shorter side of 256 and its central
+    224x224 are cut out."""
     side = min(width, height) / CROP_MARGIN
     x, y = (width - side) / 2, (height - side) / 2
     return x, y, x + side, y + side
@@ -245,6 +299,7 @@ def central_box(width: int, height: int) -> tuple[float, float, float, float]:
 def _label(example: Example, num_classes: int) -> np.int32:
     if not 0 <= example["label"] < num_classes:
         raise ValueError(
-            f"{example.get('name', 'an image')} has the label {example['label']}. Expected 0 to {num_classes - 1}."
+            f"{example.get('name', 'an image')} has the label {example['label']}. Expected 0 to"
+            f" {num_classes - 1}."
         )
     return np.int32(example["label"])

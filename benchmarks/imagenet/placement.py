@@ -1,7 +1,9 @@
-"""Where arrays and computations are placed: on a mesh of all devices under jit, or a copy on each under pmap.
+"""Where arrays and computations are placed: on a mesh of all devices under jit, or a copy on each
+under pmap.
 
-Both spread the rows of a batch over all devices in the same order. Outside of a step the state is a global array, replicated
-over all devices, whichever computes: `load` takes it into the computation and `unload` out of it.
+Both spread the rows of a batch over all devices in the same order. Outside of a step the state is a
+global array, replicated over all devices, whichever computes: `load` takes it into the computation
+and `unload` out of it.
 """
 
 from collections.abc import Callable
@@ -26,7 +28,8 @@ class Jit:
     axis = None
 
     def compile(self, f: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> Callable[..., Any]:
-        """f(state, batch), compiled when it is first called. `donate` says which arguments are given away."""
+        """f(state, batch), compiled when it is first called. `donate` says which arguments are
+        given away."""
         return jax.jit(f, donate_argnums=donate, out_shardings=replicated())
 
     def batch(self, rows: Any) -> Any:
@@ -60,7 +63,9 @@ class Pmap:
         return jax.tree.map(lambda x: np.stack([np.asarray(x)] * jax.local_device_count()), state)
 
     def unload(self, state: Any) -> Any:
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(replicated(), _first(x)), state)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(replicated(), _first(x)), state
+        )
 
     def value(self, x: jax.Array) -> float:
         return float(_first(x))

@@ -19,7 +19,9 @@ METHODS = {
     "batch": lambda groups, ghost: methods.batch_norm(),
     "ghost_batch": lambda groups, ghost: methods.ghost_batch_norm(ghost_size=ghost),
     "batch_group": lambda groups, ghost: methods.batch_group_norm(groups),
-    "batch_and_group": lambda groups, ghost: methods.batch_and_group_norm(ghost_size=ghost, num_groups=groups),
+    "batch_and_group": lambda groups, ghost: methods.batch_and_group_norm(
+        ghost_size=ghost, num_groups=groups
+    ),
     "group": lambda groups, ghost: methods.group_norm(groups),
     "layer": lambda groups, ghost: methods.layer_norm(),
     "instance": lambda groups, ghost: methods.instance_norm(),
@@ -48,7 +50,8 @@ class State(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """A network with its optimizer. `axis` is the name of pmap's axis of devices, None under jit."""
+    """A network with its optimizer. `axis` is the name of pmap's axis of devices, None under
+    jit."""
 
     model: ResNet
     optimizer: optax.GradientTransformation
@@ -60,32 +63,60 @@ class Trainer(NamedTuple):
         """The state before the first step, for images of `size` x `size` pixels."""
         variables = self.model.init(key, jnp.zeros((1, size, size, 3)), train=False)
         params = variables["params"]
-        return State(jnp.int32(0), params, variables.get("batch_stats", {}), self.optimizer.init(params))
+        return State(
+            jnp.int32(0), params, variables.get("batch_stats", {}), self.optimizer.init(params)
+        )
 
     def train(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """The state after a step, and loss, accuracy in % and learning rate of it."""
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, updated = self.model.apply(variables, _pixels(batch), train=True, mutable=["batch_stats"])
-            targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], logits.shape[-1]), self.label_smoothing)
-            return optax.softmax_cross_entropy(logits, targets).mean(), (logits, updated.get("batch_stats", {}))
+            logits, updated = self.model.apply(
+                variables, _pixels(batch), train=True, mutable=["batch_stats"]
+            )
+            targets = optax.smooth_labels(
+                jax.nn.one_hot(batch["label"], logits.shape[-1]), self.label_smoothing
+            )
+            return optax.softmax_cross_entropy(logits, targets).mean(), (
+                logits,
+                updated.get("batch_stats", {}),
+            )
 
-        (value, (logits, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+        (value, (logits, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(
+            state.params
+        )
         metrics = {"loss": value, "accuracy": 100 * (logits.argmax(-1) == batch["label"]).mean()}
         if self.axis:
-            gradient, batch_stats, metrics = jax.lax.pmean((gradient, batch_stats, metrics), self.axis)
+            gradient, batch_stats, metrics = jax.lax.pmean(
+                (gradient, batch_stats, metrics), self.axis
+            )
         updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
         metrics["learning_rate"] = jnp.asarray(self.schedule(state.step))
-        return State(state.step + 1, optax.apply_updates(state.params, updates), batch_stats, optimizer), metrics
+        return (
+            State(
+                state.step + 1, optax.apply_updates(state.params, updates), batch_stats, optimizer
+            ),
+            metrics,
+        )
 
     def evaluate(self, state: State, batch: Batch) -> dict[str, jax.Array]:
-        """Sums over the images of a batch: how many they are, their losses, and their labels among the first 1 and 5."""
-        logits: Any = self.model.apply({"params": state.params, "batch_stats": state.batch_stats}, _pixels(batch), train=False)
+        """Sums over the images of a batch: how many they are, their losses, and their labels among
+        the first 1 and 5."""
+        logits: Any = self.model.apply(
+            {"params": state.params, "batch_stats": state.batch_stats}, _pixels(batch), train=False
+        )
         first = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == batch["label"][:, None]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        each = {"images": jnp.ones_like(losses), "loss": losses, "top1": first[:, 0], "top5": first.any(-1)}
-        sums = {name: jnp.where(batch["weight"] > 0, value, 0).sum() for name, value in each.items()}
+        each = {
+            "images": jnp.ones_like(losses),
+            "loss": losses,
+            "top1": first[:, 0],
+            "top5": first.any(-1),
+        }
+        sums = {
+            name: jnp.where(batch["weight"] > 0, value, 0).sum() for name, value in each.items()
+        }
         return jax.lax.psum(sums, self.axis) if self.axis else sums
 
 
@@ -108,10 +139,12 @@ def network(
     """A residual network normalized by `method`.
 
     Args:
-        method: if it pools the whole batch, the part of it on `devices_per_norm` devices is pooled instead.
+        method: if it pools the whole batch, the part of it on `devices_per_norm` devices is pooled
+            instead.
         devices: number of devices that a batch is spread over.
         devices_per_norm: a divisor of it.
-        mapped: whether the network runs under pmap, and sees the images of a device, or under jit, and sees all.
+        mapped: whether the network runs under pmap, and sees the images of a device, or under jit,
+            and sees all.
         stages: as in `ResNet`; so are width and num_classes.
         width: channels of the stem.
         num_classes: size of the output.
@@ -121,11 +154,17 @@ def network(
     if method.groups.batch == 1 and not mapped:
         method = replace(method, groups=replace(method.groups, batch=devices // devices_per_norm))
     elif method.groups.batch == 1 and devices_per_norm > 1:
-        parts = tuple(tuple(range(i, i + devices_per_norm)) for i in range(0, devices, devices_per_norm))
+        parts = tuple(
+            tuple(range(i, i + devices_per_norm)) for i in range(0, devices, devices_per_norm)
+        )
         across = {"axis_name": AXIS, "axis_index_groups": parts if len(parts) > 1 else None}
     return ResNet(
         partial(Norm, method, momentum=MOMENTUM, dtype=dtype, **across),
-        partial(nn.Conv, dtype=dtype, kernel_init=nn.initializers.variance_scaling(2, "fan_out", "normal")),
+        partial(
+            nn.Conv,
+            dtype=dtype,
+            kernel_init=nn.initializers.variance_scaling(2, "fan_out", "normal"),
+        ),
         stages,
         width,
         num_classes,
@@ -133,20 +172,31 @@ def network(
 
 
 def learning_rate(kind: str, *, peak: float, steps: int, warmup_steps: int) -> optax.Schedule:
-    """A linear rise to `peak`, then half a cosine to zero, or a tenth at 30, 60 and 90 % of the steps."""
+    """A linear rise to `peak`, then half a cosine to zero, or a tenth at 30, 60 and 90 % of the
+    steps."""
     if kind == "cosine":
         after = optax.cosine_decay_schedule(peak, steps - warmup_steps)
     else:
-        after = optax.piecewise_constant_schedule(peak, {steps * part // 10 - warmup_steps: 0.1 for part in (3, 6, 9)})
+        after = optax.piecewise_constant_schedule(
+            peak, {steps * part // 10 - warmup_steps: 0.1 for part in (3, 6, 9)}
+        )
     if not warmup_steps:
         return after
-    return optax.join_schedules([optax.linear_schedule(0, peak, warmup_steps), after], [warmup_steps])
+    return optax.join_schedules(
+        [optax.linear_schedule(0, peak, warmup_steps), after], [warmup_steps]
+    )
 
 
-def sgd(rate: optax.Schedule, *, weight_decay: float, decay_norm: str) -> optax.GradientTransformation:
-    """Nesterov's SGD with decay of kernels, and of scales and biases too where `decay_norm` is "zero"."""
+def sgd(
+    rate: optax.Schedule, *, weight_decay: float, decay_norm: str
+) -> optax.GradientTransformation:
+    """Nesterov's SGD with decay of kernels, and of scales and biases too where `decay_norm` is
+    "zero"."""
 
     def decayed(params: Any) -> Any:
         return jax.tree.map(lambda param: decay_norm == "zero" or param.ndim > 1, params)
 
-    return optax.chain(optax.add_decayed_weights(weight_decay, mask=decayed), optax.sgd(rate, momentum=MOMENTUM, nesterov=True))
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask=decayed),
+        optax.sgd(rate, momentum=MOMENTUM, nesterov=True),
+    )

@@ -1,14 +1,17 @@
-"""Flax linen layers: `Norm` for any row of the table of methods, and drop-in replacements for Flax's own layers.
+"""Flax linen layers: `Norm` for any row of the table of methods, and drop-in replacements for
+Flax's own layers.
 
-`BatchNorm`, `GroupNorm`, `LayerNorm`, `InstanceNorm` and `RMSNorm` take Flax's arguments in Flax's order, create the same
-parameters (`scale`, `bias`) and running statistics (collection `batch_stats`: `mean`, `var`) under the same names, and load
-its checkpoints: changing where they are imported from is the whole migration. The README lists each deliberate difference.
+`BatchNorm`, `GroupNorm`, `LayerNorm`, `InstanceNorm` and `RMSNorm` take Flax's arguments in Flax's
+order, create the same parameters (`scale`, `bias`) and running statistics (collection
+`batch_stats`: `mean`, `var`) under the same names, and load its checkpoints: changing where they
+are imported from is the whole migration. The README lists each deliberate difference.
 
-Beyond Flax, every layer takes at the call a `scale` and `bias` given per example, (N, C), in place of its own, and an
-`activation` that is applied to the output and recomputed in the backward pass; masks may be real weights. Layers with
-running statistics take `update_running_average`: by default they are updated when they are not used. Both at once, or
-neither, are possible. After Flax's fields comes `unit_offset`, which stores scale as its distance from 1 (`scale_init` still
-gives the scale itself).
+Beyond Flax, every layer takes at the call a `scale` and `bias` given per example, (N, C), in place
+of its own, and an `activation` that is applied to the output and recomputed in the backward pass;
+masks may be real weights. Layers with running statistics take `update_running_average`: by default
+they are updated when they are not used. Both at once, or neither, are possible. After Flax's fields
+comes `unit_offset`, which stores scale as its distance from 1 (`scale_init` still gives the scale
+itself).
 """
 
 from jaxnorm.linen._batch import BatchNorm as BatchNorm

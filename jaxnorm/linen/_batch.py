@@ -19,7 +19,8 @@ class BatchNorm(nn.Module):
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    with the mean and variance of each channel over all other axes, of the batch in training and running ones in inference.
+    with the mean and variance of each channel over all other axes, of the batch in training and
+    running ones in inference.
 
     Args:
         use_running_average: normalize with the running statistics; here or at the call, not both.
@@ -34,12 +35,15 @@ class BatchNorm(nn.Module):
         scale_init: initializer of the scale.
         axis_name: axis of pmap, shard_map or vmap over which the batch goes on.
         axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding would show.
-        force_float32_reductions: False gives running statistics `param_dtype`; statistics are float32 or wider always.
+        use_fast_variance: False takes a second, centered pass always; True only where rounding
+            would show.
+        force_float32_reductions: False gives running statistics `param_dtype`; statistics are
+            float32 or wider always.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
     Raises:
-        ValueError: `use_running_average` given nowhere or twice, running statistics of another shape.
+        ValueError: `use_running_average` given nowhere or twice, running statistics of another
+            shape.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -50,7 +54,8 @@ class BatchNorm(nn.Module):
         ((4, 8, 8, 3), (3,))
 
     Reference:
-        Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift, 2015, arXiv:1502.03167.
+        Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+        Shift, 2015, arXiv:1502.03167.
     """
 
     use_running_average: bool | None = None
@@ -82,11 +87,13 @@ class BatchNorm(nn.Module):
         bias: ArrayLike | None = None,
         activation: Activation | None = None,
     ) -> jax.Array:
-        """Normalize x; `mask` broadcasts against x and says what counts, or how much, and `example_weight` is
-        `inference.weigh_example`'s, with running statistics."""
+        """Normalize x; `mask` broadcasts against x and says what counts, or how much, and
+        `example_weight` is `inference.weigh_example`'s, with running statistics."""
         use = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x = as_array(x)
         shape = _layers.keep_axes(x, self.axis)
         state = State(self, x, _layers.feature_shape(x, self.axis), shape)
         running = state.running(use, update_running_average, example_weight=example_weight)
-        return call(self, x, shape, (scale, bias), self.axis, mask, activation, state=state, running=running)
+        return call(
+            self, x, shape, (scale, bias), self.axis, mask, activation, state=state, running=running
+        )

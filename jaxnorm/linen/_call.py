@@ -39,21 +39,30 @@ class Layer(nn.Module, kw_only=True):
 
 
 class State:
-    """The variables of collection batch_stats: in their own shape, and in the statistic's shape that serves x."""
+    """The variables of collection batch_stats: in their own shape, and in the statistic's shape
+    that serves x."""
 
     def __init__(self, module: Any, x: jax.Array, shape: Shape, statistic: Shape):
-        complex_input = jnp.iscomplexobj(x) or jnp.issubdtype(jnp.dtype(module.dtype or x.dtype), jnp.complexfloating)
-        real = jnp.float32 if getattr(module, "force_float32_reductions", True) else module.param_dtype
+        complex_input = jnp.iscomplexobj(x) or jnp.issubdtype(
+            jnp.dtype(module.dtype or x.dtype), jnp.complexfloating
+        )
+        real = (
+            jnp.float32 if getattr(module, "force_float32_reductions", True) else module.param_dtype
+        )
         dtype = jnp.complex64 if complex_input else real
         first = init_running(shape, dtype=dtype, counted=getattr(module, "debias", False))
-        self.population = next((name for name in POPULATION if module.has_variable("batch_stats", name)), None)
+        self.population = next(
+            (name for name in POPULATION if module.has_variable("batch_stats", name)), None
+        )
         self.variables = {
             name: module.variable("batch_stats", name, lambda value=value: value)
             for name, value in (("count", first.count), ("mean", first.mean), ("var", first.var))
             if value is not None
         }
         self.module, self.shape = module, shape
-        values: dict[str, Any] = {"count": None} | {name: variable.value for name, variable in self.variables.items()}
+        values: dict[str, Any] = {"count": None} | {
+            name: variable.value for name, variable in self.variables.items()
+        }
         if self.population is not None:
             self.variables["count"] = module.variable("batch_stats", self.population)
             values["count"] = self.variables["count"].value
@@ -61,8 +70,20 @@ class State:
 
     def running(self, use: bool, update: bool | None, **options: Any) -> Running:
         update = (not use if update is None else update) and not self.module.is_initializing()
-        more = {name: getattr(self.module, name) for name in ("correction", "ghost_update") if hasattr(self.module, name)}
-        return Running(self.moments, use, update, self.module.momentum, population=self.population, **more, **options)
+        more = {
+            name: getattr(self.module, name)
+            for name in ("correction", "ghost_update")
+            if hasattr(self.module, name)
+        }
+        return Running(
+            self.moments,
+            use,
+            update,
+            self.module.momentum,
+            population=self.population,
+            **more,
+            **options,
+        )
 
     def store(self, new: Moments) -> None:
         for name, variable in self.variables.items():
@@ -78,8 +99,8 @@ def _parameter(module: Any, name: str, given: ArrayLike | None, shape: Shape) ->
     if given is not None:
         if own:
             raise ValueError(
-                f"{name} was given at the call, but the layer has its own. Expected one of the two: construct it with "
-                f"use_{name}=False."
+                f"{name} was given at the call, but the layer has its own. Expected one of the two:"
+                f" construct it with use_{name}=False."
             )
         return jnp.asarray(given)
     if not own:
@@ -92,7 +113,9 @@ def _parameter(module: Any, name: str, given: ArrayLike | None, shape: Shape) ->
 
 def channel_parameter(module: Layer, name: str, init: Initializer, x: ArrayLike) -> jax.Array:
     """A parameter with one number for each channel."""
-    return module.param(name, init, _layers.feature_shape(as_array(x), module.channel_axis), module.param_dtype)
+    return module.param(
+        name, init, _layers.feature_shape(as_array(x), module.channel_axis), module.param_dtype
+    )
 
 
 def call(
@@ -108,9 +131,13 @@ def call(
     state: State | None = None,
     running: Running | None = None,
 ) -> jax.Array:
-    """What every layer does once it knows its sets: parameters, dtype, the core, and the new running statistics."""
+    """What every layer does once it knows its sets: parameters, dtype, the core, and the new
+    running statistics."""
     features = _layers.feature_shape(x, feature_axes)
-    scale, bias = (_parameter(module, name, t, features) for name, t in zip(("scale", "bias"), given, strict=True))
+    scale, bias = (
+        _parameter(module, name, t, features)
+        for name, t in zip(("scale", "bias"), given, strict=True)
+    )
     dtype = _layers.output_dtype(x, scale, bias, dtype=module.dtype)
     initializing = module.is_initializing()  # outside the map in which a named axis exists
     y, new = _layers.apply(
@@ -144,14 +171,18 @@ def call_function(
     state: Callable[[int], _between.State] | None = None,
     use_running_average: bool | None = None,
 ) -> jax.Array:
-    """What a layer does whose method is a function: `function(x, state, train=, ...)` or, without state, `function(x, ...)`.
+    """What a layer does whose method is a function: `function(x, state, train=, ...)` or, without
+    state, `function(x, ...)`.
 
-    `state(C)` is the state before the first step; its arrays are variables of the collection `batch_stats`.
+    `state(C)` is the state before the first step; its arrays are variables of the collection
+    `batch_stats`.
     """
     _layers.check_call(options)
     x = as_array(x)
     features = _layers.feature_shape(x, module.channel_axis)
-    scale, bias = (_parameter(module, name, options.get(name), features) for name in ("scale", "bias"))
+    scale, bias = (
+        _parameter(module, name, options.get(name), features) for name in ("scale", "bias")
+    )
     dtype = _layers.output_dtype(x, scale, bias, dtype=module.dtype)
     initializing = module.is_initializing()  # outside the map in which a named axis exists
     arguments = {
@@ -172,7 +203,10 @@ def call_function(
     use = nn.merge_param("use_running_average", module.use_running_average, use_running_average)
     update = options.get("update_running_average")
     update = (not use if update is None else update) and not initializing
-    variables = {name: module.variable("batch_stats", name, lambda t=t: t) for name, t in state(*features).items()}
+    variables = {
+        name: module.variable("batch_stats", name, lambda t=t: t)
+        for name, t in state(*features).items()
+    }
     old = {name: variable.value for name, variable in variables.items()}
     y, new = _layers.run(function, x, old, use, update, arguments)
     if update:

@@ -15,19 +15,22 @@ from jaxnorm.linen._in_front import in_front
 
 
 class CrossIterationNorm(Layer):
-    """A convolution or dense layer, normalized over this batch and the last ones: `cross_iteration.cross_iteration_norm`.
+    """A convolution or dense layer, normalized over this batch and the last ones:
+    `cross_iteration.cross_iteration_norm`.
 
-    The collection `batch_stats` holds `mean` and `var` of inference and the window, about `window` times the kernel.
+    The collection `batch_stats` holds `mean` and `var` of inference and the window, about `window`
+    times the kernel.
 
     Args:
-        layer: `nn.Conv` or `nn.Dense` with use_bias=False. Its kernel is that of a child of the module in which it was made,
-            such as `Conv_0`, or else of this layer's child `layer`.
+        layer: `nn.Conv` or `nn.Dense` with use_bias=False. Its kernel is that of a child of the
+            module in which it was made, such as `Conv_0`, or else of this layer's child `layer`.
         window: most batches before the present one that are pooled with it.
         momentum: weight of the old running statistics per update.
         Others: as `Norm`.
 
     Raises:
-        ValueError: a layer with a bias, `use_running_average` given nowhere or twice, statistics of another shape.
+        ValueError: a layer with a bias, `use_running_average` given nowhere or twice, statistics of
+            another shape.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -41,7 +44,8 @@ class CrossIterationNorm(Layer):
         ((4, 8, 8, 16), (3, 3, 3, 3, 16))
 
     Reference:
-        Cross-Iteration Batch Normalization, 2020, arXiv:2002.05712; see `cross_iteration.cross_iteration_norm`.
+        Cross-Iteration Batch Normalization, 2020, arXiv:2002.05712; see
+        `cross_iteration.cross_iteration_norm`.
     """
 
     layer: nn.Module
@@ -58,13 +62,32 @@ class CrossIterationNorm(Layer):
         rho: ArrayLike = 1.0,
         **options: Unpack[StateOptions],
     ) -> jax.Array:
-        """Apply the layer and normalize; `window` says how many batches to pool with now, and the options are `Norm`'s."""
+        """Apply the layer and normalize; `window` says how many batches to pool with now, and the
+        options are `Norm`'s."""
         x = as_array(x)
         x = wide_enough(x, x.dtype)
         kernel, layer = in_front(self.layer, x)
         function = partial(
-            cross_iteration_norm, inputs=x, kernel=kernel, layer=layer, window=window, rho=rho, momentum=self.momentum
+            cross_iteration_norm,
+            inputs=x,
+            kernel=kernel,
+            layer=layer,
+            window=window,
+            rho=rho,
+            momentum=self.momentum,
         )
         groups = x.shape[-1] // kernel.shape[-2]
-        state = lambda _: init_cross_iteration(kernel.shape, window=self.window, feature_group_count=groups)  # noqa: E731
-        return call_function(self, layer(x, kernel), function, options, state=state, use_running_average=use_running_average)
+
+        def state(_):
+            return init_cross_iteration(
+                kernel.shape, window=self.window, feature_group_count=groups
+            )
+
+        return call_function(
+            self,
+            layer(x, kernel),
+            function,
+            options,
+            state=state,
+            use_running_average=use_running_average,
+        )

@@ -19,17 +19,20 @@ class DomainSpecificBatchNorm(Layer, kw_only=True):
 
         y_n = (x_n - mean_d) / sqrt(var_d + epsilon) * scale + bias,    d the domain of example n
 
-    The collection `batch_stats` holds `mean` and `var`, (D, C). The domain is an argument of the call: an integer for the
-    batch, or (N,) integers. In inference with the collection `distances` mutable, the layer stores in it how far each
-    example is from the domain, (N,), for `domains.domain_ensemble`.
+    The collection `batch_stats` holds `mean` and `var`, (D, C). The domain is an argument of the
+    call: an integer for the batch, or (N,) integers. In inference with the collection `distances`
+    mutable, the layer stores in it how far each example is from the domain, (N,), for
+    `domains.domain_ensemble`.
 
     Args:
         num_domains: D.
         momentum: weight of the old running statistics per update.
-        Others: as `Norm`. Scale and bias are shared; with `use_scale=False` the call takes domain-specific ones.
+        Others: as `Norm`. Scale and bias are shared; with `use_scale=False` the call takes
+            domain-specific ones.
 
     Raises:
-        ValueError: `use_running_average` given nowhere or twice, running statistics of another shape.
+        ValueError: `use_running_average` given nowhere or twice, running statistics of another
+            shape.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -61,7 +64,9 @@ class DomainSpecificBatchNorm(Layer, kw_only=True):
         """Normalize x; the options are those of `Norm`."""
         function = partial(domain_batch_norm, domain=domain, momentum=self.momentum)
         state = partial(init_domain_batch_norm, num_domains=self.num_domains)
-        y = call_function(self, x, function, options, state=state, use_running_average=use_running_average)
+        y = call_function(
+            self, x, function, options, state=state, use_running_average=use_running_average
+        )
         if self.is_mutable_collection("distances") and not self.is_initializing():
             distance = domain_distance(
                 wide_enough(as_array(x), jnp.float32),

@@ -18,7 +18,8 @@ class EvoNormB0(Layer, kw_only=True):
 
         y = x / max(sqrt(var_nhw + epsilon), v x + sqrt(var_hw + epsilon)) * scale + bias
 
-    The collection `batch_stats` holds `var`, the running variance; parameters are `scale`, `bias` and `v`, (C,).
+    The collection `batch_stats` holds `var`, the running variance; parameters are `scale`, `bias`
+    and `v`, (C,).
 
     Args:
         momentum: weight of the old running variance per update.
@@ -26,7 +27,8 @@ class EvoNormB0(Layer, kw_only=True):
         Others: as `Norm`.
 
     Raises:
-        ValueError: `use_running_average` given nowhere or twice, a running variance of another shape.
+        ValueError: `use_running_average` given nowhere or twice, a running variance of another
+            shape.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -43,14 +45,26 @@ class EvoNormB0(Layer, kw_only=True):
     v_init: Initializer = ones
 
     @nn.compact
-    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]) -> jax.Array:
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]
+    ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
-        function = partial(evonorm_b0, v=channel_parameter(self, "v", self.v_init, x), momentum=self.momentum)
-        return call_function(self, x, function, options, state=init_evonorm_b0, use_running_average=use_running_average)
+        function = partial(
+            evonorm_b0, v=channel_parameter(self, "v", self.v_init, x), momentum=self.momentum
+        )
+        return call_function(
+            self,
+            x,
+            function,
+            options,
+            state=init_evonorm_b0,
+            use_running_average=use_running_average,
+        )
 
 
 class EvoNormS0(Layer, kw_only=True):
-    """EvoNorm S0, normalization and activation at once, without statistics of the batch: `evonorm.evonorm_s0`.
+    """EvoNorm S0, normalization and activation at once, without statistics of the batch:
+    `evonorm.evonorm_s0`.
 
         y = x sigmoid(v x) / sqrt(var_hwg + epsilon) * scale + bias
 
@@ -77,7 +91,12 @@ class EvoNormS0(Layer, kw_only=True):
     v_init: Initializer = ones
 
     @nn.compact
-    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]) -> jax.Array:
-        """Normalize x; the options are those of `Norm`, and `use_running_average` changes nothing."""
-        function = partial(evonorm_s0, v=channel_parameter(self, "v", self.v_init, x), num_groups=self.num_groups)
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]
+    ) -> jax.Array:
+        """Normalize x; the options are those of `Norm`, and `use_running_average` changes
+        nothing."""
+        function = partial(
+            evonorm_s0, v=channel_parameter(self, "v", self.v_init, x), num_groups=self.num_groups
+        )
         return call_function(self, x, function, options)

@@ -20,7 +20,8 @@ class Folded(NamedTuple):
 
     Args:
         forward: as the one given, for the new variables.
-        variables: without the folded norms; the layers before them have other kernels, and all have a bias.
+        variables: without the folded norms; the layers before them have other kernels, and all have
+            a bias.
         pairs: path of each folded norm -> path of its layer.
     """
 
@@ -30,11 +31,13 @@ class Folded(NamedTuple):
 
 
 def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *example: Any) -> Folded:
-    """Fold norms that use running statistics into the convolution or dense layer before them, in a whole model.
+    """Fold norms that use running statistics into the convolution or dense layer before them, in a
+    whole model.
 
-    A norm is folded where its input is exactly the output of a `Conv`, `ConvTranspose` or `Dense` and nothing else uses that
-    output or the layer's parameters (tied weights), as read from the traced program; all others stay. Flax's own `BatchNorm` is
-    folded too. The result is equal up to rounding. Its variables also fit a model that is written without these norms and with
+    A norm is folded where its input is exactly the output of a `Conv`, `ConvTranspose` or `Dense`
+    and nothing else uses that output or the layer's parameters (tied weights), as read from the
+    traced program; all others stay. Flax's own `BatchNorm` is folded too. The result is equal up to
+    rounding. Its variables also fit a model that is written without these norms and with
     `use_bias=True`.
 
     Args:
@@ -68,15 +71,21 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
     running: set[str] = set()
 
     def trace(tree: Any, *inputs: Any) -> Any:
-        def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        def interceptor(
+            call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+        ) -> Any:
             module: Any = context.module
             if context.method_name != "__call__" or not args:
                 return call(*args, **kwargs)
             name = "/".join(module.scope.path)
             if _is_layer(module) and _owns(module, tree, "params"):
-                layers[name] = {"output_axis": -2 if getattr(module, "transpose_kernel", False) else -1}
+                layers[name] = {
+                    "output_axis": -2 if getattr(module, "transpose_kernel", False) else -1
+                }
                 return folding.mark(call(*args, **kwargs), folding.LAYER, name)
-            if _is_norm(module, *args, **kwargs) and all(_owns(module, tree, name) for name in ("params", "batch_stats")):
+            if _is_norm(module, *args, **kwargs) and all(
+                _owns(module, tree, name) for name in ("params", "batch_stats")
+            ):
                 if name in running:  # the call of its base class
                     return call(*args, **kwargs)
                 running.add(name)
@@ -116,13 +125,22 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
         tree["params"] = _without(tree["params"], of)
         tree["batch_stats"] = _without(tree["batch_stats"], of)
         _get(tree["params"], at).update(kernel=kernel, bias=bias)
-    return Folded(_forward(forward, dtypes, frozenset(biased)), {name: t for name, t in tree.items() if t}, pairs)
+    return Folded(
+        _forward(forward, dtypes, frozenset(biased)),
+        {name: t for name, t in tree.items() if t},
+        pairs,
+    )
 
 
-def _forward(forward: Callable[..., Any], norms: Mapping[str, Any], biased: frozenset[str]) -> Callable[..., Any]:
-    """`forward` in which these norms do nothing, and these layers have a bias that they do not know of."""
+def _forward(
+    forward: Callable[..., Any], norms: Mapping[str, Any], biased: frozenset[str]
+) -> Callable[..., Any]:
+    """`forward` in which these norms do nothing, and these layers have a bias that they do not know
+    of."""
 
-    def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def interceptor(
+        call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
         module: Any = context.module
         name = "/".join(module.scope.path) if context.method_name == "__call__" else ""
         if name in norms:
@@ -147,7 +165,11 @@ def _is_layer(module: Any) -> bool:
 
 def _is_norm(module: Any, x: Any, use_running_average: bool | None = None, **options: Any) -> bool:
     """Whether this call multiplies and shifts each channel by constants of the variables."""
-    use = getattr(module, "use_running_average", None) if use_running_average is None else use_running_average
+    use = (
+        getattr(module, "use_running_average", None)
+        if use_running_average is None
+        else use_running_average
+    )
     if isinstance(module, Row):
         row = module.row(x.shape) if module.momentum is not None else None
         kept = row is not None and row.pools_batch and module.measured(row) == row
@@ -158,8 +180,12 @@ def _is_norm(module: Any, x: Any, use_running_average: bool | None = None, **opt
 
 
 def _owns(module: Any, tree: Any, collection: str) -> bool:
-    """Whether a module's variables are those of the tree, not something made of them on the way, as in a scan."""
-    own, seen = _get(tree.get(collection, {}), module.scope.path), module.scope.variables().get(collection, {})
+    """Whether a module's variables are those of the tree, not something made of them on the way, as
+    in a scan."""
+    own, seen = (
+        _get(tree.get(collection, {}), module.scope.path),
+        module.scope.variables().get(collection, {}),
+    )
     return set(own) == set(seen) and all(seen[name] is value for name, value in own.items())
 
 

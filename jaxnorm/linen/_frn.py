@@ -19,15 +19,18 @@ class FilterResponseNorm(Layer, kw_only=True):
 
         y = x / sqrt(mean_hw(x^2) + epsilon + |learned_epsilon|) * scale + bias,    max(y, threshold)
 
-    Parameters are `scale`, `bias` and `threshold`, (C,), and where asked for `slope`, (C,), and `learned_epsilon`, a scalar.
-    No activation need follow, and no relu should: the threshold, 0 at first, would get no gradient.
+    Parameters are `scale`, `bias` and `threshold`, (C,), and where asked for `slope`, (C,), and
+    `learned_epsilon`, a scalar. No activation need follow, and no relu should: the threshold, 0 at
+    first, would get no gradient.
 
     Args:
         use_threshold: threshold the output; False is for a layer that another activation follows.
         threshold_init: initializer of the threshold.
         use_slope: the affine unit, max(y, slope * y + threshold).
-        slope_init: initializer of the slope; at 0, the default, the unit starts as the plain one, which is our choice.
-        use_learned_epsilon: add the absolute value of a learned scalar to epsilon; needed where x has one position.
+        slope_init: initializer of the slope; at 0, the default, the unit starts as the plain one,
+            which is our choice.
+        use_learned_epsilon: add the absolute value of a learned scalar to epsilon; needed where x
+            has one position.
         learned_epsilon_init: initializer of that scalar.
         Others: as `Norm`.
 
@@ -41,8 +44,8 @@ class FilterResponseNorm(Layer, kw_only=True):
         {'bias': (3,), 'scale': (3,), 'threshold': (3,)}
 
     Reference:
-        Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep Neural Networks, 2019,
-        arXiv:1911.09737; see `frn.filter_response_norm`.
+        Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep
+        Neural Networks, 2019, arXiv:1911.09737; see `frn.filter_response_norm`.
     """
 
     epsilon: float = 1e-6
@@ -54,14 +57,21 @@ class FilterResponseNorm(Layer, kw_only=True):
     learned_epsilon_init: Initializer = initializers.constant(1e-4)
 
     @nn.compact
-    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]) -> jax.Array:
-        """Normalize x; the options are those of `Norm`, and `use_running_average` changes nothing."""
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]
+    ) -> jax.Array:
+        """Normalize x; the options are those of `Norm`, and `use_running_average` changes
+        nothing."""
         threshold = slope = learned_epsilon = None
         if self.use_threshold:
             threshold = channel_parameter(self, "threshold", self.threshold_init, x)
         if self.use_slope:
             slope = channel_parameter(self, "slope", self.slope_init, x)
         if self.use_learned_epsilon:
-            learned_epsilon = self.param("learned_epsilon", self.learned_epsilon_init, (), self.param_dtype)
-        function = partial(filter_response_norm, threshold=threshold, slope=slope, learned_epsilon=learned_epsilon)
+            learned_epsilon = self.param(
+                "learned_epsilon", self.learned_epsilon_init, (), self.param_dtype
+            )
+        function = partial(
+            filter_response_norm, threshold=threshold, slope=slope, learned_epsilon=learned_epsilon
+        )
         return call_function(self, x, function, options)

@@ -32,12 +32,14 @@ class GroupNorm(nn.Module):
         reduction_axes: axes that are pooled, the last among them; None pools all but the first.
         axis_name: axis of pmap, shard_map or vmap over which the pooled axes go on.
         axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding would show.
+        use_fast_variance: False takes a second, centered pass always; True only where rounding
+            would show.
         force_float32_reductions: accepted for Flax; statistics are float32 or wider always.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
     Raises:
-        ValueError: both or neither of `num_groups` and `group_size`, or one that does not divide the channels.
+        ValueError: both or neither of `num_groups` and `group_size`, or one that does not divide
+            the channels.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -82,7 +84,8 @@ class GroupNorm(nn.Module):
 
 
 class InstanceNorm(nn.Module):
-    """Instance normalization, a drop-in replacement for `flax.linen.InstanceNorm`: `methods.instance_norm`.
+    """Instance normalization, a drop-in replacement for `flax.linen.InstanceNorm`:
+    `methods.instance_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -97,7 +100,8 @@ class InstanceNorm(nn.Module):
         feature_axes: axes of scale and bias; they and the first are not pooled.
         axis_name: axis of pmap, shard_map or vmap over which the pooled axes go on.
         axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding would show.
+        use_fast_variance: False takes a second, centered pass always; True only where rounding
+            would show.
         force_float32_reductions: accepted for Flax; statistics are float32 or wider always.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 

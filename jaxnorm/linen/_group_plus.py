@@ -15,17 +15,18 @@ from jaxnorm.linen._call import Layer, call_function, ones
 
 
 class GroupNormPlus(Layer):
-    """GN+, group normalization mixed with its output standardized over the batch: `group_plus.group_norm_plus`.
+    """GN+, group normalization mixed with its output standardized over the batch:
+    `group_plus.group_norm_plus`.
 
         y = (w z + (1 - w) u) * scale + bias,    w = sigmoid(mixture)
 
-    with z group normalization of x and u batch normalization of z. The collection `batch_stats` holds `mean` and `var` of z;
-    parameters are `scale` and `bias`, (C,), and the scalar `mixture`.
+    with z group normalization of x and u batch normalization of z. The collection `batch_stats`
+    holds `mean` and `var` of z; parameters are `scale` and `bias`, (C,), and the scalar `mixture`.
 
     Args:
         num_groups: groups of channels, a divisor of their number.
-        per_position: batch statistics for each position, (H, W, C), which ties the layer to one image size; False pools the
-            positions, (C,).
+        per_position: batch statistics for each position, (H, W, C), which ties the layer to one
+            image size; False pools the positions, (C,).
         mixture_init: initializer of the logit of z's weight.
         momentum: weight of the old running statistics per update.
         correction: 1 divides both variances by n - 1, as the authors' code does.
@@ -33,7 +34,8 @@ class GroupNormPlus(Layer):
         Others: as `Norm`.
 
     Raises:
-        ValueError: `use_running_average` given nowhere or twice, running statistics of another shape.
+        ValueError: `use_running_average` given nowhere or twice, running statistics of another
+            shape.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -43,7 +45,8 @@ class GroupNormPlus(Layer):
         {'mean': (8, 8, 6), 'var': (8, 8, 6)}
 
     Reference:
-        Understanding and Improving Group Normalization, 2022, arXiv:2207.01972; see `group_plus.group_norm_plus`.
+        Understanding and Improving Group Normalization, 2022, arXiv:2207.01972; see
+        `group_plus.group_norm_plus`.
     """
 
     num_groups: int = 32
@@ -54,7 +57,9 @@ class GroupNormPlus(Layer):
     epsilon_outside: bool = False
 
     @nn.compact
-    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]) -> jax.Array:
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]
+    ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
         x = as_array(x)
         mixture = self.param("mixture", self.mixture_init, (), self.param_dtype)
@@ -66,4 +71,6 @@ class GroupNormPlus(Layer):
             return init_group_norm_plus(x.shape, per_position=self.per_position, **axes)
 
         function = partial(group_norm_plus, mixture=mixture, **static)
-        return call_function(self, x, function, options, state=state, use_running_average=use_running_average)
+        return call_function(
+            self, x, function, options, state=state, use_running_average=use_running_average
+        )

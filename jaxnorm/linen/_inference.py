@@ -1,4 +1,5 @@
-"""Whole linen models at test time: other statistics in all layers at once, and running statistics measured anew."""
+"""Whole linen models at test time: other statistics in all layers at once, and running statistics
+measured anew."""
 
 import contextlib
 import inspect
@@ -23,20 +24,23 @@ def call_norms_with(
     update_running_average: bool | None = None,
     example_weight: ArrayLike | None = None,
 ) -> Iterator[None]:
-    """Inside this context every layer with running statistics is called with these options, whatever the model passes.
+    """Inside this context every layer with running statistics is called with these options,
+    whatever the model passes.
 
-    `use_running_average=False, update_running_average=False` normalizes with the batch's statistics at test time, while the
-    rest of the model stays in inference. `example_weight` is one weight for a whole network.
+    `use_running_average=False, update_running_average=False` normalizes with the batch's statistics
+    at test time, while the rest of the model stays in inference. `example_weight` is one weight for
+    a whole network.
 
     Args:
-        use_running_average: in place of the layer's field and of what it is called with; None leaves them.
+        use_running_average: in place of the layer's field and of what it is called with; None
+            leaves them.
         update_running_average: likewise.
-        example_weight: alpha of `inference.weigh_example`, a number or traced scalar; layers that do not use running
-            statistics do not get it.
+        example_weight: alpha of `inference.weigh_example`, a number or traced scalar; layers that
+            do not use running statistics do not get it.
 
     Raises:
-        ValueError: an `example_weight` for a layer that uses running statistics and is neither `BatchNorm` nor a row of the
-            table of methods.
+        ValueError: an `example_weight` for a layer that uses running statistics and is neither
+            `BatchNorm` nor a row of the table of methods.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -49,27 +53,38 @@ def call_norms_with(
         [[-1.0], [1.0]]
 
     Reference:
-        Evaluating Prediction-Time Batch Normalization for Robustness under Covariate Shift, 2020, arXiv:2006.10963, for batch
-        statistics at test time; by its summaries.
+        Evaluating Prediction-Time Batch Normalization for Robustness under Covariate Shift, 2020,
+        arXiv:2006.10963, for batch statistics at test time; by its summaries.
     """
 
-    def interceptor(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def interceptor(
+        call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
         module: Any = context.module
-        if context.method_name != "__call__" or not _keeps_running(module, args[0] if args else kwargs.get("x")):
+        if context.method_name != "__call__" or not _keeps_running(
+            module, args[0] if args else kwargs.get("x")
+        ):
             return call(*args, **kwargs)
         own = module.use_running_average
-        (x, *flag), kwargs = args or (kwargs["x"],), {name: value for name, value in kwargs.items() if name != "x"}
+        (x, *flag), kwargs = (
+            args or (kwargs["x"],),
+            {name: value for name, value in kwargs.items() if name != "x"},
+        )
         use = kwargs.pop("use_running_average", flag[0] if flag else None)
         if use_running_average is not None:
             use = use_running_average
-            object.__setattr__(module, "use_running_average", None)  # a field and an argument together are an error
+            object.__setattr__(
+                module, "use_running_average", None
+            )  # a field and an argument together are an error
         if update_running_average is not None:
             kwargs["update_running_average"] = update_running_average
         try:
             if example_weight is not None and (own if use is None else use):
                 if isinstance(module, BatchNorm | Row):
                     kwargs["example_weight"] = example_weight
-                elif "batch_stats" in module.variables:  # some have an argument use_running_average and no state
+                elif (
+                    "batch_stats" in module.variables
+                ):  # some have an argument use_running_average and no state
                     _layers.only_rows(example_weight, type(module).__name__)
             return call(x, use, **kwargs)
         finally:
@@ -100,24 +115,26 @@ def population_statistics(
         pooled:     mean and var of all elements of all batches
         averaged:   means over batches of mean and of var n / (n - 1)
 
-    Every pair of `mean` and `var` in the collection batch_stats is replaced, in one pass over the batches, whose order does
-    not matter; only one batch is held at a time. Layers above the first normalize with the statistics of each batch, so theirs
-    depend on the size of batches: take that of training. A layer that is not used keeps its statistics.
+    Every pair of `mean` and `var` in the collection batch_stats is replaced, in one pass over the
+    batches, whose order does not matter; only one batch is held at a time. Layers above the first
+    normalize with the statistics of each batch, so theirs depend on the size of batches: take that
+    of training. A layer that is not used keeps its statistics.
 
     Args:
-        forward: (variables, batch) -> (anything, updates), a training-mode call of the model with mutable batch_stats. It is
-            compiled, once for each shape of batch.
+        forward: (variables, batch) -> (anything, updates), a training-mode call of the model with
+            mutable batch_stats. It is compiled, once for each shape of batch.
         variables: of the model, with the collection batch_stats.
         batches: what `forward` takes, read once.
         reducer: "pooled" or "averaged".
 
     Returns:
-        `variables` with other batch_stats, of the same dtypes; a `count` (`debias=True`) is 1. Variances that are pooled are
-        biased.
+        `variables` with other batch_stats, of the same dtypes; a `count` (`debias=True`) is 1.
+        Variances that are pooled are biased.
 
     Raises:
-        ValueError: no batches or nothing updated, another reducer, a layer that is called twice in a batch, a layer with
-            another rule of update, such as Flax's own, or with other statistics, such as `BatchRenorm`.
+        ValueError: no batches or nothing updated, another reducer, a layer that is called twice in
+            a batch, a layer with another rule of update, such as Flax's own, or with other
+            statistics, such as `BatchRenorm`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -130,13 +147,17 @@ def population_statistics(
         [2.0]
 
     Reference:
-        Rethinking "Batch" in BatchNorm, 2021, arXiv:2105.07576. The definition was read in fvcore's code.
+        Rethinking "Batch" in BatchNorm, 2021, arXiv:2105.07576. The definition was read in fvcore's
+        code.
     """
     count = _population.count_of(reducer)
     tree = core.unfreeze(dict(variables))
     others = dict(_unpaired(tree.get("batch_stats", {})))
     old = {path: node for path, node in _pairs(tree.get("batch_stats", {}))}
-    start = {path: node | _population.start(node["mean"], node["var"], count) for path, node in old.items()}
+    start = {
+        path: node | _population.start(node["mean"], node["var"], count)
+        for path, node in old.items()
+    }
     step = jax.jit(lambda tree, batch: core.unfreeze(dict(forward(tree, batch)[1]))["batch_stats"])
     now, used, done = start, {}, 0
     for batch in batches:
@@ -147,13 +168,20 @@ def population_statistics(
         now = {path: found.get(path, node) for path, node in now.items()}
         done += 1
         if done == 1:
-            used = {path: _population.was_used("/".join(path), start[path], now[path], done) for path in now}
-    used = {path: _population.was_used("/".join(path), start[path], now[path], done) for path in now}
+            used = {
+                path: _population.was_used("/".join(path), start[path], now[path], done)
+                for path in now
+            }
+    used = {
+        path: _population.was_used("/".join(path), start[path], now[path], done) for path in now
+    }
     _population.check_any(used.values(), done)
     new = {}
     for path in (path for path in old if used[path]):
         node = old[path]
-        new[path] = node | {name: now[path][name].astype(node[name].dtype) for name in ("mean", "var")}
+        new[path] = node | {
+            name: now[path][name].astype(node[name].dtype) for name in ("mean", "var")
+        }
         if "count" in node:
             new[path]["count"] = jax.numpy.ones_like(node["count"])
     return _replaced(tree, new)
@@ -165,7 +193,9 @@ Path = tuple[str, ...]
 def _pairs(tree: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The dicts of a collection that hold a mean and a var."""
     if isinstance(tree, Mapping):
-        if {"mean", "var"} <= set(tree) and not any(isinstance(tree[name], Mapping) for name in ("mean", "var")):
+        if {"mean", "var"} <= set(tree) and not any(
+            isinstance(tree[name], Mapping) for name in ("mean", "var")
+        ):
             yield path, dict(tree)
         for name, node in tree.items():
             yield from _pairs(node, (*path, name))
@@ -174,7 +204,11 @@ def _pairs(tree: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
 def _unpaired(tree: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The running statistics in a collection that are not a mean and a var."""
     if isinstance(tree, Mapping):
-        own = {name: t for name, t in tree.items() if name in _population.STATISTICS and not isinstance(t, Mapping)}
+        own = {
+            name: t
+            for name, t in tree.items()
+            if name in _population.STATISTICS and not isinstance(t, Mapping)
+        }
         if own and not {"mean", "var"} <= set(own):
             yield path, own
         for name, node in tree.items():
@@ -186,6 +220,10 @@ def _replaced(tree: dict[str, Any], nodes: Mapping[Path, dict[str, Any]]) -> dic
 
     def at(node: Any, path: Path) -> Any:
         node = nodes.get(path, node)
-        return {name: at(t, (*path, name)) for name, t in node.items()} if isinstance(node, dict) else node
+        return (
+            {name: at(t, (*path, name)) for name, t in node.items()}
+            if isinstance(node, dict)
+            else node
+        )
 
     return tree | {"batch_stats": at(tree["batch_stats"], ())}

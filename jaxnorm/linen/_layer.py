@@ -15,7 +15,8 @@ from jaxnorm.linen._call import call, ones, zeros
 
 
 class LayerNorm(nn.Module):
-    """Layer normalization, a drop-in replacement for `flax.linen.LayerNorm`: `methods.token_layer_norm` by default.
+    """Layer normalization, a drop-in replacement for `flax.linen.LayerNorm`:
+    `methods.token_layer_norm` by default.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -31,7 +32,8 @@ class LayerNorm(nn.Module):
         feature_axes: axes of scale and bias.
         axis_name: axis of pmap, shard_map or vmap over which the pooled axes go on.
         axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding would show.
+        use_fast_variance: False takes a second, centered pass always; True only where rounding
+            would show.
         force_float32_reductions: accepted for Flax; statistics are float32 or wider always.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
@@ -76,7 +78,8 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalization, a drop-in replacement for `flax.linen.RMSNorm`: `methods.rms_norm`.
+    """Root mean square normalization, a drop-in replacement for `flax.linen.RMSNorm`:
+    `methods.rms_norm`.
 
         y = x / sqrt(mean(x^2) + epsilon) * scale
 

@@ -13,21 +13,24 @@ from jaxnorm.momentum import init_momentum_batch_norm, momentum_batch_norm
 
 
 class MomentumBatchNorm(Layer, kw_only=True):
-    """Batch normalization with the batch blended into running statistics first: `momentum.momentum_batch_norm`.
+    """Batch normalization with the batch blended into running statistics first:
+    `momentum.momentum_batch_norm`.
 
         y = (x - train_mean) / sqrt(train_var + epsilon) * scale + bias
 
-    The collection `batch_stats` holds `train_mean` and `train_var`, with which training normalizes, and `mean` and `var` of
-    inference. The weight of the old training statistics, lambda, is an argument of the call, which training needs: a number
-    or traced scalar, see `momentum.train_momentum_schedule`.
+    The collection `batch_stats` holds `train_mean` and `train_var`, with which training normalizes,
+    and `mean` and `var` of inference. The weight of the old training statistics, lambda, is an
+    argument of the call, which training needs: a number or traced scalar, see
+    `momentum.train_momentum_schedule`.
 
     Args:
-        momentum: tau, weight of the old inference statistics per update: see `momentum.inference_momentum`.
+        momentum: tau, weight of the old inference statistics per update: see
+            `momentum.inference_momentum`.
         Others: as `Norm`.
 
     Raises:
-        ValueError: `use_running_average` given nowhere or twice, training without `train_momentum`, running statistics of
-            another shape.
+        ValueError: `use_running_average` given nowhere or twice, training without `train_momentum`,
+            running statistics of another shape.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -39,7 +42,8 @@ class MomentumBatchNorm(Layer, kw_only=True):
         ['mean', 'train_mean', 'train_var', 'var']
 
     Reference:
-        Momentum Batch Normalization for Deep Learning with Small Batch Size, 2020; see `momentum.momentum_batch_norm`.
+        Momentum Batch Normalization for Deep Learning with Small Batch Size, 2020; see
+        `momentum.momentum_batch_norm`.
     """
 
     momentum: float = 0.99
@@ -54,6 +58,10 @@ class MomentumBatchNorm(Layer, kw_only=True):
         **options: Unpack[StateOptions],
     ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
-        function = partial(momentum_batch_norm, train_momentum=train_momentum, momentum=self.momentum)
+        function = partial(
+            momentum_batch_norm, train_momentum=train_momentum, momentum=self.momentum
+        )
         state = init_momentum_batch_norm
-        return call_function(self, x, function, options, state=state, use_running_average=use_running_average)
+        return call_function(
+            self, x, function, options, state=state, use_running_average=use_running_average
+        )

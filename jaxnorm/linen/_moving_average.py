@@ -19,21 +19,24 @@ from jaxnorm.moving_average import centralize_kernel, init_moving_average, movin
 class MovingAverageNorm(Layer):
     """Division by a root mean square averaged over steps: `moving_average.moving_average_norm`.
 
-    The collection `batch_stats` holds its state; `_overwrite_with_gradient` holds `tap`, (C,). As the name of the collection
-    says, differentiate by it and replace it by its gradient. `flax.training.train_state.TrainState` does so with params
-    that are a dict of the collections `params` and `_overwrite_with_gradient`. How gradients by it are summed over devices
-    stands at the function.
+    The collection `batch_stats` holds its state; `_overwrite_with_gradient` holds `tap`, (C,). As
+    the name of the collection says, differentiate by it and replace it by its gradient.
+    `flax.training.train_state.TrainState` does so with params that are a dict of the collections
+    `params` and `_overwrite_with_gradient`. How gradients by it are summed over devices stands at
+    the function.
 
     Args:
-        layer: `nn.Conv` or `nn.Dense` with use_bias=False, to be applied first, with its kernel less its mean for each output
-            channel: nothing else subtracts a mean. None normalizes x. Its kernel is that of a child of the module in which
-            it was made, such as `Conv_0`, or else of this layer's child `layer`.
+        layer: `nn.Conv` or `nn.Dense` with use_bias=False, to be applied first, with its kernel
+            less its mean for each output channel: nothing else subtracts a mean. None normalizes x.
+            Its kernel is that of a child of the module in which it was made, such as `Conv_0`, or
+            else of this layer's child `layer`.
         window: K, batches over which to average.
         momentum: weight of the old running mean square per update.
         Others: as `Norm`.
 
     Raises:
-        ValueError: a layer with a bias, training without a tap, `use_running_average` given nowhere or twice.
+        ValueError: a layer with a bias, training without a tap, `use_running_average` given nowhere
+            or twice.
 
     Example: a step of training, here without an optimizer.
         >>> import jax, jax.numpy as jnp
@@ -51,8 +54,8 @@ class MovingAverageNorm(Layer):
         {'tap': (16,)}
 
     Reference:
-        Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization, 2020, arXiv:2001.06838; see
-        `moving_average.moving_average_norm`.
+        Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization, 2020,
+        arXiv:2001.06838; see `moving_average.moving_average_norm`.
     """
 
     layer: nn.Module | None = None
@@ -78,8 +81,12 @@ class MovingAverageNorm(Layer):
         tap = None
         if self.is_initializing() or self.has_variable(OVERWRITE_WITH_GRADIENT, "tap"):
             features = feature_shape(x, self.channel_axis)
-            tap = self.variable(OVERWRITE_WITH_GRADIENT, "tap", jnp.zeros, features, jnp.float32).value
+            tap = self.variable(
+                OVERWRITE_WITH_GRADIENT, "tap", jnp.zeros, features, jnp.float32
+            ).value
         schedule = {"average_from": average_from, "correct_from": correct_from, "rmax": rmax}
         function = partial(moving_average_norm, tap=tap, momentum=self.momentum, **schedule)
         state = partial(init_moving_average, window=self.window)
-        return call_function(self, x, function, options, state=state, use_running_average=use_running_average)
+        return call_function(
+            self, x, function, options, state=state, use_running_average=use_running_average
+        )

@@ -12,12 +12,13 @@ from jaxnorm.positional import moment_shortcut
 
 
 class DynamicMomentShortcut(nn.Module):
-    """The moment shortcut with scale and shift that a small network makes of the moments: `positional.moment_shortcut`.
+    """The moment shortcut with scale and shift that a small network makes of the moments:
+    `positional.moment_shortcut`.
 
         y = x * (std + f) + mean + g,    (f, g) = conv(relu(conv([mean, std])))
 
-    with f and g of x's shape. The second convolution is 0 at first, so the layer starts as the plain shortcut; that, and f
-    and g being added to the moments, are ours.
+    with f and g of x's shape. The second convolution is 0 at first, so the layer starts as the
+    plain shortcut; that, and f and g being added to the moments, are ours.
 
     Args:
         hidden_features: channels between the two convolutions.
@@ -38,9 +39,9 @@ class DynamicMomentShortcut(nn.Module):
         (4, 8, 8, 6)
 
     Reference:
-        Positional Normalization, 2019, arXiv:1907.04312. That a convolutional network makes scale and shift of mean and
-        standard deviation stands in the authors' README; two convolutions with 64 channels between them are what applications
-        use.
+        Positional Normalization, 2019, arXiv:1907.04312. That a convolutional network makes scale
+        and shift of mean and standard deviation stands in the authors' README; two convolutions
+        with 64 channels between them are what applications use.
     """
 
     hidden_features: int = 64
@@ -54,10 +55,15 @@ class DynamicMomentShortcut(nn.Module):
         """Scale and shift x; mean and std are those of `positional_norm`, with one channel."""
         x = as_array(x)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        t = jnp.concatenate([jnp.moveaxis(jnp.asarray(m), self.channel_axis, -1) for m in (mean, std)], axis=-1)
+        t = jnp.concatenate(
+            [jnp.moveaxis(jnp.asarray(m), self.channel_axis, -1) for m in (mean, std)], axis=-1
+        )
         t = nn.relu(nn.Conv(self.hidden_features, self.kernel_size, **dtypes)(t))
         channels = x.shape[self.channel_axis]
         t = nn.Conv(2 * channels, self.kernel_size, kernel_init=initializers.zeros, **dtypes)(t)
         scale, shift = (jnp.moveaxis(m, -1, self.channel_axis) for m in jnp.split(t, 2, axis=-1))
-        mean, std = (jnp.asarray(m) + more.astype(jnp.result_type(m)) for m, more in ((mean, shift), (std, scale)))
+        mean, std = (
+            jnp.asarray(m) + more.astype(jnp.result_type(m))
+            for m, more in ((mean, shift), (std, scale))
+        )
         return moment_shortcut(x, mean, std, channel_axis=self.channel_axis)

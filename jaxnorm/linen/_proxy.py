@@ -16,12 +16,13 @@ from jaxnorm.proxy import proxy_norm
 
 
 class ProxyNorm(Layer):
-    """Normalization, activation, and its output standardized by a Gaussian proxy: `proxy.proxy_norm`.
+    """Normalization, activation, and its output standardized by a Gaussian proxy:
+    `proxy.proxy_norm`.
 
         z = activation(scale x^ + bias),    y = (z - mean_q(p)) / sqrt(var_q(p) + proxy_epsilon)
 
-    Parameters are `scale`, `bias`, `proxy_scale` and `proxy_bias`, (C,). Decay the last two, as the authors do, and not the
-    first two.
+    Parameters are `scale`, `bias`, `proxy_scale` and `proxy_bias`, (C,). Decay the last two, as the
+    authors do, and not the first two.
 
     Args:
         method: a row that shares no statistics between examples, such as `methods.layer_norm()`.
@@ -43,8 +44,8 @@ class ProxyNorm(Layer):
         ['bias', 'proxy_bias', 'proxy_scale', 'scale']
 
     Reference:
-        Proxy-Normalizing Activations to Match Batch Normalization while Removing Batch Dependence, 2021, arXiv:2106.03743;
-        see `proxy.proxy_norm`.
+        Proxy-Normalizing Activations to Match Batch Normalization while Removing Batch Dependence,
+        2021, arXiv:2106.03743; see `proxy.proxy_norm`.
     """
 
     method: Method | Groups
@@ -56,8 +57,11 @@ class ProxyNorm(Layer):
     epsilon: float = dataclasses.field(default=1e-3, kw_only=True)
 
     @nn.compact
-    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]) -> jax.Array:
-        """Normalize x; the options are those of `Norm`, and `use_running_average` changes nothing."""
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]
+    ) -> jax.Array:
+        """Normalize x; the options are those of `Norm`, and `use_running_average` changes
+        nothing."""
         function = partial(
             proxy_norm,
             method=self.method,

@@ -17,7 +17,8 @@ class BatchRenorm(Layer, kw_only=True):
 
         y = ((x - mean) / std * r + d) * scale + bias
 
-    The collection `batch_stats` holds `mean` and `std`. The bounds of r and d are arguments of the call, numbers or traced
+    The collection `batch_stats` holds `mean` and `std`. The bounds of r and d are arguments of the
+    call, numbers or traced
     scalars: see `renorm.batch_renorm_bounds`.
 
     Args:
@@ -25,7 +26,8 @@ class BatchRenorm(Layer, kw_only=True):
         Others: as `Norm`.
 
     Raises:
-        ValueError: `use_running_average` given nowhere or twice, running statistics of another shape.
+        ValueError: `use_running_average` given nowhere or twice, running statistics of another
+            shape.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -37,8 +39,8 @@ class BatchRenorm(Layer, kw_only=True):
         {'mean': (3,), 'std': (3,)}
 
     Reference:
-        Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models, 2017, arXiv:1702.03275;
-        see `renorm.batch_renorm`.
+        Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models,
+        2017, arXiv:1702.03275; see `renorm.batch_renorm`.
     """
 
     momentum: float = 0.99
@@ -55,4 +57,11 @@ class BatchRenorm(Layer, kw_only=True):
     ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
         function = partial(batch_renorm, rmax=rmax, dmax=dmax, momentum=self.momentum)
-        return call_function(self, x, function, options, state=init_batch_renorm, use_running_average=use_running_average)
+        return call_function(
+            self,
+            x,
+            function,
+            options,
+            state=init_batch_renorm,
+            use_running_average=use_running_average,
+        )

@@ -49,25 +49,44 @@ class Row(Layer, kw_only=True):
         bias: ArrayLike | None = None,
         activation: Activation | None = None,
     ) -> jax.Array:
-        """Normalize x; `mask` broadcasts against x and says what counts, or how much, and `example_weight` is
-        `inference.weigh_example`'s, with running statistics."""
+        """Normalize x; `mask` broadcasts against x and says what counts, or how much, and
+        `example_weight` is `inference.weigh_example`'s, with running statistics."""
         x = as_array(x)
         row = self.row(x.shape)
         state = running = None
         if row.pools_batch and self.is_initializing():
-            row = _layers.whole_batch(row)  # any batch initializes, also one that ghosts do not divide
+            row = _layers.whole_batch(
+                row
+            )  # any batch initializes, also one that ghosts do not divide
         if row.pools_batch and self.momentum is not None:
-            use = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+            use = nn.merge_param(
+                "use_running_average", self.use_running_average, use_running_average
+            )
             measured = self.measured(row)
-            shapes = running_shape(measured, x.shape, batch_axis=self.batch_axis, channel_axis=self.channel_axis)
+            shapes = running_shape(
+                measured, x.shape, batch_axis=self.batch_axis, channel_axis=self.channel_axis
+            )
             state = State(self, x, *shapes)
             weight = self.weight(example_weight, use)
             running = state.running(
-                use, update_running_average, measured=None if measured == row else measured, example_weight=weight
+                use,
+                update_running_average,
+                measured=None if measured == row else measured,
+                example_weight=weight,
             )
         else:
             _layers.needs_running(example_weight)
-        return call(self, x, row, (scale, bias), self.channel_axis, mask, activation, state=state, running=running)
+        return call(
+            self,
+            x,
+            row,
+            (scale, bias),
+            self.channel_axis,
+            mask,
+            activation,
+            state=state,
+            running=running,
+        )
 
 
 class Norm(Row):
@@ -75,14 +94,15 @@ class Norm(Row):
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    with the moments of the sets that `method` describes. Methods that share statistics between examples keep running ones
-    in the collection `batch_stats`, (C,) for batch norm, (G,) for batch group norm, and need `use_running_average`; others
-    ignore it.
+    with the moments of the sets that `method` describes. Methods that share statistics between
+    examples keep running ones in the collection `batch_stats`, (C,) for batch norm, (G,) for batch
+    group norm, and need `use_running_average`; others ignore it.
 
     Args:
         method: a `Method`, such as `methods.group_norm(32)`, or `Groups`.
         use_running_average: normalize with the running statistics; here or at the call, not both.
-        momentum: weight of the old running statistics per update; None keeps none and always uses the batch's.
+        momentum: weight of the old running statistics per update; None keeps none and always uses
+            the batch's.
         epsilon: added to the variance, in the unit of x squared.
         dtype: of the output; None promotes input and parameters.
         param_dtype: of the parameters.
@@ -93,13 +113,15 @@ class Norm(Row):
         axis_name: axis of pmap, shard_map or vmap over which sets go on.
         axis_index_groups: groups of indices of that axis that share statistics.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
-        debias: divide the initial 0 and 1 out of the running statistics; adds `count` to the collection.
+        debias: divide the initial 0 and 1 out of the running statistics; adds `count` to the
+            collection.
         correction: 1 stores the unbiased variance, as PyTorch does.
         batch_axis: axis of the examples.
         channel_axis: axis of the channels: -1 for NHWC, 1 for NCHW.
 
     Raises:
-        ValueError: axes that do not split, `use_running_average` given nowhere or twice, running statistics of another shape.
+        ValueError: axes that do not split, `use_running_average` given nowhere or twice, running
+            statistics of another shape.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -120,13 +142,15 @@ class GhostBatchNorm(Row):
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    with the moments of each channel in each ghost batch. Running statistics are pooled over the ghosts, unless asked for
-    otherwise, so they are those of `BatchNorm`; they serve any batch at inference.
+    with the moments of each channel in each ghost batch. Running statistics are pooled over the
+    ghosts, unless asked for otherwise, so they are those of `BatchNorm`; they serve any batch at
+    inference.
 
     Args:
         num_ghosts: number of ghost batches, a divisor of the batch.
         ghost_size: or the examples in each.
-        ghost_update: "pooled", "averaged", "sequential" or "sequential divided": see `update_running`.
+        ghost_update: "pooled", "averaged", "sequential" or "sequential divided": see
+            `update_running`.
         Others: as `Norm`.
 
     Raises:
@@ -140,8 +164,8 @@ class GhostBatchNorm(Row):
         (5, 8, 8, 3)
 
     Reference:
-        Train longer, generalize better: closing the generalization gap in large batch training of neural networks, 2017,
-        arXiv:1705.08741.
+        Train longer, generalize better: closing the generalization gap in large batch training of
+        neural networks, 2017, arXiv:1705.08741.
     """
 
     num_ghosts: int | None = None
@@ -157,12 +181,14 @@ class BatchGroupNorm(Row):
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    The collection `batch_stats` holds `mean` and `var`, (G,). Where G does not divide the channels, groups are of positions
-    too: the layer then depends on the position, takes real x, and is tied to the image size with which it was initialized;
-    the collection's `positions` has that shape, (H, W).
+    The collection `batch_stats` holds `mean` and `var`, (G,). Where G does not divide the channels,
+    groups are of positions
+    too: the layer then depends on the position, takes real x, and is tied to the image size with
+    which it was initialized; the collection's `positions` has that shape, (H, W).
 
     Args:
-        num_groups: G, a divisor of channels times positions; `methods.batch_group_count` chooses one by the batch's size.
+        num_groups: G, a divisor of channels times positions; `methods.batch_group_count` chooses
+            one by the batch's size.
         Others: as `Norm`.
 
     Raises:
@@ -196,15 +222,28 @@ class BatchGroupNorm(Row):
         """Normalize x; the options are those of `Norm`."""
         x = as_array(x)
         if x.shape[single_axis(self.channel_axis, x.shape)] % self.num_groups == 0:
-            return super().__call__(x, use_running_average, example_weight=example_weight, **options)
+            return super().__call__(
+                x, use_running_average, example_weight=example_weight, **options
+            )
         _layers.only_channel_groups(example_weight)
         axes = {"batch_axis": self.batch_axis, "channel_axis": self.channel_axis}
-        first = partial(init_batch_group_norm, self.num_groups, x.shape, counted=self.debias, **axes)
+        first = partial(
+            init_batch_group_norm, self.num_groups, x.shape, counted=self.debias, **axes
+        )
         static = {"num_groups": self.num_groups, "correction": self.correction}
         if self.momentum is None:
-            return call_function(self, x, partial(with_batch, batch_group_norm, first(), **static), options)
+            return call_function(
+                self, x, partial(with_batch, batch_group_norm, first(), **static), options
+            )
         function = partial(batch_group_norm, momentum=self.momentum, **static)
-        return call_function(self, x, function, options, state=lambda _: first(), use_running_average=use_running_average)
+        return call_function(
+            self,
+            x,
+            function,
+            options,
+            state=lambda _: first(),
+            use_running_average=use_running_average,
+        )
 
 
 class BatchAndGroupNorm(Row):
@@ -212,22 +251,24 @@ class BatchAndGroupNorm(Row):
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    with the moments of each group of channels in each ghost batch. Running statistics are those of each channel over the whole
-    batch, as `BatchNorm`'s. Inference pools them over each group and weighs the example's own in: `inference.weigh_example`,
-    by default with the weight that an example has in training. A ghost of one example is group normalization, in both.
+    with the moments of each group of channels in each ghost batch. Running statistics are those of
+    each channel over the whole batch, as `BatchNorm`'s. Inference pools them over each group and
+    weighs the example's own in: `inference.weigh_example`, by default with the weight that an
+    example has in training. A ghost of one example is group normalization, in both.
 
     Args:
         num_ghosts: number of ghost batches, a divisor of the batch.
         num_groups: number of channel groups, a divisor of the channels.
         ghost_size: or the examples in each ghost.
         group_size: or the channels in each group.
-        example_weight: of an example at inference, where the call gives none. None is 1 / ghost_size. The authors' code has 0,
-            to be chosen after training: see `inference.choose_example_weight`.
+        example_weight: of an example at inference, where the call gives none. None is 1 /
+            ghost_size. The authors' code has 0, to be chosen after training: see
+            `inference.choose_example_weight`.
         Others: as `Norm`.
 
     Raises:
-        ValueError: both or neither are given, of ghosts or of groups, axes that do not split, or no `example_weight` at
-            inference with ghosts given by number.
+        ValueError: both or neither are given, of ghosts or of groups, axes that do not split, or no
+            `example_weight` at inference with ghosts given by number.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -239,7 +280,8 @@ class BatchAndGroupNorm(Row):
         (5, 8, 8, 16)
 
     Reference:
-        Four Things Everyone Should Know to Improve Batch Normalization, 2020, arXiv:1906.03548; see `inference.weigh_example`.
+        Four Things Everyone Should Know to Improve Batch Normalization, 2020, arXiv:1906.03548; see
+        `inference.weigh_example`.
     """
 
     num_ghosts: int | None = None
@@ -261,7 +303,8 @@ class BatchAndGroupNorm(Row):
 
 
 class PositionalNorm(Row):
-    """Normalization of each position over its channels: `methods.positional_norm`, without scale and bias by default.
+    """Normalization of each position over its channels: `methods.positional_norm`, without scale
+    and bias by default.
 
         y = (x - mean) / sqrt(var + epsilon)
 

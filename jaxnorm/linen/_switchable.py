@@ -13,20 +13,23 @@ from jaxnorm.switchable import init_switchable_norm, switchable_norm, without_ba
 
 
 class SwitchableNorm(Layer, kw_only=True):
-    """Normalization by a learned mixture of instance, layer and batch statistics: `switchable.switchable_norm`.
+    """Normalization by a learned mixture of instance, layer and batch statistics:
+    `switchable.switchable_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    Learned logits `mean_logits` and `var_logits`, 1 each at first, weigh the three kinds, in this order. The collection
-    `batch_stats` holds `mean` and `var` of the batch part.
+    Learned logits `mean_logits` and `var_logits`, 1 each at first, weigh the three kinds, in this
+    order. The collection `batch_stats` holds `mean` and `var` of the batch part.
 
     Args:
-        use_batch: False leaves the batch part out; then there is no state, and `use_running_average` is ignored.
+        use_batch: False leaves the batch part out; then there is no state, and
+            `use_running_average` is ignored.
         momentum: weight of the old running statistics per update; the authors use 0.9.
         Others: as `Norm`.
 
     Raises:
-        ValueError: `use_running_average` given nowhere or twice, running statistics of another shape.
+        ValueError: `use_running_average` given nowhere or twice, running statistics of another
+            shape.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -35,20 +38,27 @@ class SwitchableNorm(Layer, kw_only=True):
         {'mean_logits': (3,), 'var_logits': (3,)}
 
     Reference:
-        Differentiable Learning-to-Normalize via Switchable Normalization, 2018, arXiv:1806.10779; see
-        `switchable.switchable_norm`.
+        Differentiable Learning-to-Normalize via Switchable Normalization, 2018, arXiv:1806.10779;
+        see `switchable.switchable_norm`.
     """
 
     use_batch: bool = True
     momentum: float = 0.99
 
     @nn.compact
-    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]) -> jax.Array:
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]
+    ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
         shape = (3 if self.use_batch else 2,)
-        logits = {name: self.param(name, ones, shape, self.param_dtype) for name in ("mean_logits", "var_logits")}
+        logits = {
+            name: self.param(name, ones, shape, self.param_dtype)
+            for name in ("mean_logits", "var_logits")
+        }
         if not self.use_batch:
             return call_function(self, x, partial(without_batch, **logits), options)
         function = partial(switchable_norm, momentum=self.momentum, **logits)
         state = init_switchable_norm
-        return call_function(self, x, function, options, state=state, use_running_average=use_running_average)
+        return call_function(
+            self, x, function, options, state=state, use_running_average=use_running_average
+        )

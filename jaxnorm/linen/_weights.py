@@ -21,21 +21,31 @@ class _Standardized(nn.Module):
         value = super().param(name, *args, **kwargs)
         if name != "kernel":
             return value
-        gain = super().param("gain", initializers.ones, value.shape[-1:], value.dtype) if self.use_gain else None
+        gain = (
+            super().param("gain", initializers.ones, value.shape[-1:], value.dtype)
+            if self.use_gain
+            else None
+        )
         return methods.standardize_kernel(
-            value, gain=gain, epsilon=self.epsilon, correction=self.correction, epsilon_outside=self.epsilon_outside
+            value,
+            gain=gain,
+            epsilon=self.epsilon,
+            correction=self.correction,
+            epsilon_outside=self.epsilon_outside,
         )
 
 
 class WSConv(_Standardized, nn.Conv, kw_only=True):
-    """Convolution with Weight Standardization: `flax.linen.Conv` with its kernel through `methods.standardize_kernel`.
+    """Convolution with Weight Standardization: `flax.linen.Conv` with its kernel through
+    `methods.standardize_kernel`.
 
         y = conv(x, (W - mean_o) / sqrt(var_o + epsilon)) + bias
 
     The parameter `kernel` is W itself. Let a normalization layer follow, or use the gain.
 
     Args:
-        use_gain: multiply by a learned gain (`gain`, one for each output, 1 at first) over the root of the fan-in.
+        use_gain: multiply by a learned gain (`gain`, one for each output, 1 at first) over the root
+            of the fan-in.
         epsilon: added to the variance of the kernel.
         correction: 1 divides that variance by n - 1.
         epsilon_outside: add epsilon to the standard deviation.
@@ -51,13 +61,14 @@ class WSConv(_Standardized, nn.Conv, kw_only=True):
         {'bias': (8,), 'kernel': (3, 3, 2, 8)}
 
     Reference:
-        Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019, arXiv:1903.10520; see
-        `methods.standardize_kernel`.
+        Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019,
+        arXiv:1903.10520; see `methods.standardize_kernel`.
     """
 
 
 class WSDense(_Standardized, nn.Dense, kw_only=True):
-    """Dense layer with Weight Standardization: `flax.linen.Dense` with its kernel through `methods.standardize_kernel`.
+    """Dense layer with Weight Standardization: `flax.linen.Dense` with its kernel through
+    `methods.standardize_kernel`.
 
         y = x (W - mean_o) / sqrt(var_o + epsilon) + bias
 
@@ -75,6 +86,6 @@ class WSDense(_Standardized, nn.Dense, kw_only=True):
         {'bias': (8,), 'gain': (8,), 'kernel': (4, 8)}
 
     Reference:
-        Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019, arXiv:1903.10520; see
-        `methods.standardize_kernel`.
+        Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019,
+        arXiv:1903.10520; see `methods.standardize_kernel`.
     """

@@ -1,9 +1,11 @@
-"""Flax nnx layers: `Norm` for any row of the table of methods, and drop-in replacements for Flax's own layers.
+"""Flax nnx layers: `Norm` for any row of the table of methods, and drop-in replacements for Flax's
+own layers.
 
-`BatchNorm`, `GroupNorm`, `LayerNorm`, `InstanceNorm` and `RMSNorm` take the arguments of `flax.nnx` and hold the same
-variables under the same names; the docstring of `jaxnorm.linen` says what else holds for both frameworks. Statistics are
-computed from x as it comes, in float32 or wider; `dtype` is the dtype of the output. A `promote_dtype` other than Flax's
-default is applied to input, statistics and parameters as in Flax; only these layers and rows of the table take one.
+`BatchNorm`, `GroupNorm`, `LayerNorm`, `InstanceNorm` and `RMSNorm` take the arguments of `flax.nnx`
+and hold the same variables under the same names; the docstring of `jaxnorm.linen` says what else
+holds for both frameworks. Statistics are computed from x as it comes, in float32 or wider; `dtype`
+is the dtype of the output. A `promote_dtype` other than Flax's default is applied to input,
+statistics and parameters as in Flax; only these layers and rows of the table take one.
 """
 
 from jaxnorm.nnx._batch import BatchNorm as BatchNorm

@@ -33,8 +33,10 @@ class BatchNorm(StatefulLayer):
         scale_init: initializer of the scale.
         axis_name: axis of pmap, shard_map or vmap over which the sets go on.
         axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding would show.
-        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no statistics here.
+        use_fast_variance: False takes a second, centered pass always; True only where rounding
+            would show.
+        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
+            statistics here.
         rngs: random number streams for the initializers.
         bias_metadata: for the bias variable.
         scale_metadata: for the scale variable.
@@ -51,7 +53,8 @@ class BatchNorm(StatefulLayer):
         ((4, 8, 8, 3), (3,))
 
     Reference:
-        Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift, 2015, arXiv:1502.03167.
+        Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+        Shift, 2015, arXiv:1502.03167.
     """
 
     def __init__(
@@ -92,8 +95,8 @@ class BatchNorm(StatefulLayer):
         bias: ArrayLike | None = None,
         activation: Activation | None = None,
     ) -> jax.Array:
-        """Normalize x; `mask` broadcasts against x and says what counts, or how much, and `example_weight` is
-        `inference.weigh_example`'s, with running statistics."""
+        """Normalize x; `mask` broadcasts against x and says what counts, or how much, and
+        `example_weight` is `inference.weigh_example`'s, with running statistics."""
         x = as_array(x)
         shape = _layers.keep_axes(x, self.axis)
         flags = use_running_average, update_running_average

@@ -44,10 +44,16 @@ class Layer(nnx.Module):
     ghost_update: GhostUpdate = "pooled"
 
     def _construct(self, options: dict[str, Any]) -> None:
-        """Keep a constructor's arguments as attributes and make scale and bias, in this order, as Flax does."""
-        options = {name: value for name, value in options.items() if name not in ("self", "__class__")}
+        """Keep a constructor's arguments as attributes and make scale and bias, in this order, as
+        Flax does."""
+        options = {
+            name: value for name, value in options.items() if name not in ("self", "__class__")
+        }
         rngs = options.pop("rngs")
-        made = {name: (options.pop(f"{name}_init", zeros), options.pop(f"{name}_metadata", NONE)) for name in ("scale", "bias")}
+        made = {
+            name: (options.pop(f"{name}_init", zeros), options.pop(f"{name}_metadata", NONE))
+            for name in ("scale", "bias")
+        }
         for name, value in options.items():
             setattr(self, name, value)
         for name, (init, metadata) in made.items():
@@ -58,13 +64,15 @@ class Layer(nnx.Module):
             value = value - 1 if name == "scale" and self.unit_offset else value
             setattr(self, name, nnx.Param(value, **metadata))
 
-    def _parameter(self, name: str, given: ArrayLike | None, x: jax.Array, axes: Axes) -> jax.Array | None:
+    def _parameter(
+        self, name: str, given: ArrayLike | None, x: jax.Array, axes: Axes
+    ) -> jax.Array | None:
         """Scale or bias: the layer's own, or what was given in its place at the call."""
         own = getattr(self, name, None)
         if given is not None and own is not None:
             raise ValueError(
-                f"{name} was given at the call, but the layer has its own. Expected one of the two: construct it with "
-                f"use_{name}=False."
+                f"{name} was given at the call, but the layer has its own. Expected one of the two:"
+                f" construct it with use_{name}=False."
             )
         if own is None:
             return None if given is None else jnp.asarray(given)
@@ -85,7 +93,10 @@ class Layer(nnx.Module):
         mean: Literal[0] | None = None,
         running: Running | None = None,
     ) -> jax.Array:
-        scale, bias = (self._parameter(name, t, x, feature_axes) for name, t in zip(("scale", "bias"), given, strict=True))
+        scale, bias = (
+            self._parameter(name, t, x, feature_axes)
+            for name, t in zip(("scale", "bias"), given, strict=True)
+        )
         old = () if running is None else (self.mean[...], self.var[...])
         if self.promote_dtype is promote_dtype:
             dtype = _layers.output_dtype(x, *old, scale, bias, dtype=self.dtype)
@@ -94,7 +105,9 @@ class Layer(nnx.Module):
             x, *promoted = self.promote_dtype((x, *old, *affine), dtype=self.dtype)
             statistics, (scale, bias) = promoted[: len(old)], (*promoted[len(old) :], bias)[:2]
             if running is not None and running.use and not running.update:
-                running = running.with_values(*(t.reshape(running.moments.mean.shape) for t in statistics))
+                running = running.with_values(
+                    *(t.reshape(running.moments.mean.shape) for t in statistics)
+                )
             dtype = _layers.output_dtype(x, scale, bias, dtype=self.dtype)
         y, new = _layers.apply(
             _layers.wide_enough(x, dtype),
@@ -119,9 +132,14 @@ class Layer(nnx.Module):
                 self.calls[...] = self.calls[...] + 1
             for name in ("count", "mean", "var"):
                 if (value := getattr(new, name)) is not None:
-                    variable = getattr(self, population if name == "count" and population is not None else name)
-                    # A variable may be a reference shared with the outside, which must not keep a tracer of a derivative.
-                    variable[...] = lax.stop_gradient(value.reshape(variable.shape).astype(variable.dtype))
+                    variable = getattr(
+                        self, population if name == "count" and population is not None else name
+                    )
+                    # A variable may be a reference shared with the outside, which must not keep a
+                    # tracer of a derivative.
+                    variable[...] = lax.stop_gradient(
+                        value.reshape(variable.shape).astype(variable.dtype)
+                    )
         return y
 
 
@@ -134,13 +152,21 @@ class StatefulLayer(Layer):
 
     def _make_running(self, shape: Shape, counted: bool = False) -> None:
         complex_mean = self.dtype is not None and jnp.issubdtype(self.dtype, jnp.complexfloating)
-        first = init_running(shape, dtype=jnp.complex64 if complex_mean else jnp.float32, counted=counted)
+        first = init_running(
+            shape, dtype=jnp.complex64 if complex_mean else jnp.float32, counted=counted
+        )
         self.mean, self.var = nnx.BatchStat(first.mean), nnx.BatchStat(first.var)
         if counted:
             self.count = nnx.BatchStat(first.count)
 
     def _running(
-        self, x: jax.Array, shape: Shape, statistic: Shape, use: bool | None, update: bool | None, **options: Any
+        self,
+        x: jax.Array,
+        shape: Shape,
+        statistic: Shape,
+        use: bool | None,
+        update: bool | None,
+        **options: Any,
     ) -> Running:
         """The running statistics in the shape that serves x, and what the flags ask for."""
         use = self._uses_running(use)
@@ -161,8 +187,9 @@ class StatefulLayer(Layer):
         use = self.use_running_average if use is None else use
         if use is None:
             raise ValueError(
-                f"No `use_running_average` argument was provided to {type(self).__name__}. Got None from the constructor and "
-                "at the call; expected True or False from one of them, or from nnx.view(model, use_running_average=...)."
+                f"No `use_running_average` argument was provided to {type(self).__name__}. Got None"
+                " from the constructor and at the call; expected True or False from one of them,"
+                " or from nnx.view(model, use_running_average=...)."
             )
         return use
 
@@ -194,9 +221,11 @@ class StatefulLayer(Layer):
 
 
 class Function(StatefulLayer):
-    """A layer whose method is a function: `function(x, state, train=, ...)` or, without state, `function(x, ...)`.
+    """A layer whose method is a function: `function(x, state, train=, ...)` or, without state,
+    `function(x, ...)`.
 
-    `state(C)` is the state before the first step; its arrays are variables of the layer, `nnx.BatchStat`.
+    `state(C)` is the state before the first step; its arrays are variables of the layer,
+    `nnx.BatchStat`.
     """
 
     def __init__(
@@ -225,7 +254,11 @@ class Function(StatefulLayer):
         self._state = tuple(first)
         for name, value in first.items():
             setattr(self, name, nnx.BatchStat(value))
-        options = {name: value for name, value in locals().items() if name not in ("state", "first", "name", "value")}
+        options = {
+            name: value
+            for name, value in locals().items()
+            if name not in ("state", "first", "name", "value")
+        }
         self._construct(options)
 
     def _run(
@@ -238,7 +271,10 @@ class Function(StatefulLayer):
     ) -> jax.Array:
         _layers.check_call(options)
         x = as_array(x)
-        scale, bias = (self._parameter(name, options.get(name), x, self.channel_axis) for name in ("scale", "bias"))
+        scale, bias = (
+            self._parameter(name, options.get(name), x, self.channel_axis)
+            for name in ("scale", "bias")
+        )
         old = {name: getattr(self, name)[...] for name in self._state}
         dtype = _layers.output_dtype(x, *old.values(), scale, bias, dtype=self.dtype)
         arguments = {

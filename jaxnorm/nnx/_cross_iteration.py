@@ -15,9 +15,11 @@ from jaxnorm.nnx._in_front import check_in_front, in_front
 
 
 class CrossIterationNorm(Function):
-    """A convolution or dense layer, normalized over this batch and the last ones: `cross_iteration.cross_iteration_norm`.
+    """A convolution or dense layer, normalized over this batch and the last ones:
+    `cross_iteration.cross_iteration_norm`.
 
-    Running statistics are `mean` and `var` of inference and the window, about `window` times the kernel.
+    Running statistics are `mean` and `var` of inference and the window, about `window` times the
+    kernel.
 
     Args:
         layer: `nnx.Conv` or `nnx.Linear` with use_bias=False.
@@ -39,16 +41,22 @@ class CrossIterationNorm(Function):
         ((4, 8, 8, 16), (3, 3, 3, 3, 16))
 
     Reference:
-        Cross-Iteration Batch Normalization, 2020, arXiv:2002.05712; see `cross_iteration.cross_iteration_norm`.
+        Cross-Iteration Batch Normalization, 2020, arXiv:2002.05712; see
+        `cross_iteration.cross_iteration_norm`.
     """
 
-    def __init__(self, layer: nnx.Module, *, window: int = 3, momentum: float = 0.9, **options: Any):
+    def __init__(
+        self, layer: nnx.Module, *, window: int = 3, momentum: float = 0.9, **options: Any
+    ):
         check_in_front(layer)
         self.layer: Any = layer
         self.momentum = momentum
         kernel = self.layer.kernel
         groups = getattr(self.layer, "feature_group_count", 1)
-        state = lambda _: init_cross_iteration(kernel.shape, window=window, feature_group_count=groups)  # noqa: E731
+
+        def state(_):
+            return init_cross_iteration(kernel.shape, window=window, feature_group_count=groups)
+
         super().__init__(kernel.shape[-1], state=state, **options)
 
     def __call__(
@@ -60,11 +68,20 @@ class CrossIterationNorm(Function):
         rho: ArrayLike = 1.0,
         **options: Unpack[StateOptions],
     ) -> jax.Array:
-        """Apply the layer and normalize; `window` says how many batches to pool with now, and the options are `Norm`'s."""
+        """Apply the layer and normalize; `window` says how many batches to pool with now, and the
+        options are `Norm`'s."""
         x = as_array(x)
         x = wide_enough(x, x.dtype)
         kernel, layer = in_front(self.layer)
         function = partial(
-            cross_iteration_norm, inputs=x, kernel=kernel, layer=layer, window=window, rho=rho, momentum=self.momentum
+            cross_iteration_norm,
+            inputs=x,
+            kernel=kernel,
+            layer=layer,
+            window=window,
+            rho=rho,
+            momentum=self.momentum,
         )
-        return self._run(layer(x, kernel), function, options, use_running_average=use_running_average)
+        return self._run(
+            layer(x, kernel), function, options, use_running_average=use_running_average
+        )

@@ -15,7 +15,8 @@ from jaxnorm.nnx._call import Function
 
 
 class DomainDistance(nnx.Intermediate):
-    """What `DomainSpecificBatchNorm` stores under `nnx.capture`: how far each example is from the domain, (N,)."""
+    """What `DomainSpecificBatchNorm` stores under `nnx.capture`: how far each example is from the
+    domain, (N,)."""
 
 
 class DomainSpecificBatchNorm(Function):
@@ -23,15 +24,16 @@ class DomainSpecificBatchNorm(Function):
 
         y_n = (x_n - mean_d) / sqrt(var_d + epsilon) * scale + bias,    d the domain of example n
 
-    Running statistics are `mean` and `var`, (D, C). The domain is an argument of the call: an integer for the batch, or (N,)
-    integers. Under `nnx.capture(model, DomainDistance)` the layer stores how far each example is from the domain, (N,), for
-    `domains.domain_ensemble`.
+    Running statistics are `mean` and `var`, (D, C). The domain is an argument of the call: an
+    integer for the batch, or (N,) integers. Under `nnx.capture(model, DomainDistance)` the layer
+    stores how far each example is from the domain, (N,), for `domains.domain_ensemble`.
 
     Args:
         num_features: channels.
         num_domains: D.
         momentum: weight of the old running statistics per update.
-        Others: as `Norm`. Scale and bias are shared; with `use_scale=False` the call takes domain-specific ones.
+        Others: as `Norm`. Scale and bias are shared; with `use_scale=False` the call takes
+            domain-specific ones.
 
     Raises:
         ValueError: running statistics of another shape.
@@ -51,7 +53,9 @@ class DomainSpecificBatchNorm(Function):
         `domains.domain_batch_norm`.
     """
 
-    def __init__(self, num_features: int, *, num_domains: int, momentum: float = 0.99, **options: Any):
+    def __init__(
+        self, num_features: int, *, num_domains: int, momentum: float = 0.99, **options: Any
+    ):
         self.momentum = momentum
         state = partial(init_domain_batch_norm, num_domains=num_domains)
         super().__init__(num_features, state=state, **options)

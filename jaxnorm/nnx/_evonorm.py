@@ -40,19 +40,30 @@ class EvoNormB0(Function):
         Evolving Normalization-Activation Layers, 2020, arXiv:2004.02967; see `evonorm.evonorm_b0`.
     """
 
-    def __init__(self, num_features: int, *, momentum: float = 0.9, v_init: Initializer = ones, rngs: nnx.Rngs, **options: Any):
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        momentum: float = 0.9,
+        v_init: Initializer = ones,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
         self.momentum = momentum
         super().__init__(num_features, state=init_evonorm_b0, rngs=rngs, **options)
         self.v = nnx.Param(v_init(rngs.params(), (num_features,), self.param_dtype))
 
-    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]) -> jax.Array:
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]
+    ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
         function = partial(evonorm_b0, v=self.v[...], momentum=self.momentum)
         return self._run(x, function, options, use_running_average=use_running_average)
 
 
 class EvoNormS0(Function):
-    """EvoNorm S0, normalization and activation at once, without statistics of the batch: `evonorm.evonorm_s0`.
+    """EvoNorm S0, normalization and activation at once, without statistics of the batch:
+    `evonorm.evonorm_s0`.
 
         y = x sigmoid(v x) / sqrt(var_hwg + epsilon) * scale + bias
 
@@ -77,11 +88,22 @@ class EvoNormS0(Function):
         Evolving Normalization-Activation Layers, 2020, arXiv:2004.02967; see `evonorm.evonorm_s0`.
     """
 
-    def __init__(self, num_features: int, *, num_groups: int = 32, v_init: Initializer = ones, rngs: nnx.Rngs, **options: Any):
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        num_groups: int = 32,
+        v_init: Initializer = ones,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
         self.num_groups = num_groups
         super().__init__(num_features, rngs=rngs, **options)
         self.v = nnx.Param(v_init(rngs.params(), (num_features,), self.param_dtype))
 
-    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]) -> jax.Array:
-        """Normalize x; the options are those of `Norm`, and `use_running_average` changes nothing."""
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]
+    ) -> jax.Array:
+        """Normalize x; the options are those of `Norm`, and `use_running_average` changes
+        nothing."""
         return self._run(x, partial(evonorm_s0, v=self.v[...], num_groups=self.num_groups), options)

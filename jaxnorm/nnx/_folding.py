@@ -18,12 +18,18 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 class FoldedNorm(nnx.Module):
-    """What is left of a norm that was folded into the layer before it: the dtype of its output, and its activation."""
+    """What is left of a norm that was folded into the layer before it: the dtype of its output, and
+    its activation."""
 
     dtype: Any = None
 
     def __call__(
-        self, x: jax.Array, use_running_average: bool | None = None, *, activation: Activation | None = None, **options: Any
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        activation: Activation | None = None,
+        **options: Any,
     ) -> jax.Array:
         """x, in the norm's output dtype, and activated."""
         x = x.astype(self.dtype)
@@ -31,12 +37,13 @@ class FoldedNorm(nnx.Module):
 
 
 def fold_norms(model: Model, *example: Any, forward: Callable[..., Any] | None = None) -> Model:
-    """Fold norms that use running statistics into the convolution or dense layer before them, in a whole model.
+    """Fold norms that use running statistics into the convolution or dense layer before them, in a
+    whole model.
 
-    A norm is folded where its input is exactly the output of a `Conv`, `ConvTranspose` or `Linear` and nothing else uses that
-    output, as read from the traced program, and nothing else uses or holds the layer's parameters (tied weights); all others
-    stay. Flax's own `BatchNorm` is folded too. The result is equal up to
-    rounding.
+    A norm is folded where its input is exactly the output of a `Conv`, `ConvTranspose` or `Linear`
+    and nothing else uses that output, as read from the traced program, and nothing else uses or
+    holds the layer's parameters (tied weights); all others stay. Flax's own `BatchNorm` is folded
+    too. The result is equal up to rounding.
 
     Args:
         model: in inference, such as `nnx.view(model, use_running_average=True)`.
@@ -44,8 +51,8 @@ def fold_norms(model: Model, *example: Any, forward: Callable[..., Any] | None =
         forward: (model, *inputs) -> outputs, an inference call. None calls the model.
 
     Returns:
-        A copy in which folded norms are `FoldedNorm`, without variables, and the layers before them have other kernels and a
-        bias.
+        A copy in which folded norms are `FoldedNorm`, without variables, and the layers before them
+        have other kernels and a bias.
 
     Example:
         >>> import jax.numpy as jnp
@@ -74,13 +81,22 @@ def fold_norms(model: Model, *example: Any, forward: Callable[..., Any] | None =
 
     program = jax.make_jaxpr(trace)(state, *example)
     leaves, structure = jax.tree.flatten(state)
-    uses = _modules(nnx.merge(graph, structure.unflatten(map(np.asarray, folding.uses(program)[: len(leaves)]))))
+    uses = _modules(
+        nnx.merge(graph, structure.unflatten(map(np.asarray, folding.uses(program)[: len(leaves)])))
+    )
     copy = nnx.clone(model)
     modules = _modules(copy)
-    holders = Counter(id(t) for module in modules.values() for t in vars(module).values() if isinstance(t, nnx.Variable))
+    holders = Counter(
+        id(t)
+        for module in modules.values()
+        for t in vars(module).values()
+        if isinstance(t, nnx.Variable)
+    )
     for norm, layer in folding.pairs(program).items():
         own = [t for t in vars(modules[layer]).values() if isinstance(t, nnx.Variable)]
-        if all(holders[id(t)] == 1 for t in own) and all(n <= 1 for n in _values(uses[layer]).values()):
+        if all(holders[id(t)] == 1 for t in own) and all(
+            n <= 1 for n in _values(uses[layer]).values()
+        ):
             _fold(modules[layer], modules[norm], dtypes[norm])
     return copy
 
@@ -92,7 +108,9 @@ def _modules(model: Any) -> dict[str, Any]:
 
 def _fold(layer: Any, norm: Any, dtype: Any) -> None:
     """Change a layer and its norm in place."""
-    scale, shift, bias = (None if t is None else t[...] for t in (norm.scale, norm.bias, layer.bias))
+    scale, shift, bias = (
+        None if t is None else t[...] for t in (norm.scale, norm.bias, layer.bias)
+    )
     kernel, bias = folding.fold(
         layer.kernel[...],
         bias,
@@ -110,14 +128,18 @@ def _fold(layer: Any, norm: Any, dtype: Any) -> None:
 
 
 class _Probe:
-    """A module of the copy that is traced: it marks what it takes or gives. Its class is made for it alone."""
+    """A module of the copy that is traced: it marks what it takes or gives. Its class is made for
+    it alone."""
 
     __slots__ = ()  # so that an object may change to such a class
 
     def _is_own(self) -> bool:
-        """Whether variables are those of the model, not something made of them on the way, as in a scan."""
+        """Whether variables are those of the model, not something made of them on the way, as in a
+        scan."""
         first: dict[str, Any] = getattr(self, "_first", {})
-        return bool(first) and all(getattr(self, name)[...] is value for name, value in first.items())
+        return bool(first) and all(
+            getattr(self, name)[...] is value for name, value in first.items()
+        )
 
 
 def _probe(module: Any, name: str, dtypes: dict[str, Any]) -> None:
@@ -137,7 +159,9 @@ def _probe(module: Any, name: str, dtypes: dict[str, Any]) -> None:
 
     if of in (nnx.Conv, nnx.ConvTranspose, nnx.Linear) and _layers.is_plain(module):
         call = layer
-    elif isinstance(module, nnx.BatchNorm | BatchNorm | Row) and isinstance(getattr(module, "mean", None), nnx.BatchStat):
+    elif isinstance(module, nnx.BatchNorm | BatchNorm | Row) and isinstance(
+        getattr(module, "mean", None), nnx.BatchStat
+    ):
         call = norm
     else:
         return
@@ -146,15 +170,23 @@ def _probe(module: Any, name: str, dtypes: dict[str, Any]) -> None:
 
 def _values(module: Any) -> dict[str, Any]:
     """The arrays of a module's own variables."""
-    return {name: value[...] for name, value in vars(module).items() if isinstance(value, nnx.Variable)}
+    return {
+        name: value[...] for name, value in vars(module).items() if isinstance(value, nnx.Variable)
+    }
 
 
-def _is_constant(module: Any, x: Any, use_running_average: bool | None = None, **options: Any) -> bool:
+def _is_constant(
+    module: Any, x: Any, use_running_average: bool | None = None, **options: Any
+) -> bool:
     """Whether this call multiplies and shifts each channel by constants of the variables."""
     use = module.use_running_average if use_running_average is None else use_running_average
-    set_options = {name: getattr(module, name, None) for name in ("update_running_average", "example_weight")}
+    set_options = {
+        name: getattr(module, name, None) for name in ("update_running_average", "example_weight")
+    }
     options = set_options | {name: value for name, value in options.items() if value is not None}
     if isinstance(module, Row):
         row = module._row(x.shape)
-        return module._measured(row) == row and _layers.is_constant(x, module.channel_axis, use, options)
+        return module._measured(row) == row and _layers.is_constant(
+            x, module.channel_axis, use, options
+        )
     return _layers.is_constant(x, module.axis, use, options)

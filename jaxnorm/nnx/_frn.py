@@ -21,16 +21,19 @@ class FilterResponseNorm(Function):
 
         y = x / sqrt(mean_hw(x^2) + epsilon + |learned_epsilon|) * scale + bias,    max(y, threshold)
 
-    Parameters are `scale`, `bias` and `threshold`, (C,), and where asked for `slope`, (C,), and `learned_epsilon`, a scalar.
-    No activation need follow, and no relu should: the threshold, 0 at first, would get no gradient.
+    Parameters are `scale`, `bias` and `threshold`, (C,), and where asked for `slope`, (C,), and
+    `learned_epsilon`, a scalar. No activation need follow, and no relu should: the threshold, 0 at
+    first, would get no gradient.
 
     Args:
         num_features: channels.
         use_threshold: threshold the output; False is for a layer that another activation follows.
         threshold_init: initializer of the threshold.
         use_slope: the affine unit, max(y, slope * y + threshold).
-        slope_init: initializer of the slope; at 0, the default, the unit starts as the plain one, which is our choice.
-        use_learned_epsilon: add the absolute value of a learned scalar to epsilon; needed where x has one position.
+        slope_init: initializer of the slope; at 0, the default, the unit starts as the plain one,
+            which is our choice.
+        use_learned_epsilon: add the absolute value of a learned scalar to epsilon; needed where x
+            has one position.
         learned_epsilon_init: initializer of that scalar.
         Others: as `Norm`.
 
@@ -45,8 +48,8 @@ class FilterResponseNorm(Function):
         ((4, 8, 8, 3), (3,))
 
     Reference:
-        Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep Neural Networks, 2019,
-        arXiv:1911.09737; see `frn.filter_response_norm`.
+        Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep
+        Neural Networks, 2019, arXiv:1911.09737; see `frn.filter_response_norm`.
     """
 
     def __init__(
@@ -70,10 +73,19 @@ class FilterResponseNorm(Function):
             "learned_epsilon": (use_learned_epsilon, learned_epsilon_init, ()),
         }
         for name, (use, init, shape) in made.items():
-            setattr(self, name, nnx.Param(init(rngs.params(), shape, self.param_dtype)) if use else nnx.data(None))
+            setattr(
+                self,
+                name,
+                nnx.Param(init(rngs.params(), shape, self.param_dtype)) if use else nnx.data(None),
+            )
 
-    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]) -> jax.Array:
-        """Normalize x; the options are those of `Norm`, and `use_running_average` changes nothing."""
-        parameters = {name: getattr(self, name) for name in ("threshold", "slope", "learned_epsilon")}
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]
+    ) -> jax.Array:
+        """Normalize x; the options are those of `Norm`, and `use_running_average` changes
+        nothing."""
+        parameters = {
+            name: getattr(self, name) for name in ("threshold", "slope", "learned_epsilon")
+        }
         values = {name: None if t is None else t[...] for name, t in parameters.items()}
         return self._run(x, partial(filter_response_norm, **values), options)

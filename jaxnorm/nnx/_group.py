@@ -33,15 +33,18 @@ class GroupNorm(Layer):
         reduction_axes: axes that are pooled, the last among them; None pools all but the first.
         axis_name: axis of pmap, shard_map or vmap over which the sets go on.
         axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding would show.
-        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no statistics here.
+        use_fast_variance: False takes a second, centered pass always; True only where rounding
+            would show.
+        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
+            statistics here.
         rngs: random number streams for the initializers.
         bias_metadata: for the bias variable.
         scale_metadata: for the scale variable.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
     Raises:
-        ValueError: both or neither of `num_groups` and `group_size`, or one that does not divide the channels.
+        ValueError: both or neither of `num_groups` and `group_size`, or one that does not divide
+            the channels.
 
     Example:
         >>> import jax.numpy as jnp
@@ -94,15 +97,16 @@ class GroupNorm(Layer):
         x = as_array(x)
         if x.shape[-1] != self.num_features:
             raise ValueError(
-                f"the layer has {self.num_features} features. Got x of shape {x.shape}; expected as many channels, "
-                "the last axis."
+                f"the layer has {self.num_features} features. Got x of shape {x.shape}; expected as"
+                " many channels, the last axis."
             )
         shape = _layers.group_shape(x, self.num_groups, self.reduction_axes)
         return self._apply(x, shape, (scale, bias), -1, mask, activation)
 
 
 class InstanceNorm(Layer):
-    """Instance normalization, a drop-in replacement for `flax.nnx.InstanceNorm`: `methods.instance_norm`.
+    """Instance normalization, a drop-in replacement for `flax.nnx.InstanceNorm`:
+    `methods.instance_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -118,8 +122,10 @@ class InstanceNorm(Layer):
         feature_axes: axes of scale and bias.
         axis_name: axis of pmap, shard_map or vmap over which the sets go on.
         axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding would show.
-        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no statistics here.
+        use_fast_variance: False takes a second, centered pass always; True only where rounding
+            would show.
+        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
+            statistics here.
         rngs: random number streams for the initializers.
         bias_metadata: for the bias variable.
         scale_metadata: for the scale variable.

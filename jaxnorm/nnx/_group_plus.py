@@ -15,18 +15,19 @@ from jaxnorm.nnx._call import Function, ones
 
 
 class GroupNormPlus(Function):
-    """GN+, group normalization mixed with its output standardized over the batch: `group_plus.group_norm_plus`.
+    """GN+, group normalization mixed with its output standardized over the batch:
+    `group_plus.group_norm_plus`.
 
         y = (w z + (1 - w) u) * scale + bias,    w = sigmoid(mixture)
 
-    with z group normalization of x and u batch normalization of z. Running statistics of z are `mean` and `var`; parameters
-    are `scale` and `bias`, (C,), and the scalar `mixture`.
+    with z group normalization of x and u batch normalization of z. Running statistics of z are
+    `mean` and `var`; parameters are `scale` and `bias`, (C,), and the scalar `mixture`.
 
     Args:
         num_features: channels.
         num_groups: groups of channels, a divisor of their number.
-        per_position: batch statistics for each position, (H, W, C), which ties the layer to one image size; False pools the
-            positions, (C,).
+        per_position: batch statistics for each position, (H, W, C), which ties the layer to one
+            image size; False pools the positions, (C,).
         x_shape: shape of an input, needed with `per_position`; any number of examples.
         mixture_init: initializer of the logit of z's weight.
         momentum: weight of the old running statistics per update.
@@ -45,7 +46,8 @@ class GroupNormPlus(Function):
         ((4, 8, 8, 6), (8, 8, 6))
 
     Reference:
-        Understanding and Improving Group Normalization, 2022, arXiv:2207.01972; see `group_plus.group_norm_plus`.
+        Understanding and Improving Group Normalization, 2022, arXiv:2207.01972; see
+        `group_plus.group_norm_plus`.
     """
 
     def __init__(
@@ -66,21 +68,32 @@ class GroupNormPlus(Function):
     ):
         if x_shape is None and per_position:
             raise ValueError(
-                "running statistics of GN+ keep positions apart. Got x_shape=None; expected the shape of an input, any number "
-                "of examples, or per_position=False."
+                "running statistics of GN+ keep positions apart. Got x_shape=None; expected the"
+                " shape of an input, any number of examples, or per_position=False."
             )
         self.num_groups, self.per_position, self.momentum = num_groups, per_position, momentum
         self.correction, self.epsilon_outside = correction, epsilon_outside
 
         def state(num_channels: int):
             if per_position and x_shape is not None:
-                return init_group_norm_plus(x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
+                return init_group_norm_plus(
+                    x_shape, batch_axis=batch_axis, channel_axis=channel_axis
+                )
             return init_group_norm_plus((1, num_channels), per_position=False)
 
-        super().__init__(num_features, state=state, batch_axis=batch_axis, channel_axis=channel_axis, rngs=rngs, **options)
+        super().__init__(
+            num_features,
+            state=state,
+            batch_axis=batch_axis,
+            channel_axis=channel_axis,
+            rngs=rngs,
+            **options,
+        )
         self.mixture = nnx.Param(mixture_init(rngs.params(), (), self.param_dtype))
 
-    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]) -> jax.Array:
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]
+    ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
         names = ("num_groups", "per_position", "momentum", "correction", "epsilon_outside")
         static = {name: getattr(self, name) for name in names}

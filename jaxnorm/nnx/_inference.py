@@ -11,27 +11,35 @@ from jaxnorm import _population
 
 
 def population_statistics(
-    forward: Callable[[Any, Any], Any], model: nnx.Module, batches: Iterable[Any], *, reducer: str = "pooled"
+    forward: Callable[[Any, Any], Any],
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    reducer: str = "pooled",
 ) -> None:
-    """Running statistics measured anew over many batches with fixed parameters (PreciseBN), in place.
+    """Running statistics measured anew over many batches with fixed parameters (PreciseBN), in
+    place.
 
         pooled:     mean and var of all elements of all batches
         averaged:   means over batches of mean and of var n / (n - 1)
 
-    Every pair of `mean` and `var` in the model is replaced, in one pass over the batches, whose order does not matter; only one
-    batch is held at a time. Layers above the first normalize with the statistics of each batch, so theirs depend on the size
-    of batches: take that of training. A layer that is not used keeps its statistics. Nothing else in the model changes.
+    Every pair of `mean` and `var` in the model is replaced, in one pass over the batches, whose
+    order does not matter; only one batch is held at a time. Layers above the first normalize with
+    the statistics of each batch, so theirs depend on the size of batches: take that of training. A
+    layer that is not used keeps its statistics. Nothing else in the model changes.
 
     Args:
-        forward: (model, batch) -> anything, a training-mode call. It is compiled, once for each shape of batch.
-        model: its `mean` and `var` are replaced, with the same dtypes; a `count` (`debias=True`) becomes 1. Variances that are
-            pooled are biased.
+        forward: (model, batch) -> anything, a training-mode call. It is compiled, once for each
+            shape of batch.
+        model: its `mean` and `var` are replaced, with the same dtypes; a `count` (`debias=True`)
+            becomes 1. Variances that are pooled are biased.
         batches: what `forward` takes, read once.
         reducer: "pooled" or "averaged".
 
     Raises:
-        ValueError: no batches or nothing updated, another reducer, a layer that is called twice in a batch, a layer with
-            another rule of update, such as Flax's own, or with other statistics, such as `BatchRenorm`.
+        ValueError: no batches or nothing updated, another reducer, a layer that is called twice in
+            a batch, a layer with another rule of update, such as Flax's own, or with other
+            statistics, such as `BatchRenorm`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -42,15 +50,23 @@ def population_statistics(
         [2.0]
 
     Reference:
-        Rethinking "Batch" in BatchNorm, 2021, arXiv:2105.07576. The definition was read in fvcore's code.
+        Rethinking "Batch" in BatchNorm, 2021, arXiv:2105.07576. The definition was read in fvcore's
+        code.
     """
     count = _population.count_of(reducer)
     names = ("mean", "var", count, "calls")
     copy = nnx.clone(model)
-    layers: dict[Any, Any] = {path: layer for path, layer in nnx.iter_modules(copy) if _has_pair(layer)}
-    start = {path: _population.start(layer.mean[...], layer.var[...], count) for path, layer in layers.items()}
+    layers: dict[Any, Any] = {
+        path: layer for path, layer in nnx.iter_modules(copy) if _has_pair(layer)
+    }
+    start = {
+        path: _population.start(layer.mean[...], layer.var[...], count)
+        for path, layer in layers.items()
+    }
     others: dict[Any, Any] = {
-        path: layer for path, layer in nnx.iter_modules(copy) if _statistics(layer) and path not in layers
+        path: layer
+        for path, layer in nnx.iter_modules(copy)
+        if _statistics(layer) and path not in layers
     }
     old = {path: _statistics(layer) for path, layer in others.items()}
     for path, layer in layers.items():
@@ -68,8 +84,13 @@ def population_statistics(
         nnx.update(copy, state)
         for path, layer in others.items():
             _population.check_unchanged("/".join(map(str, path)), old[path], _statistics(layer))
-        end = {path: {name: getattr(layer, name)[...] for name in names} for path, layer in layers.items()}
-        return {p: _population.was_used("/".join(map(str, p)), start[p], end[p], done) for p in layers}
+        end = {
+            path: {name: getattr(layer, name)[...] for name in names}
+            for path, layer in layers.items()
+        }
+        return {
+            p: _population.was_used("/".join(map(str, p)), start[p], end[p], done) for p in layers
+        }
 
     used, done = {}, 0
     for batch in batches:

@@ -15,7 +15,8 @@ from jaxnorm.nnx._call import NONE, Layer, Metadata, ones, promote_dtype, zeros
 
 
 class LayerNorm(Layer):
-    """Layer normalization, a drop-in replacement for `flax.nnx.LayerNorm`: `methods.token_layer_norm` by default.
+    """Layer normalization, a drop-in replacement for `flax.nnx.LayerNorm`:
+    `methods.token_layer_norm` by default.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -32,8 +33,10 @@ class LayerNorm(Layer):
         feature_axes: axes of scale and bias.
         axis_name: axis of pmap, shard_map or vmap over which the sets go on.
         axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding would show.
-        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no statistics here.
+        use_fast_variance: False takes a second, centered pass always; True only where rounding
+            would show.
+        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
+            statistics here.
         rngs: random number streams for the initializers.
         bias_metadata: for the bias variable.
         scale_metadata: for the scale variable.
@@ -89,7 +92,8 @@ class LayerNorm(Layer):
 
 
 class RMSNorm(Layer):
-    """Root mean square normalization, a drop-in replacement for `flax.nnx.RMSNorm`: `methods.rms_norm`.
+    """Root mean square normalization, a drop-in replacement for `flax.nnx.RMSNorm`:
+    `methods.rms_norm`.
 
         y = x / sqrt(mean(x^2) + epsilon) * scale
 
@@ -105,7 +109,8 @@ class RMSNorm(Layer):
         axis_name: axis of pmap, shard_map or vmap over which the sets go on.
         axis_index_groups: groups of indices of that axis that share statistics.
         use_fast_variance: accepted for Flax; the mean square needs one pass.
-        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no statistics here.
+        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
+            statistics here.
         rngs: random number streams for the initializers.
         scale_metadata: for the scale variable.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.

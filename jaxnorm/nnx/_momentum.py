@@ -12,17 +12,19 @@ from jaxnorm.nnx._call import Function
 
 
 class MomentumBatchNorm(Function):
-    """Batch normalization with the batch blended into running statistics first: `momentum.momentum_batch_norm`.
+    """Batch normalization with the batch blended into running statistics first:
+    `momentum.momentum_batch_norm`.
 
         y = (x - train_mean) / sqrt(train_var + epsilon) * scale + bias
 
-    Running statistics are `train_mean` and `train_var`, with which training normalizes, and `mean` and `var` of inference.
-    The weight of the old training statistics, lambda, is an argument of the call, which training needs: a number or traced
-    scalar, see `momentum.train_momentum_schedule`.
+    Running statistics are `train_mean` and `train_var`, with which training normalizes, and `mean`
+    and `var` of inference. The weight of the old training statistics, lambda, is an argument of the
+    call, which training needs: a number or traced scalar, see `momentum.train_momentum_schedule`.
 
     Args:
         num_features: channels.
-        momentum: tau, weight of the old inference statistics per update: see `momentum.inference_momentum`.
+        momentum: tau, weight of the old inference statistics per update: see
+            `momentum.inference_momentum`.
         Others: as `Norm`.
 
     Raises:
@@ -36,7 +38,8 @@ class MomentumBatchNorm(Function):
         ((4, 8, 8, 3), (3,))
 
     Reference:
-        Momentum Batch Normalization for Deep Learning with Small Batch Size, 2020; see `momentum.momentum_batch_norm`.
+        Momentum Batch Normalization for Deep Learning with Small Batch Size, 2020; see
+        `momentum.momentum_batch_norm`.
     """
 
     def __init__(self, num_features: int, *, momentum: float = 0.99, **options: Any):
@@ -52,5 +55,7 @@ class MomentumBatchNorm(Function):
         **options: Unpack[StateOptions],
     ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
-        function = partial(momentum_batch_norm, train_momentum=train_momentum, momentum=self.momentum)
+        function = partial(
+            momentum_batch_norm, train_momentum=train_momentum, momentum=self.momentum
+        )
         return self._run(x, function, options, use_running_average=use_running_average)

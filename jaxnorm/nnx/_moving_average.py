@@ -16,18 +16,21 @@ from jaxnorm.nnx._in_front import check_in_front, in_front
 
 
 class Tap(nnx.Variable):
-    """A variable to differentiate by, and to replace by its gradient: `moving_average.moving_average_norm`."""
+    """A variable to differentiate by, and to replace by its gradient:
+    `moving_average.moving_average_norm`."""
 
 
 class MovingAverageNorm(Function):
     """Division by a root mean square averaged over steps: `moving_average.moving_average_norm`.
 
-    Its state are variables `nnx.BatchStat`; `tap`, (C,), is a `Tap`: differentiate by it and replace it by its gradient, as in
-    the example. How gradients by it are summed over devices stands at the function.
+    Its state are variables `nnx.BatchStat`; `tap`, (C,), is a `Tap`: differentiate by it and
+    replace it by its gradient, as in the example. How gradients by it are summed over devices
+    stands at the function.
 
     Args:
-        layer: `nnx.Conv` or `nnx.Linear` with use_bias=False, to be applied first, with its kernel less its mean for each
-            output channel: nothing else subtracts a mean. Or the number of channels of x, to normalize x.
+        layer: `nnx.Conv` or `nnx.Linear` with use_bias=False, to be applied first, with its kernel
+            less its mean for each output channel: nothing else subtracts a mean. Or the number of
+            channels of x, to normalize x.
         window: K, batches over which to average.
         momentum: weight of the old running mean square per update.
         Others: as `Norm`.
@@ -53,11 +56,13 @@ class MovingAverageNorm(Function):
         ((16,), 1)
 
     Reference:
-        Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization, 2020, arXiv:2001.06838; see
-        `moving_average.moving_average_norm`.
+        Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization, 2020,
+        arXiv:2001.06838; see `moving_average.moving_average_norm`.
     """
 
-    def __init__(self, layer: nnx.Module | int, *, window: int = 16, momentum: float = 0.98, **options: Any):
+    def __init__(
+        self, layer: nnx.Module | int, *, window: int = 16, momentum: float = 0.98, **options: Any
+    ):
         if not isinstance(layer, int):
             check_in_front(layer)
         self.layer: Any = None if isinstance(layer, int) else layer
@@ -82,5 +87,7 @@ class MovingAverageNorm(Function):
             kernel, layer = in_front(self.layer)
             x = layer(x, centralize_kernel(kernel))
         schedule = {"average_from": average_from, "correct_from": correct_from, "rmax": rmax}
-        function = partial(moving_average_norm, tap=self.tap[...], momentum=self.momentum, **schedule)
+        function = partial(
+            moving_average_norm, tap=self.tap[...], momentum=self.momentum, **schedule
+        )
         return self._run(x, function, options, use_running_average=use_running_average)

@@ -15,12 +15,13 @@ from jaxnorm.proxy import proxy_norm
 
 
 class ProxyNorm(Function):
-    """Normalization, activation, and its output standardized by a Gaussian proxy: `proxy.proxy_norm`.
+    """Normalization, activation, and its output standardized by a Gaussian proxy:
+    `proxy.proxy_norm`.
 
         z = activation(scale x^ + bias),    y = (z - mean_q(p)) / sqrt(var_q(p) + proxy_epsilon)
 
-    Parameters are `scale`, `bias`, `proxy_scale` and `proxy_bias`, (C,). Decay the last two, as the authors do, and not the
-    first two.
+    Parameters are `scale`, `bias`, `proxy_scale` and `proxy_bias`, (C,). Decay the last two, as the
+    authors do, and not the first two.
 
     Args:
         num_features: channels.
@@ -44,8 +45,8 @@ class ProxyNorm(Function):
         ((4, 8, 8, 3), (3,))
 
     Reference:
-        Proxy-Normalizing Activations to Match Batch Normalization while Removing Batch Dependence, 2021, arXiv:2106.03743;
-        see `proxy.proxy_norm`.
+        Proxy-Normalizing Activations to Match Batch Normalization while Removing Batch Dependence,
+        2021, arXiv:2106.03743; see `proxy.proxy_norm`.
     """
 
     def __init__(
@@ -65,11 +66,18 @@ class ProxyNorm(Function):
         self.method, self.activation = method, activation
         self.num_quantiles, self.proxy_epsilon = num_quantiles, proxy_epsilon
         super().__init__(num_features, epsilon=epsilon, rngs=rngs, **options)
-        self.proxy_scale = nnx.Param(proxy_scale_init(rngs.params(), (num_features,), self.param_dtype))
-        self.proxy_bias = nnx.Param(proxy_bias_init(rngs.params(), (num_features,), self.param_dtype))
+        self.proxy_scale = nnx.Param(
+            proxy_scale_init(rngs.params(), (num_features,), self.param_dtype)
+        )
+        self.proxy_bias = nnx.Param(
+            proxy_bias_init(rngs.params(), (num_features,), self.param_dtype)
+        )
 
-    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]) -> jax.Array:
-        """Normalize x; the options are those of `Norm`, and `use_running_average` changes nothing."""
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]
+    ) -> jax.Array:
+        """Normalize x; the options are those of `Norm`, and `use_running_average` changes
+        nothing."""
         function = partial(
             proxy_norm,
             method=self.method,

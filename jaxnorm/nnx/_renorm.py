@@ -16,8 +16,8 @@ class BatchRenorm(Function):
 
         y = ((x - mean) / std * r + d) * scale + bias
 
-    Running statistics are `mean` and `std`. The bounds of r and d are arguments of the call, numbers or traced scalars: see
-    `renorm.batch_renorm_bounds`.
+    Running statistics are `mean` and `std`. The bounds of r and d are arguments of the call,
+    numbers or traced scalars: see `renorm.batch_renorm_bounds`.
 
     Args:
         num_features: channels.
@@ -35,8 +35,8 @@ class BatchRenorm(Function):
         ((4, 8, 8, 3), (3,))
 
     Reference:
-        Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models, 2017, arXiv:1702.03275;
-        see `renorm.batch_renorm`.
+        Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models,
+        2017, arXiv:1702.03275; see `renorm.batch_renorm`.
     """
 
     def __init__(self, num_features: int, *, momentum: float = 0.99, **options: Any):

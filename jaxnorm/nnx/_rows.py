@@ -20,7 +20,8 @@ from jaxnorm.nnx._call import NONE, Function, Metadata, StatefulLayer, ones, pro
 
 
 class Row(StatefulLayer):
-    """Running statistics and call of the layers that are a row of the table; a final class adds which row."""
+    """Running statistics and call of the layers that are a row of the table; a final class adds
+    which row."""
 
     def __init__(
         self,
@@ -54,8 +55,8 @@ class Row(StatefulLayer):
         if x_shape is None:
             if row.groups.spatial != 1:
                 raise ValueError(
-                    f"running statistics of {row} keep positions apart. Got x_shape=None; expected the shape of an input, "
-                    "any number of examples."
+                    f"running statistics of {row} keep positions apart. Got x_shape=None; expected"
+                    " the shape of an input, any number of examples."
                 )
             shape = running_shape(self._measured(row), (1, num_features))[0]
         else:
@@ -72,7 +73,9 @@ class Row(StatefulLayer):
 
     def _shapes(self, x_shape: Shape) -> tuple[Shape, Shape]:
         row = self._measured(self._row(x_shape))
-        return running_shape(row, x_shape, batch_axis=self.batch_axis, channel_axis=self.channel_axis)
+        return running_shape(
+            row, x_shape, batch_axis=self.batch_axis, channel_axis=self.channel_axis
+        )
 
     def __call__(
         self,
@@ -86,8 +89,8 @@ class Row(StatefulLayer):
         bias: ArrayLike | None = None,
         activation: Activation | None = None,
     ) -> jax.Array:
-        """Normalize x; `mask` broadcasts against x and says what counts, or how much, and `example_weight` is
-        `inference.weigh_example`'s, with running statistics."""
+        """Normalize x; `mask` broadcasts against x and says what counts, or how much, and
+        `example_weight` is `inference.weigh_example`'s, with running statistics."""
         x = as_array(x)
         running = None
         row = self._row(x.shape)
@@ -99,11 +102,15 @@ class Row(StatefulLayer):
                 use_running_average,
                 update_running_average,
                 measured=None if measured == row else measured,
-                example_weight=self._weight(example_weight, self._uses_running(use_running_average)),
+                example_weight=self._weight(
+                    example_weight, self._uses_running(use_running_average)
+                ),
             )
         else:
             _layers.needs_running(example_weight)
-        return self._apply(x, row, (scale, bias), self.channel_axis, mask, activation, running=running)
+        return self._apply(
+            x, row, (scale, bias), self.channel_axis, mask, activation, running=running
+        )
 
 
 class Norm(Row):
@@ -111,14 +118,16 @@ class Norm(Row):
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    with the moments of the sets that `method` describes. Methods that share statistics between examples keep running ones in
-    `mean` and `var`, (C,) for batch norm, (G,) for batch group norm; others ignore `use_running_average`.
+    with the moments of the sets that `method` describes. Methods that share statistics between
+    examples keep running ones in `mean` and `var`, (C,) for batch norm, (G,) for batch group norm;
+    others ignore `use_running_average`.
 
     Args:
         num_features: channels, the size of scale and bias.
         method: a `Method`, such as `methods.group_norm(32)`, or `Groups`.
         use_running_average: normalize with the running statistics; the call takes precedence.
-        momentum: weight of the old running statistics per update; None keeps none and always uses the batch's.
+        momentum: weight of the old running statistics per update; None keeps none and always uses
+            the batch's.
         epsilon: added to the variance, in the unit of x squared.
         dtype: of the output; None promotes input, statistics and parameters.
         param_dtype: of the parameters.
@@ -128,13 +137,15 @@ class Norm(Row):
         scale_init: initializer of the scale.
         axis_name: axis of pmap, shard_map or vmap over which sets go on.
         axis_index_groups: groups of indices of that axis that share statistics.
-        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no statistics here.
+        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
+            statistics here.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
         debias: divide the initial 0 and 1 out of the running statistics; adds the variable `count`.
         correction: 1 stores the unbiased variance, as PyTorch does.
         batch_axis: axis of the examples.
         channel_axis: axis of the channels: -1 for NHWC, 1 for NCHW.
-        x_shape: shape of an input, where running statistics keep positions apart; any number of examples.
+        x_shape: shape of an input, where running statistics keep positions apart; any number of
+            examples.
         rngs: random number streams for the initializers.
         bias_metadata: for the bias variable.
         scale_metadata: for the scale variable.
@@ -163,14 +174,15 @@ class GhostBatchNorm(Row):
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    Running statistics are pooled over the ghosts, unless asked for otherwise, so they are those of `BatchNorm`; they serve any
-    batch at inference.
+    Running statistics are pooled over the ghosts, unless asked for otherwise, so they are those of
+    `BatchNorm`; they serve any batch at inference.
 
     Args:
         num_features: channels.
         num_ghosts: number of ghost batches, a divisor of the batch.
         ghost_size: or the examples in each.
-        ghost_update: "pooled", "averaged", "sequential" or "sequential divided": see `update_running`.
+        ghost_update: "pooled", "averaged", "sequential" or "sequential divided": see
+            `update_running`.
         Others: as `Norm`.
 
     Raises:
@@ -183,8 +195,8 @@ class GhostBatchNorm(Row):
         (4, 8, 8, 3)
 
     Reference:
-        Train longer, generalize better: closing the generalization gap in large batch training of neural networks, 2017,
-        arXiv:1705.08741.
+        Train longer, generalize better: closing the generalization gap in large batch training of
+        neural networks, 2017, arXiv:1705.08741.
     """
 
     def __init__(
@@ -207,18 +219,21 @@ class BatchGroupNorm(Row, Function):
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    Running statistics are `mean` and `var`, (G,). Where G does not divide the channels, groups are of positions too: the
-    layer then depends on the position, takes real x, and is tied to the image size of `x_shape`.
+    Running statistics are `mean` and `var`, (G,). Where G does not divide the channels, groups are
+    of positions too: the layer then depends on the position, takes real x, and is tied to the image
+    size of `x_shape`.
 
     Args:
         num_features: channels.
-        num_groups: G, a divisor of channels times positions; `methods.batch_group_count` chooses one by the batch's size.
-        x_shape: shape of an input, needed where G does not divide the channels; any number of examples.
+        num_groups: G, a divisor of channels times positions; `methods.batch_group_count` chooses
+            one by the batch's size.
+        x_shape: shape of an input, needed where G does not divide the channels; any number of
+            examples.
         Others: as `Norm`.
 
     Raises:
-        ValueError: G does not divide, x of another image size than the running statistics; a `promote_dtype` or an
-            `example_weight` with groups of positions.
+        ValueError: G does not divide, x of another image size than the running statistics; a
+            `promote_dtype` or an `example_weight` with groups of positions.
 
     Example:
         >>> import jax.numpy as jnp
@@ -231,21 +246,23 @@ class BatchGroupNorm(Row, Function):
         Batch Group Normalization, 2020, arXiv:2012.02782; see `batch_group.batch_group_norm`.
     """
 
-    def __init__(self, num_features: int, num_groups: int, *, momentum: float | None = 0.99, **options: Any):
+    def __init__(
+        self, num_features: int, num_groups: int, *, momentum: float | None = 0.99, **options: Any
+    ):
         self.num_groups, self._tied = num_groups, num_features % num_groups != 0
         Row.__init__(self, num_features, momentum=None if self._tied else momentum, **options)
         if not self._tied:
             return
         if self.x_shape is None:
             raise ValueError(
-                "groups that are not groups of channels split positions. Got "
-                f"{num_groups} groups of {num_features} channels and x_shape=None; expected the shape of an input, any number "
-                "of examples."
+                f"groups that are not groups of channels split positions. Got {num_groups} groups"
+                f" of {num_features} channels and x_shape=None; expected the shape of an input, any"
+                " number of examples."
             )
         if self.promote_dtype is not promote_dtype:
             raise ValueError(
-                f"promote_dtype={self.promote_dtype} with groups that are not groups of channels. Expected Flax's default, or "
-                "a number of groups that divides the channels."
+                f"promote_dtype={self.promote_dtype} with groups that are not groups of channels."
+                " Expected Flax's default, or a number of groups that divides the channels."
             )
         self.momentum = momentum
         axes = {"batch_axis": self.batch_axis, "channel_axis": self.channel_axis}
@@ -267,14 +284,19 @@ class BatchGroupNorm(Row, Function):
     ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
         if not self._tied:
-            return super().__call__(x, use_running_average, example_weight=example_weight, **options)
+            return super().__call__(
+                x, use_running_average, example_weight=example_weight, **options
+            )
         if self.momentum is not None:
             example_weight = self._weight(example_weight, self._uses_running(use_running_average))
         _layers.only_channel_groups(example_weight)
         static = {"num_groups": self.num_groups, "correction": self.correction}
         if self.momentum is None:
             first = init_batch_group_norm(
-                self.num_groups, self.x_shape, channel_axis=self.channel_axis, batch_axis=self.batch_axis
+                self.num_groups,
+                self.x_shape,
+                channel_axis=self.channel_axis,
+                batch_axis=self.batch_axis,
             )
             return self._run(x, partial(with_batch, batch_group_norm, first, **static), options)
         function = partial(batch_group_norm, momentum=self.momentum, **static)
@@ -286,8 +308,9 @@ class BatchAndGroupNorm(Row):
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    Running statistics are those of each channel over the whole batch, as `BatchNorm`'s. Inference pools them over each group
-    and weighs the example's own in: `inference.weigh_example`, by default with the weight that an example has in training.
+    Running statistics are those of each channel over the whole batch, as `BatchNorm`'s. Inference
+    pools them over each group and weighs the example's own in: `inference.weigh_example`, by
+    default with the weight that an example has in training.
 
     Args:
         num_features: channels.
@@ -295,13 +318,14 @@ class BatchAndGroupNorm(Row):
         num_groups: number of channel groups, a divisor of the channels.
         ghost_size: or the examples in each ghost.
         group_size: or the channels in each group.
-        example_weight: of an example at inference, where the call gives none. None is 1 / ghost_size. The authors' code has 0,
-            to be chosen after training: see `inference.choose_example_weight`.
+        example_weight: of an example at inference, where the call gives none. None is 1 /
+            ghost_size. The authors' code has 0, to be chosen after training: see
+            `inference.choose_example_weight`.
         Others: as `Norm`.
 
     Raises:
-        ValueError: both or neither are given, of ghosts or of groups, axes that do not split, or no `example_weight` at
-            inference with ghosts given by number.
+        ValueError: both or neither are given, of ghosts or of groups, axes that do not split, or no
+            `example_weight` at inference with ghosts given by number.
 
     Example:
         >>> import jax.numpy as jnp
@@ -311,7 +335,8 @@ class BatchAndGroupNorm(Row):
         ((4, 8, 8, 16), (16,))
 
     Reference:
-        Four Things Everyone Should Know to Improve Batch Normalization, 2020, arXiv:1906.03548; see `inference.weigh_example`.
+        Four Things Everyone Should Know to Improve Batch Normalization, 2020, arXiv:1906.03548; see
+        `inference.weigh_example`.
     """
 
     def __init__(
@@ -325,7 +350,12 @@ class BatchAndGroupNorm(Row):
         example_weight: float | None = None,
         **options: Any,
     ):
-        self.num_ghosts, self.num_groups, self.ghost_size, self.group_size = num_ghosts, num_groups, ghost_size, group_size
+        self.num_ghosts, self.num_groups, self.ghost_size, self.group_size = (
+            num_ghosts,
+            num_groups,
+            ghost_size,
+            group_size,
+        )
         self.example_weight = example_weight
         super().__init__(num_features, **options)
 
@@ -342,7 +372,8 @@ class BatchAndGroupNorm(Row):
 
 
 class PositionalNorm(Row):
-    """Normalization of each position over its channels: `methods.positional_norm`, without scale and bias by default.
+    """Normalization of each position over its channels: `methods.positional_norm`, without scale
+    and bias by default.
 
         y = (x - mean) / sqrt(var + epsilon)
 

@@ -15,16 +15,18 @@ from jaxnorm.switchable import init_switchable_norm, switchable_norm, without_ba
 
 
 class SwitchableNorm(Function):
-    """Normalization by a learned mixture of instance, layer and batch statistics: `switchable.switchable_norm`.
+    """Normalization by a learned mixture of instance, layer and batch statistics:
+    `switchable.switchable_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    Learned logits `mean_logits` and `var_logits`, 1 each at first, weigh the three kinds, in this order. Running statistics
-    are `mean` and `var` of the batch part.
+    Learned logits `mean_logits` and `var_logits`, 1 each at first, weigh the three kinds, in this
+    order. Running statistics are `mean` and `var` of the batch part.
 
     Args:
         num_features: channels.
-        use_batch: False leaves the batch part out; then there is no state, and `use_running_average` is ignored.
+        use_batch: False leaves the batch part out; then there is no state, and
+            `use_running_average` is ignored.
         momentum: weight of the old running statistics per update; the authors use 0.9.
         Others: as `Norm`.
 
@@ -39,8 +41,8 @@ class SwitchableNorm(Function):
         ((4, 8, 8, 16), (3,))
 
     Reference:
-        Differentiable Learning-to-Normalize via Switchable Normalization, 2018, arXiv:1806.10779; see
-        `switchable.switchable_norm`.
+        Differentiable Learning-to-Normalize via Switchable Normalization, 2018, arXiv:1806.10779;
+        see `switchable.switchable_norm`.
     """
 
     def __init__(
@@ -54,11 +56,15 @@ class SwitchableNorm(Function):
     ):
         self.use_batch, self.momentum = use_batch, momentum
         shape = (3 if use_batch else 2,)
-        self.mean_logits, self.var_logits = (nnx.Param(jnp.ones(shape, param_dtype)) for _ in range(2))
+        self.mean_logits, self.var_logits = (
+            nnx.Param(jnp.ones(shape, param_dtype)) for _ in range(2)
+        )
         state = init_switchable_norm if use_batch else None
         super().__init__(num_features, state=state, param_dtype=param_dtype, **options)
 
-    def __call__(self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]) -> jax.Array:
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]
+    ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
         logits = {"mean_logits": self.mean_logits[...], "var_logits": self.var_logits[...]}
         if not self.use_batch:

@@ -18,7 +18,9 @@ class _Standardized(nnx.Module):
     def _add(self, use_gain: bool, epsilon: float, correction: int, epsilon_outside: bool) -> None:
         self.epsilon, self.correction, self.epsilon_outside = epsilon, correction, epsilon_outside
         kernel = self.kernel[...]
-        self.gain = nnx.Param(jnp.ones(kernel.shape[-1:], kernel.dtype)) if use_gain else nnx.data(None)
+        self.gain = (
+            nnx.Param(jnp.ones(kernel.shape[-1:], kernel.dtype)) if use_gain else nnx.data(None)
+        )
         jax.eval_shape(self._standardized)  # a kernel that cannot be standardized is refused here
 
     def _standardized(self) -> jax.Array:
@@ -31,13 +33,14 @@ class _Standardized(nnx.Module):
         )
 
     def _view(self) -> Any:
-        """What Flax's layer reads its attributes from, with the standardized kernel: it has no hook for a kernel before
-        its dtype is changed that could reach the gain."""
+        """What Flax's layer reads its attributes from, with the standardized kernel: it has no hook
+        for a kernel before its dtype is changed that could reach the gain."""
         return SimpleNamespace(**(vars(self) | {"kernel": self._standardized()}))
 
 
 class WSConv(_Standardized, nnx.Conv):
-    """Convolution with Weight Standardization: `flax.nnx.Conv` with its kernel through `methods.standardize_kernel`.
+    """Convolution with Weight Standardization: `flax.nnx.Conv` with its kernel through
+    `methods.standardize_kernel`.
 
         y = conv(x, (W - mean_o) / sqrt(var_o + epsilon)) + bias
 
@@ -45,7 +48,8 @@ class WSConv(_Standardized, nnx.Conv):
 
     Args:
         in_features, out_features, kernel_size: as `flax.nnx.Conv`.
-        use_gain: multiply by a learned gain (`gain`, one for each output, 1 at first) over the root of the fan-in.
+        use_gain: multiply by a learned gain (`gain`, one for each output, 1 at first) over the root
+            of the fan-in.
         epsilon: added to the variance of the kernel.
         correction: 1 divides that variance by n - 1.
         epsilon_outside: add epsilon to the standard deviation.
@@ -61,8 +65,8 @@ class WSConv(_Standardized, nnx.Conv):
         ((1, 8, 8, 8), (3, 3, 2, 8))
 
     Reference:
-        Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019, arXiv:1903.10520; see
-        `methods.standardize_kernel`.
+        Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019,
+        arXiv:1903.10520; see `methods.standardize_kernel`.
     """
 
     def __init__(
@@ -87,7 +91,8 @@ class WSConv(_Standardized, nnx.Conv):
 
 
 class WSDense(_Standardized, nnx.Linear):
-    """Dense layer with Weight Standardization: `flax.nnx.Linear` with its kernel through `methods.standardize_kernel`.
+    """Dense layer with Weight Standardization: `flax.nnx.Linear` with its kernel through
+    `methods.standardize_kernel`.
 
         y = x (W - mean_o) / sqrt(var_o + epsilon) + bias
 
@@ -106,8 +111,8 @@ class WSDense(_Standardized, nnx.Linear):
         ((1, 8), (8,))
 
     Reference:
-        Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019, arXiv:1903.10520; see
-        `methods.standardize_kernel`.
+        Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019,
+        arXiv:1903.10520; see `methods.standardize_kernel`.
     """
 
     def __init__(

@@ -1,0 +1,55 @@
+"""Values refused at the door where they are known; a traced one cannot be looked at."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+
+def known(value: ArrayLike) -> np.ndarray | None:
+    """The value, or None where it is traced or lies on the devices of other processes."""
+    if isinstance(value, Tracer):
+        return None
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return None
+    return np.asarray(value)
+
+
+def check_number(
+    value: object,
+    name: str,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+    shape: tuple[int, ...] = (),
+) -> None:
+    """`value` is a number, or an array of numbers of `shape`, within bounds and not NaN.
+
+    The shape and dtype of a traced value are checked, and its value is not.
+    """
+    bounds = [f"of at least {at_least:g}"] * (at_least > -math.inf)
+    bounds += [f"above {above:g}"] * (above > -math.inf)
+    bounds += [f"of at most {at_most:g}"] * (at_most < math.inf)
+    what = "a number" if not shape else f"a number, or an array of shape {shape} of numbers"
+    expected = f"expected {what} {' and '.join(bounds)}".rstrip() + "."
+    if (
+        not isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
+        or value is True
+        or value is False
+    ):
+        raise TypeError(f"{name} is {value!r}; {expected}")
+    dtype = jnp.result_type(value)
+    if not jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{name} has dtype {dtype}; {expected}")
+    if np.shape(value) not in ((), shape):
+        raise ValueError(f"{name} has shape {np.shape(value)}; {expected}")
+    values = known(value)
+    if values is None:
+        return
+    values = values.astype(np.float64)
+    if not ((values >= at_least) & (values > above) & (values <= at_most)).all() and values.size:
+        raise ValueError(f"{name} is {value}; {expected}")
