@@ -99,12 +99,28 @@ def normalize(
     )(*arguments)
 
 
+@jax.custom_jvp
+def inverse_root(v: jax.Array) -> jax.Array:
+    """1 / sqrt(v), whose derivative does not pass through v^(-3/2).
+
+    JAX divides 1 / sqrt(v) by v before it multiplies by the tangent. In float32 that is 0 from
+    v = 4e25 on, where the gradient by the variance would vanish, and infinite below 1e-26.
+    """
+    return lax.rsqrt(v)
+
+
+@inverse_root.defjvp
+def _(primals, tangents):
+    a = inverse_root(*primals)
+    return a, -0.5 * a * (tangents[0] / primals[0])
+
+
 def _coefficients(
     cpu: bool, shape: Shape, mean: jax.Array, v: jax.Array, g: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """s, a and g of y = (x - s) a g + b, spread over the groups of every axis that is split; g None
     where a carries it."""
-    s, a = mean, lax.rsqrt(v).astype(mean.dtype)
+    s, a = mean, inverse_root(v).astype(mean.dtype)
     if any(k not in (1, n) for t in (s, a) for n, k in zip(shape, t.shape, strict=True)):
         s, a = (to_channels(cpu, t, shape) for t in (s, a))
     if g is not None and any(
