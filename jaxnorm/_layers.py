@@ -18,7 +18,7 @@ from jaxnorm._between import State
 from jaxnorm._devices import AxisName, DeviceGroups
 from jaxnorm._ghosts import GhostUpdate
 from jaxnorm._groups import EACH, Method, Shape, Specification, axes_of, resolve
-from jaxnorm._mean_var import statistic_dtype
+from jaxnorm._mean_var import shared, statistic_dtype
 from jaxnorm._moments import Moments, moments
 from jaxnorm._normalize import norm, normalize
 from jaxnorm._pooling import pool
@@ -330,6 +330,7 @@ def apply(
         # look is cheaper.
         "center": None if running is None or axis_name is None else running.moments.mean,
     }
+    x = shared(x)
     used = running.moments if running is not None and running.use else None
     if running is not None and used is not None and running.example_weight is not None:
         used = weigh_example(x, used, groups, example_weight=running.example_weight, **axes)

@@ -7,8 +7,9 @@ and costs what the closed form costs; forward mode, higher derivatives, vmap, sc
 JAX's own.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
 from jaxnorm._devices import AxisName, all_sum, same_on_all_devices, varying_like
@@ -163,35 +165,89 @@ def _are_rows(cpu: bool, shape: Shape, sets: Sets) -> bool:
 def _of_rows(
     cpu: bool, x: jax.Array, w: jax.Array | None, shape: Shape, n: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean and variance of rows in two reads, and whether rounding leaves them exact.
+    """Mean and variance of rows, and where they are exact to rounding.
 
     Rounding moves the sum of a row, and so its mean, by some units in the last place. That shows
-    where the mean is large beside the standard deviation, and is all that a constant row shows. On
-    a chip a third read corrects the mean at no cost; on a CPU it would cost 1.3 times the time of a
-    forward pass.
+    where the mean is large beside the standard deviation, and in a constant row it is all there is.
+    More reads correct it. On a chip they cost nothing, as long as each takes its mean from the one
+    before: XLA keeps any other order in memory, 4 to 5 times the tensor. On a CPU one more costs
+    1.3 times the time of a forward pass, so that it is left to a guard.
     """
 
-    def mean_of(f: Callable[[jax.Array], jax.Array], shift: jax.Array | None) -> jax.Array:
-        alias = x
-        if shift is not None:
-            alias, shift = barrier((x, shift)) if cpu else (x, shift)
-            shift = spread(shift, x.shape)
-        return over(block_sum(_weighed(f(_counted(alias, w, shift)), w), shape), n)
+    def mean_of(t: jax.Array) -> jax.Array:
+        return over(block_sum(_weighed(t, w), shape), n)
 
-    m = mean_of(lambda d: d, None)
-    if not cpu:
-        m = m + mean_of(lambda d: d, m)
-    v = mean_of(abs2, m)
-    return m, v, (abs2(m) <= FAR * v) & jnp.isfinite(v)
+    def about(t: jax.Array, c: jax.Array) -> jax.Array:
+        alias, c = barrier((t, c)) if cpu else (t, c)
+        return _counted(alias, w, spread(c, x.shape))
+
+    m = mean_of(_counted(x, w))
+    if cpu:
+        v = mean_of(abs2(about(x, m)))
+        return m, v, (abs2(m) <= FAR * v) & jnp.isfinite(v)
+    m = m + mean_of(about(x, m))
+    d = about(x, m)
+    v = mean_of(abs2(about(d, mean_of(d))))  # the mean was rounded again
+    return m, v, jnp.isfinite(v)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """x of half precision that several functions read: the derivative by it is added up in float32.
+
+    In its own dtype every reader would round its part of the cotangent first. In float16 the parts
+    may overflow where their sum is 0: x of standard deviation 1e-3 under a cotangent of 400.
+
+    Args:
+        x: the values, as a constant.
+        wide: the same in float32. Nothing reads it, so it is never stored; its derivative is x's.
+    """
+
+    x: jax.Array
+    wide: jax.Array
+
+    @property
+    def shape(self) -> Shape:
+        return self.x.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.x.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.x.dtype
+
+
+def shared(x: jax.Array) -> jax.Array | Shared:
+    """x to hand to several functions; x itself where there is nothing to round, or no derivative."""
+    wide = statistic_dtype(x.dtype)
+    if x.dtype == wide or not isinstance(x, Tracer):
+        return x
+    return Shared(lax.stop_gradient(x), x.astype(wide))
+
+
+def own_and_wide(x: jax.Array | Shared) -> tuple[jax.Array, jax.Array | None]:
+    """x, and what carries its derivative instead, if anything does."""
+    return (x.x, x.wide) if isinstance(x, Shared) else (x, None)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 @partial(jax.jit, static_argnums=0)
 def mean_var(
-    sets: Sets, x: jax.Array, w: jax.Array | None, c: jax.Array | None, n: jax.Array
+    sets: Sets,
+    x: jax.Array,
+    wide: jax.Array | None,
+    w: jax.Array | None,
+    c: jax.Array | None,
+    n: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Mean (unless it is fixed) and variance. The result does not depend on c, which therefore has
-    no derivative; that along n is part of that along w."""
+    """Mean (unless it is fixed) and variance.
+
+    The result does not depend on c, which therefore has no derivative; that along n is part of that
+    along w, and that along x comes by `wide` where it is given, see `Shared`.
+    """
     return by_platform(partial(_statistics, sets), x, w, c, n)
 
 
@@ -229,9 +285,10 @@ def _along_dw(sets, dw, x, w, m, v, n):
 
 
 def _tangent(sets, primals, tangents):
-    x, w, c, n = primals
-    dx, dw = tangents[:2]
-    out = mean_var(sets._replace(kept=True), x, w, c, n)
+    x, wide, w, c, n = primals
+    dx, dwide, dw = tangents[:3]
+    dx = dx if wide is None else dwide
+    out = mean_var(sets._replace(kept=True), x, None, w, c, n)
     out = tuple(checkpoint_name(t, SYNCED) for t in out)
     m, v = jax.tree.map(lambda t: varying_like(t, x), (out[0] if sets.centered else None, out[-1]))
     d_out = None

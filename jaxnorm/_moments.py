@@ -30,7 +30,14 @@ from jaxnorm._groups import (
     resolve,
     spread,
 )
-from jaxnorm._mean_var import SYNCED, Sets, mean_var, statistic_dtype
+from jaxnorm._mean_var import (
+    SYNCED,
+    Sets,
+    Shared,
+    mean_var,
+    own_and_wide,
+    statistic_dtype,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +78,9 @@ def moments(
 
         count = sum_S w,    mean = sum_S w x / count,    var = sum_S w |x - mean|^2 / count.
 
-    An empty set has count, mean and variance 0. Elements of weight 0 touch nothing, whatever they
+    Squares are taken in that dtype: in float32 the variance is infinite where the sum of squared
+    deviations is above 3.4e38, and loses digits where they are below 1e-38. An empty set has count,
+    mean and variance 0. Elements of weight 0 touch nothing, whatever they
     are. Statistics are float32, or float64 for float64 x, and exact to rounding however large the
     mean is beside the standard deviation.
 
@@ -105,7 +114,7 @@ def moments(
         >>> m.mean.tolist(), m.var.tolist()
         ([[0.5, 2.5], [4.5, 6.5]], [[0.25, 0.25], [0.25, 0.25]])
     """
-    x = inexact(x)
+    x, wide = own_and_wide(inexact(x))
     shape, fixed = resolve(groups, x.shape, batch_axis, channel_axis)
     check_mean(mean)
     centered = fixed is None and mean is None
@@ -140,7 +149,7 @@ def moments(
         center = _as_center(center, sets, x.dtype)
         if per_set == 1:  # the mean of one value is that value to the bit, which x - c + c is not
             center = None
-    statistics = mean_var(sets, x, w, center, divisor)
+    statistics = mean_var(sets, x, wide, w, center, divisor)
     m = statistics[0] if centered else jnp.zeros(shape, statistic_dtype(x.dtype))
     return Moments(n, m, statistics[-1])
 
@@ -151,8 +160,10 @@ def as_array(x: ArrayLike) -> jax.Array:
     return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
-def inexact(x: ArrayLike) -> jax.Array:
-    """x as a floating or complex array."""
+def inexact(x: ArrayLike | Shared) -> jax.Array | Shared:
+    """x as a floating or complex array, or as it is where functions of ours share it."""
+    if isinstance(x, Shared):
+        return x
     x = as_array(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._devices import AxisName, DeviceGroups, in_explicit_meshes, varying_like
 from jaxnorm._groups import Shape, Specification, axes_of, check_divides, single_axis
-from jaxnorm._mean_var import counts, statistic_dtype
+from jaxnorm._mean_var import counts, own_and_wide, shared, statistic_dtype
 from jaxnorm._moments import Moments, as_weights, inexact, moments
 from jaxnorm._xla import barrier, by_first_sums, by_platform, kept_small, to_channels
 
@@ -40,7 +40,9 @@ def normalize(
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
     The moments may be those of x, running ones, or anything made from them: gradients flow into all
-    of them.
+    of them. That by the variance is sum(g z) / (2 (var + epsilon)) with z = (x - mean) / sqrt(var +
+    epsilon) and g = scale dy, and it is right while the quotient is between 1.2e-38 and 3.4e38: for
+    standard deviations from 1e-17 to 1e17 where sum(g z) is of the order of 1.
 
     Args:
         x: floating or complex array.
@@ -72,7 +74,7 @@ def normalize(
         >>> normalize(x, m, scale=jnp.array([2.0, 2.0]), epsilon=0.0).tolist()
         [[-1.0, 0.0], [3.0, 4.0]]
     """
-    x = inexact(x)
+    x, wide = own_and_wide(inexact(x))
     if not isinstance(m, Moments):
         raise TypeError(
             f"m must be Moments, such as moments(x, groups) returns. Got {type(m).__name__}."
@@ -90,7 +92,7 @@ def normalize(
     var = var.astype(statistic_dtype(x.dtype, real=True))
     v = var + jnp.asarray(epsilon, var.dtype)
     w = None if weights is None else as_weights(weights, x)
-    arguments = (x, w, mean.astype(statistic_dtype(x.dtype)), v, g, b)
+    arguments = (x, wide, w, mean.astype(statistic_dtype(x.dtype)), v, g, b)
     out = jnp.dtype(x.dtype if dtype is None else dtype)
     if activation is None:
         return _standardized(out, False, *arguments)
@@ -208,13 +210,17 @@ def _standardized(
     dtype: jnp.dtype,
     kept: bool,
     x: jax.Array,
+    wide: jax.Array | None,
     w: jax.Array | None,
     mean: jax.Array,
     v: jax.Array,
     g: jax.Array | None,
     b: jax.Array | None,
 ) -> jax.Array:
-    """y = (x - mean) / sqrt(v) g + b, in one pass; `kept` where it will be differentiated."""
+    """y = (x - mean) / sqrt(v) g + b, in one pass; `kept` where it will be differentiated.
+
+    The derivative by x goes by `wide` where it is given, see `Shared`.
+    """
     return by_platform(partial(_pass, dtype, kept), x, w, mean, v, g, b)
 
 
@@ -297,9 +303,10 @@ def _along_by_platform(dtype, *args):
 
 
 def _tangent(dtype, kept, primals, tangents):
-    x, w, mean, v, g, b = primals
-    dx, _, *small = tangents
-    y = _standardized(dtype, True, *primals)
+    x, wide, w, mean, v, g, b = primals
+    dx, dwide, _, *small = tangents
+    dx = dx if wide is None else dwide
+    y = _standardized(dtype, True, x, None, *primals[2:])
     live = tuple(None if t is None or isinstance(t, SymbolicZero) else t for t in (dx, *small))
     if all(t is None for t in live):
         return y, jnp.zeros_like(y)
@@ -358,6 +365,7 @@ def norm(
         >>> y.shape, m.var.shape
         ((8, 4, 4, 6), (8, 1, 1, 3))
     """
+    x = shared(inexact(x))
     m = moments(
         x,
         groups,
