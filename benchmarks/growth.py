@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 measured += measure(point, args.dtype, rounds=args.rounds, seconds=args.seconds)
                 progress.advance(task)
     except KeyboardInterrupt:
-        console.print(f"Interrupted in {point.sweep} {point.value}.", highlight=False)
+        console.print("Interrupted: what was measured follows.")
         interrupted = True
     if not measured:
         return 130

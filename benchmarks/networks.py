@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 measured += measure(name, on_part=on_part, **args)
             progress.update(task, completed=next(done))
     except KeyboardInterrupt:
-        console.print(f"Interrupted in {name}.", highlight=False)
+        console.print("Interrupted: what was measured follows.")
         interrupted = True
     if not measured:
         return 130

@@ -8,6 +8,11 @@ one host or many.
 Writes metrics.jsonl, a line per step and per evaluation, and checkpoints, from which --resume goes
 on as if nothing had happened. The second command is the recipe of Wu & He 2018 (arXiv:1803.08494)
 on 8 devices. With several processes each runs the same command, and all write to the same folder.
+
+Each checkpoint has checksums of its files. Where the last one is damaged, --resume moves it into
+the folder damaged/, says so, and goes on from the last intact one; where none is intact it stops.
+What one process cannot go on from, an image that cannot be read or a loss that is not finite, ends
+all of them, without a checkpoint.
 """
 
 import argparse
