@@ -202,7 +202,7 @@ def _start(parser: argparse.ArgumentParser, args: argparse.Namespace, held: Exit
         make_folder(args.output)
         held.enter_context(locked(args.output))
     except OSError as error:
-        parser.error(f"argument --output: not a folder to write to: {error}")
+        parser.error(f"argument --output: {error}")
     except ValueError as error:
         parser.error(str(error))
     device = jax.devices()[0]

@@ -14,7 +14,10 @@ from typing import Any
 def make_folder(folder: Path) -> None:
     """Makes `folder` where it is missing, and a file in it for a moment; OSError where that cannot
     be done."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"not a folder to write to: {error}") from error
     check_writable(folder)
 
 
@@ -24,9 +27,12 @@ def check_writable(folder: Path) -> None:
     Permissions alone do not tell: a file system may be full or read-only, and a superuser is not
     bound by them.
     """
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable.") as file:
-        file.write(b"x")
-        file.flush()
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable.") as file:
+            file.write(b"x")
+            file.flush()
+    except OSError as error:
+        raise OSError(f"not a folder to write to: {error}") from error
 
 
 @contextmanager

@@ -57,5 +57,5 @@ def folder(text: str) -> Path:
     try:
         make_folder(Path(text))
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"not a folder to write to: {error}") from error
+        raise argparse.ArgumentTypeError(str(error)) from error
     return Path(text)
