@@ -15,6 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -26,8 +27,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from benchmarks import report, training
 from benchmarks.digits import NUM_IMAGES
+from benchmarks.files import locked, make_folder
 from benchmarks.interrupt import deferred_interrupt
 from benchmarks.norms import METHODS, TABLE, Layer
+from benchmarks.options import positive
 from benchmarks.residual import STRIDES, WIDTHS, ResidualNet
 from benchmarks.results import Cell, Result, Settings, interval
 from benchmarks.training import IMAGES_PER_STEP
@@ -63,18 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     its exit status."""
     parser = _parser()
     args = _parse(parser, argv)
-    result = _start(parser, args)
     console = Console()
     started = time.perf_counter()
-    try:
-        _train(result, _plans(args), args.output, console)
-    except KeyboardInterrupt:
-        console.print(
-            f"Interrupted. Finished cells, kept in {args.output}: {len(result.cells)}. Go on with"
-            " --resume."
-        )
-        return 130
-    _write(result, args.output)
+    with ExitStack() as held:
+        result = _start(parser, args, held)
+        try:
+            _train(result, _plans(args), args.output, console)
+        except KeyboardInterrupt:
+            console.print(
+                f"Interrupted. Finished cells, kept in {args.output}: {len(result.cells)}. Go on"
+                " with --resume."
+            )
+            return 130
+        _write(result, args.output)
     report.print_all(console, result)
     seconds = time.perf_counter() - started
     console.print(
@@ -104,23 +108,23 @@ def _parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         help=f"some of {', '.join(METHODS)}",
     )
-    add("--batch-sizes", nargs="+", type=_positive, metavar="B", help="images normalized together")
+    add("--batch-sizes", nargs="+", type=positive, metavar="B", help="images normalized together")
     add(
         "--seeds",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="train with seeds 0 to N - 1 (default: 4; with --full: 8)",
     )
     add(
         "--epochs",
-        type=_positive,
+        type=positive,
         default=20,
         metavar="N",
         help="at least 2 (default: %(default)s)",
     )
     add(
         "--train-images",
-        type=_positive,
+        type=positive,
         default=1024,
         metavar="N",
         help="the rest tests (default: %(default)s)",
@@ -157,12 +161,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
-    return int(text)
-
-
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, with those not given taken from the preset and those that do not fit together
     refused."""
@@ -197,12 +195,16 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     return args
 
 
-def _start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Result:
-    """The result to add to: the one in the output folder with --resume, else an empty one."""
+def _start(parser: argparse.ArgumentParser, args: argparse.Namespace, held: ExitStack) -> Result:
+    """The result to add to: the one in the output folder with --resume, else an empty one. No other
+    run has the folder until `held` ends."""
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
+        make_folder(args.output)
+        held.enter_context(locked(args.output))
     except OSError as error:
-        parser.error(f"argument --output: not a folder to write to: {error}")
+        parser.error(f"argument --output: {error}")
+    except ValueError as error:
+        parser.error(str(error))
     device = jax.devices()[0]
     new = Result(
         Settings(args.network, args.protocol, args.seeds, args.epochs, args.train_images),
@@ -221,7 +223,10 @@ def _start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Result:
             f"{args.output} already holds a result: continue it with --resume, replace it with"
             " --overwrite or choose another folder with --output"
         )
-    old = Result.load(args.output)
+    try:
+        old = Result.load(args.output)
+    except ValueError as error:
+        parser.error(str(error))
     changed = [f"{key} {was}, not {now}" for key, was, now in old.conflicts(new)]
     if changed:
         parser.error(f"cannot resume {args.output}, because it was made with {'; '.join(changed)}")

@@ -35,11 +35,13 @@ from rich.progress import (
 from rich.table import Table
 
 from benchmarks import pods, tpu
+from benchmarks.files import replacing, write
 from benchmarks.hlo import Collective, Total, total
 from benchmarks.interrupt import deferred_interrupt
 from benchmarks.libraries import installed
+from benchmarks.options import folder
 from benchmarks.sharded import CONTEXTS, METHODS, NORMS, PASSES, Case, of_layer, of_network
-from benchmarks.timing import about, folder, heading
+from benchmarks.timing import about, heading
 
 DEVICES = 8
 """Simulated on the CPU."""
@@ -130,6 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _compile(_jobs(args), results, steps, console)
     except KeyboardInterrupt:
         interrupted = True
+    if not results:
+        console.print("Interrupted." if interrupted else "Nothing to compile.")
+        return 130 if interrupted else 0
     facts = about(("jaxnorm", "jax", "jaxlib", "libtpu", "flax", "dm-haiku", "equinox"))
     try:
         modelled = _modelled(steps)
@@ -374,9 +379,9 @@ def _write(
         pods.Cost._asdict, modelled, is_leaf=lambda node: isinstance(node, pods.Cost)
     )
     written = {"about": facts, "results": rows, "model": model}
-    (to / "collectives.json").write_text(json.dumps(written, indent=1) + "\n")
-    with (to / "collectives.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+    write(to / "collectives.json", json.dumps(written, indent=1) + "\n")
+    with replacing(to / "collectives.csv") as new, new.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

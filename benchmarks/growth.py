@@ -27,16 +27,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.files import replacing, write
+from benchmarks.options import folder, number, positive
 from benchmarks.timing import (
     Call,
     about,
     compiled,
     copies,
-    folder,
     heading,
     interleaved,
     normal,
-    positive,
     progress_bar,
     restart_with_environment,
 )
@@ -143,30 +143,40 @@ def _call(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program with the options `argv`, by default those of the command line, and returns
     its exit status."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 150)
     facts = about(("jaxnorm", "jax", "jaxlib", "numpy"))
     plan = points(args.largest)
+    if not plan:
+        parser.error(f"argument --largest: no x has as few as {args.largest:g} elements")
     measured: list[Measured] = []
-    with progress_bar(console) as progress:
-        task = progress.add_task("", total=len(plan))
-        for point in plan:
-            progress.update(
-                task, description=f"{point.sweep} {point.value}: {point.elements:.1e} elements"
-            )
-            measured += measure(point, args.dtype, rounds=args.rounds, seconds=args.seconds)
-            progress.advance(task)
+    interrupted = False
+    try:
+        with progress_bar(console) as progress:
+            task = progress.add_task("", total=len(plan))
+            for point in plan:
+                progress.update(
+                    task, description=f"{point.sweep} {point.value}: {point.elements:.1e} elements"
+                )
+                measured += measure(point, args.dtype, rounds=args.rounds, seconds=args.seconds)
+                progress.advance(task)
+    except KeyboardInterrupt:
+        console.print("Interrupted: what was measured follows.")
+        interrupted = True
+    if not measured:
+        return 130
     result = {
         "about": facts,
         "dtype": args.dtype,
         "ns_per_element": [one._asdict() for one in measured],
     }
-    (args.output / "growth.json").write_text(json.dumps(result, indent=1))
+    write(args.output / "growth.json", json.dumps(result, indent=1))
     draw(measured, f"{args.dtype}; {heading(facts)}", args.output / "growth.png")
     console.print(heading(facts), highlight=False)
     _print(console, measured)
     console.print(f"In {args.output}: growth.json, growth.png", highlight=False)
-    return 0
+    return 130 if interrupted else 0
 
 
 def _print(console: Console, measured: Sequence[Measured]) -> None:
@@ -218,7 +228,8 @@ def draw(measured: Sequence[Measured], title: str, path: Path) -> None:
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(f"Time per element\n{title}", fontsize=10)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=150, format="png")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -229,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--largest",
-        type=float,
+        type=number(above=0),
         default=1.1e8,
         metavar="N",
         help="elements of the largest x (default: %(default)g)",
@@ -238,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive, default=5, metavar="N", help="default: %(default)s")
     add(
         "--seconds",
-        type=float,
+        type=number(at_least=0),
         default=4,
         metavar="S",
         help="per x, after which no other round starts (default: %(default)s)",

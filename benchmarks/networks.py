@@ -30,15 +30,15 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 import jaxnorm.linen
+from benchmarks.files import write
+from benchmarks.options import folder, number, positive
 from benchmarks.resnet import ResNet
 from benchmarks.timing import (
     Call,
     about,
     compiled,
-    folder,
     heading,
     interleaved,
-    positive,
     progress_bar,
     restart_with_environment,
 )
@@ -211,22 +211,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 150)
     facts = about(("jaxnorm", "jax", "jaxlib", "flax", "optax", "numpy"))
     measured: list[Measured] = []
-    with progress_bar(console) as progress:
-        task, done = (
-            progress.add_task("", total=len(networks) * (len(NORMS) + 1)),
-            itertools.count(),
-        )
-        for name in networks:
-            on_part = partial(_show, progress, task, done)
-            measured += measure(name, on_part=on_part, **args)
-        progress.update(task, completed=next(done))
-    (output / "networks.json").write_text(
-        json.dumps({"about": facts, "networks": [one._asdict() for one in measured]}, indent=1)
+    interrupted = False
+    try:
+        with progress_bar(console) as progress:
+            task, done = (
+                progress.add_task("", total=len(networks) * (len(NORMS) + 1)),
+                itertools.count(),
+            )
+            for name in networks:
+                on_part = partial(_show, progress, task, done)
+                measured += measure(name, on_part=on_part, **args)
+            progress.update(task, completed=next(done))
+    except KeyboardInterrupt:
+        console.print("Interrupted: what was measured follows.")
+        interrupted = True
+    if not measured:
+        return 130
+    write(
+        output / "networks.json",
+        json.dumps({"about": facts, "networks": [one._asdict() for one in measured]}, indent=1),
     )
     console.print(heading(facts), highlight=False)
     _print(console, measured)
     console.print(f"In {output}: networks.json", highlight=False)
-    return 0
+    return 130 if interrupted else 0
 
 
 def _show(progress: Progress, task: TaskID, done: Iterator[int], description: str) -> None:
@@ -305,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive, default=9, metavar="N", help="default: %(default)s")
     add(
         "--seconds",
-        type=float,
+        type=number(at_least=0),
         default=40,
         metavar="S",
         help="per network, after which no round starts (default: %(default)s)",

@@ -20,6 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from benchmarks.files import replacing
 from benchmarks.hlo import Collective
 
 LATENCY = 1e-6
@@ -197,5 +198,6 @@ def draw(curves: Mapping[str, Mapping[str, Mapping[int, Cost]]], path: Path) -> 
     axes[0][0].set_ylabel("ms of collectives in a step of ResNet-50")
     figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=120, format="png")
     plt.close(figure)

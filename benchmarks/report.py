@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.files import replacing
 from benchmarks.norms import METHODS, MOMENTUM
 from benchmarks.residual import WIDTHS
 from benchmarks.results import Cell, Interval, Result, Settings, interval
@@ -212,7 +213,8 @@ def draw(result: Result, path: Path) -> None:
         "Test error when batches get small", x=0.01, ha="left", fontsize=15, fontweight="bold"
     )
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
-    figure.savefig(path, dpi=150)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=150, format="png")
 
 
 def _draw_method(axes: Axes, cells: list[tuple[int, Cell]], offset: float, look: int) -> None:

@@ -4,7 +4,6 @@ that keep them."""
 import csv
 import io
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scipy import stats
+
+from benchmarks.files import read_json, write
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,8 @@ class Result:
     def save(self, folder: Path) -> None:
         """Writes results.json and results.csv, each replaced in one step: a kill leaves the old
         file or the new."""
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "results.json", self._json())
-        _replace(folder / "results.csv", self._csv())
+        write(folder / "results.json", self._json())
+        write(folder / "results.csv", self._csv())
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -175,12 +175,23 @@ class Result:
 
     @classmethod
     def load(cls, folder: Path) -> "Result":
-        """Reads back what `save` wrote."""
-        saved = json.loads((folder / "results.json").read_text())
-        cells = [
-            Cell(**{key: cell[key] for key in Cell.__dataclass_fields__}) for cell in saved["cells"]
-        ]
-        return cls(Settings(**saved["settings"]), saved["versions"], saved["machine"], cells)
+        """Reads back what `save` wrote; ValueError where it was cut or changed."""
+        file = folder / "results.json"
+        saved = read_json(file)
+        try:
+            cells = [
+                Cell(**{key: cell[key] for key in Cell.__dataclass_fields__})
+                for cell in saved["cells"]
+            ]
+            settings = Settings(**saved["settings"])
+            if any({len(cell.validation), len(cell.test)} != {settings.seeds} for cell in cells):
+                raise ValueError(f"expected {settings.seeds} accuracies in each cell")
+            return cls(settings, saved["versions"], saved["machine"], cells)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file} is not a result of this program, and was left as it is:"
+                f" {type(error).__name__}: {error}. Choose another --output."
+            ) from error
 
     def _json(self) -> str:
         return json.dumps(
@@ -235,9 +246,3 @@ def _difference(cell: Cell, baseline: Cell) -> Difference:
 
 def _same_run(cell: Cell, baseline: Cell) -> bool:
     return (cell.same_run_as or cell.name) == (baseline.same_run_as or baseline.name)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -31,18 +31,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.files import replacing
+from benchmarks.files import write as write_text
 from benchmarks.libraries import LIBRARIES, METHODS, Layer, installed
+from benchmarks.options import folder, number, positive
 from benchmarks.shapes import NUM_GROUPS, QUICK, SHAPES
 from benchmarks.timing import (
     Call,
     about,
     compiled,
     copies,
-    folder,
     heading,
     interleaved,
     normal,
-    positive,
     progress_bar,
     restart_with_environment,
 )
@@ -448,7 +449,8 @@ def draw(cases: Sequence[Case], title: str, path: Path) -> None:
         f"Time of a normalization layer in training over the floor, mean over shapes\n{title}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=150)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=150, format="png")
 
 
 def _over_floor(
@@ -461,12 +463,14 @@ def _over_floor(
 
 def write(output: Path, facts: Mapping[str, Any], cases: Sequence[Case]) -> None:
     """Writes speed.json, speed.csv, speed.md and speed.png."""
-    (output / "speed.json").write_text(
-        json.dumps({"about": facts, "cases": [case._asdict() for case in cases]}, indent=1)
+    write_text(
+        output / "speed.json",
+        json.dumps({"about": facts, "cases": [case._asdict() for case in cases]}, indent=1),
     )
-    (output / "speed.csv").write_text(_csv(cases))
-    (output / "speed.md").write_text(
-        f"{heading(facts)}\n\n    {facts['command']}\n\n{markdown(tables(cases))}"
+    write_text(output / "speed.csv", _csv(cases))
+    write_text(
+        output / "speed.md",
+        f"{heading(facts)}\n\n    {facts['command']}\n\n{markdown(tables(cases))}",
     )
     draw(cases, heading(facts), output / "speed.png")
 
@@ -601,7 +605,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive, metavar="N", help="default: 9; with --quick 5")
     add(
         "--seconds",
-        type=float,
+        type=number(at_least=0),
         metavar="S",
         help="per case, after which no other round starts (default: 6; with --quick 2)",
     )

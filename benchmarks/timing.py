@@ -1,7 +1,6 @@
 """How the benchmarks take time: several computations side by side in one process, in rounds, on
 inputs that are not cached."""
 
-import argparse
 import os
 import platform
 import random
@@ -179,22 +178,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def positive(text: str) -> int:
-    """An option that is a positive whole number."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
-    return int(text)
-
-
-def folder(text: str) -> Path:
-    """An option that is a folder to write to, made now, before anything is measured."""
-    try:
-        Path(text).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"not a folder to write to: {error}") from error
-    return Path(text)
 
 
 def progress_bar(console: Console) -> Progress:

@@ -36,9 +36,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from benchmarks.files import replacing, write
 from benchmarks.h200 import MULTIPROCESSORS, Traffic, count, unavailable
 from benchmarks.interrupt import deferred_interrupt
 from benchmarks.libraries import LIBRARIES, METHODS, Train, installed
+from benchmarks.options import folder
 from benchmarks.shapes import QUICK, SHAPES
 
 PASSES = {
@@ -124,10 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     reason = unavailable()
     if reason:
         parser.error(reason)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --output: not a folder to write to: {error}")
     console = Console(width=None if sys.stdout.isatty() else 140)
     results: list[Result] = []
     interrupted = False
@@ -135,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _count(_cells(args), results, console)
     except KeyboardInterrupt:
         interrupted = True
+    if not results:
+        console.print("Interrupted." if interrupted else "Nothing to count.")
+        return 130 if interrupted else 0
     _write(results, args.output)
     for dtype in args.dtypes:
         for what in args.passes:
@@ -190,8 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--output",
-        type=Path,
-        default=Path("results/traffic"),
+        type=folder,
+        default="results/traffic",
         metavar="FOLDER",
         help="default: %(default)s",
     )
@@ -255,12 +256,13 @@ def _count(cells: Sequence[Cell], results: list[Result], console: Console) -> No
             check_interrupt()
 
 
-def _write(results: Sequence[Result], folder: Path) -> None:
+def _write(results: Sequence[Result], to: Path) -> None:
     rows = [asdict(result) for result in results]
-    (folder / "traffic.json").write_text(
-        json.dumps({"jax": jax.__version__, "results": rows}, indent=1) + "\n"
+    write(
+        to / "traffic.json",
+        json.dumps({"jax": jax.__version__, "results": rows}, indent=1) + "\n",
     )
-    with (folder / "traffic.csv").open("w", newline="") as file:
+    with replacing(to / "traffic.csv") as new, new.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(Result.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

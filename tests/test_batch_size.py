@@ -232,9 +232,52 @@ def test_wrong_options_are_refused(arguments, message, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_output_must_be_a_folder(tmp_path, capsys):
+@pytest.mark.parametrize("where", ("file", "file/below", "/proc/self"))
+def test_output_must_be_a_folder_to_write_to(where, trainings, tmp_path, capsys):
+    """Even for a superuser, whom permissions do not bind: /proc takes no files."""
     (tmp_path / "file").touch()
-    assert "not a folder to write to" in error_of(["--output", str(tmp_path / "file")], capsys)
+    error = error_of([*TWO_TRAININGS, "--output", str(tmp_path / where)], capsys)
+    assert "not a folder to write to" in error
+    assert not trainings
+
+
+def test_two_runs_in_one_folder_do_not_lose_cells(monkeypatch, trainings, tmp_path, capsys):
+    arguments = [*TWO_TRAININGS, "--output", str(tmp_path), "--resume"]
+    train, errors = training.train, []
+
+    def while_another_starts(*args, **options):
+        errors.append(error_of(arguments, capsys))
+        return train(*args, **options)
+
+    monkeypatch.setattr(training, "train", while_another_starts)
+    assert batch_size.main(arguments) == 0
+    assert len(trainings) == 2 and all("another run is writing" in error for error in errors)
+    assert [cell.name for cell in Result.load(tmp_path).cells] == [
+        "batch@16",
+        "batch_group@16",
+        "group",
+    ]
+    assert batch_size.main(arguments) == 0  # once the first has ended
+
+
+@pytest.mark.parametrize(
+    "damage",
+    (
+        lambda text: text[:-100],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: "{}",
+        lambda text: text.replace('"seeds": 2', '"seeds": 3'),
+        lambda text: text.replace('"same_run_as"', '"same"'),
+    ),
+)
+def test_a_damaged_result_is_refused_and_kept(damage, finished, trainings, tmp_path, capsys):
+    file = tmp_path / "results.json"
+    file.write_text(damage((finished / "results.json").read_text()))
+    before = file.read_bytes()
+    error = error_of([*FOUR_TRAININGS, "--output", str(tmp_path), "--resume"], capsys)
+    assert str(file) in error and "was left as it is" in error and "--output" in error
+    assert file.read_bytes() == before and not trainings
 
 
 def test_split_uses_each_image_once():

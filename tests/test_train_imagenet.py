@@ -2,6 +2,7 @@
 processes agree."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import chex
@@ -21,8 +23,8 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from benchmarks import train_imagenet
-from benchmarks.imagenet import data, steps
+from benchmarks import files, train_imagenet
+from benchmarks.imagenet import checkpoints, data, steps
 from benchmarks.imagenet.placement import Jit, Pmap
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +41,8 @@ def dying(kind):
     batch, seen = kind.batch, []
     def counted(self, rows):
         seen.append("weight" not in rows)
+        if sum(seen) == -int(sys.argv[2]):
+            raise RuntimeError("as asked for")
         if sum(seen) == int(sys.argv[2]):
             while not os.path.exists(sys.argv[3]):
                 time.sleep(0.01)
@@ -51,7 +55,7 @@ if sys.argv[2] != "0":
 raise SystemExit(train_imagenet.main(sys.argv[4:]))
 """
 """The program in a process that ends in time; killed at the batch of that number, as soon as that
-checkpoint is there."""
+checkpoint is there, or at the batch of the negative number ended by an error."""
 
 SMALL = [
     "--stages",
@@ -117,9 +121,11 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def launch(cache, *arguments, devices=2, processes=1, dies_at=0, waits_for=""):
+def launch(
+    cache, *arguments, devices=2, processes=1, dies_at=0, waits_for="", one_dies_at=0, one_with=()
+):
     """Exit statuses and output of the program on `devices` devices in all, with a hard limit on its
-    time."""
+    time. The last process may die alone, and have options of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -136,15 +142,6 @@ def launch(cache, *arguments, devices=2, processes=1, dies_at=0, waits_for=""):
     }
     if processes > 1:
         environment["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
-    program = [
-        sys.executable,
-        "-c",
-        PROGRAM,
-        str(SECONDS),
-        str(dies_at),
-        str(waits_for),
-        *map(str, arguments),
-    ]
     running = []
     try:
         for process in range(processes):
@@ -156,7 +153,11 @@ def launch(cache, *arguments, devices=2, processes=1, dies_at=0, waits_for=""):
                 "--process-id",
                 str(process),
             ]
-            command = program + (several if processes > 1 else [])
+            last = process == processes - 1
+            dies = one_dies_at if last and one_dies_at else dies_at
+            command = [sys.executable, "-c", PROGRAM, SECONDS, dies, waits_for, *arguments]
+            command += [*(several if processes > 1 else []), *(one_with if last else [])]
+            command = list(map(str, command))
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             running.append(
                 subprocess.Popen(
@@ -529,6 +530,28 @@ def error_of(capsys, *arguments):
         (["--devices-per-norm", "2", "--norm", "group"], "not for --norm group"),
         (["--num-classes", "5"], "has 3 classes, not the 5"),
         (["--seed", "-1"], "expected a whole number"),
+        (["--seed", str(2**32)], "expected a whole number below 2^32"),
+        (["--learning-rate", "nan"], "--learning-rate: expected a finite number, above 0"),
+        (["--learning-rate", "inf"], "--learning-rate: expected a finite number, above 0"),
+        (["--learning-rate", "-1"], "--learning-rate: expected a finite number, above 0"),
+        (["--learning-rate", "fast"], "--learning-rate: expected a finite number, above 0"),
+        (["--weight-decay", "-1"], "--weight-decay: expected a finite number, at least 0"),
+        (["--weight-decay", "nan"], "--weight-decay: expected a finite number, at least 0"),
+        (["--label-smoothing", "7"], "--label-smoothing: expected a finite number, at least 0,"),
+        (["--label-smoothing", "1"], "below 1, got '1'"),
+        (["--label-smoothing", "-0.1"], "below 1, got '-0.1'"),
+        (["--warmup-epochs", "nan"], "--warmup-epochs: expected a finite number, at least 0"),
+        (["--coordinator", "host:1"], "--coordinator needs --num-processes and --process-id"),
+        (["--coordinator", "host:1", "--process-id", "0"], "--coordinator needs --num-processes"),
+        (["--process-id", "0"], "--num-processes and --process-id belong to --coordinator"),
+        (
+            ["--coordinator", "host", "--num-processes", "2", "--process-id", "1"],
+            "expected HOST:PORT, got 'host'",
+        ),
+        (
+            ["--coordinator", "host:1", "--num-processes", "2", "--process-id", "2"],
+            "--process-id: expected 0 to 1, got 2",
+        ),
         (["--norm", "none"], "invalid choice: 'none'"),
     ],
 )
@@ -538,6 +561,25 @@ def test_options_that_do_not_fit(arguments, message, folder, tmp_path, capsys):
     )
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", ("train", "val"))
+def test_a_class_without_images_is_named(split, folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "images")
+    for file in (tmp_path / "images" / split / "green").iterdir():
+        file.rename(file.with_suffix(".webp"))
+    error = error_of(capsys, "--data", tmp_path / "images", "--output", tmp_path / "run")
+    assert f"{tmp_path}/images/{split}/green has no images" in error
+
+
+@pytest.mark.parametrize("where", ("file", "file/below", "/proc/self"))
+def test_output_must_be_a_folder_to_write_to(where, folder, tmp_path, capsys):
+    """Even for a superuser, whom permissions do not bind: /proc takes no files."""
+    (tmp_path / "file").touch()
+    error = error_of(
+        capsys, "--data", folder, *SMALL, *TRAINING, "--output", tmp_path / where, "--resume"
+    )
+    assert "not a folder to write to" in error and where in error
 
 
 def test_data_that_is_not_there(folder, tmp_path, capsys):
@@ -561,6 +603,26 @@ def test_examples_that_are_wrong():
         data.decode(broken)
     with pytest.raises(ValueError, match="record 0 has the features"):
         data.Records([b""])[0]
+    with pytest.raises(ValueError, match="record 0 cannot be read"):
+        data.Records([b"\xff\xff"])[0]
+
+
+@pytest.mark.parametrize("damage", ("cut", "bytes"))
+def test_damaged_images_of_every_kind_are_named(damage, folder):
+    """Of a PNG Pillow raises SyntaxError, struct.error and others."""
+    rng = np.random.default_rng(0)
+    for kind in ("JPEG", "PNG"):
+        file = io.BytesIO()
+        Image.open(folder / "train" / "red" / "0.JPEG").save(file, kind)
+        for _ in range(50):
+            content = bytearray(file.getvalue())
+            content[rng.integers(50)] ^= 1 << rng.integers(8)
+            if damage == "cut":
+                content = content[: rng.integers(len(content))]
+            try:
+                data.decode({"image": bytes(content), "label": 0, "name": "a.png"})
+            except ValueError as error:
+                assert "a.png cannot be decoded" in str(error)
 
 
 def test_refuses_another_run(finished, capsys):
@@ -572,3 +634,232 @@ def test_refuses_another_run(finished, capsys):
         "width 8, not 16" in error and "devices 2, not 8" in error and "cannot be resumed" in error
     )
     assert (output / "metrics.jsonl").read_bytes() == before
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def run_without(file, damage, finished, tmp_path):
+    """A copy of the finished run in which one file is damaged."""
+    options, output, _ = finished
+    shutil.copytree(output, tmp_path / "run")
+    damage(tmp_path / "run" / file)
+    return [*options, "--output", tmp_path / "run"], tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "damage", (cut, lambda path: path.write_text(""), lambda path: path.write_text("[]"))
+)
+def test_damaged_settings_are_refused_and_kept(damage, finished, tmp_path, capsys):
+    options, run = run_without("settings.json", damage, finished, tmp_path)
+    before = (run / "settings.json").read_bytes()
+    error = error_of(capsys, *options, "--resume")
+    assert f"{run}/settings.json is cut or damaged" in error and "another --output" in error
+    assert (run / "settings.json").read_bytes() == before
+
+
+def test_a_run_without_settings_is_refused(finished, tmp_path, capsys):
+    options, run = run_without("settings.json", Path.unlink, finished, tmp_path)
+    for resume in ([], ["--resume"]):
+        assert "holds a run without its settings.json" in error_of(capsys, *options, *resume)
+    assert sorted(os.listdir(run / "checkpoints")) == ["12", "6", "9"]
+
+
+def test_two_runs_do_not_share_a_folder(folder, tmp_path, capsys):
+    with files.locked(tmp_path):
+        error = error_of(
+            capsys, "--data", folder, *SMALL, *TRAINING, "--output", tmp_path, "--resume"
+        )
+    assert f"another run is writing to {tmp_path}" in error
+
+
+def test_a_kill_at_any_time_leaves_the_log(tmp_path):
+    """What the file holds when the first step has not ended, and when its replacement fails."""
+    path = tmp_path / "metrics.jsonl"
+    text = [json.dumps({"step": step}) + "\n" for step in range(1, 6)]
+    path.write_text("".join(text) + '{"step": 5, "epo')
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(OSError, match="full"),
+        train_imagenet._log(tmp_path, 3),
+    ):
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with train_imagenet._log(tmp_path, 2):
+            pass
+    assert path.read_text() == "".join(text[:3])
+    with train_imagenet._log(tmp_path, 3) as log:
+        assert path.read_text() == "".join(text[:3])
+        log({"step": 4, "val_loss": float("nan")})
+        assert path.read_text() == "".join(text[:3]) + '{"step": 4, "val_loss": null}\n'
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_a_line_that_cannot_be_read_is_not_lost(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\0\0\n{"step": 3}\n')
+    with train_imagenet._log(tmp_path, 2):
+        assert path.read_text() == '{"step": 1}\n{"st\0\0\n'
+
+
+def copied_checkpoints(finished, tmp_path):
+    return Path(shutil.copytree(finished[1] / "checkpoints", tmp_path / "checkpoints"))
+
+
+@pytest.mark.parametrize("damage", (cut, flip_a_byte, Path.unlink))
+def test_damage_to_any_file_of_a_checkpoint_is_noticed(damage, finished, tmp_path):
+    folder = copied_checkpoints(finished, tmp_path)
+    names = [path.relative_to(folder / "12") for path in (folder / "12").rglob("*")]
+    names = [name for name in names if (folder / "12" / name).is_file()]
+    assert len(names) > 10
+    for name in names:
+        content = (folder / "12" / name).read_bytes()
+        assert checkpoints.damage(folder / "12") is None
+        if content:
+            damage(folder / "12" / name)
+            found = checkpoints.damage(folder / "12")
+            assert found and (str(name) in found or name.name == "checksums.json"), name
+        (folder / "12" / name).write_bytes(content)
+    assert checkpoints.newest(folder, tmp_path / "damaged") == (12, [])
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_the_newest_intact_checkpoint(finished, tmp_path):
+    folder, aside = copied_checkpoints(finished, tmp_path), tmp_path / "damaged"
+    flip_a_byte(folder / "12" / "batches" / "process_0-of-1.json")
+    step, (told,) = checkpoints.newest(folder, aside)
+    assert step == 9
+    assert "Checkpoint 12 is damaged" in told and "goes on from checkpoint 9" in told
+    assert "batches/process_0-of-1.json" in told and str(aside / "12") in told
+    shutil.copytree(folder / "9", folder / "12")
+    (folder / "12" / "checksums.json").unlink()  # as a kill leaves it
+    step, (told,) = checkpoints.newest(folder, aside)
+    assert step == 9 and str(aside / "12-1") in told
+    assert sorted(os.listdir(folder)) == ["6", "9"]
+    (folder / "9" / "checksums.json").unlink()
+    cut(folder / "6" / "checksums.json")
+    with pytest.raises(ValueError, match=r"no checkpoint .* is intact \(9: .*; 6: "):
+        checkpoints.newest(folder, aside)
+    assert sorted(os.listdir(folder)) == ["6", "9"]
+
+
+def test_a_kill_in_the_first_checkpoint_starts_again(finished, tmp_path):
+    folder, aside = copied_checkpoints(finished, tmp_path), tmp_path / "damaged"
+    shutil.rmtree(folder / "6"), shutil.rmtree(folder / "9")
+    cut(folder / "12" / "checksums.json")
+    with pytest.raises(ValueError, match="no checkpoint"):
+        checkpoints.newest(folder, aside)
+    (folder / "12" / "checksums.json").unlink()
+    step, (told,) = checkpoints.newest(folder, aside)
+    assert step is None and "starts from the beginning" in told
+    assert checkpoints.newest(folder, aside) == (None, [])
+    assert checkpoints.newest(tmp_path / "none", aside) == (None, [])
+
+
+def test_an_older_checkpoint_is_removed_only_when_a_newer_one_is_sealed(
+    folder, tmp_path, monkeypatch
+):
+    images = data.find(str(folder), None)
+    options = {"batch": 11, "num_classes": 3, "size": 8, "workers": 0}
+    batches = data.training_batches(images.train, seed=0, **options)
+    state, seal = {"x": jnp.arange(3.0)}, checkpoints.seal
+
+    def dying(checkpoint):
+        raise KeyboardInterrupt
+
+    with checkpoints.Checkpoints(tmp_path / "checkpoints", keep=1) as kept:
+        kept.save(1, state, batches)
+        expected = next(batches)
+        monkeypatch.setattr(checkpoints, "seal", dying)
+        with pytest.raises(KeyboardInterrupt):
+            kept.save(2, state, batches)
+    assert checkpoints.newest(tmp_path / "checkpoints", tmp_path / "damaged")[0] == 1
+    monkeypatch.setattr(checkpoints, "seal", seal)
+    with checkpoints.Checkpoints(tmp_path / "checkpoints", keep=1) as kept:
+        chex.assert_trees_all_equal(kept.restore(1, state, batches), state)
+        chex.assert_trees_all_equal(next(batches), expected)
+        kept.save(2, state, batches)
+    assert os.listdir(tmp_path / "checkpoints") == ["2"]
+
+
+def test_goes_on_from_an_earlier_checkpoint_where_the_last_is_damaged(finished, cache, tmp_path):
+    arrays = sorted(
+        (finished[1] / "checkpoints" / "12" / "state").rglob("d/*"), key=lambda p: p.stat().st_size
+    )
+    options, run = run_without(arrays[-1].relative_to(finished[1]), flip_a_byte, finished, tmp_path)
+    text = finish(cache, *options, "--resume")
+    assert "Checkpoint 12 is damaged" in text and "goes on from checkpoint 9" in " ".join(
+        text.split()
+    )
+    assert_same_run(run, finished[1])
+    assert os.listdir(run / "damaged") == ["12"]
+
+
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(finished, cache, tmp_path):
+    options = [*finished[0], "--learning-rate", "1e37", "--save-every", "1"]
+    statuses, text = launch(cache, *options, "--output", tmp_path)
+    text = " ".join(text.split())
+    assert statuses == [1] and "Traceback" not in text, text
+    last = max(map(int, os.listdir(tmp_path / "checkpoints")))
+    assert f"The last checkpoint is that of step {last}, and nothing was saved since" in text
+    assert "--learning-rate below 1e+37" in text
+    for leaf in jax.tree.leaves(saved(tmp_path, last)):
+        assert np.isfinite(leaf).all()
+    assert all(np.isfinite(line["loss"]) for line in lines(tmp_path))
+
+
+def test_finite():
+    for value in (np.nan, np.inf, -np.inf):
+        tree = {"a": jnp.ones(3), "b": jnp.array([1, value]), "c": jnp.int32(1)}
+        assert not steps.all_finite(tree)
+        assert steps.all_finite({"a": tree["a"], "c": tree["c"]})
+
+
+def test_an_image_that_one_process_cannot_read_ends_both(finished, folder, cache, tmp_path):
+    """Each would wait for the other for five minutes."""
+    images = Path(shutil.copytree(folder, tmp_path / "images"))
+    for file in (images / "train" / "red").iterdir():
+        cut(file)
+    options = [*finished[0], "--data", images, "--output", tmp_path / "run"]
+    started = time.monotonic()
+    statuses, text = launch(cache, *options, processes=2)
+    assert time.monotonic() - started < 100
+    text = " ".join(text.split())
+    assert statuses == [1, 1] and "Traceback" not in text, text
+    assert f": {images}/train/red/" in text and "cannot be decoded" in text
+
+
+@pytest.mark.slow
+def test_an_evaluated_image_that_one_process_cannot_read_ends_both(
+    finished, folder, cache, tmp_path
+):
+    """The last one, after which the other process has no batch left."""
+    images = Path(shutil.copytree(folder, tmp_path / "images"))
+    cut(images / "val" / "red" / "9.JPEG")
+    options = [*finished[0], "--data", images, "--output", tmp_path / "run"]
+    statuses, text = launch(cache, *options, processes=2)
+    assert statuses == [1, 1] and "Traceback" not in text, text
+    assert f"process 1: {images}/val/red/9.JPEG" in " ".join(text.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("at", "status"), ((6, -signal.SIGKILL), (-6, 1)), ids=("kill", "raise"))
+def test_a_process_that_dies_ends_the_other(at, status, finished, cache, tmp_path):
+    options = [*finished[0], "--output", tmp_path / "run"]
+    first = tmp_path / "run" / "checkpoints" / "3"
+    statuses, text = launch(cache, *options, processes=2, one_dies_at=at, waits_for=first)
+    assert statuses == [1, status], text
+
+
+@pytest.mark.slow
+def test_processes_with_different_options_are_refused(finished, cache, tmp_path):
+    options = [*finished[0], "--output", tmp_path / "run"]
+    statuses, text = launch(cache, *options, processes=2, one_with=["--width", "16"])
+    assert statuses == [2, 2] and "process 1 differs from process 0" in text, text
+    assert "width 16, not 8" in " ".join(text.split())

@@ -14,6 +14,8 @@ from absl import flags
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from PIL import Image
 
+from benchmarks.imagenet.processes import describe
+
 Example = dict[str, Any]
 """`image`: bytes of a JPEG or PNG file, later pixels (H, W, 3) uint8; `label`: its class; `name`:
 for errors, where known."""
@@ -96,10 +98,13 @@ class Folder:
             for path in sorted((folder / name).iterdir())
             if path.suffix.lower() in (".jpeg", ".jpg", ".png")
         ]
-        if not self.files:
+        filled = {label for _, label in self.files}
+        empty = [name for label, name in enumerate(self.classes) if label not in filled]
+        if empty or not self.files:
+            without = ", ".join(str(folder / name) for name in empty[:5]) or str(folder)
             raise ValueError(
-                f"{folder} has no images. Expected a folder for each class with .jpeg, .jpg or .png"
-                " files in it."
+                f"{without}{', ...' if empty[5:] else ''} has no images. Expected a folder for each"
+                " class with .jpeg, .jpg or .png files in it, and no other folders."
             )
 
     def __len__(self) -> int:
@@ -148,15 +153,20 @@ class Records:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        message = example_class().FromString(self.records[index])
+        try:
+            message = example_class().FromString(self.records[index])
+        except Exception as error:
+            raise ValueError(f"record {index} cannot be read: {error}") from error
         features = {entry.key: entry.value for entry in message.features.feature}
         if not {"image", "label"} <= features.keys():
             raise ValueError(
                 f"record {index} has the features {sorted(features)}. Expected image and label"
                 " among them."
             )
-        image, label = features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
-        return {"image": image, "label": label, "name": f"record {index}"}
+        images, labels = features["image"].bytes_list.value, features["label"].int64_list.value
+        if not (images and labels):
+            raise ValueError(f"record {index} has an image or a label without a value.")
+        return {"image": images[0], "label": labels[0], "name": f"record {index}"}
 
 
 def _from_tfds(name: str) -> Images:
@@ -209,6 +219,43 @@ def evaluation_batches(
             [images, grain.MapDataset.source([nothing] * missing)]
         )
     return _batches(images, batch, workers, epochs=1)
+
+
+class Reader:
+    """Batches of this process, without an end. Where one cannot be read, rows labelled -1 stand for
+    it and for all that follow.
+
+    So a process that cannot read still takes part in the step that the others have begun, which
+    tells them: they would wait for it otherwise.
+
+    Attributes:
+        error: why a batch could not be read.
+    """
+
+    def __init__(self, batches: Iterator[Example], like: Example):
+        self.batches, self.like = batches, like
+        self.error: str | None = None
+
+    def __iter__(self) -> "Reader":
+        return self
+
+    def __next__(self) -> Example:
+        if self.error is None:
+            try:
+                return next(self.batches)
+            except Exception as error:
+                self.error = describe(error)
+        return self.like
+
+
+def unread(batch: int, size: int, *, weighted: bool) -> Example:
+    """This process's part of a batch that it could not read."""
+    rows = batch // jax.process_count()
+    example = {
+        "image": np.zeros((rows, size, size, 3), np.uint8),
+        "label": np.full(rows, -1, np.int32),
+    }
+    return example | ({"weight": np.zeros(rows, np.float32)} if weighted else {})
 
 
 class Share(grain.transforms.DatasetSelectionMap):
@@ -265,9 +312,10 @@ def decode(example: Example) -> Image.Image:
     """The image in RGB, whatever its file holds."""
     try:
         return Image.open(io.BytesIO(example["image"])).convert("RGB")
-    except OSError as error:
+    except Exception as error:  # Pillow's, of damaged files, are of many kinds
         raise ValueError(
-            f"{example.get('name', 'an image')} cannot be decoded: {error}. Replace or remove it."
+            f"{example.get('name', 'an image')} cannot be decoded: {error}. Replace it, or"
+            " remove it and start again."
         ) from error
 
 

@@ -68,7 +68,8 @@ class Trainer(NamedTuple):
         )
 
     def train(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        """The state after a step, and loss, accuracy in % and learning rate of it."""
+        """The state after a step, and loss, accuracy in %, learning rate and the part of images
+        that could not be read of it."""
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
@@ -86,7 +87,11 @@ class Trainer(NamedTuple):
         (value, (logits, batch_stats)), gradient = jax.value_and_grad(loss, has_aux=True)(
             state.params
         )
-        metrics = {"loss": value, "accuracy": 100 * (logits.argmax(-1) == batch["label"]).mean()}
+        metrics = {
+            "loss": value,
+            "accuracy": 100 * (logits.argmax(-1) == batch["label"]).mean(),
+            "unread": (batch["label"] < 0).mean(),
+        }
         if self.axis:
             gradient, batch_stats, metrics = jax.lax.pmean(
                 (gradient, batch_stats, metrics), self.axis
@@ -101,8 +106,8 @@ class Trainer(NamedTuple):
         )
 
     def evaluate(self, state: State, batch: Batch) -> dict[str, jax.Array]:
-        """Sums over the images of a batch: how many they are, their losses, and their labels among
-        the first 1 and 5."""
+        """Sums over the images of a batch: how many they are, their losses, their labels among
+        the first 1 and 5, and how many could not be read."""
         logits: Any = self.model.apply(
             {"params": state.params, "batch_stats": state.batch_stats}, _pixels(batch), train=False
         )
@@ -117,7 +122,14 @@ class Trainer(NamedTuple):
         sums = {
             name: jnp.where(batch["weight"] > 0, value, 0).sum() for name, value in each.items()
         }
+        sums["unread"] = (batch["label"] < 0).sum()
         return jax.lax.psum(sums, self.axis) if self.axis else sums
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no number of a tree is infinite or NaN."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 def _pixels(batch: Batch) -> jax.Array:
