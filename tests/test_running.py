@@ -1,6 +1,7 @@
 """Running statistics: averages, counts, ghost batches, and what leaves them untouched."""
 
 import contextlib
+import dataclasses
 from functools import partial
 
 import chex
@@ -472,3 +473,19 @@ def test_traced_momentum_never_destroys_the_state():
         chex.assert_trees_all_equal(new, old)
     with pytest.raises(ValueError, match=r"momentum has shape \(6,\)"):
         update(jnp.full(6, 0.5))
+
+
+@pytest.mark.parametrize("convention", ("pooled", "averaged", "sequential", "sequential divided"))
+def test_equal_ghosts_are_one_of_them(convention):
+    """To the bit: weights whose sum, rounded, is not 1 do not move the mean."""
+    state = Moments(None, jnp.zeros(1), jnp.ones(1))
+
+    @partial(jax.jit, static_argnums=0)
+    def new(ghosts, mean):
+        m = Moments(*(jnp.full((ghosts, 1), t) for t in (64.0, mean, 1.0)))
+        near = dataclasses.replace(state, mean=mean[None])
+        return update_running(near, m, momentum=0.9, ghost_update=convention).mean[0]
+
+    for ghosts in (3, 7, 11, 13):
+        for mean in np.array([1234.567, 123456.7, 1e4 / 3], "f4"):
+            assert new(ghosts, mean) == mean
