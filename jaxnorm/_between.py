@@ -8,7 +8,7 @@ and schedules enter as numbers or traced scalars.
 State is a dict of arrays of fixed shapes, float32, with the channels last.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import jax
@@ -20,8 +20,8 @@ from jaxnorm._groups import Specification, axes_of, single_axis
 from jaxnorm._mean_var import counts, statistic_dtype
 from jaxnorm._moments import Moments, as_weights, inexact, moments
 from jaxnorm._normalize import normalize, placed
-from jaxnorm._pooling import pool
-from jaxnorm._running import update_running
+from jaxnorm._pooling import pool, toward
+from jaxnorm._running import rate_of, update_running, warn_of_half_precision
 
 State = dict[str, jax.Array]
 
@@ -38,6 +38,27 @@ class Options(TypedDict, total=False):
     axis_index_groups: DeviceGroups
     batch_axis: int
     channel_axis: int
+
+
+def check_state(state: Any, method: str, optional: Sequence[str] = (), **axes: int) -> None:
+    """`state` is that of the method: a dict with arrays of these names, of so many axes."""
+    if not isinstance(state, Mapping):
+        error, got = TypeError, f"a {type(state).__name__}"
+    else:
+        error, shapes = ValueError, {name: jnp.shape(t) for name, t in state.items()}
+        if set(axes) <= set(shapes) <= {*axes, *optional} and all(
+            len(shapes[name]) == n for name, n in axes.items()
+        ):
+            return
+        got = ", ".join(f"{name} of shape {shapes[name]}" for name in sorted(shapes))
+        got = f"a state with {got}" if got else "a state with nothing in it"
+    expected = ", ".join(
+        f"{name} of {n} {'axis' if n == 1 else 'axes'}" for name, n in axes.items()
+    )
+    raise error(
+        f"{method} got {got}. Expected its own state, a dict with {expected}, as init_{method} makes"
+        " it before the first step; that of another method means something else."
+    )
 
 
 def real(x: ArrayLike, method: str) -> jax.Array:
@@ -114,18 +135,22 @@ def recalled(state: State, x: jax.Array, channel_axis: int = -1, prefix: str = "
 @in_explicit_meshes
 def remembered(old: jax.Array, new: jax.Array, keep: ArrayLike = True) -> jax.Array:
     """`new` in the shape and dtype of the state `old`, without a derivative; `old` where `keep` is
-    false."""
+    false, or where what would be stored is not finite."""
     new = jax.lax.stop_gradient(new).astype(old.dtype)
-    return jnp.where(jnp.asarray(keep), new, old.reshape(new.shape)).reshape(old.shape)
+    kept = jnp.where(jnp.asarray(keep), new, old.reshape(new.shape))
+    return jnp.where(jnp.isfinite(new), kept, old.reshape(new.shape)).reshape(old.shape)
 
 
 @in_explicit_meshes
 def averaged(
     old: jax.Array, new: jax.Array, momentum: ArrayLike, keep: ArrayLike = True
 ) -> jax.Array:
-    """momentum old + (1 - momentum) new, in the shape and dtype of the state `old`."""
+    """momentum old + (1 - momentum) new, in the shape and dtype of the state `old`; the momentum is
+    checked as `update_running` does."""
+    rate = rate_of(momentum, new.dtype)
+    warn_of_half_precision(old.dtype, momentum)
     wide = old.reshape(new.shape).astype(new.dtype)
-    return remembered(old, wide + (1 - jnp.asarray(momentum, new.dtype)) * (new - wide), keep)
+    return remembered(old, toward(wide, new, rate), keep)
 
 
 def updated(state: State, m: Moments, momentum: ArrayLike, correction: int = 0) -> State:

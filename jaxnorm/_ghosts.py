@@ -18,6 +18,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from jaxnorm._mean_var import times
 from jaxnorm._moments import Moments
 
 GhostUpdate = Literal["pooled", "averaged", "sequential", "sequential divided"]
@@ -25,20 +26,23 @@ GhostUpdate = Literal["pooled", "averaged", "sequential", "sequential divided"]
 Weights = tuple[jax.Array, jax.Array]
 
 
-def _averaged(valid: jax.Array, axis: int, momentum: jax.Array) -> Weights:
+def _averaged(valid: jax.Array, axis: int, rate: jax.Array) -> Weights:
     count = valid.sum(axis, keepdims=True)
-    return valid / jnp.where(count > 0, count, 1), jnp.broadcast_to(momentum, count.shape)
+    return valid / jnp.where(count > 0, count, 1), jnp.broadcast_to(rate, count.shape)
 
 
-def _sequential(valid: jax.Array, axis: int, momentum: jax.Array) -> Weights:
+def _sequential(valid: jax.Array, axis: int, rate: jax.Array) -> Weights:
     later = jnp.flip(jnp.cumsum(jnp.flip(valid, axis), axis), axis) - valid
-    weights = valid * momentum**later
+    weights = valid * (1 - rate) ** later
     total = weights.sum(axis, keepdims=True)
-    return weights / jnp.where(total > 0, total, 1), momentum ** valid.sum(axis, keepdims=True)
+    return (
+        weights / jnp.where(total > 0, total, 1),
+        1 - (1 - rate) ** valid.sum(axis, keepdims=True),
+    )
 
 
-def _sequential_divided(valid: jax.Array, axis: int, momentum: jax.Array) -> Weights:
-    return _sequential(valid, axis, 1 - (1 - momentum) / valid.shape[axis])
+def _sequential_divided(valid: jax.Array, axis: int, rate: jax.Array) -> Weights:
+    return _sequential(valid, axis, rate / valid.shape[axis])
 
 
 WEIGHTS: dict[str, Callable[[jax.Array, int, jax.Array], Weights]] = {
@@ -46,8 +50,8 @@ WEIGHTS: dict[str, Callable[[jax.Array, int, jax.Array], Weights]] = {
     "sequential": _sequential,
     "sequential divided": _sequential_divided,
 }
-"""Weights of the ghosts, adding up to 1, and the weight of the old state. `valid` is 1 for ghosts
-that count, else 0."""
+"""Weights of the ghosts, adding up to 1, and their weight against the old state's. `valid` is 1 for
+ghosts that count, else 0."""
 
 
 def check_ghost_update(convention: str) -> None:
@@ -59,13 +63,17 @@ def check_ghost_update(convention: str) -> None:
 
 
 def one_update(
-    m: Moments, usable: jax.Array, axis: int, momentum: jax.Array, convention: str
+    m: Moments, usable: jax.Array, axis: int, rate: jax.Array, convention: str
 ) -> tuple[Moments, jax.Array]:
-    """The ghosts along an axis as one batch: its moments, and the momentum with which it enters."""
-    weights, momentum = WEIGHTS[convention](usable.astype(momentum.dtype), axis, momentum)
+    """The ghosts along an axis as one batch: its moments, and the weight with which it enters."""
+    weights, rate = WEIGHTS[convention](usable.astype(rate.dtype), axis, rate)
 
     def average(t: jax.Array) -> jax.Array:
-        return (jnp.where(usable, t, 0) * weights.astype(t.dtype)).sum(axis, keepdims=True)
+        def weighed(t: jax.Array) -> jax.Array:
+            return times(jnp.where(usable, t, 0), weights).sum(axis, keepdims=True)
+
+        first = weighed(t)  # off by what rounded weights lack of 1, a part of the mean
+        return first + weighed(t - first)
 
     counts = jnp.where(usable, m.count, 0).sum(axis, keepdims=True)
-    return Moments(counts, average(m.mean), average(m.var)), momentum
+    return Moments(counts, average(m.mean), average(m.var)), rate

@@ -15,6 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._between import State
+from jaxnorm._checks import check_number
 from jaxnorm._devices import AxisName, DeviceGroups
 from jaxnorm._ghosts import GhostUpdate
 from jaxnorm._groups import EACH, Method, Shape, Specification, axes_of, resolve
@@ -276,6 +277,7 @@ class Running:
                 f"example_weight={self.example_weight} weighs an example against running"
                 " statistics. Got use_running_average=False; expected True, or no example_weight."
             )
+        check_number(self.momentum, "momentum", at_least=0, at_most=1)
 
     def updated(self, batch: Moments, batch_axis: int) -> Moments:
         """The running statistics after this batch."""

@@ -17,16 +17,27 @@ def with_divisor(
     """m whose variance is the square of what x - mean is divided by, to be normalized with epsilon
     0.
 
-    sqrt(v + epsilon), or outside the root sqrt(v) + epsilon, with v = var n / (n - correction). The
-    root of a variance of 0 has derivative 0 here.
+    sqrt(v + epsilon), or outside the root sqrt(v) + epsilon, with v = `corrected(var)`. The root of
+    a variance of 0 has derivative 0 here.
     """
-    var = m.var
-    if correction:
-        n = m.count.astype(var.dtype)
-        var = var * n / jnp.maximum(n - correction, 1)
+    var = corrected(m, correction).var
     if epsilon_outside:
         varies = var > 0
         var = jnp.square(jnp.where(varies, jnp.sqrt(jnp.where(varies, var, 1)), 0) + epsilon)
     else:
         var = var + epsilon
+    return dataclasses.replace(m, var=var)
+
+
+def corrected(m: Moments, correction: int) -> Moments:
+    """m with the variance of a sample of n: var max(n, 1) / max(n - correction, 1), never less than
+    var.
+
+    n is the count, so weights count elements: it has no meaning for weights of another scale, and
+    where they add up to less than one element the variance stays the biased one.
+    """
+    if not correction:
+        return m
+    n = m.count.astype(m.var.dtype)
+    var = m.var * jnp.maximum(n, 1) / jnp.maximum(n - correction, 1)
     return dataclasses.replace(m, var=var)

@@ -20,6 +20,16 @@ from jaxnorm._mean_var import SYNCED, abs2, over, times
 from jaxnorm._moments import Moments
 
 
+def toward(old: jax.Array, new: jax.Array, rate: jax.Array) -> jax.Array:
+    """old + rate (new - old), which is old at rate 0 and new at rate 1, to the bit.
+
+    (1 - rate) old + rate new has weights whose sum, rounded, is not 1: an average over many steps
+    is then off by a part of the mean, however small the standard deviation is. `rate` is real.
+    """
+    step = new - old
+    return jnp.where(rate < 0.5, old + times(step, rate), new - times(step, 1 - rate))
+
+
 def _divide(total: jax.Array, count: jax.Array) -> jax.Array:
     return over(total, jnp.where(count > 0, count, 1))
 
@@ -70,15 +80,23 @@ def pool(
     shape, _ = resolve(groups, fine, batch_axis, channel_axis)
     device_groups = device_groups_of(axis_name, axis_index_groups)
 
-    def total(t: jax.Array) -> jax.Array:
-        return checkpoint_name(all_sum(block_sum(t, shape), axis_name, device_groups), SYNCED)
+    def totals(*sums: jax.Array) -> tuple[jax.Array, ...]:
+        parts = tuple(block_sum(t, shape) for t in sums)
+        return jax.tree.map(
+            lambda t: checkpoint_name(t, SYNCED), all_sum(parts, axis_name, device_groups)
+        )
 
-    count = total(m.count)
-    means, variances = (
-        jnp.where(m.count > 0, t, 0) for t in (m.mean, m.var)
-    )  # an empty set may hold anything
-    mean = _divide(total(times(means, m.count)), count)
-    var = _divide(total(m.count * (variances + abs2(means - spread(mean, fine)))), count)
+    some = m.count > 0  # an empty set may hold anything
+    means, variances = (jnp.where(some, t, 0) for t in (m.mean, m.var))
+    count, total = totals(m.count, times(means, m.count))
+    # Sums about a value near the mean, whatever it is. The rounding of that value is a part of the
+    # mean and may be many times the variance, so what it lacks is measured and taken out of both.
+    center = jax.lax.stop_gradient(_divide(total, count))
+    d = jnp.where(some, means - spread(center, fine), 0)
+    total, square = totals(times(d, m.count), m.count * (variances + abs2(d)))
+    rest = _divide(total, count)
+    mean, var = center + rest, _divide(square, count) - abs2(rest)
+    var = var + jax.lax.stop_gradient(jnp.maximum(-var, 0))  # 0 where rounding is below it
     return Moments(count, mean, var)
 
 

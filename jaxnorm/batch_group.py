@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm import methods
-from jaxnorm._between import Options, State, alone, applied, measured, named, real, updated
+from jaxnorm._between import (
+    Options,
+    State,
+    alone,
+    applied,
+    check_state,
+    measured,
+    named,
+    real,
+    updated,
+)
 from jaxnorm._groups import EACH, Groups, Shape, single_axis
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments
@@ -87,7 +97,7 @@ def batch_group_norm(
         state: see `init_batch_group_norm`.
         train: use the batch's statistics and update the state, or use the state.
         num_groups: G, a divisor of C H W; `methods.batch_group_count` chooses one.
-        momentum: weight of the old state per update.
+        momentum: weight of the old state per update, 0 to 1.
         epsilon: added to the variance, in the unit of x squared.
         correction: 1 stores the unbiased variance, as PyTorch does.
         **options: as `norm`.
@@ -118,10 +128,14 @@ def batch_group_norm(
         single_axis(options.get("channel_axis", -1), x.shape),
     )
     channels, positions = _sizes(num_groups, x.shape, batch, channel)
+    check_state(state, "batch_group_norm", ("count", "positions"), mean=1, var=1)
     tied = channels % num_groups != 0
-    if state["mean"].shape != (num_groups,) or ("positions" in state) != tied:
+    if (
+        not state["mean"].shape == state["var"].shape == (num_groups,)
+        or ("positions" in state) != tied
+    ):
         raise ValueError(
-            f"state of {state['mean'].shape[0]} groups,"
+            f"state of {state['mean'].shape[0]} groups, with var of shape {state['var'].shape} and"
             f" {'with' if 'positions' in state else 'without'} positions, does not fit {num_groups}"
             f" groups of x of shape {x.shape}. Expected init_batch_group_norm({num_groups},"
             f" {x.shape})."

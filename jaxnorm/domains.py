@@ -20,11 +20,13 @@ from jaxnorm._between import (
     alone,
     applied,
     averaged,
+    check_state,
     measured,
     pooled,
     real,
     recalled,
 )
+from jaxnorm._checks import check_number
 from jaxnorm._groups import single_axis
 from jaxnorm._moments import Moments
 from jaxnorm._running import usable
@@ -82,7 +84,7 @@ def domain_batch_norm(
         domain: integer from 0 to D - 1, for the whole batch, or (N,), one for each example; data,
             not a static argument. Outside that range y is NaN and no row changes. Where devices
             hold different domains, (N,) on each.
-        momentum: weight of the old row per update.
+        momentum: weight of the old row per update, 0 to 1.
         epsilon: added to the variance, in the unit of x squared.
         **options: as `norm`. With one domain for each example, examples are whole on each device.
 
@@ -92,7 +94,8 @@ def domain_batch_norm(
 
     Raises:
         TypeError: x is complex or integer, domain is not integer.
-        ValueError: domain of another shape, state of another number of channels.
+        ValueError: domain of another shape, state of another number of channels or of another
+            method, a momentum outside 0 to 1.
 
     Example:
         >>> x = jnp.array([[0.0], [2.0], [10.0], [14.0]])
@@ -107,6 +110,7 @@ def domain_batch_norm(
         Normalization for Unsupervised Domain Adaptation, 2019, arXiv:1906.03950.
     """
     x = real(x, "domain_batch_norm")
+    check_state(state, "domain_batch_norm", mean=2, var=2)
     batch_axis = options.get("batch_axis", 0)
     domain = _labels(domain, x, batch_axis)
     bank = recalled(state, x, options.get("channel_axis", -1))
@@ -163,6 +167,7 @@ def domain_distance(
         is measured in, are our choice.
     """
     x = real(x, "domain_distance")
+    check_state(state, "domain_batch_norm", mean=2, var=2)
     row = _rows(recalled(state, x, channel_axis), _labels(domain, x, batch_axis), x, batch_axis)
     m = measured(
         x, instance_norm(), weights=weights, batch_axis=batch_axis, channel_axis=channel_axis
@@ -187,7 +192,7 @@ def domain_weights(distances: Any, *, exponent: ArrayLike = 1.0) -> jax.Array:
         (D, N), adding up to 1 over the domains.
 
     Raises:
-        ValueError: no distances.
+        ValueError: no distances, an exponent of 0 or less.
 
     Example:
         >>> domain_weights(jnp.array([[1.0], [3.0]])).tolist()
@@ -196,6 +201,7 @@ def domain_weights(distances: Any, *, exponent: ArrayLike = 1.0) -> jax.Array:
     Reference:
         arXiv:2011.12672; see `domain_batch_norm`.
     """
+    check_number(exponent, "exponent", above=0)
     leaves: list[jax.Array] = jax.tree.leaves(distances)
     if not leaves:
         raise ValueError(

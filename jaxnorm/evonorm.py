@@ -15,6 +15,7 @@ from jaxnorm._between import (
     along_channels,
     applied,
     averaged,
+    check_state,
     measured,
     named,
     output_dtype,
@@ -69,7 +70,7 @@ def evonorm_b0(
         state: see `init_evonorm_b0`.
         train: use the batch's variance and update the state, or use the state.
         v: (C,), 1 at first; without a unit.
-        momentum: weight of the old state per update.
+        momentum: weight of the old state per update, 0 to 1.
         epsilon: added to the variances, in the unit of x squared.
         **options: as `norm`. The variance over the batch goes on over `axis_name`, the example's
             own does not.
@@ -80,7 +81,8 @@ def evonorm_b0(
 
     Raises:
         TypeError: x is complex or integer.
-        ValueError: state or v of another number of channels.
+        ValueError: state or v of another number of channels, state of another method, a momentum
+            outside 0 to 1.
 
     Example:
         >>> x = jnp.array([[[1.0], [3.0]], [[-1.0], [-3.0]]])  # the batch's variance is 5, each example's 1
@@ -93,6 +95,7 @@ def evonorm_b0(
         the authors' code.
     """
     x = real(x, "evonorm_b0")
+    check_state(state, "evonorm_b0", var=1)
     own = measured(x, methods.instance_norm(), **alone(options))
     var = along_channels(state["var"], x, options.get("channel_axis", -1))
     if train:

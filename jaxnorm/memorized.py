@@ -10,10 +10,21 @@ from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._between import Options, State, along_channels, applied, measured, real, remembered
+from jaxnorm._between import (
+    Options,
+    State,
+    along_channels,
+    applied,
+    check_state,
+    measured,
+    real,
+    remembered,
+)
+from jaxnorm._checks import check_number
 from jaxnorm._moments import Moments
 from jaxnorm._pooling import pool
 from jaxnorm._running import usable
@@ -78,7 +89,8 @@ def memorized_batch_norm(
         state: see `init_memorized_batch_norm`.
         train: include the batch's statistics and remember them, or use the memory alone.
         memory_weights: (K + 1,), 0 or more: those of the remembered batches, oldest first, and last
-            that of the batch itself. While the memory fills, its last places are in use.
+            that of the batch itself. While the memory fills, its last places are in use. A traced
+            negative one or NaN counts 0.
         variance: "pool" for the variance of the batches' mixture, "blend" for the average of
             variances.
         epsilon: added to the variance, in the unit of x squared.
@@ -91,8 +103,8 @@ def memorized_batch_norm(
 
     Raises:
         TypeError: x is complex or integer.
-        ValueError: another number of weights, an unknown `variance`, state of another number of
-            channels.
+        ValueError: another number of weights, negative ones, an unknown `variance`, state of
+            another number of channels or of another method.
 
     Example:
         >>> state = init_memorized_batch_norm(1, 1)
@@ -113,6 +125,7 @@ def memorized_batch_norm(
             f"variances are combined in two ways. Got variance={variance!r}; expected 'pool' or"
             " 'blend'."
         )
+    check_state(state, "memorized_batch_norm", mean=2, var=2, count=1)
     channel_axis = options.get("channel_axis", -1)
     mean, var, count = (
         lax.stop_gradient(along_channels(state[n], x, channel_axis))
@@ -126,7 +139,10 @@ def memorized_batch_norm(
             f" Expected ({size + 1},): one weight for each of them, oldest first, and one for the"
             " batch itself."
         )
-    weights = weights.reshape(-1, *(1 for _ in x.shape))
+    if not isinstance(memory_weights, jax.Array):
+        memory_weights = np.asarray(memory_weights)
+    check_number(memory_weights, "memory_weights", at_least=0, shape=weights.shape)
+    weights = jnp.where(weights >= 0, weights, 0).reshape(-1, *(1 for _ in x.shape))
     age = jnp.arange(size, 0, -1, dtype=count.dtype).reshape(-1, *(1 for _ in x.shape))
     memory = Moments(jnp.where(age <= count[None], weights[:-1], 0), mean, var)
     if not train:

@@ -8,9 +8,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._between import Options, State, applied, averaged, measured, real, recalled
-from jaxnorm._pooling import blend
-from jaxnorm._running import usable
+from jaxnorm._between import (
+    Options,
+    State,
+    applied,
+    averaged,
+    check_state,
+    measured,
+    real,
+    recalled,
+)
+from jaxnorm._checks import check_number
+from jaxnorm._pooling import toward
+from jaxnorm._running import rate_of, usable
 from jaxnorm.methods import batch_norm
 
 
@@ -57,8 +67,9 @@ def momentum_batch_norm(
         state: see `init_momentum_batch_norm`.
         train: use the blended statistics and update the state, or use the pair of inference.
         train_momentum: lambda, the weight of the old training statistics, 0 to 1; a number or
-            traced scalar, see `train_momentum_schedule`. Training needs it.
-        momentum: tau, the weight of the old inference statistics per update; see
+            traced scalar, see `train_momentum_schedule`. Training needs it. A traced one beyond 0
+            or 1 is taken as 0 or 1.
+        momentum: tau, the weight of the old inference statistics per update, 0 to 1; see
             `inference_momentum`.
         epsilon: added to the variance, in the unit of x squared.
         **options: as `norm`.
@@ -69,7 +80,8 @@ def momentum_batch_norm(
 
     Raises:
         TypeError: x is complex or integer.
-        ValueError: training without `train_momentum`, state of another number of channels.
+        ValueError: training without `train_momentum`, state of another number of channels or of
+            another method, a momentum outside 0 to 1.
 
     Example:
         >>> x = jnp.array([[0.0], [4.0]])
@@ -83,6 +95,7 @@ def momentum_batch_norm(
         an independent reproduction, not in the paper.
     """
     x = real(x, "momentum_batch_norm")
+    check_state(state, "momentum_batch_norm", train_mean=1, train_var=1, mean=1, var=1)
     channel_axis = options.get("channel_axis", -1)
     if not train:
         return applied(x, recalled(state, x, channel_axis), epsilon, **options), state
@@ -94,16 +107,12 @@ def momentum_batch_norm(
         )
     old = lax.stop_gradient(recalled(state, x, channel_axis, "train_"))
     m = measured(x, batch_norm(), center=old.mean, **options)
-    weight = jnp.asarray(train_momentum, old.var.dtype)
-    used = jax.tree.map(
-        lambda t, before: jnp.where(m.count > 0, t, before),
-        blend([old, m], [weight, 1 - weight]),
-        old,
-    )
+    rate = rate_of(train_momentum, old.var.dtype, "train_momentum")
+    used = jax.tree.map(lambda t, new: jnp.where(m.count > 0, toward(t, new, rate), t), old, m)
     keep = usable(m)
     new = {
-        "train_mean": averaged(state["train_mean"], m.mean, weight, keep),
-        "train_var": averaged(state["train_var"], m.var, weight, keep),
+        "train_mean": averaged(state["train_mean"], m.mean, train_momentum, keep),
+        "train_var": averaged(state["train_var"], m.var, train_momentum, keep),
         "mean": averaged(state["mean"], m.mean, momentum, keep),
         "var": averaged(state["var"], m.var, momentum, keep),
     }
@@ -140,7 +149,8 @@ def train_momentum_schedule(
     Reference:
         See `momentum_batch_norm`.
     """
-    if epochs < 2:
+    check_number(epoch, "epoch")
+    if not epochs >= 2:
         raise ValueError(
             f"the schedule runs from the first epoch to another. Got epochs={epochs}; expected 2 or"
             " more."
@@ -165,7 +175,7 @@ def inference_momentum(batch_size: int, *, ideal_batch_size: int = 32, base: flo
         tau.
 
     Raises:
-        ValueError: sizes below 1.
+        ValueError: sizes below 1, a base outside 0 to 1.
 
     Example:
         >>> round(inference_momentum(2), 5)
@@ -174,11 +184,12 @@ def inference_momentum(batch_size: int, *, ideal_batch_size: int = 32, base: flo
     Reference:
         See `momentum_batch_norm`.
     """
+    check_number(base, "base", at_least=0, at_most=1)
     return base ** _relative(batch_size, ideal_batch_size)
 
 
 def _relative(batch_size: int, ideal_batch_size: int) -> float:
-    if batch_size < 1 or ideal_batch_size < 1:
+    if not (batch_size >= 1 and ideal_batch_size >= 1):
         raise ValueError(
             f"batch sizes are 1 or more. Got batch_size={batch_size} and"
             f" ideal_batch_size={ideal_batch_size}; expected the numbers of examples that share"

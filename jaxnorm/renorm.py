@@ -7,7 +7,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._between import Options, State, along_channels, applied, averaged, measured, real
+from jaxnorm._between import (
+    Options,
+    State,
+    along_channels,
+    applied,
+    averaged,
+    check_state,
+    measured,
+    real,
+)
+from jaxnorm._checks import check_number
 from jaxnorm._moments import Moments
 from jaxnorm._running import usable
 from jaxnorm.methods import batch_norm
@@ -59,9 +69,10 @@ def batch_renorm(
         state: see `init_batch_renorm`.
         train: use the batch's statistics and update the state, or use the state.
         rmax: bound of the correction of the scale, 1 or more; a number or traced scalar, see
-            `batch_renorm_bounds`.
-        dmax: bound of the correction of the mean, in standard deviations, 0 or more.
-        momentum: weight of the old state per update.
+            `batch_renorm_bounds`. A traced one below 1 is taken as 1.
+        dmax: bound of the correction of the mean, in standard deviations, 0 or more. A traced one
+            below 0 is taken as 0.
+        momentum: weight of the old state per update, 0 to 1.
         epsilon: added to the variance, in the unit of x squared.
         **options: as `norm`.
 
@@ -71,7 +82,8 @@ def batch_renorm(
 
     Raises:
         TypeError: x is complex or integer.
-        ValueError: state of another number of channels.
+        ValueError: state of another number of channels or of another method, rmax below 1, dmax
+            below 0, a momentum outside 0 to 1.
 
     Example:
         >>> x = jnp.array([[0.0], [2.0]])
@@ -86,6 +98,9 @@ def batch_renorm(
         schedule, as cited by others.
     """
     x = real(x, "batch_renorm")
+    check_state(state, "batch_renorm", mean=1, std=1)
+    check_number(rmax, "rmax", at_least=1)
+    check_number(dmax, "dmax", at_least=0)
     channel_axis = options.get("channel_axis", -1)
     mean, std = (along_channels(state[name], x, channel_axis) for name in ("mean", "std"))
     std = jnp.maximum(std, jnp.sqrt(jnp.asarray(epsilon, std.dtype)))
@@ -96,7 +111,9 @@ def batch_renorm(
         )
     m = measured(x, batch_norm(), center=mean, **options)
     batch_std = jnp.sqrt(m.var + epsilon)
-    rmax, dmax = (jnp.asarray(t, std.dtype) for t in (rmax, dmax))
+    rmax, dmax = (
+        jnp.maximum(jnp.asarray(t, std.dtype), least) for t, least in ((rmax, 1), (dmax, 0))
+    )
     r, d = lax.stop_gradient(
         (jnp.clip(batch_std / std, 1 / rmax, rmax), jnp.clip((m.mean - mean) / std, -dmax, dmax))
     )

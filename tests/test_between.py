@@ -18,8 +18,20 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxnorm import domains, linen, memorized, methods, momentum, renorm, switchable
+from jaxnorm import (
+    batch_group,
+    domains,
+    evonorm,
+    init_running,
+    linen,
+    memorized,
+    methods,
+    momentum,
+    renorm,
+    switchable,
+)
 from jaxnorm import nnx as layers_nnx
+from jaxnorm._between import averaged, remembered
 
 C = 4
 LOGITS = {"mean_logits": np.array([0.3, -0.2, 0.5]), "var_logits": np.array([-0.4, 0.1, 0.7])}
@@ -413,6 +425,120 @@ def test_errors_at_the_door(case, error):
     for train in (True, False):
         with pytest.raises(kind, match=message):
             case(x, case.init(C), labels(6), train, **({"mask": None} if "mask" in wrong else {}))
+
+
+AVERAGING = [case for case in STATEFUL if "momentum" in case.construct]
+WRONG_STATES = {
+    "the running statistics of batch normalization": (
+        TypeError,
+        "got a Moments. Expected its own state, a dict with",
+        init_running((C,)),
+    ),
+    "nothing": (TypeError, "got a NoneType. Expected its own state", None),
+    "an empty dict": (ValueError, "got a state with nothing in it. Expected", {}),
+    "names of another method": (
+        ValueError,
+        r"got a state with mean of shape \(4,\), scale of shape \(4,\)\. Expected .*, as init_",
+        {"mean": np.zeros(C), "scale": np.ones(C)},
+    ),
+    "arrays of other axes": (
+        ValueError,
+        r"got a state with .*mean of shape \(4, 1, 2, 3\)",
+        {n: np.zeros((C, 1, 2, 3)) for n in ("mean", "var", "std")},
+    ),
+}
+SHARED = [case for case in STATEFUL if case.name != "switchable"]  # whose state may be {}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STATES)
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_states_of_others_are_refused(case, wrong):
+    """By what was given and what the method has, in training and in inference."""
+    kind, message, state = WRONG_STATES[wrong]
+    for train in (True, False):
+        with pytest.raises(kind, match=message):
+            case(jnp.ones((6, C)), state, labels(6), train)
+
+
+def test_the_state_of_batch_normalization_is_not_that_of_renormalization():
+    x, state = jnp.ones((6, C)), {"mean": jnp.zeros(C), "var": jnp.ones(C)}
+    message = (
+        r"batch_renorm got a state with mean of shape \(4,\), var of shape \(4,\)\. Expected its own"
+        r" state, a dict with mean of 1 axis, std of 1 axis, as init_batch_renorm makes"
+    )
+    with pytest.raises(ValueError, match=message):
+        renorm.batch_renorm(x, state, train=True)
+    with pytest.raises(ValueError, match="evonorm_b0 got .* a dict with var of 1 axis"):
+        evonorm.evonorm_b0(x, state, train=True, v=jnp.ones(C))
+    with pytest.raises(ValueError, match="domain_batch_norm got .* mean of 2 axes, var of 2 axes"):
+        domains.domain_distance(x, state, domain=0)
+    narrow = {"mean": jnp.zeros(C), "var": jnp.ones(1)}
+    with pytest.raises(ValueError, match=r"state of 4 groups, with var of shape \(1,\)"):
+        batch_group.batch_group_norm(x, narrow, train=True, num_groups=C)
+
+
+WRONG_MOMENTA = (-1, 2, np.nan, None, np.full(C, 0.5))
+
+
+@pytest.mark.parametrize("momentum", WRONG_MOMENTA, ids=str)
+@pytest.mark.parametrize("case", AVERAGING, ids=str)
+def test_momentum_that_is_no_weight_is_refused(case, momentum):
+    """By the functions, and by the layers; traced, NaN leaves the state."""
+    x = jnp.ones((6, C))
+    message = "momentum .*expected a number of at least 0 and of at most 1"
+    with pytest.raises((TypeError, ValueError), match=message):
+        case(x, case.init(C), labels(6), momentum=momentum)
+    call = case.call | ({"domain": labels(6)} if case.by_example else {})
+    construct = case.construct | {"momentum": momentum}
+    with pytest.raises((TypeError, ValueError), match=message):
+        getattr(layers_nnx, case.layer)(C, **construct, rngs=nnx.Rngs(0))(x, **call)
+    layer = getattr(linen, case.layer)(**construct)
+    with pytest.raises((TypeError, ValueError), match=message):
+        layer.init(jax.random.key(0), x, use_running_average=False, **call)
+
+
+@pytest.mark.parametrize("layer", ["BatchNorm", "GhostBatchNorm"])
+@pytest.mark.parametrize("momentum", WRONG_MOMENTA, ids=str)
+def test_layers_of_the_table_check_their_momentum(layer, momentum):
+    """Whether or not they update; `None` keeps no statistics where that has a meaning."""
+    more = {"ghost_size": 1} if layer == "GhostBatchNorm" else {}
+    x, flags = jnp.ones((6, C)), {"use_running_average": True}
+    ours = getattr(linen, layer)(momentum=momentum, **more)
+    theirs = getattr(layers_nnx, layer)(C, momentum=momentum, rngs=nnx.Rngs(0), **more)
+    calls = (lambda: ours.init(jax.random.key(0), x, **flags), lambda: theirs(x, **flags))
+    for call in calls:
+        if momentum is None and more:
+            call()
+            continue
+        with pytest.raises((TypeError, ValueError), match="momentum .*expected a number of at lea"):
+            call()
+
+
+@pytest.mark.parametrize("case", AVERAGING, ids=str)
+def test_traced_momentum_never_destroys_the_state(case):
+    x, state = data(6, 2, C).astype("f4"), some_state(case, "f4")
+    run = jit(lambda x, momentum: case(x, state, labels(6), momentum=momentum)[1])
+    averages = [n for n in state if not n.startswith("train_")]
+    for wrong, right in ((-1.0, 0.0), (2.0, 1.0)):
+        chex.assert_trees_all_equal(run(x, wrong), run(x, right))
+    new = run(x, np.nan)
+    chex.assert_trees_all_equal(*({n: t[n] for n in averages} for t in (new, state)))
+
+
+def test_averages_are_exact_at_both_ends():
+    """The new value at momentum 0 and the old one at 1, to the bit, however far they are apart."""
+    old, new = jnp.array([1e8, 1.7]), jnp.array([1.2345678, -3e8])
+    np.testing.assert_array_equal(averaged(old, new, 0.0), new)
+    np.testing.assert_array_equal(averaged(old, new, 1.0), old)
+
+
+def test_what_is_stored_is_finite():
+    """Checked in the dtype of the state, which a checkpoint may have made narrow."""
+    old, new = jnp.ones(3, jnp.float16), jnp.array([7e4, np.nan, 3.0])
+    np.testing.assert_array_equal(averaged(old, new, 0.0), [1, 1, 3])
+    np.testing.assert_array_equal(remembered(old, new), [1, 1, 3])
+    with pytest.warns(UserWarning, match="float16: .* an average with momentum 0.99"):
+        averaged(old, new, 0.99)
 
 
 @pytest.mark.parametrize("name", ["BatchRenorm", "EvoNormS0"])

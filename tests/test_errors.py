@@ -19,6 +19,7 @@ from jaxnorm import (
     normalize,
     pool,
     running_moments,
+    update_averaged,
     update_cumulative,
     update_running,
 )
@@ -363,6 +364,56 @@ ERRORS = {
         ValueError,
         r"moments of shape \(1, 5\) do not fit running statistics of shape \(6,\)",
         lambda: update_running(init_running((6,)), given(1, 5)),
+    ),
+    "a dict as running statistics": (
+        TypeError,
+        r"state is a dict; expected Moments\(None, d\['mean'\], d\['var'\]\)",
+        lambda: update_running({"mean": ones(6), "var": ones(6)}, given(1, 6)),
+    ),
+    "a dict as running statistics, cumulative": (
+        TypeError,
+        r"state is a dict; expected Moments",
+        lambda: update_cumulative({"mean": ones(6), "var": ones(6)}, given(1, 6)),
+    ),
+    "a dict as running statistics, averaged": (
+        TypeError,
+        r"state is a dict; expected Moments",
+        lambda: update_averaged({"mean": ones(6), "var": ones(6)}, given(1, 6)),
+    ),
+    "a dict as running statistics that serve": (
+        TypeError,
+        r"state is a dict; expected Moments",
+        lambda: running_moments({"mean": ones(6), "var": ones(6)}, BN, (8, 6)),
+    ),
+    "an array as running statistics": (
+        TypeError,
+        r"state is a .*; expected Moments, such as init_running\(shape\)",
+        lambda: update_running(ones(6), given(1, 6)),
+    ),
+    "a batch's moments as a tuple": (
+        TypeError,
+        r"m is a tuple; expected Moments",
+        lambda: update_running(init_running((6,)), (ones(1, 6), ones(1, 6))),
+    ),
+    "a var of another shape than the mean": (
+        ValueError,
+        r"state has a mean of shape \(6,\) and a var of shape \(1,\)\. Expected .* equal shapes",
+        lambda: update_running(Moments(None, ones(6), ones(1)), given(1, 6)),
+    ),
+    "a var of another shape that serves": (
+        ValueError,
+        r"state has a mean of shape \(6,\) and a var of shape \(1,\)",
+        lambda: running_moments(Moments(None, ones(6), ones(1)), BN, (8, 6)),
+    ),
+    "a batch's var of another shape than its mean": (
+        ValueError,
+        r"m has a mean of shape \(1, 6\) and a var of shape \(1,\)",
+        lambda: update_running(init_running((6,)), Moments(ones(1, 6), ones(1, 6), ones(1))),
+    ),
+    "running statistics as a batch's": (
+        ValueError,
+        r"m has no count\. Expected a batch's moments",
+        lambda: update_running(init_running((6,)), init_running((6,))),
     ),
     "a cumulative average without count": (
         ValueError,

@@ -46,7 +46,8 @@ DIFFERENCES = {
     ),
     "float32-statistics": (
         "Flax with `force_float32_reductions=False` computes in half precision; jaxnorm always in"
-        " float32 or wider, and the flag says only how running statistics are stored."
+        " float32 or wider, the flag says only how running statistics are stored, and an average that"
+        " half precision would stop too early warns."
     ),
     "nnx-group-reduction": (
         "Flax's nnx GroupNorm takes statistics of the wrong groups with `reduction_axes`, also"
@@ -73,6 +74,18 @@ DIFFERENCES = {
     "non-finite-batch": (
         "Flax stores infinity and NaN from a batch that has them; jaxnorm leaves the running"
         " statistics of these channels as they are."
+    ),
+    "overflow-in-half-precision": (
+        "Flax stores infinity or NaN for good where a float16 statistic overflows; jaxnorm leaves"
+        " that channel as it is."
+    ),
+    "average-of-large-means": (
+        "Flax's running mean is off by 0.01 standard deviations at a mean of 10^4 of them, as 0.99 +"
+        " 0.01 is not 1 in float32; jaxnorm averages by differences."
+    ),
+    "momentum-checked": (
+        "Flax takes a momentum of -1, 2, NaN or of any shape, which destroys or reshapes running"
+        " statistics; jaxnorm raises ValueError."
     ),
     "state-dtype": (
         "Flax's running statistics take the dtype of wider x, float64; jaxnorm's keep theirs."
@@ -268,6 +281,63 @@ def test_float32_statistics():
     with flax():
         assert np.abs(var(linen) / exact - 1).max() > 1
     np.testing.assert_allclose(var(jaxnorm.linen), exact, rtol=0.01)
+    options = {"force_float32_reductions": False, "param_dtype": jnp.bfloat16, "momentum": 0.99}
+    with pytest.warns(UserWarning, match="bfloat16.*an average with momentum 0.99 stops"):
+        batch_norm(jaxnorm.linen, x, start=start, **options)
+
+
+def test_overflow_in_half_precision():
+    x = (data(64, 3) * jnp.array([[1.0, 1.0, 1e4]])).astype(jnp.float16)
+    start = jax.tree.map(lambda t: t.astype(jnp.float16), variables())
+
+    def stored(module):
+        stats = batch_norm(
+            module, x, start=start, force_float32_reductions=False, param_dtype=jnp.float16
+        )[1]
+        return stats["var"], stats["mean"]
+
+    with flax():
+        assert not np.isfinite(stored(linen)[0][2])
+    var, mean = stored(jaxnorm.linen)
+    assert (var[2], mean[2]) == (1, 0) and np.isfinite(var).all() and (mean[:2] != 0).all()
+
+
+def test_average_of_large_means():
+    """Of batches of 64, with standard deviation 1, in steady state."""
+    x = data(500, 64, 3) + 1e4
+    means = np.asarray(x, np.float64).mean(1)
+    start = variables()
+    start["batch_stats"]["mean"] = jnp.asarray(means.mean(0), jnp.float32)
+    expected = np.float64(start["batch_stats"]["mean"])
+    errors = []
+    for mean in means:
+        expected = expected + 0.01 * (mean - expected)
+        errors.append(expected)
+
+    def error(module):
+        layer = module.BatchNorm(use_running_average=False)
+
+        def step(stats, x):
+            new = layer.apply(start | {"batch_stats": stats}, x, mutable="batch_stats")[1]
+            return new["batch_stats"], new["batch_stats"]["mean"]
+
+        got = jit(lambda x: jax.lax.scan(step, start["batch_stats"], x)[1])(x)
+        return abs((np.float64(got) - np.array(errors))[200:].mean())
+
+    with flax():
+        assert error(linen) > 4e-3
+    assert error(jaxnorm.linen) < 2e-3
+
+
+def test_momentum_checked():
+    x = data(4, 3)
+    for momentum in (-1, 2, np.nan, np.full((2, 1), 0.9)):
+        with flax():
+            batch_norm(linen, x, momentum=momentum)
+        with pytest.raises(ValueError, match="momentum .*expected a number of at least 0"):
+            batch_norm(jaxnorm.linen, x, momentum=momentum)
+        with pytest.raises(ValueError, match="momentum .*expected a number of at least 0"):
+            nnx_layer(jaxnorm.nnx, "BatchNorm", 3, momentum=momentum)(x)
 
 
 def test_nnx_group_reduction():

@@ -123,7 +123,22 @@ def test_errors():
         ValueError, match=r"shape \(2,\), and the state remembers 2 batches\. Expected \(3,\)"
     ):
         memorized_batch_norm(x, state, train=True, memory_weights=[1, 1])
+    for wrong in (-1.0, np.nan):
+        with pytest.raises(ValueError, match="memory_weights is .*of at least 0"):
+            memorized_batch_norm(x, state, train=True, memory_weights=[1, wrong, 1])
     with pytest.raises(ValueError, match="Got variance='mix'; expected 'pool' or 'blend'"):
         memorized_batch_norm(x, state, train=True, memory_weights=[1, 1, 1], variance="mix")
     with pytest.raises(ValueError, match="Got memory_size=0; expected 1 or more"):
         init_memorized_batch_norm(4, 0)
+
+
+@pytest.mark.usefixtures("x64")
+def test_traced_negative_weights_count_nothing():
+    state, weights = empty(2), np.ones(3)
+    for seed in range(2):
+        _, state = memorized_batch_norm(data(seed), state, train=True, memory_weights=weights)
+    run = jit(
+        lambda weights: memorized_batch_norm(data(5), state, train=True, memory_weights=weights)[0]
+    )
+    for wrong in (-2.0, np.nan):
+        np.testing.assert_array_equal(run(np.array([1, wrong, 1])), run(np.array([1, 0.0, 1])))

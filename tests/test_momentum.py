@@ -113,3 +113,30 @@ def test_schedule_is_the_papers_and_is_data():
         train_momentum_schedule(1, epochs=1, batch_size=2)
     with pytest.raises(ValueError, match="Got batch_size=0 and ideal_batch_size=32"):
         inference_momentum(0)
+    with pytest.raises(ValueError, match="Got batch_size=nan"):
+        inference_momentum(np.nan)
+    with pytest.raises(ValueError, match="base is 1.5; expected"):
+        inference_momentum(2, base=1.5)
+
+
+def test_weights_of_the_old_statistics_are_weights():
+    """Refused where known; a traced one beyond 0 or 1 is clipped, and NaN stores nothing."""
+    x, state = data().astype("f4"), init_momentum_batch_norm(4)
+    for wrong in (-1, 2, np.nan, np.full(4, 0.5)):
+        with pytest.raises(ValueError, match="train_momentum .*expected a number of at least 0"):
+            momentum_batch_norm(x, state, train=True, train_momentum=wrong)
+    run = jit(lambda weight: momentum_batch_norm(x, state, train=True, train_momentum=weight))
+    for wrong, right in ((-1.0, 0.0), (2.0, 1.0)):
+        np.testing.assert_array_equal(run(wrong)[0], run(right)[0])
+    new = run(np.nan)[1]
+    for name in ("train_mean", "train_var"):
+        np.testing.assert_array_equal(new[name], state[name])
+
+
+def test_what_normalizes_is_what_is_stored():
+    """Also where the mean is far from 0: the blend is taken the same way."""
+    x = (data() + 1e4).astype("f4")
+    state = init_momentum_batch_norm(4) | {"train_mean": np.full(4, 1e4, "f4")}
+    y, new = jit(lambda x: momentum_batch_norm(x, state, train=True, train_momentum=0.9))(x)
+    std = np.sqrt(np.float64(new["train_var"]) + 1e-5)
+    np.testing.assert_allclose(y, (x - np.float64(new["train_mean"])) / std, rtol=1e-5, atol=1e-5)

@@ -113,3 +113,15 @@ def test_schedule():
         y, *got = step(data().astype("f4"), init_batch_renorm(4), count)
         np.testing.assert_allclose(got, bounds, rtol=1e-6)
     np.testing.assert_allclose(y.mean((0, 1)), np.clip(data().mean((0, 1)), -5, 5), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name, bound, least", [("rmax", 0.5, 1), ("dmax", -1.0, 0)])
+def test_bounds_that_are_none_are_refused(name, bound, least):
+    """Where known; traced ones are taken as the least that is a bound."""
+    x, state = data().astype("f4"), init_batch_renorm(4)
+    for wrong in (bound, np.nan, None, np.full(4, 2.0)):
+        for train in (True, False):
+            with pytest.raises((TypeError, ValueError), match=f"{name} .*at least {least}"):
+                batch_renorm(x, state, train=train, **{name: wrong})
+    run = jit(lambda value: batch_renorm(x, state, train=True, **{name: value})[0])
+    np.testing.assert_array_equal(run(bound), run(float(least)))

@@ -1,5 +1,7 @@
 """Running statistics: averages, counts, ghost batches, and what leaves them untouched."""
 
+import contextlib
+import dataclasses
 from functools import partial
 
 import chex
@@ -14,12 +16,15 @@ from jaxnorm import (
     Groups,
     Moments,
     init_running,
+    merge,
     methods,
     moments,
     norm,
     normalize,
+    pool,
     running_moments,
     running_shape,
+    update_averaged,
     update_cumulative,
     update_running,
 )
@@ -151,9 +156,11 @@ def test_state_is_a_fixed_point_of_the_update(update, counted, dtype):
         return
     x = jnp.asarray(np.stack(batches())).astype("complex64" if dtype == "complex64" else "float32")
     start = init_running((6,), dtype=dtype, counted=counted)
-    state, _ = jax.jit(
-        lambda s, xs: jax.lax.scan(lambda s, x: (update(s, moments(x, BN)), None), s, xs)
-    )(start, x)
+    half = pytest.warns(UserWarning, match="bfloat16.*in float32")
+    with half if dtype == "bfloat16" else contextlib.nullcontext():
+        state, _ = jax.jit(
+            lambda s, xs: jax.lax.scan(lambda s, x: (update(s, moments(x, BN)), None), s, xs)
+        )(start, x)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, start)
     assert state.mean.dtype == dtype
 
@@ -266,3 +273,219 @@ def test_state_of_another_size_is_refused():
         update_running(init_running((6,)), moments(jnp.ones((2, 8)), BN))
     with pytest.raises(ValueError, match=r"needs a count.*init_running\(counted=True\)"):
         update_cumulative(init_running((6,)), moments(jnp.ones((2, 6)), BN))
+
+
+def stream(steps, mean, ghosts=1):
+    """Means and variances of batches of 64 with standard deviation 1, as float32."""
+    rng = np.random.default_rng(0)
+    shape = (steps, ghosts, 1)
+    means = mean + rng.normal(size=shape) / 8
+    return means.astype("f4"), rng.chisquare(63, shape).astype("f4") / np.float32(64)
+
+
+def after(update, state, means, variances, every=False):
+    """The state after these batches, or after each of them."""
+
+    def step(state, t):
+        new = update(state, Moments(jnp.full(t[0].shape, 64.0), *t))
+        return new, new if every else None
+
+    run = jax.jit(lambda state, t: jax.lax.scan(step, state, t))
+    return jax.tree.map(np.float64, run(state, (means, variances))[int(every)])
+
+
+@pytest.mark.parametrize("mean", (1.0, 1e4))
+def test_long_cumulative_averages_do_not_drift(mean):
+    """10^5 batches: the mean moves by its last digits, which must not enter the variance."""
+    means, variances = stream(100_000, mean)
+    m, v = (t.astype("f8")[:, 0, 0] for t in (means, variances))
+    digit = np.spacing(np.float32(mean))
+    for update, expected in (
+        (update_cumulative, v.mean() + m.var()),
+        (update_averaged, v.mean() * 64 / 63),
+    ):
+        state = after(update, init_running((1,), counted=True), means, variances)
+        np.testing.assert_allclose(state.mean, m.mean(), rtol=0, atol=20 * digit)
+        np.testing.assert_allclose(state.var, expected, rtol=1e-5 if mean == 1 else 1e-4)
+
+
+def test_long_merges_do_not_drift():
+    """Neither does pooling one by one, nor pooling at once."""
+    means, variances = stream(20_000, 1e4)
+    m, v = (t.astype("f8")[:, 0, 0] for t in (means, variances))
+    start = Moments(*jnp.zeros((3, 1, 1)))
+    state = after(merge, start, means, variances)
+    np.testing.assert_allclose(state.mean, m.mean(), rtol=0, atol=0.02)
+    np.testing.assert_allclose(state.var, v.mean() + m.var(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("parts", (2, 3, 7, 100))
+def test_pooled_variances_are_exact_at_large_means(parts):
+    """What the rounding of the mean lacks does not count as variance; equal sets have none."""
+    means, variances = (t[:, 0] for t in stream(parts, 1e6))
+    m, v = means.astype("f8"), variances.astype("f8")
+    pooled = jax.jit(lambda *t: pool(Moments(*t), (1, 1)))
+    counts = np.random.default_rng(1).uniform(1, 9, (parts, 1)).astype("f4")
+    got, w = pooled(counts, means, variances), counts.astype("f8") / counts.astype("f8").sum()
+    center = (w * m).sum()
+    np.testing.assert_allclose(got.mean, [[center]], rtol=6e-8)
+    np.testing.assert_allclose(got.var, [[(w * (v + (m - center) ** 2)).sum()]], rtol=1e-6)
+    equal = pooled(counts, np.full_like(means, 123456.7), np.zeros_like(variances))
+    assert (equal.mean == np.float32(123456.7)).all() and (equal.var <= 1e-9).all()
+    assert (equal.var >= 0).all()
+
+
+@pytest.mark.usefixtures("x64")
+def test_gradient_of_pooling_is_the_definitions():
+    """Whatever the value is about which sums are taken."""
+    rng = np.random.default_rng(0)
+    n, m, v = rng.uniform(1, 3, (4, 1)), rng.normal(5, 1, (4, 1)), rng.uniform(1, 2, (4, 1))
+
+    def definition(n, m, v):
+        mean = (n * m).sum() / n.sum()
+        return mean**2 + 3 * (n * (v + (m - mean) ** 2)).sum() / n.sum()
+
+    def pooled(n, m, v):
+        new = pool(Moments(n, m, v), (1, 1))
+        return (new.mean**2 + 3 * new.var).sum()
+
+    for transform in (jax.grad, lambda f, args: jax.jacfwd(f, args)):
+        close(transform(pooled, (0, 1, 2))(n, m, v), jax.grad(definition, (0, 1, 2))(n, m, v))
+
+
+@pytest.mark.parametrize("counted", (False, True))
+@pytest.mark.parametrize("convention", ("pooled", "averaged", "sequential", "sequential divided"))
+def test_averages_of_large_means_are_not_biased(convention, counted):
+    """Against the recurrence in double precision: the two weights, rounded, must not count."""
+    ghosts, rate = 3, 0.01
+    means, variances = stream(6000, 1e4, ghosts)
+    update = partial(update_running, momentum=1 - rate, ghost_update=convention)
+    state = after(update, init_running((1,), counted=counted), means, variances, every=True)
+    mean, var, weight, expected = 0.0, 1.0, 0.0, []
+    for m, v in zip(means.astype("f8")[..., 0], variances.astype("f8")[..., 0], strict=True):
+        if convention == "pooled":
+            batches = [(m.mean(), v.mean() + m.var(), rate)]
+        elif convention == "averaged":
+            batches = [(m.mean(), v.mean(), rate)]
+        else:
+            share = rate / (ghosts if "divided" in convention else 1)
+            batches = [(*t, share) for t in zip(m, v, strict=True)]
+        for one_mean, one_var, r in batches:
+            weight += r * (1 - weight)
+            r = r / weight if counted else r
+            mean, var = mean + r * (one_mean - mean), var + r * (one_var - var)
+        expected.append((mean, var))
+    wanted = np.array(expected)
+    error = np.array([state.mean[:, 0], state.var[:, 0]]).T - wanted
+    assert abs(error[3000:, 0].mean()) < 2.5e-3  # standard deviations; it was 0.04
+    assert abs(error[3000:, 0]).max() < 1.2e-2
+    np.testing.assert_allclose(error[:, 1], 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("counted", (False, True))
+def test_momentum_of_0_and_1(counted):
+    """The batch to the bit, and the state to the bit, however far they are apart."""
+    m = Moments(jnp.ones(2), jnp.array([1.2345678, -3.3e8]), jnp.array([0.1, 7e5]))
+    count = jnp.ones(2) if counted else None
+    old = Moments(count, jnp.array([1e8, 1.7]), jnp.array([3e7, 0.3]))
+    new, same = (update_running(old, m, momentum=momentum) for momentum in (0.0, 1.0))
+    chex.assert_trees_all_equal((new.mean, new.var), (m.mean, m.var))
+    chex.assert_trees_all_equal(same, old)
+    first = update_running(init_running((2,), counted=True), m, momentum=0.9)
+    chex.assert_trees_all_equal((first.mean, first.var), (m.mean, m.var))
+
+
+@pytest.mark.parametrize("update", (update_running, update_cumulative, update_averaged))
+def test_what_is_stored_is_finite(update):
+    """A batch that overflows the dtype of the state leaves it, mean and variance alike."""
+    m = Moments(jnp.ones(3), jnp.array([7e4, 1.0, 1.0]), jnp.array([1.0, 7e4, 2.0]))
+    old = init_running((3,), dtype="float16", counted=True)
+    with pytest.warns(UserWarning, match="float16"):
+        new = update(old, m)
+    for t, was in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+        assert (t[:2] == was[:2]).all() and t.dtype == was.dtype
+    assert new.mean[2] == 1
+
+
+def test_averages_in_half_precision_warn():
+    """Where they would stop far from where they go, and only there."""
+    m = Moments(jnp.ones(1), jnp.zeros(1), jnp.full(1, 1.15))
+    narrow = init_running((1,), dtype="bfloat16", counted=True)
+    message = "bfloat16: a step below 0.4% of their value is lost, so an average.* in float32"
+    for call in (
+        lambda: update_running(narrow, m),
+        lambda: jax.jit(lambda d: update_running(narrow, m, momentum=d))(0.5),
+        lambda: jax.eval_shape(update_cumulative, narrow, m),
+        lambda: update_averaged(narrow, m),
+    ):
+        with pytest.warns(UserWarning, match=message.replace("an average", "an? ")):
+            call()
+    for momentum in (0.0, 0.5, 1.0):
+        update_running(narrow, m, momentum=momentum)
+    state = init_running((1,))
+    for _ in range(1000):
+        state = update_running(state, m)
+    np.testing.assert_allclose(state.var, 1.15, rtol=1e-4)
+
+
+def test_correction_counts_elements_and_never_shrinks():
+    """Weights that add up to less than one element leave the biased variance; the factor is
+    continuous."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 1)), "f4")
+    for weight, factor in (
+        (1e-3, 1.0),
+        (1 / 64, 1.0),
+        (1.5 / 64, 1.5),
+        (2 / 64, 2.0),
+        (1, 64 / 63),
+    ):
+        m = moments(x, BN, weights=jnp.full((64, 1), weight))
+        state = update_running(init_running((1,)), m, momentum=0.0, correction=1)
+        np.testing.assert_allclose(state.var, factor * np.var(x), rtol=1e-5)
+
+
+WRONG = (-1, 2, np.nan, None, np.full(6, 0.5), np.ones(1), True, "0.9", 0.5j)
+
+
+@pytest.mark.parametrize("momentum", WRONG, ids=str)
+def test_momentum_that_is_no_weight_is_refused(momentum):
+    m = moments(jnp.ones((2, 6)), BN)
+    with pytest.raises(
+        (TypeError, ValueError), match="momentum .*expected a number of at least 0 and of at most 1"
+    ):
+        update_running(init_running((6,)), m, momentum=momentum)
+
+
+def test_traced_momentum_never_destroys_the_state():
+    """Beyond 0 and 1 it is clipped, and NaN leaves the state; a shape is known when traced."""
+    x = jnp.asarray(batches()[0], "f4")
+    old, m = update_running(init_running((6,), counted=True), moments(x, BN)), moments(2 * x, BN)
+    update = jax.jit(lambda momentum: update_running(old, m, momentum=momentum))
+    for wrong, right in ((-1.0, 0.0), (2.0, 1.0), (np.inf, 1.0)):
+        chex.assert_trees_all_equal(update(wrong), update(right))
+    chex.assert_trees_all_equal(update(np.nan), old)
+    for convention in ("averaged", "sequential", "sequential divided"):
+        ghosts = moments(x, methods.ghost_batch_norm(2))
+        options = {"ghost_update": convention}
+        new = jax.jit(lambda d, o=options, g=ghosts: update_running(old, g, momentum=d, **o))(
+            np.nan
+        )
+        chex.assert_trees_all_equal(new, old)
+    with pytest.raises(ValueError, match=r"momentum has shape \(6,\)"):
+        update(jnp.full(6, 0.5))
+
+
+@pytest.mark.parametrize("convention", ("pooled", "averaged", "sequential", "sequential divided"))
+def test_equal_ghosts_are_one_of_them(convention):
+    """To the bit: weights whose sum, rounded, is not 1 do not move the mean."""
+    state = Moments(None, jnp.zeros(1), jnp.ones(1))
+
+    @partial(jax.jit, static_argnums=0)
+    def new(ghosts, mean):
+        m = Moments(*(jnp.full((ghosts, 1), t) for t in (64.0, mean, 1.0)))
+        near = dataclasses.replace(state, mean=mean[None])
+        return update_running(near, m, momentum=0.9, ghost_update=convention).mean[0]
+
+    for ghosts in (3, 7, 11, 13):
+        for mean in np.array([1234.567, 123456.7, 1e4 / 3], "f4"):
+            assert new(ghosts, mean) == mean

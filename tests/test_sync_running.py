@@ -190,3 +190,44 @@ def test_groups_that_do_not_divide_are_refused(devices, size):
 def test_groups_of_one_and_of_all():
     assert device_groups(3, size=1) == device_groups(3, size=1, strided=True) == ((0,), (1,), (2,))
     assert device_groups(3, size=3) == device_groups(3, size=3, strided=True) == ((0, 1, 2),)
+
+
+def synced(state, weights):
+    """Of devices with a mean and a weight each."""
+
+    def f(s, w):
+        return sync_running(s, axis_name="i", weights=w)
+
+    return jax.vmap(f, axis_name="i")(state, weights)
+
+
+def test_weights_are_never_negative():
+    """Refused where known; traced ones count 0, as NaN does."""
+    state = Moments(None, jnp.array([[0.0], [2.0], [8.0]]), jnp.ones((3, 1)))
+    for wrong in (-1.0, np.nan, np.array([1.0, -1.0])):
+        with pytest.raises(ValueError, match="weights is .*expected a number.* of at least 0"):
+            sync_running(Moments(None, jnp.zeros(2), jnp.ones(2)), axis_name=(), weights=wrong)
+    for wrong in (-3.0, np.nan, np.inf):
+        new = synced(state, jnp.array([1.0, 1.0, wrong]))
+        np.testing.assert_allclose(new.mean, np.ones((3, 1)))
+        np.testing.assert_allclose(new.var, np.full((3, 1), 2.0))
+
+
+def test_a_device_without_finite_statistics_does_not_count():
+    """Channel by channel: it takes the others' statistics, and they do not take its NaN."""
+    mean = jnp.array([[0.0, 0.0], [2.0, 2.0], [jnp.nan, 4.0]])
+    new = synced(Moments(None, mean, jnp.ones((3, 2))), jnp.ones(3))
+    np.testing.assert_allclose(new.mean, [[1.0, 2.0]] * 3)
+    np.testing.assert_allclose(new.var, [[2.0, 1 + 8 / 3]] * 3, rtol=1e-6)
+
+
+def test_repeated_rounds_do_not_drift():
+    """Equal statistics stay, to the bit, also where their mean is far from 0 and weights differ."""
+
+    def f(s, w):
+        return jax.lax.fori_loop(0, 1000, lambda _, s: sync_running(s, axis_name="i", weights=w), s)
+
+    state = Moments(None, jnp.full((3, 1), 123456.7), jnp.ones((3, 1)))
+    new = jax.jit(jax.vmap(f, axis_name="i"))(state, jnp.array([1.0, 2.0, 4.3]))
+    np.testing.assert_array_equal(new.mean, state.mean)
+    np.testing.assert_array_equal(new.var, state.var)

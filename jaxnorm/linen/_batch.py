@@ -25,7 +25,7 @@ class BatchNorm(nn.Module):
     Args:
         use_running_average: normalize with the running statistics; here or at the call, not both.
         axis: the feature axis, or a tuple of axes, that are not pooled.
-        momentum: weight of the old running statistics per update.
+        momentum: weight of the old running statistics per update, 0 to 1.
         epsilon: added to the variance, in the unit of x squared.
         dtype: of the output; None promotes input and parameters.
         param_dtype: of the parameters.
@@ -38,12 +38,13 @@ class BatchNorm(nn.Module):
         use_fast_variance: False takes a second, centered pass always; True only where rounding
             would show.
         force_float32_reductions: False gives running statistics `param_dtype`; statistics are
-            float32 or wider always.
+            float32 or wider always. An average in half precision stops far from where it goes, and
+            training warns: see `update_running`.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
     Raises:
         ValueError: `use_running_average` given nowhere or twice, running statistics of another
-            shape.
+            shape, a momentum outside 0 to 1.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -101,8 +101,8 @@ class Norm(Row):
     Args:
         method: a `Method`, such as `methods.group_norm(32)`, or `Groups`.
         use_running_average: normalize with the running statistics; here or at the call, not both.
-        momentum: weight of the old running statistics per update; None keeps none and always uses
-            the batch's.
+        momentum: weight of the old running statistics per update, 0 to 1; None keeps none and
+            always uses the batch's.
         epsilon: added to the variance, in the unit of x squared.
         dtype: of the output; None promotes input and parameters.
         param_dtype: of the parameters.
@@ -115,7 +115,8 @@ class Norm(Row):
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
         debias: divide the initial 0 and 1 out of the running statistics; adds `count` to the
             collection.
-        correction: 1 stores the unbiased variance, as PyTorch does.
+        correction: 1 stores the unbiased variance, as PyTorch does; real weights must then count
+            elements, see `update_running`.
         batch_axis: axis of the examples.
         channel_axis: axis of the channels: -1 for NHWC, 1 for NCHW.
 

@@ -23,7 +23,7 @@ class BatchNorm(StatefulLayer):
         num_features: channels, the size of scale and bias.
         use_running_average: normalize with the running statistics; the call takes precedence.
         axis: the feature axis, or a tuple of axes, that are not pooled.
-        momentum: weight of the old running statistics per update.
+        momentum: weight of the old running statistics per update, 0 to 1.
         epsilon: added to the variance, in the unit of x squared.
         dtype: of the output; None promotes input, statistics and parameters.
         param_dtype: of the parameters.
@@ -43,7 +43,8 @@ class BatchNorm(StatefulLayer):
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
     Raises:
-        ValueError: `use_running_average` given nowhere, running statistics of another shape.
+        ValueError: `use_running_average` given nowhere, running statistics of another shape,
+            a momentum outside 0 to 1.
 
     Example:
         >>> import jax.numpy as jnp

@@ -126,8 +126,8 @@ class Norm(Row):
         num_features: channels, the size of scale and bias.
         method: a `Method`, such as `methods.group_norm(32)`, or `Groups`.
         use_running_average: normalize with the running statistics; the call takes precedence.
-        momentum: weight of the old running statistics per update; None keeps none and always uses
-            the batch's.
+        momentum: weight of the old running statistics per update, 0 to 1; None keeps none and
+            always uses the batch's.
         epsilon: added to the variance, in the unit of x squared.
         dtype: of the output; None promotes input, statistics and parameters.
         param_dtype: of the parameters.
@@ -141,7 +141,8 @@ class Norm(Row):
             statistics here.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
         debias: divide the initial 0 and 1 out of the running statistics; adds the variable `count`.
-        correction: 1 stores the unbiased variance, as PyTorch does.
+        correction: 1 stores the unbiased variance, as PyTorch does; real weights must then count
+            elements, see `update_running`.
         batch_axis: axis of the examples.
         channel_axis: axis of the channels: -1 for NHWC, 1 for NCHW.
         x_shape: shape of an input, where running statistics keep positions apart; any number of
