@@ -129,8 +129,10 @@ def _statistics(
 
     if not sets.centered:
         return (over(_totals(sets, False, [_square_sum(sets, cpu, x, w, None)])[0], n),)
-    rows = sets.shape == sets.channels and sets.shape[-1] < x.shape[-1] and sets.axis_name is None
-    if rows and not sets.kept and (not cpu or elements(x.shape, sets.shape) <= SHORT_ROW):
+    rows = sets.shape == sets.channels and sets.shape[-1] != x.shape[-1] and sets.axis_name is None
+    size = elements(x.shape, sets.shape)  # no integer where jax.export makes it symbolic
+    short = isinstance(size, int) and size <= SHORT_ROW
+    if rows and not sets.kept and (not cpu or short):
         # Rows of channels stay on a GPU's chip from here to the end of what uses the statistics, in
         # one kernel: 2 times the tensor are moved. A statistic that is kept as well would break
         # that kernel in two, 4.1 times; one pass then takes 3.

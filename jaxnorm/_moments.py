@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.export import register_pytree_node_serialization
 from jax.typing import ArrayLike
 
 from jaxnorm._devices import (
@@ -50,6 +51,17 @@ class Moments:
     count: jax.Array
     mean: jax.Array
     var: jax.Array
+
+
+# So that an exported function which takes or returns moments can be stored; nothing but the three
+# arrays is.
+register_pytree_node_serialization(
+    Moments,
+    serialized_name="jaxnorm.Moments",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: None,
+    from_children=lambda _, children: Moments(*children),
+)
 
 
 @in_explicit_meshes
