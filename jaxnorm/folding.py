@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxnorm._groups import single_axis, spread
+from jaxnorm._groups import Shape, single_axis, spread
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments
 
@@ -66,7 +66,7 @@ def fold(
     kernel = jnp.asarray(kernel)
     axis = single_axis(output_axis, kernel.shape)
     channels, wide = kernel.shape[axis], statistic_dtype(kernel.dtype)
-    if running.mean.ndim != 1 or channels % max(running.mean.size, 1):
+    if not fits(running.mean.shape, channels):
         raise ValueError(
             f"running statistics of shape {running.mean.shape} do not fit {channels} output"
             f" channels of a kernel of shape {kernel.shape}. Expected one for each channel or group"
@@ -88,6 +88,12 @@ def fold(
         a, [i for i in range(kernel.ndim) if i != axis]
     )
     return new_kernel.astype(kernel.dtype), new_bias.astype(kernel.dtype)
+
+
+def fits(shape: Shape, channels: int) -> bool:
+    """Whether running statistics of this shape are those of channels or of groups of channels:
+    others depend on the position, which a kernel cannot."""
+    return len(shape) == 1 and channels % max(shape[0], 1) == 0
 
 
 LAYER, NORM = "jaxnorm.folding layer ", "jaxnorm.folding norm "
