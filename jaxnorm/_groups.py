@@ -227,6 +227,16 @@ class Method:
 Specification = Groups | Method | Sequence[int]
 
 
+def as_method(method: object) -> Method:
+    """The row of the table that an argument `method` is."""
+    if isinstance(method, Groups | Method):
+        return method if isinstance(method, Method) else Method(method)
+    raise TypeError(
+        f"method is a Method or a Groups. Got {method!r}; expected a call that makes one, for"
+        " example methods.layer_norm() or methods.group_norm(4)."
+    )
+
+
 def check_mean(mean: object) -> None:
     """A fixed mean is 0 or there is none."""
     if mean is not None and (

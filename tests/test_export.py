@@ -34,7 +34,9 @@ class Layer(NamedTuple):
     sizes: tuple = IMAGE
     remembers: bool = False
     call: dict = {}  # of training
-    last: str = "channel_axis"  # the option that says where the channels are; "" where they are last
+    last: str = (
+        "channel_axis"  # the option that says where the channels are; "" where they are last
+    )
     name: str = ""
 
 

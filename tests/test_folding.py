@@ -362,7 +362,7 @@ def test_statistics_that_depend_on_the_position_stay(norm):
     model = fnnx.view(fnnx.merge(graph, trained(state)), use_running_average=True)
     folded = nnx.fold_norms(model, x)
     kinds = [type(layer) for layer in folded.layers]
-    assert kinds[1] == type(model.layers[1]) and kinds[3] == nnx.FoldedNorm
+    assert kinds[1] is type(model.layers[1]) and kinds[3] is nnx.FoldedNorm
     np.testing.assert_allclose(folded(x), model(x), **tolerance(jnp.float32))
 
 
