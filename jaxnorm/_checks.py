@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.typing import ArrayLike
 
 T = TypeVar("T")
 
 
-def known(value: ArrayLike) -> np.ndarray | None:
+def known(value: object) -> np.ndarray | None:
     """The value, or None where it is traced or lies on the devices of other processes."""
     if isinstance(value, Tracer):
         return None

@@ -61,7 +61,7 @@ register_pytree_node_serialization(
     serialized_name="jaxnorm.Moments",
     serialize_auxdata=lambda _: b"",
     deserialize_auxdata=lambda _: None,
-    from_children=lambda _, children: Moments(*children),
+    from_children=lambda aux_data, children: Moments(*children),
 )
 
 

@@ -60,14 +60,14 @@ LAYERS = {
     "SwitchableNorm": Layer(**STATE),
     "GroupNormPlus": Layer((4,), **WINDOW),
     "MovingAverageNorm": Layer(**STATE),
-    "CrossIterationNorm": Layer(**WINDOW),
+    "CrossIterationNorm": Layer(last="", **STATE),
     "DomainSpecificBatchNorm": Layer((), {"num_domains": 2}, **STATE),
     "FilterResponseNorm": Layer((), {"use_slope": True, "use_learned_epsilon": True}),
     "EvoNormB0": Layer(**STATE),
     "EvoNormS0": Layer((), {"num_groups": 4}),
     "ProxyNorm": Layer((methods.layer_norm(),)),
-    "DynamicMomentShortcut": Layer(sizes=BATCH, last=""),
-    "WSConv": Layer((), {"kernel_size": (3, 3)}, sizes=BATCH, last=""),
+    "DynamicMomentShortcut": Layer(last=""),
+    "WSConv": Layer((), {"kernel_size": (3, 3)}, last=""),
     "WSDense": Layer(last=""),
 }
 WITH_POSITIONS = ("Norm", "BatchGroupNorm, positions", "GroupNormPlus")
