@@ -1,21 +1,23 @@
 """Values refused at the door where they are known; a traced one cannot be looked at."""
 
 import math
+from typing import SupportsIndex, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.typing import ArrayLike
+
+T = TypeVar("T")
 
 
-def known(value: ArrayLike) -> np.ndarray | None:
+def known(value: object) -> np.ndarray | None:
     """The value, or None where it is traced or lies on the devices of other processes."""
     if isinstance(value, Tracer):
         return None
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return None
-    return np.asarray(value)
+    return np.asarray(jax.device_get(value))
 
 
 def check_number(
@@ -53,3 +55,32 @@ def check_number(
     values = values.astype(np.float64)
     if not ((values >= at_least) & (values > above) & (values <= at_most)).all() and values.size:
         raise ValueError(f"{name} is {value}; {expected}")
+
+
+def check_epsilon(epsilon: object, name: str = "epsilon") -> None:
+    """What is added to a variance is one number, 0 or more: with another for each channel, axes
+    would have to say where these are."""
+    check_number(epsilon, name, at_least=0)
+
+
+def check_count(count: object, name: str, at_least: int = 1) -> int:
+    """`count` is an integer of at least so much."""
+    if not isinstance(count, SupportsIndex) or isinstance(count, bool | np.bool_):
+        raise TypeError(f"{name} is {count!r}; expected an integer of at least {at_least}.")
+    if count.__index__() < at_least:
+        raise ValueError(f"{name} is {count!r}; expected an integer of at least {at_least}.")
+    return count.__index__()
+
+
+def check_flag(flag: T, name: str) -> T:
+    """`flag` is True or False: any other value, such as "False" from a command line, would count as
+    true. A traced one is left to JAX, which says what it cannot do."""
+    if isinstance(flag, bool | np.bool_):
+        return flag
+    if (
+        isinstance(flag, np.ndarray | jax.Array)
+        and np.shape(flag) == ()
+        and jnp.issubdtype(flag.dtype, jnp.bool_)
+    ):
+        return flag
+    raise TypeError(f"{name} is {flag!r}; expected True or False.")

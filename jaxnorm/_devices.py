@@ -19,6 +19,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from jaxnorm._checks import check_count
+
 AxisName = Hashable | tuple[Hashable, ...] | None
 DeviceGroups = Sequence[Sequence[int]] | None
 F = TypeVar("F", bound=Callable[..., Any])
@@ -33,6 +35,15 @@ def names_of(axis_name: AxisName) -> tuple[Hashable, ...]:
         if isinstance(axis_name, tuple | list)
         else (axis_name,)
     )
+
+
+def check_named(axis_name: AxisName, groups: DeviceGroups) -> None:
+    """Groups of indices are those of one named axis."""
+    if groups is not None and len(names_of(axis_name)) != 1:
+        raise ValueError(
+            f"axis_index_groups needs one named axis. Got axis_name={axis_name!r}; expected a"
+            " single name."
+        )
 
 
 def device_groups_of(
@@ -53,13 +64,9 @@ def device_groups_of(
                 " that encloses the call. Under plain jit leave it out: sums over sharded arrays"
                 " are global already."
             ) from error
+    check_named(axis_name, groups)
     if groups is None:
         return None
-    if len(names) != 1:
-        raise ValueError(
-            f"axis_index_groups needs one named axis. Got axis_name={axis_name!r}; expected a"
-            " single name."
-        )
     try:
         groups = tuple(tuple(operator.index(i) for i in group) for group in groups)
     except TypeError as error:
@@ -91,6 +98,22 @@ def all_sum(tree: Any, axis_name: AxisName, groups: tuple[tuple[int, ...], ...] 
     """The sum of every leaf over the named axes, within `groups` where they are given."""
     if axis_name is None:
         return tree
+    try:
+        return _sum_over(tree, axis_name, groups)
+    except (AssertionError, ValueError) as error:
+        meshes = set(jax.sharding.get_abstract_mesh().manual_axes)
+        mapped = [name for name in names_of(axis_name) if name not in meshes]
+        if not meshes or not mapped:
+            raise
+        raise NotImplementedError(
+            f"JAX has no sum over {mapped[0]!r}, an axis of vmap, inside"
+            " shard_map(check_vma=True). Expected names of the mesh's axes alone. Pass"
+            " check_vma=False to shard_map, or call without vmap on an x that has these examples in"
+            " its batch."
+        ) from error
+
+
+def _sum_over(tree: Any, axis_name: AxisName, groups: tuple[tuple[int, ...], ...] | None) -> Any:
     if groups is None:
         return lax.psum(tree, axis_name)
     # JAX has no psum over groups under vmap nor under shard_map's check_vma=True. One sum with a
@@ -160,8 +183,8 @@ def device_groups(
         >>> device_groups(8, size=4, strided=True)
         ((0, 2, 4, 6), (1, 3, 5, 7))
     """
-    num_devices, size = operator.index(num_devices), operator.index(size)
-    if size < 1 or num_devices < 1 or num_devices % size:
+    num_devices, size = check_count(num_devices, "num_devices"), check_count(size, "size")
+    if num_devices % size:
         raise ValueError(
             f"{num_devices} devices do not split into groups of {size}. Expected a divisor of the"
             f" number of devices: {[d for d in range(1, num_devices + 1) if num_devices % d == 0]}."

@@ -13,6 +13,7 @@ from typing import Literal, SupportsIndex
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 EACH = -1
 """Every index of the axis keeps its own statistic."""
@@ -157,7 +158,12 @@ def _count(kind: str, split: Split, axis: int, x_shape: Shape) -> int:
     what = f"groups of {k} elements" if isinstance(split, Size) else f"{k} equal groups"
     name = axis - len(x_shape) if kind == "channel" and axis == len(x_shape) - 1 else axis
     message = f"{kind} axis {name} of x has size {n}, which does not split into {what}. "
-    if kind == "batch":
+    if is_symbolic_dim(n):
+        message += (
+            f"Got x of shape {x_shape}, to be exported with sizes that are not known yet. Expected"
+            f" a size that says it divides, such as {k}*n in jax.export.symbolic_shape."
+        )
+    elif kind == "batch":
         message += (
             f"Got x of shape {x_shape}. If this is the short last batch of an epoch, drop it, or"
             f" pad it to {-(-n // k) * k} and give the padding weights=0."
@@ -221,6 +227,16 @@ class Method:
 Specification = Groups | Method | Sequence[int]
 
 
+def as_method(method: object) -> Method:
+    """The row of the table that an argument `method` is."""
+    if isinstance(method, Groups | Method):
+        return method if isinstance(method, Method) else Method(method)
+    raise TypeError(
+        f"method is a Method or a Groups. Got {method!r}; expected a call that makes one, for"
+        " example methods.layer_norm() or methods.group_norm(4)."
+    )
+
+
 def check_mean(mean: object) -> None:
     """A fixed mean is 0 or there is none."""
     if mean is not None and (
@@ -274,7 +290,7 @@ def resolve(
             " example Groups(batch=EACH, spatial=1, channel=32), methods.group_norm(32) or (64, 1,"
             " 1, 32)."
         )
-    if not all(isinstance(g, SupportsIndex) for g in groups):
+    if not all(isinstance(g, SupportsIndex) or is_symbolic_dim(g) for g in groups):
         raise TypeError(
             f"a statistic's shape is made of integers. Got {tuple(groups)}; expected for example"
             " (64, 1, 1, 32)."

@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._between import State
-from jaxnorm._checks import check_number
+from jaxnorm._checks import check_flag, check_number
 from jaxnorm._devices import AxisName, DeviceGroups
 from jaxnorm._ghosts import GhostUpdate
 from jaxnorm._groups import EACH, Method, Shape, Specification, axes_of, resolve
@@ -49,6 +49,11 @@ class StateOptions(CallOptions, total=False):
     """And what a layer with state takes: whether to update it, by default when it is not used."""
 
     update_running_average: bool | None
+
+
+def whether_to_update(use: bool, given: bool | None) -> bool:
+    """Whether this call updates running statistics: as it was asked, or where they are not used."""
+    return not use if given is None else check_flag(given, "update_running_average")
 
 
 def run(
@@ -327,7 +332,7 @@ def apply(
     sets: Any = {
         "mean": mean,
         "axis_name": axis_name,
-        "axis_index_groups": None if axis_name is None else axis_index_groups,  # as Flax
+        "axis_index_groups": axis_index_groups,
         # About the running mean, one round of sums over devices is enough; on one device a second
         # look is cheaper.
         "center": None if running is None or axis_name is None else running.moments.mean,

@@ -159,7 +159,8 @@ def _are_rows(cpu: bool, shape: Shape, sets: Sets) -> bool:
     apart = sum(1 for _ in itertools.takewhile(lambda g: g != 1, sets.shape))
     if sets.shape != shape[:apart] + (1,) * (len(shape) - apart):
         return False
-    return elements(shape, sets.shape) <= SHORT_ROW if cpu else apart == len(shape) - 1
+    row = elements(shape, sets.shape)  # no integer where jax.export makes it symbolic
+    return isinstance(row, int) and row <= SHORT_ROW if cpu else apart == len(shape) - 1
 
 
 def _of_rows(

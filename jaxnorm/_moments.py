@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.export import register_pytree_node_serialization
 from jax.typing import ArrayLike
 
+from jaxnorm._checks import known
 from jaxnorm._devices import (
     AxisName,
     DeviceGroups,
@@ -59,6 +61,17 @@ class Moments:
     var: jax.Array
 
 
+# So that an exported function which takes or returns moments can be stored; nothing but the three
+# arrays is.
+register_pytree_node_serialization(
+    Moments,
+    serialized_name="jaxnorm.Moments",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: None,
+    from_children=lambda aux_data, children: Moments(*children),
+)
+
+
 @in_explicit_meshes
 def moments(
     x: ArrayLike,
@@ -88,7 +101,8 @@ def moments(
         x: floating or complex array; `Groups` and `Method` need a rank of 2 or more.
         groups: which elements form a set: `Groups`, `Method` or the statistic's shape.
         weights: how much each element counts, 0 or more; anything that broadcasts against x.
-            Booleans are a mask.
+            Booleans are a mask. Negative weights are refused where they are known: under `jit` and
+            derivatives they cannot be seen, and give numbers that mean nothing.
         mean: 0 fixes the mean at zero, so that var is the mean square. None takes the set's mean.
         center: a value near the mean, of the statistic's shape, about which sums are taken (a
             running mean). It never changes the result, only its rounding, and spares a second read
@@ -104,7 +118,8 @@ def moments(
 
     Raises:
         TypeError: x is not floating or complex.
-        ValueError: axes that do not split, weights that do not broadcast, unequal device groups.
+        ValueError: axes that do not split, weights that do not broadcast or are negative, unequal
+            device groups.
         NameError: no axis of that name encloses the call.
 
     Example:
@@ -154,6 +169,19 @@ def moments(
     return Moments(n, m, statistics[-1])
 
 
+def check_moments(m: object, name: str) -> None:
+    """`m` is moments, whose mean and variance are of one shape."""
+    if not isinstance(m, Moments):
+        raise TypeError(
+            f"{name} must be Moments, such as moments(x, groups) returns. Got {type(m).__name__}."
+        )
+    if jnp.shape(m.mean) != jnp.shape(m.var):
+        raise ValueError(
+            f"{name}.mean has shape {jnp.shape(m.mean)} and {name}.var {jnp.shape(m.var)}. Expected"
+            " one shape, that of the statistic."
+        )
+
+
 def as_array(x: ArrayLike) -> jax.Array:
     """x itself where it is an array: `jnp.asarray` copies it under an eager `vjp`, and the copy
     would be kept for backward."""
@@ -181,6 +209,12 @@ def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(w):
         raise TypeError(
             f"weights must be boolean or real. Got {w.dtype}; expected for example a boolean mask."
+        )
+    values = None if w.dtype == bool else known(w if isinstance(weights, Sequence) else weights)
+    if values is not None and values.size and not values.min() >= 0:
+        raise ValueError(
+            f"weights say how much each element counts. Got {values.min()} among them; expected"
+            " numbers of at least 0, or a boolean mask."
         )
     fits = w.ndim <= x.ndim and all(
         k in (1, n) for k, n in zip(w.shape[::-1], x.shape[::-1], strict=False)

@@ -14,10 +14,11 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxnorm._checks import check_epsilon
 from jaxnorm._devices import AxisName, DeviceGroups, in_explicit_meshes, varying_like
 from jaxnorm._groups import Shape, Specification, axes_of, check_divides, single_axis
 from jaxnorm._mean_var import counts, own_and_wide, shared, statistic_dtype
-from jaxnorm._moments import Moments, as_weights, inexact, moments
+from jaxnorm._moments import Moments, as_weights, check_moments, inexact, moments
 from jaxnorm._xla import barrier, by_first_sums, by_platform, kept_small, to_channels
 
 
@@ -49,7 +50,8 @@ def normalize(
         m: moments whose shape divides x's: each statistic serves a block of x.
         scale: gamma, (C,), or (N, C) to scale each example differently. None is 1.
         bias: beta, likewise. None is 0.
-        epsilon: added to the variance inside the root, in the unit of x squared.
+        epsilon: added to the variance inside the root, in the unit of x squared: one number, 0 or
+            more.
         weights: the weights that the moments were computed with, if some are 0: where x is not
             finite under a zero weight, y is the bias and the gradient 0. Elsewhere they change
             nothing.
@@ -65,7 +67,8 @@ def normalize(
 
     Raises:
         TypeError: x is not floating or complex, m is not `Moments`.
-        ValueError: moments that do not divide x, scale or bias of another shape.
+        ValueError: moments that do not divide x, scale or bias of another shape, an epsilon below 0
+            or for each channel.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,13 +78,10 @@ def normalize(
         [[-1.0, 0.0], [3.0, 4.0]]
     """
     x, wide = own_and_wide(inexact(x))
-    if not isinstance(m, Moments):
-        raise TypeError(
-            f"m must be Moments, such as moments(x, groups) returns. Got {type(m).__name__}."
-        )
+    check_moments(m, "m")
+    check_epsilon(epsilon)
     mean, var = (jnp.asarray(t) for t in (m.mean, m.var))
     check_divides(var.shape, x.shape, "m.var")
-    check_divides(mean.shape, x.shape, "m.mean")
     _check_holds(mean, x, dtype)
     axes = axes_of(channel_axis, x.shape)
     g, b = (

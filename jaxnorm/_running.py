@@ -466,7 +466,7 @@ def _has_ghosts(m: Moments, state: Moments, batch_axis: int) -> bool:
     return (
         m.count is not None
         and shape != state.mean.shape
-        and shape[single_axis(batch_axis, shape)] > 1
+        and shape[single_axis(batch_axis, shape)] != 1
     )
 
 

@@ -124,7 +124,7 @@ def by_first_sums(cpu: bool, v: jax.Array, shape: Shape) -> jax.Array:
 def to_groups(cpu: bool, sums: jax.Array, groups: Shape) -> jax.Array:
     """`block_sum` whose transpose is `to_channels`."""
     size = sums.shape[-1] // max(groups[-1], 1)
-    if cpu and 1 < size < sums.shape[-1]:
+    if cpu and size not in (1, sums.shape[-1]):
         ones = jnp.zeros((size, 2), sums.dtype).at[:, 0].set(1)
         grouped = sums.reshape(*sums.shape[:-1], groups[-1], size)
         sums = jnp.matmul(grouped, ones, precision="highest")[..., 0]
@@ -140,7 +140,7 @@ def to_channels(cpu: bool, v: jax.Array, shape: Shape) -> jax.Array:
     broadcast again.
     """
     size = shape[-1] // max(v.shape[-1], 1)
-    if cpu and 1 < size < shape[-1]:
+    if cpu and size not in (1, shape[-1]):
         ones = jnp.zeros((2, size), v.dtype).at[0].set(1)
         v = jnp.matmul(jnp.stack([v, jnp.zeros_like(v)], -1), ones, precision="highest").reshape(
             *v.shape[:-1], shape[-1]

@@ -24,6 +24,7 @@ from jaxnorm._between import (
     real,
     updated,
 )
+from jaxnorm._checks import check_count, check_flag
 from jaxnorm._groups import EACH, Groups, Shape, single_axis
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments
@@ -122,6 +123,7 @@ def batch_group_norm(
         Batch Group Normalization, 2020, arXiv:2012.02782. The definition was read in the abstract
         and in two independent implementations; running statistics are as in one of them.
     """
+    check_flag(train, "train")
     x = real(x, "batch_group_norm")
     batch, channel = (
         options.get("batch_axis", 0),
@@ -172,7 +174,7 @@ def _sizes(
     batch, channel = single_axis(batch_axis, x_shape), single_axis(channel_axis, x_shape)
     positions = tuple(n for i, n in enumerate(x_shape) if i not in (batch, channel))
     features = x_shape[channel] * math.prod(positions)
-    if num_groups < 1 or features % num_groups != 0:
+    if features % check_count(num_groups, "num_groups") != 0:
         raise ValueError(
             f"{num_groups} groups do not divide the features of x. Got x of shape {tuple(x_shape)};"
             f" expected a divisor of {features}, the product of its {x_shape[channel]} channels and"

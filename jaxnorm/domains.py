@@ -26,7 +26,7 @@ from jaxnorm._between import (
     real,
     recalled,
 )
-from jaxnorm._checks import check_number
+from jaxnorm._checks import check_count, check_flag, check_number
 from jaxnorm._groups import single_axis
 from jaxnorm._moments import Moments
 from jaxnorm._running import usable
@@ -50,11 +50,7 @@ def init_domain_batch_norm(num_channels: int, num_domains: int) -> State:
         >>> {name: t.shape for name, t in init_domain_batch_norm(3, 2).items()}
         {'mean': (2, 3), 'var': (2, 3)}
     """
-    if num_domains < 1:
-        raise ValueError(
-            f"an example has a domain. Got num_domains={num_domains}; expected 1 or more."
-        )
-    shape = (num_domains, num_channels)
+    shape = (check_count(num_domains, "num_domains"), num_channels)
     return {"mean": jnp.zeros(shape, jnp.float32), "var": jnp.ones(shape, jnp.float32)}
 
 
@@ -109,6 +105,7 @@ def domain_batch_norm(
         its summaries. With scale and bias for each domain as well: Domain-Specific Batch
         Normalization for Unsupervised Domain Adaptation, 2019, arXiv:1906.03950.
     """
+    check_flag(train, "train")
     x = real(x, "domain_batch_norm")
     check_state(state, "domain_batch_norm", mean=2, var=2)
     batch_axis = options.get("batch_axis", 0)
@@ -251,7 +248,8 @@ def domain_ensemble(
     Reference:
         arXiv:2011.12672; see `domain_batch_norm`.
     """
-    outputs, distances = jax.vmap(forward)(jnp.arange(num_domains))
+    domains = jnp.arange(check_count(num_domains, "num_domains"))
+    outputs, distances = jax.vmap(forward)(domains)
     weights = domain_weights(distances, exponent=exponent)
 
     def average(t: jax.Array) -> jax.Array:

@@ -23,7 +23,9 @@ from jaxnorm._between import (
     real,
     seen,
 )
+from jaxnorm._checks import check_count, check_epsilon, check_flag
 from jaxnorm._devices import varying_like
+from jaxnorm._groups import single_axis
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments
 from jaxnorm._pooling import pool
@@ -82,7 +84,7 @@ def evonorm_b0(
     Raises:
         TypeError: x is complex or integer.
         ValueError: state or v of another number of channels, state of another method, a momentum
-            outside 0 to 1.
+            outside 0 to 1, an epsilon below 0.
 
     Example:
         >>> x = jnp.array([[[1.0], [3.0]], [[-1.0], [-3.0]]])  # the batch's variance is 5, each example's 1
@@ -94,6 +96,8 @@ def evonorm_b0(
         Evolving Normalization-Activation Layers, 2020, arXiv:2004.02967. The definition was read in
         the authors' code.
     """
+    check_flag(train, "train")
+    check_epsilon(epsilon)
     x = real(x, "evonorm_b0")
     check_state(state, "evonorm_b0", var=1)
     own = measured(x, methods.instance_norm(), **alone(options))
@@ -142,7 +146,7 @@ def evonorm_s0(
 
     Raises:
         TypeError: x is complex or integer.
-        ValueError: G does not divide C; v of another number of channels.
+        ValueError: G does not divide C; v of another number of channels; an epsilon below 0.
 
     Example:
         >>> x = jnp.array([[[1.0], [3.0]]])
@@ -154,6 +158,14 @@ def evonorm_s0(
         the authors' code.
     """
     x = real(x, "evonorm_s0")
+    channels = x.shape[single_axis(options.get("channel_axis", -1), x.shape)]
+    if channels % check_count(num_groups, "num_groups") != 0:
+        lower = max(n for n in range(1, num_groups) if channels % n == 0)
+        raise ValueError(
+            f"num_groups={num_groups} does not divide the {channels} channels of x, which has shape"
+            f" {x.shape}. Expected a divisor: pass num_groups={lower}, to which the authors' code"
+            " would lower it."
+        )
     m = measured(x, methods.group_norm(num_groups), **options)
 
     @jax.checkpoint

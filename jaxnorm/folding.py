@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxnorm._groups import single_axis, spread
+from jaxnorm._checks import check_epsilon
+from jaxnorm._groups import Shape, single_axis, spread
 from jaxnorm._mean_var import statistic_dtype
-from jaxnorm._moments import Moments
+from jaxnorm._moments import Moments, check_moments
 
 
 def fold(
@@ -51,7 +52,9 @@ def fold(
         The new kernel, of its dtype, and the new bias, (C,), of the kernel's dtype.
 
     Raises:
-        ValueError: running statistics that do not divide the channels.
+        TypeError: running is not `Moments`.
+        ValueError: running statistics that do not divide the channels, a scale, shift or bias of
+            another shape, an epsilon below 0.
 
     Example:
         >>> import jax.numpy as jnp
@@ -63,31 +66,41 @@ def fold(
     Reference:
         Common practice, such as PyTorch's `fuse_conv_bn_eval`; no paper is followed.
     """
+    check_moments(running, "running")
+    check_epsilon(epsilon)
     kernel = jnp.asarray(kernel)
     axis = single_axis(output_axis, kernel.shape)
     channels, wide = kernel.shape[axis], statistic_dtype(kernel.dtype)
-    if running.mean.ndim != 1 or channels % max(running.mean.size, 1):
+    if not fits(running.mean.shape, channels):
         raise ValueError(
             f"running statistics of shape {running.mean.shape} do not fit {channels} output"
             f" channels of a kernel of shape {kernel.shape}. Expected one for each channel or group"
             " of channels."
         )
 
-    def of_channels(t: ArrayLike | None, default: float) -> jax.Array:
-        return (
-            jnp.full(channels, default, wide)
-            if t is None
-            else spread(jnp.asarray(t), (channels,)).astype(wide)
-        )
+    def of_channels(t: ArrayLike | None, default: float, name: str) -> jax.Array:
+        if t is None:
+            return jnp.full(channels, default, wide)
+        if jnp.shape(t) != (channels,):
+            raise ValueError(
+                f"{name} has shape {jnp.shape(t)}. Expected ({channels},), one number for each"
+                f" output channel of a kernel of shape {kernel.shape}."
+            )
+        return jnp.asarray(t).astype(wide)
 
-    a = of_channels(scale, 1) * jax.lax.rsqrt(
-        of_channels(running.var, 1) + jnp.asarray(epsilon, wide)
-    )
-    new_bias = (of_channels(bias, 0) - of_channels(running.mean, 0)) * a + of_channels(shift, 0)
+    mean, var = (spread(t, (channels,)).astype(wide) for t in (running.mean, running.var))
+    a = of_channels(scale, 1, "scale") * jax.lax.rsqrt(var + jnp.asarray(epsilon, wide))
+    new_bias = (of_channels(bias, 0, "bias") - mean) * a + of_channels(shift, 0, "shift")
     new_kernel = kernel.astype(wide) * jnp.expand_dims(
         a, [i for i in range(kernel.ndim) if i != axis]
     )
     return new_kernel.astype(kernel.dtype), new_bias.astype(kernel.dtype)
+
+
+def fits(shape: Shape, channels: int) -> bool:
+    """Whether running statistics of this shape are those of channels or of groups of channels:
+    others depend on the position, which a kernel cannot."""
+    return len(shape) == 1 and channels % max(shape[0], 1) == 0
 
 
 LAYER, NORM = "jaxnorm.folding layer ", "jaxnorm.folding norm "

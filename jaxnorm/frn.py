@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import methods
 from jaxnorm._between import Options, applied, measured, named, output_dtype, parameter, real
+from jaxnorm._checks import check_epsilon, check_number
 from jaxnorm._mean_var import statistic_dtype
 
 
@@ -43,7 +44,8 @@ def filter_response_norm(
 
     Raises:
         TypeError: x is complex or integer.
-        ValueError: a threshold or slope of another shape, a slope without threshold.
+        ValueError: a threshold or slope of another shape, a slope without threshold, an epsilon
+            below 0 or for each channel.
 
     Example:
         >>> x = jnp.array([[[3.0], [-4.0]]])
@@ -63,7 +65,9 @@ def filter_response_norm(
             " (C,)."
         )
     wide = statistic_dtype(x.dtype)
+    check_epsilon(epsilon)
     if learned_epsilon is not None:
+        check_number(learned_epsilon, "learned_epsilon")
         epsilon = jnp.abs(jnp.asarray(learned_epsilon, wide)) + jnp.asarray(epsilon, wide)  # type: ignore[assignment]
     if threshold is not None:
         after, dtype = options.get("activation"), output_dtype(x, options)

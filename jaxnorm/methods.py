@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm._checks import check_count, check_epsilon
 from jaxnorm._groups import EACH, Groups, Method, Size, Split, single_axis
 from jaxnorm._moments import inexact, moments
 from jaxnorm._normalize import normalize
@@ -324,11 +325,8 @@ def batch_group_count(batch_size: int, num_channels: int) -> int:
     Reference:
         For the method: Batch Group Normalization, 2020, arXiv:2012.02782.
     """
-    if batch_size < 1 or num_channels < 1:
-        raise ValueError(
-            f"Got batch_size={batch_size} and num_channels={num_channels}; expected one or more of"
-            " each."
-        )
+    check_count(batch_size, "batch_size")
+    check_count(num_channels, "num_channels")
     limit = max(1, num_channels * min(batch_size, BATCH_ENOUGH) // BATCH_ENOUGH)
     return max(count for count in range(1, limit + 1) if num_channels % count == 0)
 
@@ -437,7 +435,7 @@ def standardize_kernel(
     Raises:
         TypeError: the kernel is not floating or complex.
         ValueError: one weight an output channel, which would standardize to 0; a gain of another
-            shape.
+            shape; an epsilon below 0.
 
     Example:
         >>> import jax.numpy as jnp
@@ -449,6 +447,7 @@ def standardize_kernel(
         arXiv:1903.10520. The gain is that of timm's ScaledStdConv2d, after Characterizing signal
         propagation to close the performance gap in unnormalized ResNets, 2021, arXiv:2101.08692.
     """
+    check_epsilon(epsilon)
     kernel = inexact(kernel)
     fan_in = kernel.size // max(kernel.shape[-1], 1)
     if kernel.ndim < 2 or fan_in < 2:

@@ -11,8 +11,9 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm._between import Options, applied, measured, output_dtype, parameter, real
+from jaxnorm._checks import check_count, check_epsilon
 from jaxnorm._devices import varying_like
-from jaxnorm._groups import EACH, Groups, Method
+from jaxnorm._groups import EACH, Groups, Method, as_method
 from jaxnorm._mean_var import statistic_dtype
 
 
@@ -53,9 +54,9 @@ def proxy_norm(
         y, of x's shape.
 
     Raises:
-        TypeError: x is complex or integer.
+        TypeError: x is complex or integer, the method is none.
         ValueError: a method that pools the batch, less than one quantile, parameters of another
-            shape.
+            shape, an epsilon below 0.
 
     Example:
         >>> from jaxnorm import methods
@@ -70,17 +71,15 @@ def proxy_norm(
         proxy's statistics is taken by differentiation, not by hand and from step to step as there.
     """
     x = real(x, "proxy_norm")
-    if (method if isinstance(method, Groups) else method.groups).batch != EACH:
+    method = as_method(method)
+    if method.groups.batch != EACH:
         raise ValueError(
             f"proxy normalization stands in for statistics of the batch. Got {method}, which pools"
             " it; expected a row with batch=EACH such as methods.layer_norm() or"
             " methods.group_norm(4)."
         )
-    if num_quantiles < 1:
-        raise ValueError(
-            f"the proxy needs quantiles. Got num_quantiles={num_quantiles}; expected 200, or at"
-            " least 1."
-        )
+    check_count(num_quantiles, "num_quantiles")
+    check_epsilon(proxy_epsilon, "proxy_epsilon")
     dtype, wide = output_dtype(x, options), statistic_dtype(x.dtype)
     activation = options.get("activation") or (lambda y: y)
     names = {"scale": (options.get("scale"), 1), "bias": (options.get("bias"), 0)}

@@ -187,5 +187,5 @@ def test_batch_group_count_divides_the_channels_and_grows_to_them(num_channels):
 
 def test_batch_group_count_refuses_nothing():
     for sizes in ((0, 4), (4, 0)):
-        with pytest.raises(ValueError, match="expected one or more of each"):
+        with pytest.raises(ValueError, match="is 0; expected an integer of at least 1"):
             methods.batch_group_count(*sizes)

@@ -216,5 +216,5 @@ def test_errors():
         ValueError, match=r"domain has shape \(3,\), and x of shape \(6, 4\) has 6 examples.*\(6,\)"
     ):
         domains.domain_batch_norm(x, state, train=False, domain=jnp.zeros(3, int))
-    with pytest.raises(ValueError, match="Got num_domains=0"):
+    with pytest.raises(ValueError, match="num_domains is 0; expected an integer of at least 1"):
         domains.init_domain_batch_norm(4, 0)

@@ -1,8 +1,14 @@
 """Every error at the door says what is wrong, what it got, what it expects and what to do."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx as fnnx
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 from jaxnorm import (
     EACH,
@@ -10,14 +16,23 @@ from jaxnorm import (
     Method,
     Moments,
     Size,
+    batch_group,
     blend,
+    device_groups,
+    domains,
+    evonorm,
+    folding,
+    frn,
     init_running,
+    linen,
     merge,
     methods,
     moments,
+    nnx,
     norm,
     normalize,
     pool,
+    proxy,
     running_moments,
     update_averaged,
     update_cumulative,
@@ -423,10 +438,343 @@ ERRORS = {
 }
 
 
+def layer(library, name, *args, call=(), mask=None, **options):
+    """A layer of either library, made and called for x of shape (8, 4, 4, 6)."""
+    x, given = ones(*NHWC), {} if mask is None else {"mask": mask}
+    if library is linen:
+        return getattr(linen, name)(*args, **options).init(jax.random.key(0), x, *call, **given)
+    return getattr(nnx, name)(6, *args, rngs=fnnx.Rngs(0), **options)(x, *call, **given)
+
+
+X = ones(*NHWC)
+EVONORM_B0 = partial(evonorm.evonorm_b0, X, evonorm.init_evonorm_b0(6), v=ones(6))
+DOMAIN = partial(domains.domain_batch_norm, X, domains.init_domain_batch_norm(6, 2), domain=1)
+PIECES = partial(
+    batch_group.batch_group_norm, X, batch_group.init_batch_group_norm(6, NHWC), num_groups=6
+)
+FOLD = partial(folding.fold, ones(3, 6), None, init_running((6,)))
+
+EPSILONS = {
+    "negative": (ValueError, "epsilon is -1; expected a number of at least 0", -1),
+    "NaN": (ValueError, "epsilon is nan; expected a number of at least 0", float("nan")),
+    "None": (TypeError, "epsilon is None; expected a number of at least 0", None),
+    "a string": (TypeError, "epsilon is '1e-5'; expected a number", "1e-5"),
+    "True": (TypeError, "epsilon is True; expected a number", True),
+    "for each channel": (
+        ValueError,
+        r"epsilon has shape \(6,\); expected a number of at least 0",
+        np.full(6, 1e-5, "f4"),
+    ),
+    "complex": (TypeError, "epsilon has dtype complex64", np.complex64(1)),
+}
+TAKE_EPSILON = {
+    "norm": partial(norm, X, BN),
+    "normalize": partial(normalize, X, given(1, 1, 1, 6)),
+    "evonorm_b0": partial(EVONORM_B0, train=True),
+    "evonorm_s0": partial(evonorm.evonorm_s0, X, v=ones(6), num_groups=2),
+    "filter_response_norm": partial(frn.filter_response_norm, X, learned_epsilon=0.1),
+    "proxy_norm": partial(proxy.proxy_norm, X, methods.layer_norm()),
+    "domain_batch_norm": partial(DOMAIN, train=False),
+    "batch_group_norm": partial(PIECES, train=True),
+    "standardize_kernel": partial(methods.standardize_kernel, X),
+    "fold": FOLD,
+    **{
+        f"{library.__name__}.{name}": partial(layer, library, name, *args)
+        for library in (linen, nnx)
+        for name, args in {
+            "LayerNorm": (),
+            "Norm": (methods.group_norm(3),),
+            "FilterResponseNorm": (),
+        }.items()
+    },
+}
+ERRORS |= {
+    f"epsilon of {name}, {kind}": (error, message, partial(call, epsilon=value))
+    for i, (name, call) in enumerate(TAKE_EPSILON.items())
+    for j, (kind, (error, message, value)) in enumerate(EPSILONS.items())
+    if name in ("norm", "evonorm_b0", "fold") or (i + j) % 3 == 0
+}
+ERRORS |= {
+    "a learned epsilon for each channel": (
+        ValueError,
+        r"learned_epsilon has shape \(6,\); expected a number",
+        lambda: frn.filter_response_norm(X, learned_epsilon=ones(6)),
+    ),
+    "a negative epsilon of the proxy": (
+        ValueError,
+        "proxy_epsilon is -1.0; expected a number of at least 0",
+        lambda: proxy.proxy_norm(X, methods.layer_norm(), proxy_epsilon=-1.0),
+    ),
+}
+
+NEGATIVE = "weights say how much each element counts. Got -1.* among them; expected .*at least 0"
+ERRORS |= {
+    "negative weights": (ValueError, NEGATIVE, lambda: norm(X, BN, weights=-ones(8, 1, 1, 1))),
+    "a negative weight of a list": (
+        ValueError,
+        NEGATIVE,
+        lambda: moments(ones(2, 3), (1, 3), weights=[[1.0], [-1.0]]),
+    ),
+    "one negative weight of NumPy, closed over by jit": (
+        ValueError,
+        NEGATIVE,
+        lambda: jax.jit(lambda x: norm(x, BN, weights=np.array([1.0, -1.0] * 3)))(X),
+    ),
+    "negative weights in half precision": (
+        ValueError,
+        NEGATIVE,
+        lambda: moments(X, BN, weights=-ones(6, dtype="bfloat16")),
+    ),
+    "NaN weights": (
+        ValueError,
+        "Got nan among them",
+        lambda: normalize(X, given(1, 1, 1, 6), weights=np.nan),
+    ),
+    "negative weights of an evonorm": (
+        ValueError,
+        NEGATIVE,
+        lambda: EVONORM_B0(train=False, weights=-ones(6)),
+    ),
+    **{
+        f"a negative mask of {library.__name__}.{name}, {use}": (
+            ValueError,
+            NEGATIVE,
+            partial(layer, library, name, *args, call=(use,), mask=-np.ones(6, "f4")),
+        )
+        for library in (linen, nnx)
+        for name, args in {"BatchNorm": (), "Norm": (BN,), "EvoNormB0": ()}.items()
+        for use in (True, False)
+    },
+}
+
+FLAG = "train is 'False'; expected True or False"
+USE = "use_running_average is {}; expected True or False"
+ERRORS |= {
+    "train of evonorm_b0": (TypeError, FLAG, lambda: EVONORM_B0(train="False")),
+    "train of domain_batch_norm": (TypeError, FLAG, lambda: DOMAIN(train="False")),
+    "train of batch_group_norm": (TypeError, FLAG, lambda: PIECES(train="False")),
+    "train, a number": (TypeError, "train is 1; expected True", lambda: PIECES(train=1)),
+    "train, nothing": (TypeError, "train is None; expected", lambda: PIECES(train=None)),
+    "train, an array": (
+        TypeError,
+        r"train is array\(\[ ?True\]\)",
+        lambda: PIECES(train=np.array([True])),
+    ),
+    **{
+        f"{given} of {library.__name__}.{name}": (TypeError, USE.format(repr(given)), call)
+        for library in (linen, nnx)
+        for name, args in {"BatchNorm": (), "Norm": (BN,), "EvoNormB0": ()}.items()
+        for given, call in {
+            "False": partial(layer, library, name, *args, call=("False",)),
+            0: partial(layer, library, name, *args, use_running_average=0),
+        }.items()
+    },
+    "an update of linen that is no flag": (
+        TypeError,
+        "update_running_average is 'no'; expected True or False",
+        lambda: linen.BatchNorm(use_running_average=True).init(
+            jax.random.key(0), X, update_running_average="no"
+        ),
+    ),
+    "an update of nnx that is no flag": (
+        TypeError,
+        "update_running_average is 'no'; expected True or False",
+        lambda: nnx.EvoNormB0(6, rngs=fnnx.Rngs(0))(X, update_running_average="no"),
+    ),
+    "a view of nnx that is no flag": (
+        TypeError,
+        USE.format("'False'"),
+        lambda: fnnx.view(nnx.BatchNorm(6, rngs=fnnx.Rngs(0)), use_running_average="False")(X),
+    ),
+}
+
+UNNAMED = "axis_index_groups needs one named axis. Got axis_name=None; expected a single name"
+ERRORS |= {
+    "device groups without an axis": (
+        ValueError,
+        UNNAMED,
+        lambda: norm(X, BN, axis_index_groups=[[0, 1]]),
+    ),
+    **{
+        f"device groups of {library.__name__}.{name} without an axis": (
+            ValueError,
+            UNNAMED,
+            partial(layer, library, name, *args, axis_index_groups=[[0, 1]]),
+        )
+        for library in (linen, nnx)
+        for name, args in {
+            "BatchNorm": (),
+            "LayerNorm": (),
+            "Norm": (BN,),
+            "FilterResponseNorm": (),
+        }.items()
+        if not (library is linen and name in ("BatchNorm", "Norm"))
+    },
+    "device groups of linen.BatchNorm without an axis": (
+        ValueError,
+        UNNAMED,
+        partial(layer, linen, "BatchNorm", call=(True,), axis_index_groups=[[0, 1]]),
+    ),
+    "groups of no devices": (
+        ValueError,
+        "size is 0; expected an integer of at least 1",
+        lambda: device_groups(8, size=0),
+    ),
+    "groups of three of eight devices": (
+        ValueError,
+        r"8 devices do not split into groups of 3\. Expected .*: \[1, 2, 4, 8\]",
+        lambda: device_groups(8, size=3),
+    ),
+}
+
+ROW = "method is a Method or a Groups. Got {}; expected a call that makes one, for example methods"
+ERRORS |= {
+    **{
+        f"{count} groups of {library.__name__}.BatchGroupNorm": (
+            TypeError if count == 2.5 else ValueError,
+            f"num_groups is {count}; expected an integer of at least 1",
+            partial(layer, library, "BatchGroupNorm", count, call=(True,)),
+        )
+        for library in (linen, nnx)
+        for count in (0, -1, 2.5)
+    },
+    "no groups of features": (
+        ValueError,
+        "num_groups is 0; expected an integer of at least 1",
+        lambda: batch_group.init_batch_group_norm(0, NHWC),
+    ),
+    "groups of an evonorm that do not divide": (
+        ValueError,
+        r"num_groups=32 does not divide the 6 channels of x.*pass num_groups=6, to which",
+        lambda: evonorm.evonorm_s0(X, v=ones(6)),
+    ),
+    "groups of an evonorm that do not divide, channels first": (
+        ValueError,
+        r"num_groups=4 does not divide the 6 channels.*pass num_groups=3",
+        lambda: evonorm.evonorm_s0(ones(2, 6, 4), v=ones(6), num_groups=4, channel_axis=1),
+    ),
+    "groups of linen.EvoNormS0": (
+        ValueError,
+        "num_groups=32 does not divide the 6 channels",
+        lambda: layer(linen, "EvoNormS0"),
+    ),
+    "half a quantile": (
+        TypeError,
+        "num_quantiles is 0.5; expected an integer of at least 1",
+        lambda: proxy.proxy_norm(X, methods.layer_norm(), num_quantiles=0.5),
+    ),
+    "a name for a method": (
+        TypeError,
+        ROW.format("'layer'"),
+        lambda: proxy.proxy_norm(X, "layer"),
+    ),
+    "a method that was not called": (
+        TypeError,
+        ROW.format("<function layer_norm at .*>"),
+        lambda: layer(linen, "Norm", methods.layer_norm),
+    ),
+    "a name for a method of nnx": (
+        TypeError,
+        ROW.format("'layer'"),
+        lambda: layer(nnx, "Norm", "layer"),
+    ),
+    "a name for a method of a proxy layer": (
+        TypeError,
+        ROW.format("'layer'"),
+        lambda: layer(nnx, "ProxyNorm", "layer"),
+    ),
+}
+
+DISAGREE = r"{0}\.mean has shape \(1, 6\) and {0}\.var \(1,\)\. Expected one shape"
+ERRORS |= {
+    "a variance of another rank": (
+        ValueError,
+        DISAGREE.format("m"),
+        lambda: normalize(ones(8, 6), Moments(ones(1, 6), ones(1, 6), ones(1))),
+    ),
+    "a variance that would broadcast": (
+        ValueError,
+        r"m\.mean has shape \(1, 6\) and m\.var \(1, 1\)",
+        lambda: normalize(ones(8, 6), Moments(ones(1, 6), ones(1, 6), ones(1, 1))),
+    ),
+    "one running variance to fold": (
+        ValueError,
+        r"running\.mean has shape \(6,\) and running\.var \(1,\)",
+        lambda: folding.fold(ones(3, 6), None, Moments(None, ones(6), ones(1))),
+    ),
+    "a dict to fold": (
+        TypeError,
+        "running must be Moments.* Got dict",
+        lambda: folding.fold(ones(3, 6), None, {"mean": ones(6), "var": ones(6)}),
+    ),
+    "a scale of other channels to fold": (
+        ValueError,
+        r"scale has shape \(4,\)\. Expected \(6,\), one number for each output channel",
+        lambda: FOLD(scale=ones(4)),
+    ),
+    "a bias of another rank to fold": (
+        ValueError,
+        r"bias has shape \(1, 6\)\. Expected \(6,\)",
+        lambda: folding.fold(ones(3, 6), ones(1, 6), init_running((6,))),
+    ),
+}
+
+
 @pytest.mark.parametrize("error, message, call", ERRORS.values(), ids=ERRORS.keys())
 def test_errors(error, message, call):
     with pytest.raises(error, match="(?s)" + message):
         call()
+
+
+def test_flags_are_booleans_of_any_kind():
+    """Of Python, NumPy and JAX; a traced one is JAX's to refuse."""
+    for yes, no in ((True, False), (np.True_, np.False_), (jnp.array(True), jnp.array(False))):
+        assert (PIECES(train=yes)[1]["mean"] != PIECES(train=no)[1]["mean"]).all()
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        jax.jit(lambda train: PIECES(train=train))(True)
+
+
+def test_what_is_traced_is_not_looked_at():
+    """Under jit and derivatives the same calls compile, and compute what they are asked to."""
+
+    def f(epsilon, weights):
+        return norm(X, BN, epsilon=epsilon, weights=weights)[0]
+
+    assert np.isnan(jax.jit(f)(-1.0, ones(6))).all()
+    assert jnp.isfinite(jax.grad(lambda w: f(1e-3, w).sum())(-ones(6))).all()
+    with pytest.raises(ValueError, match=r"epsilon has shape \(6,\)"):
+        jax.jit(f)(ones(6), ones(6))
+
+
+@pytest.mark.parametrize("groups", (None, ((0,), (1,))), ids=("", "device groups"))
+def test_an_axis_of_vmap_in_a_checked_shard_map(groups):
+    """JAX's own sum fails there by an assertion without words; without the check it is right."""
+    x = np.random.default_rng(0).normal(size=(4, 2, 5, 6)).astype("f4")
+    mesh = Mesh(np.array(jax.devices()[:2]), ("device",), axis_types=(AxisType.Auto,))
+    options = {"axis_name": "part", "axis_index_groups": groups}
+
+    def mapped(f, check):
+        f = jax.vmap(jax.vmap(f, axis_name="part"))
+        return jax.jit(
+            jax.shard_map(
+                f, mesh=mesh, in_specs=P("device"), out_specs=P("device"), check_vma=check
+            )
+        )
+
+    def f(x):
+        return norm(x, BN, epsilon=0.0, **options)[0]
+
+    whole = (1, 2) if groups is None else 2
+    want = (x - x.mean(whole, keepdims=True)) / x.std(whole, keepdims=True)
+    np.testing.assert_allclose(mapped(f, False)(x), want, atol=1e-4)
+    try:
+        mapped(lambda x: jax.lax.psum(x, "part"), True)(x)
+    except AssertionError:
+        message = "JAX has no sum over 'part', an axis of vmap, inside shard_map.check_vma=True"
+        with pytest.raises(NotImplementedError, match=message):
+            mapped(f, True)(x)
+    else:  # a JAX that has mended it
+        np.testing.assert_allclose(mapped(f, True)(x), want, atol=1e-4)
 
 
 def test_nothing_is_refused_without_need():

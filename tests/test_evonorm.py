@@ -123,7 +123,7 @@ def test_they_keep_x_alone():
 def test_errors():
     x, first = jnp.ones(SHAPE), evonorm.init_evonorm_b0(6)
     with pytest.raises(
-        ValueError, match="channel axis -1 of x has size 6, which does not split into 32"
+        ValueError, match="num_groups=32 does not divide the 6 channels of x.* pass num_groups=6"
     ):
         evonorm.evonorm_s0(x, v=jnp.ones(6))
     with pytest.raises(ValueError, match="v has shape \\(4,\\).*Expected \\(6,\\)"):

@@ -26,8 +26,8 @@ DIFFERENCES = {
         " valid row gives NaN on all; jaxnorm weighs by count."
     ),
     "device-groups-checked": (
-        "Flax divides sums over unequal `axis_index_groups` by the size of the first, and dies"
-        " inside XLA on incomplete ones; jaxnorm raises ValueError."
+        "Flax divides sums over unequal `axis_index_groups` by the size of the first, dies inside"
+        " XLA on incomplete ones, and ignores all without an `axis_name`; jaxnorm raises ValueError."
     ),
     "device-groups-everywhere": (
         "Flax has `axis_index_groups` in pmap only; jaxnorm also in vmap and shard_map."
@@ -179,6 +179,10 @@ def test_device_groups_checked():
     for groups in ([[0], [1, 2, 3]], [[0, 1]], [[0, 1], [1, 2]], [[0, 1], [2, 4]]):
         with pytest.raises(ValueError, match="groups of equal size"):
             means(jaxnorm.linen, groups)
+    with flax():
+        assert batch_norm(linen, x, axis_index_groups=[[0, 1]])[0].shape == x.shape
+    with pytest.raises(ValueError, match="needs one named axis. Got axis_name=None"):
+        batch_norm(jaxnorm.linen, x, axis_index_groups=[[0, 1]])
 
 
 def test_device_groups_everywhere():

@@ -1,5 +1,6 @@
 """Norms folded into the layers before them: equal outputs, and only where it is right."""
 
+import contextlib
 from functools import partial
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as fnn
 from flax import nnx as fnnx
+from jax.sharding import NamedSharding
 
 import jaxnorm
 from benchmarks.resnet import Bottleneck
@@ -320,3 +322,130 @@ def test_fold_refuses_statistics_that_do_not_fit():
         folding.fold(jnp.ones((2, 4)), None, running)
     with pytest.raises(ValueError, match="do not fit"):
         folding.fold(jnp.ones((2, 4)), None, jaxnorm.init_running((2, 4)))
+
+
+BY_POSITION = {
+    "pieces across channels": (lambda t, *size, **o: t.BatchGroupNorm(*size, 9, **o)),
+    "parts of channels": (lambda t, *size, **o: t.BatchGroupNorm(*size, 12, **o)),
+    "parts of channels, a row": (
+        lambda t, *size, **o: t.Norm(*size, methods.batch_group_norm(12, (1, 6, 6, 6)), **o)
+    ),
+    "every position": (
+        lambda t, *size, **o: t.Norm(*size, jaxnorm.Groups(1, jaxnorm.EACH, jaxnorm.EACH), **o)
+    ),
+}
+
+
+@pytest.mark.parametrize("norm", BY_POSITION.values(), ids=BY_POSITION.keys())
+def test_statistics_that_depend_on_the_position_stay(norm):
+    class Model(fnn.Module):
+        @fnn.compact
+        def __call__(self, x):
+            x = norm(linen, use_running_average=True, name="stays")(fnn.Conv(6, (3, 3))(x))
+            return linen.BatchNorm(use_running_average=True, name="folds")(fnn.Dense(6)(x))
+
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 6, 3)), jnp.float32)
+    variables = trained(jax.eval_shape(Model().init, jax.random.key(0), x))
+    forward, folded, pairs = linen.fold_norms(Model().apply, variables, x)
+    assert pairs == {"folds": "Dense_0"}
+    expected = Model().apply(variables, x)
+    np.testing.assert_allclose(forward(folded, x), expected, **tolerance(jnp.float32))
+
+    rngs = fnnx.Rngs(0)
+    layers = fnnx.Sequential(
+        fnnx.Conv(3, 6, (3, 3), rngs=rngs),
+        norm(nnx, 6, x_shape=(1, 6, 6, 6), rngs=rngs),
+        fnnx.Linear(6, 6, rngs=rngs),
+        nnx.BatchNorm(6, rngs=rngs),
+    )
+    graph, state = fnnx.split(layers)
+    model = fnnx.view(fnnx.merge(graph, trained(state)), use_running_average=True)
+    folded = nnx.fold_norms(model, x)
+    kinds = [type(layer) for layer in folded.layers]
+    assert kinds[1] is type(model.layers[1]) and kinds[3] is nnx.FoldedNorm
+    np.testing.assert_allclose(folded(x), model(x), **tolerance(jnp.float32))
+
+
+class Boxed(fnn.Module):
+    """Parameters with names for their axes, as the sharding of large models asks for them."""
+
+    box: object
+
+    @fnn.compact
+    def __call__(self, x):
+        def init(*names):
+            return self.box(fnn.initializers.normal(), names)
+
+        x = fnn.Conv(6, (1, 1), use_bias=False, kernel_init=init(None, None, "in", "out"))(x)
+        norm = {"scale_init": init("out"), "bias_init": init("out")}
+        x = jax.nn.relu(linen.BatchNorm(use_running_average=True, **norm)(x))
+        of_dense = {"kernel_init": init("in", "out"), "bias_init": init("features")}
+        x = fnn.Dense(5, **of_dense)(x)
+        x = linen.BatchNorm(use_running_average=True, **norm)(x)
+        swapped = {"transpose_kernel": True, "use_bias": False}
+        x = fnn.ConvTranspose(4, (1, 1), kernel_init=init(None, None, "out"), **swapped)(x)
+        return fnn.BatchNorm(use_running_average=True)(x)
+
+
+@pytest.mark.parametrize("box", (fnn.with_partitioning, fnn.with_logical_partitioning))
+def test_boxed_parameters_stay_boxed(box):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 4, 3)), jnp.float32)
+    boxed, plain = Boxed(box), Boxed(lambda init, names: init)
+    variables = trained(jax.eval_shape(boxed.init, jax.random.key(0), x))
+    forward, folded, pairs = linen.fold_norms(boxed.apply, variables, x)
+    assert pairs == {
+        "BatchNorm_0": "Conv_0",
+        "BatchNorm_1": "Dense_0",
+        "BatchNorm_2": "ConvTranspose_0",
+    }
+    names = {
+        "Conv_0": {"kernel": (None, None, "in", "out"), "bias": ("out",)},
+        "Dense_0": {"kernel": ("in", "out"), "bias": ("features",)},
+        "ConvTranspose_0": {"kernel": (None, None, "out"), "bias": ("out",)},
+    }
+    got = {layer: {name: t.names for name, t in p.items()} for layer, p in folded["params"].items()}
+    assert got == names
+    assert {type(t) for layer in folded["params"].values() for t in layer.values()} == {
+        type(variables["params"]["Conv_0"]["kernel"])
+    }
+    expected = linen.fold_norms(plain.apply, fnn.meta.unbox(variables), x)
+    jax.tree.map(np.testing.assert_array_equal, fnn.meta.unbox(folded), expected.variables)
+    np.testing.assert_array_equal(forward(folded, x), expected.forward(expected.variables, x))
+    np.testing.assert_allclose(
+        forward(folded, x), boxed.apply(variables, x), **tolerance(jnp.float32)
+    )
+
+
+P = jax.sharding.PartitionSpec
+SHARDINGS = {
+    "names": ((None, None, "in", "out"), ("out",)),
+    "spec": (P(None, None, "in", "out"), P("out")),
+    "on a mesh": (lambda mesh: NamedSharding(mesh, P(None, None, None, "out")), P("out")),
+    "outputs unnamed": (P("in"), P(None)),
+}
+
+
+@pytest.mark.parametrize("of_kernel, of_bias", SHARDINGS.values(), ids=SHARDINGS.keys())
+def test_variables_of_nnx_keep_their_metadata(of_kernel, of_bias):
+    mesh = jax.make_mesh((1, 1), ("in", "out"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    of_mesh = callable(of_kernel)
+    if of_mesh:
+        of_kernel, of_bias = of_kernel(mesh), NamedSharding(mesh, of_bias)
+    init = fnnx.with_metadata(fnnx.initializers.normal(), out_sharding=of_kernel)
+    bias = fnnx.with_metadata(fnnx.initializers.zeros, note="mine")
+    with contextlib.nullcontext() if of_mesh else jax.set_mesh(mesh):
+        rngs = fnnx.Rngs(0)
+        model = fnnx.Sequential(
+            fnnx.Conv(3, 6, (1, 1), use_bias=False, kernel_init=init, rngs=rngs),
+            nnx.BatchNorm(6, rngs=rngs),
+            fnnx.Linear(6, 4, bias_init=bias, rngs=rngs),
+            nnx.BatchNorm(4, rngs=rngs),
+        )
+    model = fnnx.view(model, use_running_average=True)
+    folded = nnx.fold_norms(model, jnp.ones((2, 4, 4, 3)))
+    assert [type(layer) for layer in folded.layers[1::2]] == [nnx.FoldedNorm] * 2
+    conv, dense = folded.layers[::2]
+    assert conv.kernel.get_metadata("out_sharding") == of_kernel
+    assert conv.bias.get_metadata("out_sharding") == of_bias
+    assert dense.bias.get_metadata("note") == "mine"
+    assert "out_sharding" not in dense.kernel.get_metadata()

@@ -182,7 +182,7 @@ def test_errors():
     for method in (methods.batch_norm(), Groups(batch=1, spatial=1, channel=1)):
         with pytest.raises(ValueError, match="stands in for statistics of the batch. Got"):
             proxy.proxy_norm(x, method)
-    with pytest.raises(ValueError, match="num_quantiles=0"):
+    with pytest.raises(ValueError, match="num_quantiles is 0; expected an integer of at least 1"):
         proxy.proxy_norm(x, methods.layer_norm(), num_quantiles=0)
     with pytest.raises(ValueError, match="proxy_bias has shape \\(4,\\)"):
         proxy.proxy_norm(x, methods.layer_norm(), proxy_bias=jnp.zeros(4))

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxnorm import _layers
 from jaxnorm._layers import Activation, Axes
 from jaxnorm._moments import as_array
-from jaxnorm.linen._call import State, call, ones, zeros
+from jaxnorm.linen._call import State, call, ones, uses_running, zeros
 
 
 class BatchNorm(nn.Module):
@@ -90,7 +90,7 @@ class BatchNorm(nn.Module):
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much, and
         `example_weight` is `inference.weigh_example`'s, with running statistics."""
-        use = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        use = uses_running(self, use_running_average)
         x = as_array(x)
         shape = _layers.keep_axes(x, self.axis)
         state = State(self, x, _layers.feature_shape(x, self.axis), shape)

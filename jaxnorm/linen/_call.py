@@ -11,6 +11,8 @@ from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 from jaxnorm import _between, _layers
+from jaxnorm._checks import check_flag
+from jaxnorm._devices import check_named
 from jaxnorm._groups import Shape, Specification
 from jaxnorm._layers import Activation, Axes, CallOptions, Running, StateOptions
 from jaxnorm._moments import Moments, as_array
@@ -69,7 +71,7 @@ class State:
         self.moments = serving(Moments(**values), shape, statistic, x.shape)
 
     def running(self, use: bool, update: bool | None, **options: Any) -> Running:
-        update = (not use if update is None else update) and not self.module.is_initializing()
+        update = _layers.whether_to_update(use, update) and not self.module.is_initializing()
         more = {
             name: getattr(self.module, name)
             for name in ("correction", "ghost_update")
@@ -91,6 +93,21 @@ class State:
         if self.population is not None:
             calls = self.module.variable("batch_stats", "calls")
             calls.value = calls.value + 1
+
+
+def uses_running(module: Any, given: bool | None) -> bool:
+    """Whether to normalize with the running statistics: said by the layer or by the call."""
+    name = "use_running_average"
+    return check_flag(nn.merge_param(name, module.use_running_average, given), name)
+
+
+def device_axes(module: Any) -> dict[str, Any]:
+    """Over which devices sets go on: over none while the layer is initialized, which happens
+    outside the map in which a named axis exists."""
+    check_named(module.axis_name, module.axis_index_groups)
+    if module.is_initializing():
+        return {"axis_name": None, "axis_index_groups": None}
+    return {"axis_name": module.axis_name, "axis_index_groups": module.axis_index_groups}
 
 
 def _parameter(module: Any, name: str, given: ArrayLike | None, shape: Shape) -> jax.Array | None:
@@ -139,7 +156,6 @@ def call(
         for name, t in zip(("scale", "bias"), given, strict=True)
     )
     dtype = _layers.output_dtype(x, scale, bias, dtype=module.dtype)
-    initializing = module.is_initializing()  # outside the map in which a named axis exists
     y, new = _layers.apply(
         _layers.wide_enough(x, dtype),
         groups,
@@ -150,8 +166,7 @@ def call(
         dtype=dtype,
         running=running,
         mask=mask,
-        axis_name=None if initializing else module.axis_name,
-        axis_index_groups=None if initializing else module.axis_index_groups,
+        **device_axes(module),
         use_fast_variance=getattr(module, "use_fast_variance", True),
         activation=activation,
         batch_axis=getattr(module, "batch_axis", 0),
@@ -184,7 +199,6 @@ def call_function(
         _parameter(module, name, options.get(name), features) for name in ("scale", "bias")
     )
     dtype = _layers.output_dtype(x, scale, bias, dtype=module.dtype)
-    initializing = module.is_initializing()  # outside the map in which a named axis exists
     arguments = {
         "scale": scale,
         "bias": bias,
@@ -192,17 +206,16 @@ def call_function(
         "weights": options.get("mask"),
         "activation": options.get("activation"),
         "dtype": dtype,
-        "axis_name": None if initializing else module.axis_name,
-        "axis_index_groups": None if initializing else module.axis_index_groups,
+        **device_axes(module),
         "batch_axis": module.batch_axis,
         "channel_axis": module.channel_axis,
     }
     x = _layers.wide_enough(x, dtype)
     if state is None:
         return function(x, **arguments)
-    use = nn.merge_param("use_running_average", module.use_running_average, use_running_average)
-    update = options.get("update_running_average")
-    update = (not use if update is None else update) and not initializing
+    use = uses_running(module, use_running_average)
+    update = _layers.whether_to_update(use, options.get("update_running_average"))
+    update = update and not module.is_initializing()
     variables = {
         name: module.variable("batch_stats", name, lambda t=t: t)
         for name, t in state(*features).items()

@@ -36,9 +36,10 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
 
     A norm is folded where its input is exactly the output of a `Conv`, `ConvTranspose` or `Dense`
     and nothing else uses that output or the layer's parameters (tied weights), as read from the
-    traced program; all others stay. Flax's own `BatchNorm` is folded too. The result is equal up to
-    rounding. Its variables also fit a model that is written without these norms and with
-    `use_bias=True`.
+    traced program; all others stay, such as norms whose statistics depend on the position. Flax's
+    own `BatchNorm` is folded too. The result is equal up to rounding. Its variables also fit a
+    model that is written without these norms and with `use_bias=True`. Boxed parameters, such as
+    `nn.with_partitioning` makes, stay boxed, and a new bias has the kernel's names for its outputs.
 
     Args:
         forward: (variables, *inputs) -> outputs, an inference call of the model.
@@ -102,14 +103,16 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
     program = jax.make_jaxpr(trace)(tree, *example)
     leaves, structure = jax.tree.flatten(tree)
     uses = structure.unflatten(folding.uses(program)[: len(leaves)])
-    tied = {name for name in layers if max(_get(uses["params"], _path(name)).values()) > 1}
+    tied = {name for name in layers if max(jax.tree.leaves(_get(uses["params"], _path(name)))) > 1}
     pairs = {norm: layer for norm, layer in folding.pairs(program).items() if layer not in tied}
     dtypes = {norm: norms[norm]["dtype"] for norm in pairs}
     biased = set()
     for norm, layer in pairs.items():
         at, of = _path(layer), _path(norm)
-        parameters, affine = _get(tree["params"], at), _get(tree["params"], of)
-        statistics, options = _get(tree["batch_stats"], of), norms[norm]
+        boxed, options = _get(tree["params"], at), norms[norm]
+        parameters, affine, statistics = nn.meta.unbox(
+            (boxed, _get(tree["params"], of), _get(tree["batch_stats"], of))
+        )
         scale = affine.get("scale")
         kernel, bias = folding.fold(
             parameters["kernel"],
@@ -120,11 +123,14 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
             epsilon=options["epsilon"],
             **layers[layer],
         )
-        if "bias" not in parameters:
-            biased.add(layer)
         tree["params"] = _without(tree["params"], of)
         tree["batch_stats"] = _without(tree["batch_stats"], of)
-        _get(tree["params"], at).update(kernel=kernel, bias=bias)
+        if "bias" in boxed:
+            boxed["bias"] = nn.meta.replace_boxed(boxed["bias"], bias)
+        else:
+            biased.add(layer)
+            boxed["bias"] = _boxed_as_outputs(bias, boxed["kernel"], **layers[layer])
+        boxed["kernel"] = nn.meta.replace_boxed(boxed["kernel"], kernel)
     return Folded(
         _forward(forward, dtypes, frozenset(biased)),
         {name: t for name, t in tree.items() if t},
@@ -149,7 +155,7 @@ def _forward(
         y = call(*args, **kwargs)
         if name not in biased:
             return y
-        bias = module.scope.get_variable("params", "bias").astype(y.dtype)
+        bias = nn.meta.unbox(module.scope.get_variable("params", "bias")).astype(y.dtype)
         return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
 
     def folded(variables: Any, *inputs: Any) -> Any:
@@ -173,7 +179,11 @@ def _is_norm(module: Any, x: Any, use_running_average: bool | None = None, **opt
     if isinstance(module, Row):
         row = module.row(x.shape) if module.momentum is not None else None
         kept = row is not None and row.pools_batch and module.measured(row) == row
-        return kept and _layers.is_constant(x, module.channel_axis, use, options)
+        return (
+            kept
+            and _layers.is_constant(x, module.channel_axis, use, options)
+            and folding.fits(module.get_variable("batch_stats", "mean").shape, x.shape[-1])
+        )
     if isinstance(module, nn.BatchNorm | BatchNorm):
         return _layers.is_constant(x, module.axis, use, options)
     return False
@@ -186,7 +196,17 @@ def _owns(module: Any, tree: Any, collection: str) -> bool:
         _get(tree.get(collection, {}), module.scope.path),
         module.scope.variables().get(collection, {}),
     )
-    return set(own) == set(seen) and all(seen[name] is value for name, value in own.items())
+    if jax.tree.structure(own) != jax.tree.structure(seen):
+        return False
+    return all(a is b for a, b in zip(*map(jax.tree.leaves, (own, seen)), strict=True))
+
+
+def _boxed_as_outputs(bias: jax.Array, kernel: Any, output_axis: int) -> Any:
+    """A bias that the layer did not have, boxed as the kernel is, with the name of its outputs."""
+    if not isinstance(kernel, nn.Partitioned):
+        return bias
+    names = dict(enumerate(kernel.names))
+    return kernel.replace(value=bias, names=(names.get(output_axis % kernel.value.ndim),))
 
 
 def _path(name: str) -> Path:

@@ -8,13 +8,14 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 
 from jaxnorm import _layers, methods
+from jaxnorm._checks import check_count
 from jaxnorm._ghosts import GhostUpdate
-from jaxnorm._groups import Groups, Method, Shape, single_axis
+from jaxnorm._groups import Groups, Method, Shape, as_method, single_axis
 from jaxnorm._layers import Activation, StateOptions, with_batch
 from jaxnorm._moments import as_array
 from jaxnorm._running import running_shape
 from jaxnorm.batch_group import batch_group_norm, init_batch_group_norm
-from jaxnorm.linen._call import Layer, State, call, call_function
+from jaxnorm.linen._call import Layer, State, call, call_function, uses_running
 
 
 class Row(Layer, kw_only=True):
@@ -59,9 +60,7 @@ class Row(Layer, kw_only=True):
                 row
             )  # any batch initializes, also one that ghosts do not divide
         if row.pools_batch and self.momentum is not None:
-            use = nn.merge_param(
-                "use_running_average", self.use_running_average, use_running_average
-            )
+            use = uses_running(self, use_running_average)
             measured = self.measured(row)
             shapes = running_shape(
                 measured, x.shape, batch_axis=self.batch_axis, channel_axis=self.channel_axis
@@ -135,7 +134,7 @@ class Norm(Row):
     method: Method | Groups
 
     def row(self, x_shape: Shape) -> Method:
-        return self.method if isinstance(self.method, Method) else Method(self.method)
+        return as_method(self.method)
 
 
 class GhostBatchNorm(Row):
@@ -222,7 +221,8 @@ class BatchGroupNorm(Row):
     ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
         x = as_array(x)
-        if x.shape[single_axis(self.channel_axis, x.shape)] % self.num_groups == 0:
+        channels = x.shape[single_axis(self.channel_axis, x.shape)]
+        if channels % check_count(self.num_groups, "num_groups") == 0:
             return super().__call__(
                 x, use_running_average, example_weight=example_weight, **options
             )

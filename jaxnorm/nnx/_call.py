@@ -15,6 +15,8 @@ from jax.typing import ArrayLike
 
 from jaxnorm import _layers
 from jaxnorm._between import State
+from jaxnorm._checks import check_flag
+from jaxnorm._devices import check_named
 from jaxnorm._ghosts import GhostUpdate
 from jaxnorm._groups import Shape, Specification
 from jaxnorm._layers import Activation, Axes, CallOptions, Running, StateOptions
@@ -56,6 +58,7 @@ class Layer(nnx.Module):
         }
         for name, value in options.items():
             setattr(self, name, value)
+        check_named(self.axis_name, self.axis_index_groups)
         for name, (init, metadata) in made.items():
             if not getattr(self, f"use_{name}"):
                 setattr(self, name, nnx.data(None))
@@ -176,7 +179,7 @@ class StatefulLayer(Layer):
         state = Moments(count, self.mean[...], self.var[...])  # pyright: ignore[reportArgumentType]  # None is no count
         state = serving(state, shape, statistic, x.shape)
         update = self.update_running_average if update is None else update
-        update = not use if update is None else update
+        update = _layers.whether_to_update(use, update)
         more = {"ghost_update": self.ghost_update, "population": population}
         return Running(state, use, update, self.momentum, self.correction, **more, **options)
 
@@ -191,7 +194,7 @@ class StatefulLayer(Layer):
                 " from the constructor and at the call; expected True or False from one of them,"
                 " or from nnx.view(model, use_running_average=...)."
             )
-        return use
+        return check_flag(use, "use_running_average")
 
     def set_view(
         self,
@@ -296,7 +299,7 @@ class Function(StatefulLayer):
         _layers.only_rows(self._weight(None, use), type(self).__name__)
         update = options.get("update_running_average")
         update = self.update_running_average if update is None else update
-        update = not use if update is None else update
+        update = _layers.whether_to_update(use, update)
         y, new = _layers.run(function, x, old, use, update, arguments)
         for name in self._state if update else ():
             getattr(self, name)[...] = lax.stop_gradient(new[name])

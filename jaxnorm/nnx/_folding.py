@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxnorm import _layers, folding
 from jaxnorm._layers import Activation
@@ -42,8 +43,10 @@ def fold_norms(model: Model, *example: Any, forward: Callable[..., Any] | None =
 
     A norm is folded where its input is exactly the output of a `Conv`, `ConvTranspose` or `Linear`
     and nothing else uses that output, as read from the traced program, and nothing else uses or
-    holds the layer's parameters (tied weights); all others stay. Flax's own `BatchNorm` is folded
-    too. The result is equal up to rounding.
+    holds the layer's parameters (tied weights); all others stay, such as norms whose statistics
+    depend on the position. Flax's own `BatchNorm` is folded too. The result is equal up to
+    rounding. Variables keep their metadata, and a new bias has the kernel's sharding of its
+    outputs.
 
     Args:
         model: in inference, such as `nnx.view(model, use_running_average=True)`.
@@ -108,6 +111,7 @@ def _modules(model: Any) -> dict[str, Any]:
 
 def _fold(layer: Any, norm: Any, dtype: Any) -> None:
     """Change a layer and its norm in place."""
+    output_axis = -2 if getattr(layer, "transpose_kernel", False) else -1
     scale, shift, bias = (
         None if t is None else t[...] for t in (norm.scale, norm.bias, layer.bias)
     )
@@ -118,13 +122,41 @@ def _fold(layer: Any, norm: Any, dtype: Any) -> None:
         scale=scale + 1 if scale is not None and getattr(norm, "unit_offset", False) else scale,
         shift=shift,
         epsilon=norm.epsilon,
-        output_axis=-2 if getattr(layer, "transpose_kernel", False) else -1,
+        output_axis=output_axis,
     )
-    layer.kernel[...], layer.bias, layer.use_bias = kernel, nnx.Param(bias), True
+    layer.kernel[...] = kernel
+    if layer.bias is not None:
+        layer.bias[...] = bias
+    else:
+        layer.bias, layer.use_bias = nnx.Param(bias), True
+        layer.bias.set_metadata(
+            layer.bias.get_metadata() | _sharding_of_outputs(layer.kernel, output_axis)
+        )
     for name in [name for name in vars(norm) if not name.startswith("_")]:
         delattr(norm, name)
     object.__setattr__(norm, "__class__", FoldedNorm)
     norm.dtype = dtype
+
+
+def _sharding_of_outputs(kernel: Any, output_axis: int) -> dict[str, Any]:
+    """The metadata of a bias that says how it is sharded: as the outputs of its kernel."""
+    metadata = kernel.get_metadata()
+    found = {name: metadata[name] for name in ("mesh", "sharding_rules") if name in metadata}
+    sharding = metadata.get("out_sharding")
+    axis = output_axis % kernel[...].ndim
+
+    def entry(spec: Any) -> Any:
+        return spec[axis] if axis < len(spec) else None
+
+    if isinstance(sharding, NamedSharding):
+        of_outputs = NamedSharding(sharding.mesh, PartitionSpec(entry(sharding.spec)))
+    elif isinstance(sharding, PartitionSpec):
+        of_outputs = PartitionSpec(entry(sharding))
+    elif isinstance(sharding, tuple | list):
+        of_outputs = (entry(sharding),)
+    else:
+        return {}
+    return found | {"out_sharding": of_outputs}
 
 
 class _Probe:
@@ -186,7 +218,9 @@ def _is_constant(
     options = set_options | {name: value for name, value in options.items() if value is not None}
     if isinstance(module, Row):
         row = module._row(x.shape)
-        return module._measured(row) == row and _layers.is_constant(
-            x, module.channel_axis, use, options
+        return (
+            module._measured(row) == row
+            and _layers.is_constant(x, module.channel_axis, use, options)
+            and folding.fits(module.mean.shape, x.shape[-1])
         )
     return _layers.is_constant(x, module.axis, use, options)

@@ -10,8 +10,9 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
 from jaxnorm import _layers, methods
+from jaxnorm._checks import check_count
 from jaxnorm._ghosts import GhostUpdate
-from jaxnorm._groups import Groups, Method, Shape
+from jaxnorm._groups import Groups, Method, Shape, as_method
 from jaxnorm._layers import Activation, StateOptions, with_batch
 from jaxnorm._moments import as_array
 from jaxnorm._running import running_shape
@@ -167,7 +168,7 @@ class Norm(Row):
         super().__init__(num_features, **options)
 
     def _row(self, x_shape: Shape | None) -> Method:
-        return self.method if isinstance(self.method, Method) else Method(self.method)
+        return as_method(self.method)
 
 
 class GhostBatchNorm(Row):
@@ -250,7 +251,8 @@ class BatchGroupNorm(Row, Function):
     def __init__(
         self, num_features: int, num_groups: int, *, momentum: float | None = 0.99, **options: Any
     ):
-        self.num_groups, self._tied = num_groups, num_features % num_groups != 0
+        self.num_groups = check_count(num_groups, "num_groups")
+        self._tied = num_features % num_groups != 0
         Row.__init__(self, num_features, momentum=None if self._tied else momentum, **options)
         if not self._tied:
             return
