@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._devices import AxisName, DeviceGroups, in_explicit_meshes, varying_like
 from jaxnorm._groups import Specification, axes_of, single_axis
-from jaxnorm._mean_var import counts, statistic_dtype
+from jaxnorm._mean_var import counts, own_and_wide, shared, statistic_dtype
 from jaxnorm._moments import Moments, as_weights, inexact, moments
 from jaxnorm._normalize import normalize, placed
 from jaxnorm._pooling import pool, toward
@@ -62,13 +62,13 @@ def check_state(state: Any, method: str, optional: Sequence[str] = (), **axes: i
 
 
 def real(x: ArrayLike, method: str) -> jax.Array:
-    """x as a real floating array."""
+    """x as a real floating array, shared by what reads it."""
     x = inexact(x)
-    if jnp.iscomplexobj(x):
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(
             f"{method} is defined for real x. Got {x.dtype}, shape {x.shape}; norm takes complex x."
         )
-    return x
+    return shared(x)
 
 
 def measured(
@@ -170,6 +170,7 @@ def output_dtype(x: jax.Array, options: Options) -> DTypeLike:
 
 def parameter(t: ArrayLike, name: str, x: jax.Array, options: Options) -> jax.Array:
     """A parameter of shape (C,), or (N, C), in the shape and dtype in which it meets x."""
+    x, _ = own_and_wide(x)
     channel_axis = options.get("channel_axis", -1)
     out = placed(
         t, name, x, options.get("batch_axis", 0), axes_of(channel_axis, x.shape), channel_axis

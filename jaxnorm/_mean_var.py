@@ -221,15 +221,28 @@ class Shared:
         return self.x.dtype
 
 
-def shared(x: jax.Array) -> jax.Array | Shared:
+def shared(x: jax.Array) -> jax.Array:
     """x to hand to several functions; x itself where there is nothing to round, or no derivative."""
     wide = statistic_dtype(x.dtype)
     if x.dtype == wide or not isinstance(x, Tracer):
         return x
-    return Shared(lax.stop_gradient(x), x.astype(wide))
+    return Shared(lax.stop_gradient(x), x.astype(wide))  # type: ignore[return-value]  # as an array
 
 
-def own_and_wide(x: jax.Array | Shared) -> tuple[jax.Array, jax.Array | None]:
+def widened(x: jax.Array) -> jax.Array:
+    """x in the dtype of its statistics, for arithmetic of one's own."""
+    return _widened(x.x, x.wide) if isinstance(x, Shared) else x.astype(statistic_dtype(x.dtype))
+
+
+@jax.custom_jvp
+def _widened(x: jax.Array, wide: jax.Array) -> jax.Array:
+    return x.astype(wide.dtype)  # so that what is kept is x
+
+
+_widened.defjvp(lambda primals, tangents: (_widened(*primals), tangents[1]))
+
+
+def own_and_wide(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """x, and what carries its derivative instead, if anything does."""
     return (x.x, x.wide) if isinstance(x, Shared) else (x, None)
 

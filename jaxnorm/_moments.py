@@ -188,10 +188,10 @@ def as_array(x: ArrayLike) -> jax.Array:
     return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
-def inexact(x: ArrayLike | Shared) -> jax.Array | Shared:
+def inexact(x: ArrayLike | Shared) -> jax.Array:
     """x as a floating or complex array, or as it is where functions of ours share it."""
     if isinstance(x, Shared):
-        return x
+        return x  # type: ignore[return-value]  # it stands for one
     x = as_array(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(

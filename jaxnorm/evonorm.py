@@ -26,7 +26,7 @@ from jaxnorm._between import (
 from jaxnorm._checks import check_count, check_epsilon, check_flag
 from jaxnorm._devices import varying_like
 from jaxnorm._groups import single_axis
-from jaxnorm._mean_var import statistic_dtype
+from jaxnorm._mean_var import widened
 from jaxnorm._moments import Moments
 from jaxnorm._pooling import pool
 from jaxnorm._running import usable
@@ -110,7 +110,7 @@ def evonorm_b0(
     @jax.checkpoint
     def divided(x: jax.Array, var: jax.Array, own_var: jax.Array) -> jax.Array:
         dtype = output_dtype(x, options)
-        x = seen(x, options.get("weights")).astype(own_var.dtype)
+        x = seen(widened(x), options.get("weights"))
         line = parameter(v, "v", x, options) * x + jnp.sqrt(own_var + epsilon)
         x = x / jnp.maximum(varying_like(jnp.sqrt(var + epsilon), x), line)
         out: Options = options | {"dtype": dtype}  # type: ignore[assignment]
@@ -171,7 +171,7 @@ def evonorm_s0(
     @jax.checkpoint
     def gated(x: jax.Array, m: Moments) -> jax.Array:
         dtype = output_dtype(x, options)
-        x = seen(x, options.get("weights")).astype(statistic_dtype(x.dtype))
+        x = seen(widened(x), options.get("weights"))
         x = x * jax.nn.sigmoid(parameter(v, "v", x, options) * x)
         out: Options = options | {"dtype": dtype}  # type: ignore[assignment]
         return applied(x, Moments(m.count, jnp.zeros_like(m.mean), m.var), epsilon, **out)
