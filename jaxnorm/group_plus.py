@@ -84,9 +84,11 @@ def group_norm_plus(
     In inference running statistics of z stand for those of the second line, which is ours: the
     authors' code has no state and takes those of the test batch (call it with train=True and drop
     the state). For a large mixture y is group normalization; for a very negative one z standardized
-    over the batch, and with per_position=False Continual Normalization. For one example u is 0, as
-    a difference of terms of about z / sqrt(epsilon), whose rounding y inherits: epsilon has to be
-    above 0, and 1 / sqrt(epsilon) far below the 1e7 of float32. The backward pass keeps x and z.
+    over the batch, and with per_position=False Continual Normalization. Where one example alone is
+    standardized, without weights or under a mask, u is 0 and y = w z * scale + bias, exactly. Where
+    the z of few examples nearly agree, and where real weights leave one, u is a difference of
+    rounded z over a small number: its error is that of z, some 1e-7, times 1 / (std + epsilon), or
+    1 / sqrt(var + epsilon), as in the authors' code. The backward pass keeps x and z.
 
     Args:
         x: real floating array with examples and channels.
@@ -141,9 +143,15 @@ def group_norm_plus(
     z = applied(x, m, 0.0, **bare)
     if options.get("weights") is not None:  # what does not count must not come back as a number
         z = jnp.where(jnp.isfinite(x), z, jnp.nan)
+    weights = options.get("weights")
+    several: jax.Array | bool = True
     if train:
         m = measured(z, second, **options)
         state = updated(state, m, momentum, correction)
+        # u of one example is 0 whatever it is divided by. Divided by epsilon, the difference of
+        # two roundings of z would be seen, in y and in its gradient.
+        if weights is None or jnp.result_type(weights) == bool:
+            several = m.count > 1
         m = divisors(m)
     else:
         running = Moments(
@@ -151,8 +159,9 @@ def group_norm_plus(
         )
         m = with_divisor(running, epsilon, epsilon_outside=epsilon_outside)
     w = jax.nn.sigmoid(jnp.asarray(mixture, wide))
-    a = w + (1 - w) * jax.lax.rsqrt(m.var)
-    mixed = Moments(m.count, (1 - w) * m.mean * jax.lax.rsqrt(m.var) / a, 1 / jnp.square(a))
+    r = jnp.where(several, jax.lax.rsqrt(jnp.where(several, m.var, 1)), 0)
+    a = w + (1 - w) * r
+    mixed = Moments(m.count, (1 - w) * m.mean * r / a, 1 / jnp.square(a))
     mixed = jax.tree.map(lambda t: varying_like(t, z), mixed)
     out: Options = options | {"dtype": output_dtype(x, options)}  # type: ignore[assignment]
     return applied(z, mixed, 0.0, **out), state
