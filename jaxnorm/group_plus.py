@@ -15,11 +15,12 @@ from jaxnorm._between import (
     measured,
     named,
     output_dtype,
+    parameter,
     real,
     updated,
 )
 from jaxnorm._devices import varying_like
-from jaxnorm._groups import EACH, Groups, Method
+from jaxnorm._groups import EACH, Groups, Method, single_axis
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments
 from jaxnorm._parity import with_divisor
@@ -141,16 +142,16 @@ def group_norm_plus(
     m = divisors(measured(x, methods.group_norm(num_groups), **alone(options)))
     bare: Options = options | {"scale": None, "bias": None, "activation": None, "dtype": wide}  # type: ignore[assignment]
     z = applied(x, m, 0.0, **bare)
-    if options.get("weights") is not None:  # what does not count must not come back as a number
-        z = jnp.where(jnp.isfinite(x), z, jnp.nan)
     weights = options.get("weights")
+    if weights is not None:  # what does not count must not come back as a number
+        z = jnp.where(jnp.isfinite(x), z, jnp.nan)
     several: jax.Array | bool = True
     if train:
         m = measured(z, second, **options)
         state = updated(state, m, momentum, correction)
         # u of one example is 0 whatever it is divided by. Divided by epsilon, the difference of
         # two roundings of z would be seen, in y and in its gradient.
-        if weights is None or jnp.result_type(weights) == bool:
+        if weights is None or jnp.issubdtype(jnp.result_type(weights), jnp.bool_):
             several = m.count > 1
         m = divisors(m)
     else:
@@ -161,7 +162,37 @@ def group_norm_plus(
     w = jax.nn.sigmoid(jnp.asarray(mixture, wide))
     r = jnp.where(several, jax.lax.rsqrt(jnp.where(several, m.var, 1)), 0)
     a = w + (1 - w) * r
-    mixed = Moments(m.count, (1 - w) * m.mean * r / a, 1 / jnp.square(a))
-    mixed = jax.tree.map(lambda t: varying_like(t, z), mixed)
-    out: Options = options | {"dtype": output_dtype(x, options)}  # type: ignore[assignment]
-    return applied(z, mixed, 0.0, **out), state
+    # y = (z - mean) a scale + shift, which takes the difference first
+    scale, bias = (
+        None if t is None else parameter(t, name, x, options)
+        for name, t in (("scale", options.get("scale")), ("bias", options.get("bias")))
+    )
+    shift = w * m.mean if scale is None else w * m.mean * scale
+    if bias is not None:
+        shift = shift + bias
+    if weights is not None:
+        shift = jnp.where(jnp.isfinite(z), shift, 0 if bias is None else bias)
+    m = jax.tree.map(lambda t: varying_like(t, z), Moments(m.count, m.mean, 1 / jnp.square(a)))
+    batch, channel = (
+        single_axis(options.get(name, default), x.shape)
+        for name, default in (("batch_axis", 0), ("channel_axis", -1))
+    )
+    features = [i for i in range(x.ndim) if i == channel or (i != batch and m.mean.shape[i] > 1)]
+    if weights is not None:  # per element
+        features = [i for i in range(x.ndim) if i != batch]
+
+    def along(t: jax.Array) -> jax.Array:
+        """t, of x's rank, over the features, and before them the examples if it has them."""
+        examples = [batch] if t.shape[batch] > 1 else []
+        t = jnp.broadcast_to(
+            t, [n if i in features + examples else 1 for i, n in enumerate(x.shape)]
+        )
+        return jnp.moveaxis(t, batch, 0).reshape([x.shape[i] for i in examples + features])
+
+    out = {
+        "scale": None if scale is None else along(scale),
+        "bias": along(shift),
+        "channel_axis": features,
+        "dtype": output_dtype(x, options),
+    }
+    return applied(z, m, 0.0, **(options | out)), state  # type: ignore[arg-type]

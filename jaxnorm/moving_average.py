@@ -1,7 +1,7 @@
 """Moving Average Batch Normalization: no mean, and averages over steps both of the statistic and of
 its gradient."""
 
-from typing import Unpack
+from typing import SupportsIndex, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def init_moving_average(num_channels: int, *, window: int = 16) -> State:
         >>> {name: t.shape for name, t in init_moving_average(3, window=8).items()}
         {'mean_square': (3,), 'past_mean_square': (8, 3), 'past_gradient': (8, 3), 'step': ()}
     """
-    if not isinstance(window, int) or window < 1:
+    if not isinstance(window, SupportsIndex) or window.__index__() < 1:
         raise ValueError(
             f"window={window!r} averages over no batch. Expected an integer of 1 or more; 1 is the"
             " batch alone."
