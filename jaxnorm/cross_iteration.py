@@ -19,6 +19,7 @@ from jaxnorm._between import (
     real,
     remembered,
 )
+from jaxnorm._checks import check_number
 from jaxnorm._devices import all_sum, device_groups_of, varying_like
 from jaxnorm._groups import single_axis
 from jaxnorm._mean_var import counts, statistic_dtype
@@ -132,7 +133,8 @@ def cross_iteration_norm(
 
     Raises:
         TypeError: y is complex or integer.
-        ValueError: state of another kernel, weights that differ between channels.
+        ValueError: state of another kernel, weights that differ between channels, rho outside of 0
+            to 1, a negative window.
 
     Example:
         >>> kernel, state = jnp.ones((1, 1)), init_cross_iteration((1, 1))
@@ -144,10 +146,12 @@ def cross_iteration_norm(
 
     Reference:
         Cross-Iteration Batch Normalization, 2020, arXiv:2002.05712. The definition follows the
-        authors' code, except for
-        these: the maximum in v', which is the paper's as cited by others, where the code drops the
-        entry; epsilon inside the root; biased variances in the running statistics. CmBN: AlexeyAB's
-        darknet.
+        authors' code, except for these: the maximum in v', which is the paper's as cited by others,
+        where the code drops the entry; epsilon inside the root, which is a switch there; weights by
+        count, where every batch weighs the same there; biased variances, where the running ones and
+        those that normalize during burn-in are divided by n - 1 there. Their scale starts uniform
+        in [0, 1), ours at 1: `scale_init=jax.nn.initializers.uniform(1.0)` in the layers is theirs.
+        CmBN: AlexeyAB's darknet.
     """
     y, inputs, kernel = (real(t, "cross_iteration_norm") for t in (y, inputs, kernel))
     channel_axis = options.get("channel_axis", -1)
@@ -155,6 +159,9 @@ def cross_iteration_norm(
     mean, var = (along_channels(state[name], y, channel_axis) for name in ("mean", "var"))
     if not train:
         return applied(y, Moments(jnp.ones_like(mean), mean, var), epsilon, **options), state
+    check_number(rho, "rho", at_least=0, at_most=1)
+    if window is not None:
+        check_number(window, "window", at_least=0)
     present = measured(y, batch_norm(), **options)
     past = _carried_over(state, lax.stop_gradient(kernel), window, rho, y, channel_axis)
     union = pool(
@@ -328,7 +335,7 @@ def cross_iteration_window(
         An integer scalar.
 
     Raises:
-        ValueError: growing in no steps.
+        ValueError: negative burn_in, a window below 1, or growing in no steps.
 
     Example:
         >>> [int(cross_iteration_window(step, burn_in=2)) for step in range(7)]
@@ -339,7 +346,7 @@ def cross_iteration_window(
     Reference:
         arXiv:2002.05712, by the authors' code.
     """
-    if growing and burn_in < 1:
-        raise ValueError(f"a window cannot grow in burn_in={burn_in} steps. Expected 1 or more.")
+    check_number(burn_in, "burn_in", at_least=1 if growing else 0)
+    check_number(window, "window", at_least=1)
     step = jnp.asarray(step, jnp.int32)
     return jnp.clip(window * step // burn_in if growing else step - burn_in, 0, window)

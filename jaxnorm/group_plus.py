@@ -15,11 +15,12 @@ from jaxnorm._between import (
     measured,
     named,
     output_dtype,
+    parameter,
     real,
     updated,
 )
 from jaxnorm._devices import varying_like
-from jaxnorm._groups import EACH, Groups, Method
+from jaxnorm._groups import EACH, Groups, Method, single_axis
 from jaxnorm._mean_var import statistic_dtype
 from jaxnorm._moments import Moments
 from jaxnorm._parity import with_divisor
@@ -84,9 +85,11 @@ def group_norm_plus(
     In inference running statistics of z stand for those of the second line, which is ours: the
     authors' code has no state and takes those of the test batch (call it with train=True and drop
     the state). For a large mixture y is group normalization; for a very negative one z standardized
-    over the batch, and with per_position=False Continual Normalization. For one example u is 0, as
-    a difference of terms of about z / sqrt(epsilon), whose rounding y inherits: epsilon has to be
-    above 0, and 1 / sqrt(epsilon) far below the 1e7 of float32. The backward pass keeps x and z.
+    over the batch, and with per_position=False Continual Normalization. Where one example alone is
+    standardized, without weights or under a mask, u is 0 and y = w z * scale + bias, exactly. Where
+    the z of few examples nearly agree, and where real weights leave one, u is a difference of
+    rounded z over a small number: its error is that of z, some 1e-7, times 1 / (std + epsilon), or
+    1 / sqrt(var + epsilon), as in the authors' code. The backward pass keeps x and z.
 
     Args:
         x: real floating array with examples and channels.
@@ -139,11 +142,17 @@ def group_norm_plus(
     m = divisors(measured(x, methods.group_norm(num_groups), **alone(options)))
     bare: Options = options | {"scale": None, "bias": None, "activation": None, "dtype": wide}  # type: ignore[assignment]
     z = applied(x, m, 0.0, **bare)
-    if options.get("weights") is not None:  # what does not count must not come back as a number
+    weights = options.get("weights")
+    if weights is not None:  # what does not count must not come back as a number
         z = jnp.where(jnp.isfinite(x), z, jnp.nan)
+    several: jax.Array | bool = True
     if train:
         m = measured(z, second, **options)
         state = updated(state, m, momentum, correction)
+        # u of one example is 0 whatever it is divided by. Divided by epsilon, the difference of
+        # two roundings of z would be seen, in y and in its gradient.
+        if weights is None or jnp.issubdtype(jnp.result_type(weights), jnp.bool_):
+            several = m.count > 1
         m = divisors(m)
     else:
         running = Moments(
@@ -151,8 +160,39 @@ def group_norm_plus(
         )
         m = with_divisor(running, epsilon, epsilon_outside=epsilon_outside)
     w = jax.nn.sigmoid(jnp.asarray(mixture, wide))
-    a = w + (1 - w) * jax.lax.rsqrt(m.var)
-    mixed = Moments(m.count, (1 - w) * m.mean * jax.lax.rsqrt(m.var) / a, 1 / jnp.square(a))
-    mixed = jax.tree.map(lambda t: varying_like(t, z), mixed)
-    out: Options = options | {"dtype": output_dtype(x, options)}  # type: ignore[assignment]
-    return applied(z, mixed, 0.0, **out), state
+    r = jnp.where(several, jax.lax.rsqrt(jnp.where(several, m.var, 1)), 0)
+    a = w + (1 - w) * r
+    # y = (z - mean) a scale + shift, which takes the difference first
+    scale, bias = (
+        None if t is None else parameter(t, name, x, options)
+        for name, t in (("scale", options.get("scale")), ("bias", options.get("bias")))
+    )
+    shift = w * m.mean if scale is None else w * m.mean * scale
+    if bias is not None:
+        shift = shift + bias
+    if weights is not None:
+        shift = jnp.where(jnp.isfinite(z), shift, 0 if bias is None else bias)
+    m = jax.tree.map(lambda t: varying_like(t, z), Moments(m.count, m.mean, 1 / jnp.square(a)))
+    batch, channel = (
+        single_axis(options.get(name, default), x.shape)
+        for name, default in (("batch_axis", 0), ("channel_axis", -1))
+    )
+    features = [i for i in range(x.ndim) if i == channel or (i != batch and m.mean.shape[i] > 1)]
+    if weights is not None:  # per element
+        features = [i for i in range(x.ndim) if i != batch]
+
+    def along(t: jax.Array) -> jax.Array:
+        """t, of x's rank, over the features, and before them the examples if it has them."""
+        examples = [batch] if t.shape[batch] > 1 else []
+        t = jnp.broadcast_to(
+            t, [n if i in features + examples else 1 for i, n in enumerate(x.shape)]
+        )
+        return jnp.moveaxis(t, batch, 0).reshape([x.shape[i] for i in examples + features])
+
+    out = {
+        "scale": None if scale is None else along(scale),
+        "bias": along(shift),
+        "channel_axis": features,
+        "dtype": output_dtype(x, options),
+    }
+    return applied(z, m, 0.0, **(options | out)), state  # type: ignore[arg-type]

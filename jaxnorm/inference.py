@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jaxnorm._checks import check_number
 from jaxnorm._groups import (
     EACH,
     Groups,
@@ -27,6 +27,7 @@ from jaxnorm._groups import (
 )
 from jaxnorm._mean_var import abs2, times
 from jaxnorm._moments import Moments, inexact, moments
+from jaxnorm._parity import with_divisor
 from jaxnorm._pooling import blend, pool
 
 
@@ -60,7 +61,9 @@ def weigh_example(
             `running_moments` returns them. Finer ones, such as those of each channel for groups of
             channels, are pooled, each with equal weight.
         groups: the method of training; its batch number does not matter.
-        example_weight: alpha, from 0 to 1, a number or a traced scalar.
+        example_weight: alpha, from 0 to 1, a number or a traced scalar. The value of a traced one
+            is not looked at: outside of 0 to 1 the formula is extrapolated, and the variance may
+            be negative.
         weights: how much each element of x counts in the example's own moments. An example without
             any gets the running ones.
         batch_axis: axis of the examples.
@@ -118,22 +121,25 @@ def adapt_moments(
     *,
     source_size: ArrayLike,
     size: ArrayLike | None = None,
+    correction: int = 0,
     batch_axis: int = 0,
 ) -> Moments:
     """Moments for a batch from another distribution than the one of training: running and batch
     statistics averaged.
 
-        mean = (N M + n m) / (N + n),    var = (N V + n v) / (N + n)
+        mean = (N M + n m) / (N + n),    var = (N V + n v k / (k - correction)) / (N + n)
 
-    with N the number of examples that the running statistics are worth and n those of the batch. N
-    = 0 is normalization with the batch's statistics at test time. Variances are averaged, see
-    `blend`; `merge` would add the variance between the means.
+    with k the elements in a set of the batch, N the number of examples that the running statistics
+    are worth and n those of the batch. N = 0 is normalization with the batch's statistics at test
+    time. Variances are averaged, see `blend`; `merge` would add the variance between the means.
 
     Args:
         running: running moments in the statistic's shape with the batch pooled.
         batch: moments of the batch over the same sets.
         source_size: N, 0 or more, in examples; a number or traced scalar.
-        size: n, in examples. None is 1, so that N counts batches.
+        size: n, in examples, above 0. None is 1, so that N counts batches.
+        correction: 1 divides the batch's variance by k - 1, as the authors' code does. What the
+            running variance was divided by stays as it is; theirs is torch's, by k - 1.
         batch_axis: axis of the examples.
 
     Returns:
@@ -141,7 +147,7 @@ def adapt_moments(
         have the running moments.
 
     Raises:
-        ValueError: moments of different shapes.
+        ValueError: moments of different shapes, a negative source_size, size or correction.
 
     Example:
         >>> import jax.numpy as jnp
@@ -151,17 +157,22 @@ def adapt_moments(
 
     Reference:
         Improving robustness against common corruptions by covariate shift adaptation, 2020,
-        arXiv:2006.16971. The definition was read in its summaries and in independent
-        implementations. N = 0: Evaluating Prediction-Time Batch Normalization for Robustness under
+        arXiv:2006.16971. The definition was read in the authors' code, whose `prior` is N / (N +
+        n). N = 0: Evaluating Prediction-Time Batch Normalization for Robustness under
         Covariate Shift, 2020, arXiv:2006.10963.
     """
+    check_number(source_size, "source_size", at_least=0)
+    if size is not None:
+        check_number(size, "size", above=0)
+    check_number(correction, "correction", at_least=0)
     known = pooled_to(running, batch.mean.shape, batch_axis)
     known = jax.tree.map(lambda t, u: jnp.broadcast_to(t.astype(u.dtype), u.shape), known, batch)
     source, target = (
         jnp.asarray(n, batch.var.dtype) for n in (source_size, 1 if size is None else size)
     )
     prior = jnp.where(batch.count > 0, source / (source + target), 1)
-    return dataclasses.replace(blend([known, batch], [prior, 1 - prior]), count=batch.count)
+    own = with_divisor(batch, 0.0, correction=correction)
+    return dataclasses.replace(blend([known, own], [prior, 1 - prior]), count=batch.count)
 
 
 def groups_of_examples(groups: Specification, x_shape: Shape, batch_axis: int = 0) -> Specification:
@@ -192,11 +203,7 @@ def pooled_to(running: Moments, shape: Shape, batch_axis: int = 0) -> Moments:
 
 def _as_weight(alpha: ArrayLike) -> jax.Array:
     """A weight, checked where its value is known."""
-    if not isinstance(alpha, Tracer):
-        if np.ndim(alpha) != 0 or not 0 <= float(np.asarray(alpha)) <= 1:
-            raise ValueError(
-                f"example_weight is a weight. Got {alpha}; expected a number from 0 to 1."
-            )
+    check_number(alpha, "example_weight", at_least=0, at_most=1)
     return jnp.asarray(alpha, jnp.result_type(float))
 
 
@@ -240,7 +247,8 @@ def choose_example_weight(
         All weights with their values, and the best.
 
     Raises:
-        ValueError: no batches, no weights, neither `alphas` nor `examples`, or no finite value.
+        ValueError: no batches, no weights or one outside of 0 to 1, neither `alphas` nor
+            `examples`, counts that are not all above 0, or no finite value.
 
     Example:
         >>> def evaluate(alpha, batch):
@@ -253,7 +261,7 @@ def choose_example_weight(
         independent implementation, tensorflow-tabnet. The paper's own were not read.
     """
     if alphas is None:
-        if examples is None or examples < 1:
+        if examples is None or not examples >= 1:
             raise ValueError(
                 f"Got alphas=None and examples={examples}; expected the weights to try, or the B of"
                 " 1/B."
@@ -267,7 +275,7 @@ def choose_example_weight(
         found = [evaluate(jnp.float32(alpha), batch) for alpha in alphas]
         totals += [float(np.asarray(total)) for total, _ in found]
         counts += [float(np.asarray(count)) for _, count in found]
-    if not counts.size or not counts.all():
+    if not counts.size or not (counts > 0).all():
         raise ValueError(
             f"nothing to choose by. Got {len(alphas)} weights, counts {counts.tolist()}; expected"
             " some of both."

@@ -1,8 +1,7 @@
 """Moving Average Batch Normalization: no mean, and averages over steps both of the statistic and of
 its gradient."""
 
-from functools import partial
-from typing import Unpack
+from typing import SupportsIndex, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,8 @@ from jaxnorm._between import (
     real,
     remembered,
 )
-from jaxnorm._devices import device_count, device_groups_of, names_of, varying, varying_like
+from jaxnorm._checks import check_number
+from jaxnorm._devices import AxisName, device_count, device_groups_of, names_of, varying_like
 from jaxnorm._groups import Method
 from jaxnorm._moments import Moments, inexact
 from jaxnorm._running import usable
@@ -45,9 +45,10 @@ def init_moving_average(num_channels: int, *, window: int = 16) -> State:
         >>> {name: t.shape for name, t in init_moving_average(3, window=8).items()}
         {'mean_square': (3,), 'past_mean_square': (8, 3), 'past_gradient': (8, 3), 'step': ()}
     """
-    if window < 1:
+    if not isinstance(window, SupportsIndex) or window.__index__() < 1:
         raise ValueError(
-            f"window={window} averages over no batch. Expected 1 or more; 1 is the batch alone."
+            f"window={window!r} averages over no batch. Expected an integer of 1 or more; 1 is the"
+            " batch alone."
         )
     past, one = jnp.zeros((window, num_channels), jnp.float32), jnp.ones(num_channels, jnp.float32)
     return {
@@ -94,10 +95,13 @@ def moving_average_norm(
     So a tap is replaced by its gradient, not optimized. It must have the scale of the gradients in
     the backward pass: keep it out of clipping, multiply it by the ratio of the scales when loss
     scaling changes, and give each call a tap of its own.
-    Devices: with `axis_name` in pmap, vmap and shard_map with check_vma=False the gradient by the
-    tap is one device's part. Take its sum over these devices (also where other gradients are
-    averaged). Under jit, and check_vma=True, it is the sum already. Without `axis_name` state and
-    tap are a device's own.
+    Devices: with `axis_name` the gradient by x is that of the whole batch wherever `jax.grad`
+    stands, and that by the tap is psi once it is summed over the devices. It is the sum already
+    under jit with sharded arrays, where `jax.grad` stands outside of the map and all devices share
+    the tap, and inside of a shard_map with check_vma=True that takes a tap equal on all devices.
+    Else, inside of pmap, vmap or shard_map with check_vma=False and where each device has a tap of
+    its own, it is one device's part: take its sum (also where other gradients are averaged).
+    Without `axis_name` state and tap are a device's own.
 
     Args:
         x: real floating array with examples and channels.
@@ -105,7 +109,7 @@ def moving_average_norm(
         train: use the batch and update the state, or use the state.
         tap: in training, (C,): the gradient by it in the step before; zeros at first.
         average_from: number of the first step, from 1, that averages over the K batches, if K have
-            been seen.
+            been seen before it.
         correct_from: number of the first step that is corrected by r.
         rmax: bound of r, 1 or more.
         momentum: weight of the old running mean square per update.
@@ -121,7 +125,8 @@ def moving_average_norm(
     Raises:
         TypeError: x is complex or integer. Forward-mode derivatives: JAX's error that a custom_vjp
             function has none.
-        ValueError: state or tap of another number of channels, training without a tap.
+        ValueError: state or tap of another number of channels, training without a tap, an rmax
+            below 1 or a negative step.
 
     Example: three steps of a dense layer's training.
         >>> def loss(kernel, tap, state, x):
@@ -137,8 +142,13 @@ def moving_average_norm(
 
     Reference:
         Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization, 2020,
-        arXiv:2001.06838. The definition was read in the authors' code, with the warm-up of its
-        detection recipe; the one for ImageNet corrects from the step in which it averages.
+        arXiv:2001.06838. The definition and the defaults were read in the authors' code, in the
+        layer that they release for use and train detection with. Their ImageNet recipe has another
+        layer, which simulates small batches in a large one: it cuts that into K pairs of examples,
+        and each pair averages over itself and the K - 1 pairs before it. In step 1, which fills
+        the window, each pair stands alone, and the running mean square becomes theirs; it averages
+        from step 2 on and corrects from step 100 on. `average_from=1` and `correct_from=100` come
+        closest: averages as soon as the window is full, of batches.
     """
     x = real(x, "moving_average_norm")
     channel_axis = options.get("channel_axis", -1)
@@ -159,6 +169,9 @@ def moving_average_norm(
             f" {state['mean_square'].shape}, one number a channel: zeros in the first step, then"
             " the gradient by the tap in the step before."
         )
+    for name, value in (("average_from", average_from), ("correct_from", correct_from)):
+        check_number(value, name, at_least=0)
+    check_number(rmax, "rmax", at_least=1)
     tap = jnp.asarray(tap)
     m = measured(x, Method(batch_norm().groups, mean=0), **options)
     keep, (window, _) = usable(m), state["past_gradient"].shape
@@ -178,10 +191,13 @@ def moving_average_norm(
     past = jnp.where(averaging, along_channels(gradients[: window - 1].sum(0), x, channel_axis), 0)
     share = jnp.where(averaging, jnp.asarray(1 / window, var.dtype), 1)
     count = jnp.where(m.count > 0, m.count, 1)
-    tap = varying_like(along_channels(tap, x, channel_axis), m.var)
-    divided: jax.Array = _corrected(
-        _parts(x, m.var, options), m.var, tap, var, r, past, share, count
-    )
+    axis_name, groups = options.get("axis_name"), options.get("axis_index_groups")
+    parts = device_count(axis_name, device_groups_of(axis_name, groups))
+    tap = along_channels(tap, x, channel_axis)
+    # In one array: their gradients are summed over devices, if at all, in one round.
+    square_and_tap = varying_like(jnp.stack([m.var, tap]), x)
+    square_and_tap, var = (_own(t, axis_name) for t in (square_and_tap, varying_like(var, x)))
+    divided: jax.Array = _corrected(square_and_tap, var, r, past / parts, share, count)
     y = applied(x, Moments(m.count, jnp.zeros_like(running), divided), 0.0, **options)
     new = {
         "mean_square": averaged(state["mean_square"], square, momentum, keep),
@@ -199,23 +215,20 @@ def _pushed(old: jax.Array, new: jax.Array, keep: jax.Array) -> jax.Array:
     )
 
 
-def _parts(x: jax.Array, statistic: jax.Array, options: Options) -> int:
-    """Over how many devices the gradient by the statistic comes in parts, to be summed on the way
-    to x.
+def _own(t: jax.Array, axis_name: AxisName) -> jax.Array:
+    """t, which is equal on all devices, as a value of each device's own.
 
-    Where JAX tracks what differs between devices, it has summed it already.
+    So the gradient by it is one device's part wherever `jax.grad` stands: outside of
+    `vmap(axis_name=...)` that by a value which JAX knows to be equal has been summed already.
     """
-    names, groups = options.get("axis_name"), options.get("axis_index_groups")
-    if names is not None and set(names_of(names)) <= varying(x) - varying(statistic):
-        return 1
-    return device_count(names, device_groups_of(names, groups))
+    for name in names_of(axis_name):
+        t = jnp.where(lax.axis_index(name) >= 0, t, 0)
+    return t
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@jax.custom_vjp
 def _corrected(
-    parts: int,
-    square: jax.Array,
-    tap: jax.Array,
+    square_and_tap: jax.Array,
     var: jax.Array,
     r: jax.Array,
     past: jax.Array,
@@ -225,6 +238,9 @@ def _corrected(
     """What x is divided by, squared. Backward, the gradient by the mean square is that of the
     window.
 
+    All are a device's own, `past` its part of the sum of the past psi: on the way to x the gradient
+    by the mean square is summed over devices.
+
     With y = x / sqrt(d) scale + bias and d = var / r^2, the gradient by d is -count psi / (2 d),
     from which psi comes. To subtract z Psi / sqrt(var) = x Psi / var from dL/dx, the gradient by
     mean(x^2) has to be -count Psi / (2 var).
@@ -232,16 +248,16 @@ def _corrected(
     return var / jnp.square(r)
 
 
-def _corrected_forward(parts, square, tap, var, r, past, share, count):
+def _corrected_forward(square_and_tap, var, r, past, share, count):
     divided = var / jnp.square(r)
-    return divided, (divided, var, past, share, count, tap)
+    return divided, (divided, var, past, share, count)
 
 
-def _corrected_backward(parts, kept, gradient):
-    divided, var, past, share, count, tap = kept
+def _corrected_backward(kept, gradient):
+    divided, var, past, share, count = kept
     psi = -2 * divided * gradient / count
-    averaged_psi = (past / parts + psi) * share
-    return -count * averaged_psi / (2 * var), varying_like(psi, tap), None, None, None, None, None
+    by_square = -count * (past + psi) * share / (2 * var)
+    return jnp.stack([by_square, psi]), None, None, None, None, None
 
 
 _corrected.defvjp(_corrected_forward, _corrected_backward)

@@ -59,15 +59,17 @@ def switchable_norm(
         batch,    y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
     Layer and batch statistics are pooled from the instance ones, so x is read once. Inference takes
-    the batch part from the running statistics. Two logits instead of three leave the batch part
-    out; then there is no state, examples do not meet, and training and inference agree.
+    the batch part from the running statistics. Two logits with a state mix layer and batch alone.
+    That is for x of shape (N, C), whose instance mean would be x itself, with variance 0. Two
+    logits without a state mix instance and layer: examples do not meet, and training and inference
+    agree.
 
     Args:
         x: real floating array with examples and channels.
         state: see `init_switchable_norm`; {} without the batch part.
         train: use the batch's statistics and update the state, or use the state.
-        mean_logits: (3,) or (2,), in the order instance, layer, batch; learned, from equal values
-            on.
+        mean_logits: (3,) or (2,), of what is mixed, in the order instance, layer, batch; learned,
+            from equal values on.
         var_logits: as many.
         momentum: weight of the old state per update; the authors use 0.9.
         epsilon: added to the variance, in the unit of x squared.
@@ -90,26 +92,27 @@ def switchable_norm(
 
     Reference:
         Differentiable Learning-to-Normalize via Switchable Normalization, 2018, arXiv:1806.10779.
-        The definition was read in the authors' code, whose instance variance divides by n - 1 and
-        whose running variance starts at 0.
+        The definition was read in the authors' code. Its instance variance divides by n - 1, and
+        for (N, C), where it mixes layer and batch, so do both variances; its running variance
+        starts at 0.
     """
     x = real(x, "switchable_norm")
     instance = measured(x, instance_norm(), **alone(options))
     dtype = instance.var.dtype
     shares = [jax.nn.softmax(jnp.asarray(t, dtype)) for t in (mean_logits, var_logits)]
-    if (
-        shares[0].shape != shares[1].shape
-        or shares[0].shape not in ((2,), (3,))
-        or (len(shares[0]) == 3) != bool(state)
+    if shares[0].shape != shares[1].shape or shares[0].shape not in (
+        ((2,), (3,)) if state else ((2,),)
     ):
         raise ValueError(
             f"mean_logits has shape {shares[0].shape}, var_logits {shares[1].shape}, and the state"
-            f" holds {sorted(state)}. Expected (3,) with the state of init_switchable_norm, or"
-            " (2,), without the batch part, with {}."
+            f" holds {sorted(state)}. Expected (3,) with the state of init_switchable_norm, or (2,)"
+            " with it, without the instance part, or (2,) with {}, without the batch part."
         )
-    parts = [instance, pooled(instance, layer_norm(), **alone(options))]
+    parts = [pooled(instance, layer_norm(), **alone(options))]
+    if len(shares[0]) == 3 or not state:
+        parts = [instance, *parts]
     new = state
-    if len(shares[0]) == 3:
+    if state:
         m = recalled(state, x, options.get("channel_axis", -1))
         if train:
             m = pooled(instance, batch_norm(), **options)
@@ -122,6 +125,16 @@ def switchable_norm(
     parts = [jax.tree.map(lambda t: jnp.broadcast_to(t, instance.mean.shape), m) for m in parts]
     mean, var = (blend(parts, list(share)) for share in shares)
     return applied(x, Moments(instance.count, mean.mean, var.var), epsilon, **options), new
+
+
+def count_kinds(use_instance: bool, use_batch: bool) -> int:
+    """How many kinds of statistics a layer mixes, that of layer normalization among them."""
+    if not (use_instance or use_batch):
+        raise ValueError(
+            "one kind of statistics is nothing to mix. Got use_instance=False and use_batch=False;"
+            " expected one of the two, or layer normalization."
+        )
+    return 1 + use_instance + use_batch
 
 
 def without_batch(x: ArrayLike, **options: Any) -> jax.Array:

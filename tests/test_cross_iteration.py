@@ -336,8 +336,21 @@ def test_window_schedule():
         length = min(length + 1, 3) if it > 5 else 0
         grown = min(grown + 1, int(3 * min(it / 9, 1)))
     assert (ours, growing) == (stages, lengths)
-    with pytest.raises(ValueError, match="cannot grow in burn_in=0 steps"):
-        cross_iteration_window(1, burn_in=0, growing=True)
+    for wrong, expected in (
+        ({"burn_in": 0, "growing": True}, "burn_in is 0; expected a number of at least 1"),
+        ({"burn_in": -1}, "burn_in is -1; expected a number of at least 0"),
+        ({"burn_in": 5, "window": 0}, "window is 0; expected a number of at least 1"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            cross_iteration_window(1, **wrong)
+
+
+def test_numbers_are_checked():
+    y, state = jnp.ones((4, 3)), init_cross_iteration((2, 3))
+    for name, value in (("rho", 1.5), ("rho", -0.1), ("window", -1)):
+        options = {"inputs": jnp.ones((4, 2)), "kernel": jnp.ones((2, 3)), name: value}
+        with pytest.raises(ValueError, match=f"{name} is {value}; expected a number"):
+            cross_iteration_norm(y, state, train=True, **options)
 
 
 def test_schedule_in_a_scan_traces_once():

@@ -170,6 +170,77 @@ def test_shift_of_a_group_and_one_example():
         close(y, (gn - one[2]) / (1 + np.exp(-one[3])) + one[2], atol=1e-10)
 
 
+def oracle(x, scale, bias, mixture, epsilon, outside):
+    """y in NumPy; for one example w z, because u is 0."""
+
+    def standardized(t, axes):
+        d = t - t.mean(axes, keepdims=True)
+        var = (d * d).mean(axes, keepdims=True)
+        return d / (np.sqrt(var) + epsilon if outside else np.sqrt(var + epsilon))
+
+    z = standardized(x.reshape(*x.shape[:3], GROUPS, -1), (1, 2, 4)).reshape(x.shape)
+    w = 1 / (1 + np.exp(-mixture))
+    return (w * z + (1 - w) * standardized(z, (0,))) * scale + bias
+
+
+@pytest.mark.parametrize("outside", (False, True), ids=("inside", "outside"))
+@pytest.mark.parametrize("examples", (1, 2, 8))
+def test_rounding(examples, outside):
+    """float32 against float64, under jit: where one example is standardized, and for few."""
+    rng = np.random.default_rng(examples)
+    x = rng.normal(1, 2, (examples, 4, 4, 6))
+    if examples == 2:  # where two z nearly agree, no float32 z says by how much they differ
+        x += np.sign(x[:1] - x[1:]) * np.array([3, -3]).reshape(2, 1, 1, 1)
+    args = (x, *rng.normal(size=(2, 1, 1, 1, 6)), np.float64(1.0))
+    args = jax.tree.map(lambda t: np.asarray(t, "f4").astype("f8"), args)
+    cotangent = rng.normal(size=x.shape)
+    state = group_plus.init_group_norm_plus(x.shape)
+    for epsilon in (1e-5, 1e-3):
+
+        def run(*args, epsilon=epsilon):
+            options = {"epsilon": epsilon, "epsilon_outside": outside}
+            y, pull = jax.vjp(lambda *args: ours(*args, state=state, **options)[0], *args)
+            return y, *pull(jnp.asarray(cotangent, y.dtype))
+
+        expected = jax.jit(run)(*args)
+        close(expected[0], oracle(*args, epsilon, outside), atol=1e-9)
+        with jax.enable_x64(False):
+            got = jax.jit(run)(*(jnp.asarray(t, "f4") for t in args))
+        for a, b in zip(got, expected, strict=True):
+            close(a, b, atol=3e-6 * max(1, np.abs(b).max()))
+
+
+def test_one_example_under_a_mask():
+    """It is as if it came alone, and what is NaN where nothing counts is the bias."""
+    x = draw((3, *SHAPE[1:]))[0]
+    mask = (jnp.arange(3) == 1).reshape(3, 1, 1, 1)
+    z = definition(np, x, 1.0, 0.0, np.float64(40), running=(0.0, 1.0), outside=True)
+    with jax.enable_x64(False):
+        state = group_plus.init_group_norm_plus(x.shape)
+        run = jax.jit(partial(ours, epsilon_outside=True, weights=mask, state=state))
+        x, rest = jnp.asarray(x, "f4"), (jnp.ones(6), jnp.full(6, 7.0), jnp.asarray(0.3))
+        y, masked = run(x, *rest)[0], run(x.at[0].set(jnp.nan), *rest)[0]
+    close(y[1], z[1] / (1 + np.exp(-0.3)) + 7, atol=1e-5)
+    close(masked[1], y[1], atol=1e-6)
+    np.testing.assert_array_equal(masked[0], 7)
+
+
+@pytest.mark.parametrize("per_position", (True, False))
+def test_scale_and_bias_of_each_example(per_position):
+    x, (scale, bias) = draw()[0], np.random.default_rng(2).normal(size=(2, 4, 6))
+    state = group_plus.init_group_norm_plus(SHAPE, per_position=per_position)
+    options = {"num_groups": GROUPS, "per_position": per_position, "mixture": 0.3, "train": True}
+    run = jax.jit(partial(group_plus.group_norm_plus, state=state, **options))
+    y = run(x, scale=scale, bias=bias)[0]
+    cut = (t.reshape(4, 1, 1, 6) for t in (scale, bias))
+    close(y, definition(np, x, *cut, np.float64(0.3), per_position=per_position))
+    first = partial(
+        group_plus.group_norm_plus, state=state, channel_axis=2, batch_axis=3, **options
+    )
+    turned = np.moveaxis(x, (0, 3), (3, 2))
+    close(np.moveaxis(first(turned, scale=scale, bias=bias)[0], (3, 2), (0, 3)), y)
+
+
 def test_state_is_tied_to_the_image_size():
     state = group_plus.init_group_norm_plus((1, 4, 4, 6))
     x = jnp.ones((2, 4, 8, 6))

@@ -195,7 +195,7 @@ def test_errors():
     x = jnp.ones(SHAPE)
     running = jaxnorm.running_moments(jaxnorm.init_running((C,)), methods.batch_norm(), SHAPE)
     for alpha in (-0.1, 1.1, float("nan"), np.ones(2)):
-        with pytest.raises(ValueError, match="expected a number from 0 to 1"):
+        with pytest.raises(ValueError, match="expected a number of at least 0 and of at most 1"):
             weigh_example(x, running, methods.batch_norm(), example_weight=alpha)
     with pytest.raises(ValueError, match="with 1 for the batch, as running_moments"):
         weigh_example(x, jaxnorm.init_running((C,)), methods.batch_norm(), example_weight=0.5)
@@ -398,7 +398,7 @@ def test_choosing_a_weight():
     assert unequal.values == (3.0,)
     for wrong, match in (
         ({}, "the B of 1/B"),
-        ({"alphas": [2.0]}, "from 0 to 1"),
+        ({"alphas": [2.0]}, "of at least 0 and of at most 1"),
         ({"alphas": []}, "nothing to choose by"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -434,6 +434,14 @@ def test_adaptation(x64):
         adapt_moments(running, batch, source_size=0).var, batch.var, rtol=1e-12
     )
     np.testing.assert_array_equal(m.count, batch.count)
+    m = adapt_moments(running, batch, source_size=16, size=N, correction=1)
+    unbiased = x.var((0, 1, 2), ddof=1)  # as torch, in the authors' code
+    np.testing.assert_allclose(
+        m.var.ravel(), prior * state.var + (1 - prior) * unbiased, rtol=1e-12
+    )
+    for wrong in ({"source_size": -1}, {"source_size": 1, "size": 0}):
+        with pytest.raises(ValueError, match="expected a number"):
+            adapt_moments(running, batch, **wrong)
     mask = jnp.arange(C) > 0  # no element of the first channel
     m = adapt_moments(
         running, jaxnorm.moments(x, methods.batch_norm(), weights=mask), source_size=16, size=N

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxnorm import linen
@@ -227,6 +227,127 @@ def test_devices_equal_one(kind):
         np.testing.assert_allclose(dx[part], gradients[0], atol=1e-11)
 
 
+def whole_batch(x, dy, state, tap, epsilon=1e-5):
+    """dL/dx and psi of (N, C) by the docstring's formulas, of averages without a correction."""
+    window = len(state["past_gradient"])
+    v = ((x * x).mean(0) + np.asarray(state["past_mean_square"])[:-1].sum(0)) / window
+    z = x / np.sqrt(v + epsilon)
+    psi = (dy * z).mean(0)
+    past = (np.asarray(tap) + np.asarray(state["past_gradient"])[:-2].sum(0)) if window > 1 else 0
+    return (dy - z * (psi + past) / window) / np.sqrt(v + epsilon), psi
+
+
+def mapped(kind, f, tap_axis):
+    """f(x, dy, tap) of a part, over the parts of arrays with a leading axis for them."""
+    axes = {"axis_name": "i", "in_axes": (0, 0, tap_axis)}
+    if kind == "pmap":
+        return jax.pmap(f, devices=jax.devices()[:4], **axes)
+    if "vmap" in kind:
+        return jax.vmap(jax.jit(f) if kind == "vmap of jit" else f, **axes)
+
+    def local(x, dy, tap):
+        y = f(x[0], dy[0], tap if tap_axis is None else tap[0])
+        return jax.tree.map(lambda t: t[None], y)
+
+    return jax.shard_map(
+        local,
+        mesh=Mesh(np.array(jax.devices()[:4]), ("i",)),
+        in_specs=(P("i"), P("i"), P() if tap_axis is None else P("i")),
+        out_specs=P("i"),
+        check_vma=kind == "shard_map",
+    )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("own_tap", (False, True), ids=("shared", "own"))
+@pytest.mark.parametrize("kind", ("vmap", "vmap of jit", "pmap", "shard_map", "unchecked"))
+def test_every_order_of_gradient_and_map(kind, own_tap):
+    """The past gradients enter dL/dx once, and the parts of the tap's gradient add up to psi."""
+    rng = np.random.default_rng(3)
+    x, dy = rng.normal(0.3, 1, (8, 5)), rng.normal(size=(8, 5))
+    state, tap = warmed(window=3), np.linspace(-1, 1, 5)
+    tap_axis = 0 if own_tap else None
+    given = jnp.asarray(np.stack([tap] * 4) if own_tap else tap)
+    for groups, sets in ((None, [slice(8)]), (((0, 1), (2, 3)), [slice(4), slice(4, 8)])):
+
+        def loss(x, dy, tap, groups=groups):
+            options = {"axis_name": "i", "axis_index_groups": groups, "correct_from": 10**6}
+            y, _ = moving_average_norm(x, state, train=True, tap=tap, **options)
+            return (y * dy).sum()
+
+        def outside(x, dy, tap, loss=loss):
+            return jax.grad(lambda x, tap: mapped(kind, loss, tap_axis)(x, dy, tap).sum(), (0, 1))(
+                x, tap
+            )
+
+        cut = (jnp.asarray(t.reshape(4, 2, 5)) for t in (x, dy))
+        cut = (*cut, given)
+        expected = [whole_batch(x[part], dy[part], state, tap) for part in sets]
+        inside = mapped(kind, jax.grad(loss, (0, 2)), tap_axis)
+        for grad, run in (("inside", inside), ("outside", outside)):
+            dx, dtap = (jax.jit(run) if kind != "pmap" else run)(*cut)
+            dx = np.asarray(dx).reshape(8, 5)
+            np.testing.assert_allclose(dx, np.concatenate([e[0] for e in expected]), atol=1e-12)
+            summed = not own_tap and (grad == "outside" or kind == "shard_map")
+            dtap = np.asarray(dtap)
+            if summed and grad == "inside":  # the same on every device
+                np.testing.assert_array_equal(dtap, np.broadcast_to(dtap[0], dtap.shape))
+                dtap = dtap[0]
+            dtap = dtap if summed else dtap.sum(0)
+            np.testing.assert_allclose(dtap, sum(e[1] for e in expected), atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_gradient_between_two_maps_and_of_sharded_arrays():
+    rng = np.random.default_rng(4)
+    x, dy = rng.normal(0.3, 1, (8, 5)), rng.normal(size=(8, 5))
+    state, tap = warmed(window=3), jnp.linspace(-1, 1, 5)
+    expected = whole_batch(x, dy, state, tap)
+
+    def loss(x, dy, tap, names=None):
+        y, _ = moving_average_norm(
+            x, state, train=True, tap=tap, axis_name=names, correct_from=10**6
+        )
+        return (y * dy).sum()
+
+    def middle(x, dy, tap):
+        inner = jax.vmap(partial(loss, names=("i", "j")), (0, 0, None), axis_name="j")
+        return jax.grad(lambda x, tap: inner(x, dy, tap).sum(), (0, 1))(x, tap)
+
+    cut = (jnp.asarray(t.reshape(2, 2, 2, 5)) for t in (x, dy))
+    dx, dtap = jax.jit(jax.vmap(middle, (0, 0, None), axis_name="i"))(*cut, tap)
+    np.testing.assert_allclose(np.asarray(dx).reshape(8, 5), expected[0], atol=1e-12)
+    np.testing.assert_allclose(dtap.sum(0), expected[1], atol=1e-12)
+
+    where = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P("data"))
+    arrays = (jax.device_put(t, where) for t in (x, dy))
+    got = jax.jit(jax.grad(loss, (0, 2)))(*arrays, tap)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), got, expected)
+
+
+def test_smallest_case_of_a_gradient_outside():
+    """Two parts of two examples, window 2, past gradient 0.3: dL/dx once was 1.2086."""
+    x, dy = jnp.arange(8.0).reshape(4, 2) / 3 - 1, jnp.cos(jnp.arange(8.0)).reshape(4, 2)
+    state = init_moving_average(2, window=2) | {
+        "past_gradient": jnp.full((2, 2), 0.3),
+        "past_mean_square": jnp.ones((2, 2)),
+        "step": jnp.asarray(200.0),
+    }
+
+    def loss(x, dy):
+        tap = jnp.full(2, 0.3)
+        y, _ = moving_average_norm(x, state, train=True, tap=tap, axis_name="i")
+        return (y * dy).sum()
+
+    def outside(x):
+        return jax.vmap(loss, axis_name="i")(x.reshape(2, 2, 2), dy.reshape(2, 2, 2)).sum()
+
+    dx = jax.jit(jax.grad(outside))(x)
+    np.testing.assert_allclose(dx[0, 0], 1.3051, atol=1e-4)
+    expected = whole_batch(*(np.asarray(t, np.float64) for t in (x, dy)), state, jnp.full(2, 0.3))
+    np.testing.assert_allclose(dx, expected[0], atol=1e-5)
+
+
 @pytest.mark.usefixtures("x64")
 def test_history_gets_no_gradient():
     x, dy = (jnp.asarray(t) for t in batch(1))
@@ -300,8 +421,14 @@ def test_errors():
         moving_average_norm(jnp.ones((4, 5)), state, train=True, tap=jnp.zeros(3))
     with pytest.raises(TypeError, match="defined for real x"):
         moving_average_norm(jnp.ones((4, 3), jnp.complex64), state, train=False)
-    with pytest.raises(ValueError, match="averages over no batch"):
-        init_moving_average(3, window=0)
+    for window in (0, 2.5):
+        with pytest.raises(ValueError, match="averages over no batch"):
+            init_moving_average(3, window=window)
+    for name, value in (("rmax", 0.5), ("average_from", -1), ("correct_from", float("nan"))):
+        with pytest.raises(ValueError, match=f"{name} is {value}; expected a number of at least"):
+            moving_average_norm(
+                jnp.ones((4, 3)), state, train=True, tap=jnp.zeros(3), **{name: value}
+            )
     layer = linen.MovingAverageNorm()
     variables = layer.init(jax.random.key(0), jnp.ones((4, 3)), use_running_average=True)
     del variables["_overwrite_with_gradient"]

@@ -147,3 +147,14 @@ def test_dynamic_shortcut(channel_axis):
     )
     expected = np.asarray(x, "f8") * (std + f) + mean + g
     np.testing.assert_allclose(jnp.moveaxis(y, channel_axis, -1), expected, rtol=1e-4, atol=1e-3)
+
+    alone = {"hidden_features": 4, "channel_axis": channel_axis, "residual": False}
+    y = jax.jit(linen.DynamicMomentShortcut(**alone).apply)(variables, *args)
+    expected = np.asarray(x, "f8") * f + g
+    np.testing.assert_allclose(jnp.moveaxis(y, channel_axis, -1), expected, rtol=1e-4, atol=1e-3)
+    twin.residual = False
+    close(nnx.jit(lambda layer, *args: layer(*args))(twin, *args), y, atol=1e-4)
+    first = nnx_layers.DynamicMomentShortcut(6, **alone, rngs=nnx.Rngs(0))
+    start = jax.jit(linen.DynamicMomentShortcut(**alone).init)(jax.random.key(0), *args)
+    for kernel in (first.second.kernel[...], start["params"]["Conv_1"]["kernel"]):
+        assert np.abs(kernel).max() > 0.1  # else y would be 0

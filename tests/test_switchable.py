@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import jit
+from flax import nnx as fnnx
 
+from jaxnorm import linen, nnx
 from jaxnorm.switchable import init_switchable_norm, switchable_norm
 
 SHAPE, E = (6, 3, 4), 1e-3
@@ -95,9 +97,40 @@ def test_variance_is_between_those_it_mixes():
 
 def test_logits_and_state_belong_together():
     x, start = jnp.ones((6, 4)), init_switchable_norm(4)
-    for sizes, given in (((3, 3), {}), ((2, 2), start), ((3, 2), start), ((4, 4), start)):
+    for sizes, given in (((3, 3), {}), ((3, 2), start), ((4, 4), start)):
         a, b = (jnp.ones(n) for n in sizes)
         with pytest.raises(
             ValueError, match=r"Expected \(3,\) with the state of init_switchable_norm, or \(2,\)"
         ):
             switchable_norm(x, given, train=True, mean_logits=a, var_logits=b)
+
+
+@pytest.mark.usefixtures("x64")
+def test_layer_and_batch_of_two_axes():
+    """Two logits with a state, as the authors have it for (N, C); in both frameworks' layers."""
+    x, (a, b), start = data(shape=(6, 4)), logits(2), state()
+    shares = [np.exp(t) / np.exp(t).sum() for t in (a, b)]
+    own = x.mean(1, keepdims=True), x.var(1, keepdims=True)
+    for train in (True, False):
+        y, new = jit(switchable_norm, static_argnames="train")(
+            x, start, train=train, mean_logits=a, var_logits=b, momentum=0.7, epsilon=E
+        )
+        batch = (x.mean(0), x.var(0)) if train else (start["mean"], start["var"])
+        mean, var = (w[0] * t + w[1] * u for w, t, u in zip(shares, own, batch, strict=True))
+        close(y, (x - mean) / np.sqrt(var + E))
+        moved = 0.3 * train
+        for name, t in zip(("mean", "var"), (x.mean(0), x.var(0)), strict=True):
+            close(new[name], (1 - moved) * start[name] + moved * t)
+
+    options = {"use_instance": False, "use_running_average": False, "epsilon": E}
+    y, variables = linen.SwitchableNorm(**options).init_with_output(jax.random.key(0), x)
+    mean, var = ((t + u) / 2 for t, u in zip(own, (x.mean(0), x.var(0)), strict=True))
+    close(y, (x - mean) / np.sqrt(var + E))
+    assert variables["params"]["mean_logits"].shape == (2,)
+    close(nnx.SwitchableNorm(4, **options, rngs=fnnx.Rngs(0))(x), np.asarray(y))
+    for make in (
+        lambda: linen.SwitchableNorm(use_batch=False, **options).init(jax.random.key(0), x),
+        lambda: nnx.SwitchableNorm(4, use_batch=False, **options, rngs=fnnx.Rngs(0)),
+    ):
+        with pytest.raises(ValueError, match="nothing to mix"):
+            make()

@@ -18,11 +18,16 @@ class DynamicMomentShortcut(nn.Module):
         y = x * (std + f) + mean + g,    (f, g) = conv(relu(conv([mean, std])))
 
     with f and g of x's shape. The second convolution is 0 at first, so the layer starts as the
-    plain shortcut; that, and f and g being added to the moments, are ours.
+    plain shortcut; that, and f and g being added to the moments, are ours. The authors' code makes
+    scale and shift of the two convolutions alone, as does `residual=False`:
+
+        y = x * f + g
 
     Args:
         hidden_features: channels between the two convolutions.
         kernel_size: of both convolutions, one number for each spatial axis.
+        residual: add f and g to the moments, from 0 on; False takes f and g alone, and the second
+            convolution starts as the first does.
         dtype: of the convolutions; None promotes their input and parameters.
         param_dtype: of the parameters.
         channel_axis: axis of the channels: -1 for NHWC, 1 for NCHW.
@@ -39,13 +44,17 @@ class DynamicMomentShortcut(nn.Module):
         (4, 8, 8, 6)
 
     Reference:
-        Positional Normalization, 2019, arXiv:1907.04312. That a convolutional network makes scale
-        and shift of mean and standard deviation stands in the authors' README; two convolutions
-        with 64 channels between them are what applications use.
+        Positional Normalization, 2019, arXiv:1907.04312. The authors' code for CycleGAN has two
+        convolutions of the concatenated mean and standard deviation, with as many channels between
+        them as x has, and y = x * f + g. Its first convolution is a transposed one of stride 2
+        with a normalization behind it, its second ends in a ReLU, and shift comes before scale. For
+        these, or any other network, hand what it makes to `positional.moment_shortcut`. 64 channels
+        between the convolutions are what applications use.
     """
 
     hidden_features: int = 64
     kernel_size: tuple[int, ...] = (3, 3)
+    residual: bool = True
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     channel_axis: int = -1
@@ -60,8 +69,11 @@ class DynamicMomentShortcut(nn.Module):
         )
         t = nn.relu(nn.Conv(self.hidden_features, self.kernel_size, **dtypes)(t))
         channels = x.shape[self.channel_axis]
-        t = nn.Conv(2 * channels, self.kernel_size, kernel_init=initializers.zeros, **dtypes)(t)
+        init = initializers.zeros if self.residual else initializers.lecun_normal()
+        t = nn.Conv(2 * channels, self.kernel_size, kernel_init=init, **dtypes)(t)
         scale, shift = (jnp.moveaxis(m, -1, self.channel_axis) for m in jnp.split(t, 2, axis=-1))
+        if not self.residual:
+            return moment_shortcut(x, shift, scale, channel_axis=self.channel_axis)
         mean, std = (
             jnp.asarray(m) + more.astype(jnp.result_type(m))
             for m, more in ((mean, shift), (std, scale))

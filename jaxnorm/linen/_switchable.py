@@ -9,7 +9,12 @@ from jax.typing import ArrayLike
 
 from jaxnorm._layers import StateOptions
 from jaxnorm.linen._call import Layer, call_function, ones
-from jaxnorm.switchable import init_switchable_norm, switchable_norm, without_batch
+from jaxnorm.switchable import (
+    count_kinds,
+    init_switchable_norm,
+    switchable_norm,
+    without_batch,
+)
 
 
 class SwitchableNorm(Layer, kw_only=True):
@@ -24,12 +29,13 @@ class SwitchableNorm(Layer, kw_only=True):
     Args:
         use_batch: False leaves the batch part out; then there is no state, and
             `use_running_average` is ignored.
+        use_instance: False leaves the instance part out, which in x of shape (N, C) is x itself.
         momentum: weight of the old running statistics per update; the authors use 0.9.
         Others: as `Norm`.
 
     Raises:
         ValueError: `use_running_average` given nowhere or twice, running statistics of another
-            shape.
+            shape, neither an instance nor a batch part.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -43,6 +49,7 @@ class SwitchableNorm(Layer, kw_only=True):
     """
 
     use_batch: bool = True
+    use_instance: bool = True
     momentum: float = 0.99
 
     @nn.compact
@@ -50,7 +57,7 @@ class SwitchableNorm(Layer, kw_only=True):
         self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]
     ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
-        shape = (3 if self.use_batch else 2,)
+        shape = (count_kinds(self.use_instance, self.use_batch),)
         logits = {
             name: self.param(name, ones, shape, self.param_dtype)
             for name in ("mean_logits", "var_logits")

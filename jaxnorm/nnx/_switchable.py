@@ -11,7 +11,12 @@ from jax.typing import ArrayLike
 
 from jaxnorm._layers import StateOptions
 from jaxnorm.nnx._call import Function
-from jaxnorm.switchable import init_switchable_norm, switchable_norm, without_batch
+from jaxnorm.switchable import (
+    count_kinds,
+    init_switchable_norm,
+    switchable_norm,
+    without_batch,
+)
 
 
 class SwitchableNorm(Function):
@@ -27,11 +32,12 @@ class SwitchableNorm(Function):
         num_features: channels.
         use_batch: False leaves the batch part out; then there is no state, and
             `use_running_average` is ignored.
+        use_instance: False leaves the instance part out, which in x of shape (N, C) is x itself.
         momentum: weight of the old running statistics per update; the authors use 0.9.
         Others: as `Norm`.
 
     Raises:
-        ValueError: running statistics of another shape.
+        ValueError: running statistics of another shape, neither an instance nor a batch part.
 
     Example:
         >>> import jax.numpy as jnp
@@ -50,12 +56,13 @@ class SwitchableNorm(Function):
         num_features: int,
         *,
         use_batch: bool = True,
+        use_instance: bool = True,
         momentum: float = 0.99,
         param_dtype: Dtype = jnp.float32,
         **options: Any,
     ):
         self.use_batch, self.momentum = use_batch, momentum
-        shape = (3 if use_batch else 2,)
+        shape = (count_kinds(use_instance, use_batch),)
         self.mean_logits, self.var_logits = (
             nnx.Param(jnp.ones(shape, param_dtype)) for _ in range(2)
         )
