@@ -8,6 +8,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from jaxnorm._checks import check_epsilon
 from jaxnorm._moments import Moments
 
 
@@ -20,6 +21,7 @@ def with_divisor(
     sqrt(v + epsilon), or outside the root sqrt(v) + epsilon, with v = `corrected(var)`. The root of
     a variance of 0 has derivative 0 here.
     """
+    check_epsilon(epsilon)
     var = corrected(m, correction).var
     if epsilon_outside:
         varies = var > 0

@@ -19,10 +19,10 @@ from jaxnorm._between import (
     real,
     remembered,
 )
-from jaxnorm._checks import check_number
+from jaxnorm._checks import check_flag, check_number
 from jaxnorm._devices import all_sum, device_groups_of, varying_like
 from jaxnorm._groups import single_axis
-from jaxnorm._mean_var import counts, statistic_dtype
+from jaxnorm._mean_var import counts, own_and_wide, statistic_dtype
 from jaxnorm._moments import Moments, as_weights
 from jaxnorm._pooling import pool
 from jaxnorm._running import usable
@@ -153,7 +153,9 @@ def cross_iteration_norm(
         in [0, 1), ours at 1: `scale_init=jax.nn.initializers.uniform(1.0)` in the layers is theirs.
         CmBN: AlexeyAB's darknet.
     """
-    y, inputs, kernel = (real(t, "cross_iteration_norm") for t in (y, inputs, kernel))
+    check_flag(train, "train")
+    y, *others = (real(t, "cross_iteration_norm") for t in (y, inputs, kernel))
+    inputs, kernel = (own_and_wide(t)[0] for t in others)
     channel_axis = options.get("channel_axis", -1)
     _check(state, y, inputs, kernel, channel_axis, options.get("weights"))
     mean, var = (along_channels(state[name], y, channel_axis) for name in ("mean", "var"))
@@ -170,7 +172,7 @@ def cross_iteration_norm(
     z = applied(y, jax.tree.map(lambda t: t[0], union), epsilon, **options)
 
     patch, slope = _derivatives(
-        *lax.stop_gradient((y, inputs, kernel, present)),
+        *lax.stop_gradient((own_and_wide(y)[0], inputs, kernel, present)),
         layer,
         state["past_patch"].shape[-1],
         options,

@@ -19,9 +19,10 @@ from jaxnorm._between import (
     real,
     updated,
 )
+from jaxnorm._checks import check_flag
 from jaxnorm._devices import varying_like
 from jaxnorm._groups import EACH, Groups, Method, single_axis
-from jaxnorm._mean_var import statistic_dtype
+from jaxnorm._mean_var import own_and_wide, statistic_dtype
 from jaxnorm._moments import Moments
 from jaxnorm._parity import with_divisor
 from jaxnorm._running import init_running, running_shape, serving
@@ -126,6 +127,7 @@ def group_norm_plus(
         read in the authors' code. Continual Normalization: Rethinking Batch Normalization for
         Online Continual Learning, 2022, arXiv:2203.16102.
     """
+    check_flag(train, "train")
     x = real(x, "group_norm_plus")
     second = _second_branch(per_position)
     axes = named(options, "batch_axis", "channel_axis")
@@ -144,7 +146,7 @@ def group_norm_plus(
     z = applied(x, m, 0.0, **bare)
     weights = options.get("weights")
     if weights is not None:  # what does not count must not come back as a number
-        z = jnp.where(jnp.isfinite(x), z, jnp.nan)
+        z = jnp.where(jnp.isfinite(own_and_wide(x)[0]), z, jnp.nan)
     several: jax.Array | bool = True
     if train:
         m = measured(z, second, **options)

@@ -25,10 +25,10 @@ from jaxnorm._groups import (
     resolve,
     single_axis,
 )
-from jaxnorm._mean_var import abs2, times
+from jaxnorm._mean_var import abs2
 from jaxnorm._moments import Moments, inexact, moments
 from jaxnorm._parity import with_divisor
-from jaxnorm._pooling import blend, pool
+from jaxnorm._pooling import pool, toward
 
 
 def weigh_example(
@@ -110,8 +110,8 @@ def weigh_example(
     between = alpha * (1 - alpha) * abs2(own.mean - mean)
     return Moments(
         jnp.ones_like(own.count),
-        times(mean, 1 - alpha) + times(own.mean, alpha),
-        (1 - alpha) * var + alpha * own.var + between,
+        toward(mean, own.mean, alpha),
+        toward(var, own.var, alpha) + between,
     )
 
 
@@ -170,9 +170,10 @@ def adapt_moments(
     source, target = (
         jnp.asarray(n, batch.var.dtype) for n in (source_size, 1 if size is None else size)
     )
-    prior = jnp.where(batch.count > 0, source / (source + target), 1)
+    share = jnp.where(batch.count > 0, target / (source + target), 0)
     own = with_divisor(batch, 0.0, correction=correction)
-    return dataclasses.replace(blend([known, own], [prior, 1 - prior]), count=batch.count)
+    mean, var = toward(known.mean, own.mean, share), toward(known.var, own.var, share)
+    return Moments(batch.count, mean, var)
 
 
 def groups_of_examples(groups: Specification, x_shape: Shape, batch_axis: int = 0) -> Specification:

@@ -24,7 +24,7 @@ from jaxnorm._between import (
     real,
     remembered,
 )
-from jaxnorm._checks import check_number
+from jaxnorm._checks import check_flag, check_number
 from jaxnorm._moments import Moments
 from jaxnorm._pooling import pool
 from jaxnorm._running import usable
@@ -119,6 +119,7 @@ def memorized_batch_norm(
         reconstruction from
         summaries: see the module.
     """
+    check_flag(train, "train")
     x = real(x, "memorized_batch_norm")
     if variance not in ("pool", "blend"):
         raise ValueError(

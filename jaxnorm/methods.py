@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm._checks import check_count, check_epsilon
+from jaxnorm._checks import check_count
 from jaxnorm._groups import EACH, Groups, Method, Size, Split, single_axis
 from jaxnorm._moments import inexact, moments
 from jaxnorm._normalize import normalize
@@ -447,7 +447,6 @@ def standardize_kernel(
         arXiv:1903.10520. The gain is that of timm's ScaledStdConv2d, after Characterizing signal
         propagation to close the performance gap in unnormalized ResNets, 2021, arXiv:2101.08692.
     """
-    check_epsilon(epsilon)
     kernel = inexact(kernel)
     fan_in = kernel.size // max(kernel.shape[-1], 1)
     if kernel.ndim < 2 or fan_in < 2:

@@ -18,7 +18,7 @@ from jaxnorm._between import (
     real,
     recalled,
 )
-from jaxnorm._checks import check_number
+from jaxnorm._checks import check_flag, check_number
 from jaxnorm._pooling import toward
 from jaxnorm._running import rate_of, usable
 from jaxnorm.methods import batch_norm
@@ -94,6 +94,7 @@ def momentum_batch_norm(
         proceedings of ECCV; there is no arXiv version that we know of. The definition was read in
         an independent reproduction, not in the paper.
     """
+    check_flag(train, "train")
     x = real(x, "momentum_batch_norm")
     check_state(state, "momentum_batch_norm", train_mean=1, train_var=1, mean=1, var=1)
     channel_axis = options.get("channel_axis", -1)

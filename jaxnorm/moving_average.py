@@ -18,7 +18,7 @@ from jaxnorm._between import (
     real,
     remembered,
 )
-from jaxnorm._checks import check_number
+from jaxnorm._checks import check_epsilon, check_flag, check_number
 from jaxnorm._devices import AxisName, device_count, device_groups_of, names_of, varying_like
 from jaxnorm._groups import Method
 from jaxnorm._moments import Moments, inexact
@@ -150,6 +150,8 @@ def moving_average_norm(
         from step 2 on and corrects from step 100 on. `average_from=1` and `correct_from=100` come
         closest: averages as soon as the window is full, of batches.
     """
+    check_flag(train, "train")
+    check_epsilon(epsilon)
     x = real(x, "moving_average_norm")
     channel_axis = options.get("channel_axis", -1)
     running = along_channels(state["mean_square"], x, channel_axis)

@@ -17,7 +17,7 @@ from jaxnorm._between import (
     measured,
     real,
 )
-from jaxnorm._checks import check_number
+from jaxnorm._checks import check_epsilon, check_flag, check_number
 from jaxnorm._moments import Moments
 from jaxnorm._running import usable
 from jaxnorm.methods import batch_norm
@@ -97,6 +97,8 @@ def batch_renorm(
         follows Keras's implementation; defaults of rmax and dmax are the end of the paper's
         schedule, as cited by others.
     """
+    check_flag(train, "train")
+    check_epsilon(epsilon)
     x = real(x, "batch_renorm")
     check_state(state, "batch_renorm", mean=1, std=1)
     check_number(rmax, "rmax", at_least=1)

@@ -1,5 +1,6 @@
 """Switchable Normalization: a learned mixture of instance, layer and batch statistics."""
 
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import jax
@@ -17,8 +18,8 @@ from jaxnorm._between import (
     real,
     recalled,
 )
+from jaxnorm._checks import check_flag
 from jaxnorm._moments import Moments
-from jaxnorm._pooling import blend
 from jaxnorm._running import usable
 from jaxnorm.methods import batch_norm, instance_norm, layer_norm
 
@@ -96,6 +97,7 @@ def switchable_norm(
         for (N, C), where it mixes layer and batch, so do both variances; its running variance
         starts at 0.
     """
+    check_flag(train, "train")
     x = real(x, "switchable_norm")
     instance = measured(x, instance_norm(), **alone(options))
     dtype = instance.var.dtype
@@ -123,8 +125,18 @@ def switchable_norm(
             }
         parts.append(m)
     parts = [jax.tree.map(lambda t: jnp.broadcast_to(t, instance.mean.shape), m) for m in parts]
-    mean, var = (blend(parts, list(share)) for share in shares)
-    return applied(x, Moments(instance.count, mean.mean, var.var), epsilon, **options), new
+    mean, var = (
+        _mixture([getattr(m, name) for m in parts], share)
+        for name, share in zip(("mean", "var"), shares, strict=True)
+    )
+    return applied(x, Moments(instance.count, mean, var), epsilon, **options), new
+
+
+def _mixture(values: Sequence[jax.Array], shares: jax.Array) -> jax.Array:
+    """sum_k share_k value_k, by differences: the shares add up to 1 but for rounding, which would
+    show where all values are large and equal."""
+    first, *rest = values
+    return first + sum(share * (t - first) for t, share in zip(rest, shares[1:], strict=True))
 
 
 def count_kinds(use_instance: bool, use_batch: bool) -> int:

@@ -18,22 +18,30 @@ from jaxnorm import (
     Size,
     batch_group,
     blend,
+    cross_iteration,
     device_groups,
     domains,
     evonorm,
     folding,
     frn,
+    group_plus,
     init_running,
     linen,
+    memorized,
     merge,
     methods,
     moments,
+    momentum,
+    moving_average,
     nnx,
     norm,
     normalize,
     pool,
+    positional,
     proxy,
+    renorm,
     running_moments,
+    switchable,
     update_averaged,
     update_cumulative,
     update_running,
@@ -454,6 +462,44 @@ PIECES = partial(
 )
 FOLD = partial(folding.fold, ones(3, 6), None, init_running((6,)))
 
+LOGITS = (0.1, 0.2, 0.3)
+STATEFUL = {
+    "batch_renorm": partial(
+        renorm.batch_renorm, X, renorm.init_batch_renorm(6), rmax=1.5, dmax=0.5
+    ),
+    "momentum_batch_norm": partial(
+        momentum.momentum_batch_norm, X, momentum.init_momentum_batch_norm(6), train_momentum=0.4
+    ),
+    "memorized_batch_norm": partial(
+        memorized.memorized_batch_norm,
+        X,
+        memorized.init_memorized_batch_norm(6, 2),
+        memory_weights=(0.2, 0.3, 0.5),
+    ),
+    "cross_iteration_norm": partial(
+        cross_iteration.cross_iteration_norm,
+        X,
+        cross_iteration.init_cross_iteration((6, 6)),
+        inputs=X,
+        kernel=jnp.eye(6),
+    ),
+    "moving_average_norm": partial(
+        moving_average.moving_average_norm,
+        X,
+        moving_average.init_moving_average(6),
+        tap=jnp.zeros(6),
+    ),
+    "group_norm_plus": partial(
+        group_plus.group_norm_plus, X, group_plus.init_group_norm_plus(NHWC), num_groups=2
+    ),
+    "switchable_norm": partial(
+        switchable.switchable_norm,
+        X,
+        switchable.init_switchable_norm(6),
+        mean_logits=LOGITS,
+        var_logits=LOGITS,
+    ),
+}
 EPSILONS = {
     "negative": (ValueError, "epsilon is -1; expected a number of at least 0", -1),
     "NaN": (ValueError, "epsilon is nan; expected a number of at least 0", float("nan")),
@@ -478,6 +524,8 @@ TAKE_EPSILON = {
     "batch_group_norm": partial(PIECES, train=True),
     "standardize_kernel": partial(methods.standardize_kernel, X),
     "fold": FOLD,
+    "positional_norm": partial(positional.positional_norm, X),
+    **{name: partial(call, train=True) for name, call in STATEFUL.items()},
     **{
         f"{library.__name__}.{name}": partial(layer, library, name, *args)
         for library in (linen, nnx)
@@ -553,6 +601,10 @@ ERRORS |= {
     "train of evonorm_b0": (TypeError, FLAG, lambda: EVONORM_B0(train="False")),
     "train of domain_batch_norm": (TypeError, FLAG, lambda: DOMAIN(train="False")),
     "train of batch_group_norm": (TypeError, FLAG, lambda: PIECES(train="False")),
+    **{
+        f"train of {name}": (TypeError, FLAG, partial(call, train="False"))
+        for name, call in STATEFUL.items()
+    },
     "train, a number": (TypeError, "train is 1; expected True", lambda: PIECES(train=1)),
     "train, nothing": (TypeError, "train is None; expected", lambda: PIECES(train=None)),
     "train, an array": (
