@@ -12,6 +12,7 @@ from jaxnorm._between import (
     State,
     alone,
     applied,
+    check_state,
     measured,
     named,
     output_dtype,
@@ -132,9 +133,11 @@ def group_norm_plus(
     second = _second_branch(per_position)
     axes = named(options, "batch_axis", "channel_axis")
     wide = statistic_dtype(x.dtype)
+    shape, _ = shapes = running_shape(second, x.shape, **axes)
+    check_state(state, "group_norm_plus", mean=len(shape), var=len(shape))
     running = serving(
         Moments(state["mean"], state["mean"], state["var"]),
-        *running_shape(second, x.shape, **axes),
+        *shapes,
         x.shape,
     )
 

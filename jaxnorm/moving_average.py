@@ -14,6 +14,7 @@ from jaxnorm._between import (
     along_channels,
     applied,
     averaged,
+    check_state,
     measured,
     real,
     remembered,
@@ -21,6 +22,7 @@ from jaxnorm._between import (
 from jaxnorm._checks import check_epsilon, check_flag, check_number
 from jaxnorm._devices import AxisName, device_count, device_groups_of, names_of, varying_like
 from jaxnorm._groups import Method
+from jaxnorm._mean_var import own_and_wide
 from jaxnorm._moments import Moments, inexact
 from jaxnorm._running import usable
 from jaxnorm.methods import batch_norm
@@ -154,6 +156,8 @@ def moving_average_norm(
     check_epsilon(epsilon)
     x = real(x, "moving_average_norm")
     channel_axis = options.get("channel_axis", -1)
+    names = {"mean_square": 1, "past_mean_square": 2, "past_gradient": 2, "step": 0}
+    check_state(state, "moving_average", **names)
     running = along_channels(state["mean_square"], x, channel_axis)
     if not train:
         return (
@@ -197,8 +201,10 @@ def moving_average_norm(
     parts = device_count(axis_name, device_groups_of(axis_name, groups))
     tap = along_channels(tap, x, channel_axis)
     # In one array: their gradients are summed over devices, if at all, in one round.
-    square_and_tap = varying_like(jnp.stack([m.var, tap]), x)
-    square_and_tap, var = (_own(t, axis_name) for t in (square_and_tap, varying_like(var, x)))
+    like, _ = own_and_wide(x)
+    square_and_tap, var = (
+        _own(varying_like(t, like), axis_name) for t in (jnp.stack([m.var, tap]), var)
+    )
     divided: jax.Array = _corrected(square_and_tap, var, r, past / parts, share, count)
     y = applied(x, Moments(m.count, jnp.zeros_like(running), divided), 0.0, **options)
     new = {

@@ -13,6 +13,7 @@ from jaxnorm._between import (
     alone,
     applied,
     averaged,
+    check_state,
     measured,
     pooled,
     real,
@@ -99,6 +100,8 @@ def switchable_norm(
     """
     check_flag(train, "train")
     x = real(x, "switchable_norm")
+    if state != {}:
+        check_state(state, "switchable_norm", mean=1, var=1)
     instance = measured(x, instance_norm(), **alone(options))
     dtype = instance.var.dtype
     shares = [jax.nn.softmax(jnp.asarray(t, dtype)) for t in (mean_logits, var_logits)]
