@@ -123,7 +123,8 @@ def uses(module, other):
 
 
 FLOORS = (
-    "_checks", "_groups", "_devices", "_xla", "_mean_var", "_moments", "_pooling", "_normalize", "_ghosts", "_running", "_population",
+    "_checks", "_groups", "_devices", "_xla", "_mean_var", "_moments", "_pooling", "_normalize", "_ghosts",
+    "_running", "_population",
     "_parity", "methods", "_between", "inference", "folding",
 )  # fmt: skip
 
