@@ -158,9 +158,17 @@ def cross_iteration_norm(
     y, *others = (real(t, "cross_iteration_norm") for t in (y, inputs, kernel))
     inputs, kernel = (own_and_wide(t)[0] for t in others)
     channel_axis = options.get("channel_axis", -1)
-    axes = {"mean": 1, "var": 1, "past_count": 1, "past_mean": 2, "past_var": 2}
-    axes |= {"past_patch": kernel.ndim + 1, "past_slope": kernel.ndim + 1}
-    check_state(state, "cross_iteration", **axes)
+    check_state(
+        state,
+        "cross_iteration",
+        mean=1,
+        var=1,
+        past_count=1,
+        past_mean=2,
+        past_var=2,
+        past_patch=kernel.ndim + 1,
+        past_slope=kernel.ndim + 1,
+    )
     _check(state, y, inputs, kernel, channel_axis, options.get("weights"))
     mean, var = (along_channels(state[name], y, channel_axis) for name in ("mean", "var"))
     if not train:

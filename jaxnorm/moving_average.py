@@ -156,8 +156,7 @@ def moving_average_norm(
     check_epsilon(epsilon)
     x = real(x, "moving_average_norm")
     channel_axis = options.get("channel_axis", -1)
-    names = {"mean_square": 1, "past_mean_square": 2, "past_gradient": 2, "step": 0}
-    check_state(state, "moving_average", **names)
+    check_state(state, "moving_average", mean_square=1, past_mean_square=2, past_gradient=2, step=0)
     running = along_channels(state["mean_square"], x, channel_axis)
     if not train:
         return (

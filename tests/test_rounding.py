@@ -14,6 +14,8 @@ import pytest
 from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 from rows import ROWS, shape_of
+from test_capabilities import CALLS
+from test_capabilities import SHAPE as CALLS_SHAPE
 
 import jaxnorm.nnx
 from jaxnorm import _mean_var, _normalize, linen, methods, moments, norm
@@ -246,3 +248,40 @@ def test_half_precision_gradients_are_rounded_once(dtype):
         np.testing.assert_allclose(
             found.astype(np.float32), wide, rtol=1.01 * half_ulp, atol=64 * EPS
         )
+
+
+ACTIVATIONS = {
+    "rms_norm",
+    "filter_response_norm",
+    "moving_average_norm",
+    "evonorm_b0",
+    "evonorm_s0",
+}
+"""Methods that do not subtract a mean."""
+
+TOWARDS_STATE = {"batch_renorm", "momentum_batch_norm", "cross_iteration_norm", "proxy_norm"}
+"""Methods whose output is not centered on the batch, by definition."""
+
+
+@pytest.mark.parametrize("name", sorted(set(CALLS) - ACTIVATIONS - TOWARDS_STATE))
+def test_every_method_gives_zero_for_constant_input(name):
+    method = jax.jit(CALLS[name][0])
+    for constant in CONSTANTS:
+        x = jnp.full(CALLS_SHAPE, constant, jnp.float32)
+        np.testing.assert_allclose(method(x), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(set(CALLS) - ACTIVATIONS))
+def test_float16_gradient_of_every_method(name):
+    """As that of float32, rounded."""
+    x = (1e-2 * np.random.default_rng(0).normal(size=CALLS_SHAPE)).astype(np.float16)
+
+    @jax.jit
+    def pull(x):
+        y, back = jax.vjp(CALLS[name][0], x)
+        return back(jnp.full(y.shape, 1000, y.dtype))[0].astype(jnp.float32)
+
+    wide = pull(x.astype(np.float32))
+    assert jnp.abs(wide).max() < 6e4  # else float16 cannot hold it
+    tolerance = {"atol": 1e5 * 16 * EPS, "rtol": 2 * float(np.finfo(np.float16).eps)}
+    np.testing.assert_allclose(pull(x), wide, **tolerance)
