@@ -16,22 +16,23 @@ makes k groups. Those numbers are the shape of the statistic:
     >>> Groups(batch=EACH, spatial=EACH, channel=1).shape(x_shape)  # layer norm of tokens
     (64, 8, 8, 1)
 
-The map, in the order in which the files build on each other:
+The map, in the order in which the files of `_core/` build on each other:
 
-    to say how axes are split     Groups(batch, spatial, channel), EACH, Size(n)     _groups.py
-    with the mean fixed or not    Method(groups, mean=)                              _groups.py
-    statistics of x               moments(x, groups) -> Moments(count, mean, var)    _moments.py
-    coarser, merged, synced       pool(m, groups), merge(*parts)                     _pooling.py
-    averaged                      blend(parts, weights)                              _pooling.py
-    apply them to x               normalize(x, m, scale=, bias=)                     _normalize.py
-    both at once                  norm(x, groups) -> y, Moments                      _normalize.py
-    remember them                 init_running(shape), update_running(state, m),     _running.py
-                                  update_cumulative(state, m), running_shape(...),
-                                  update_averaged(state, m),
+    to say how axes are split     Groups(batch, spatial, channel), EACH, Size(n)     groups.py
+    with the mean fixed or not    Method(groups, mean=)                              groups.py
+    statistics of x               moments(x, groups) -> Moments(count, mean, var)    moments.py
+    coarser, merged, synced       pool(m, groups), merge(*parts)                     pooling.py
+    averaged                      blend(parts, weights)                              pooling.py
+    apply them to x               normalize(x, m, scale=, bias=)                     normalize.py
+    both at once                  norm(x, groups) -> y, Moments                      normalize.py
+    remember them                 init_running(shape), running_shape(...),           state.py
                                   running_moments(state, groups, x_shape)
+                                  update_running(state, m)                           running.py
+                                  update_cumulative(state, m),                       averages.py
+                                  update_averaged(state, m)
     several devices               axis_name=, axis_index_groups= of the above,
-                                  device_groups(num_devices, size=),                 _devices.py
-                                  sync_running(state, axis_name=)                    _running.py
+                                  device_groups(num_devices, size=),                 devices.py
+                                  sync_running(state, axis_name=)                    sync.py
     a row of the table            methods.group_norm(32), ...                        methods.py
 
 Methods with a rule between `moments` and `normalize`, each in a file of its name. What they
@@ -57,9 +58,9 @@ At test time, and around:
     whole models                  population_statistics and fold_norms in linen and nnx
 
 `jaxnorm.linen`, `jaxnorm.nnx` and `jaxnorm.optim` are imported by name: all other functions need
-jax alone. Inside, `_mean_var.py` and the pass in `_normalize.py` are the two full-size computations
-with their derivatives, `_xla.py` is what differs by platform, and `_between.py` the frame of the
-methods with a rule.
+jax alone. In the core, `mean_var.py` and `standardize.py` are the two full-size computations with
+their derivatives, and `xla.py` is what differs by platform. `_frame.py` is the frame of the methods
+with a rule.
 
 Letters: N examples, H x W positions, C channels, G groups of channels; S a set of elements that
 share statistics; gamma is `scale`, beta `bias`. Two conventions to remember: `momentum` is the
@@ -82,22 +83,22 @@ from jaxnorm import positional as positional
 from jaxnorm import proxy as proxy
 from jaxnorm import renorm as renorm
 from jaxnorm import switchable as switchable
-from jaxnorm._devices import device_groups as device_groups
-from jaxnorm._groups import EACH as EACH
-from jaxnorm._groups import Groups as Groups
-from jaxnorm._groups import Method as Method
-from jaxnorm._groups import Size as Size
-from jaxnorm._moments import Moments as Moments
-from jaxnorm._pooling import blend as blend
-from jaxnorm._pooling import merge as merge
-from jaxnorm._moments import moments as moments
-from jaxnorm._pooling import pool as pool
-from jaxnorm._normalize import norm as norm
-from jaxnorm._normalize import normalize as normalize
-from jaxnorm._running import init_running as init_running
-from jaxnorm._running import running_moments as running_moments
-from jaxnorm._running import running_shape as running_shape
-from jaxnorm._running import sync_running as sync_running
-from jaxnorm._running import update_averaged as update_averaged
-from jaxnorm._running import update_cumulative as update_cumulative
-from jaxnorm._running import update_running as update_running
+from jaxnorm._core.devices import device_groups as device_groups
+from jaxnorm._core.groups import EACH as EACH
+from jaxnorm._core.groups import Groups as Groups
+from jaxnorm._core.groups import Method as Method
+from jaxnorm._core.groups import Size as Size
+from jaxnorm._core.moments import Moments as Moments
+from jaxnorm._core.pooling import blend as blend
+from jaxnorm._core.pooling import merge as merge
+from jaxnorm._core.moments import moments as moments
+from jaxnorm._core.pooling import pool as pool
+from jaxnorm._core.normalize import norm as norm
+from jaxnorm._core.normalize import normalize as normalize
+from jaxnorm._core.state import init_running as init_running
+from jaxnorm._core.state import running_moments as running_moments
+from jaxnorm._core.state import running_shape as running_shape
+from jaxnorm._core.sync import sync_running as sync_running
+from jaxnorm._core.averages import update_averaged as update_averaged
+from jaxnorm._core.averages import update_cumulative as update_cumulative
+from jaxnorm._core.running import update_running as update_running

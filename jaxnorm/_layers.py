@@ -14,17 +14,19 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._between import State
-from jaxnorm._checks import check_flag, check_number
-from jaxnorm._devices import AxisName, DeviceGroups
-from jaxnorm._ghosts import GhostUpdate
-from jaxnorm._groups import EACH, Method, Shape, Specification, axes_of, resolve
-from jaxnorm._mean_var import shared, statistic_dtype
-from jaxnorm._moments import Moments, moments
-from jaxnorm._normalize import norm, normalize
-from jaxnorm._pooling import pool
+from jaxnorm._core.arithmetic import statistic_dtype
+from jaxnorm._core.axes import Shape, axes_of
+from jaxnorm._core.checks import check_flag, check_number
+from jaxnorm._core.devices import AxisName, DeviceGroups
+from jaxnorm._core.ghosts import GhostUpdate
+from jaxnorm._core.groups import EACH, Method, Specification, resolve
+from jaxnorm._core.moments import Moments, moments
+from jaxnorm._core.normalize import norm, normalize
+from jaxnorm._core.pooling import pool
+from jaxnorm._core.running import update_running
+from jaxnorm._core.shared import shared
+from jaxnorm._frame import State
 from jaxnorm._population import POPULATION
-from jaxnorm._running import update_running
 from jaxnorm.inference import weigh_example
 
 Axes = int | Sequence[int]

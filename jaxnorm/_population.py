@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm._mean_var import statistic_dtype
-from jaxnorm._running import update_averaged, update_cumulative
+from jaxnorm._core.arithmetic import statistic_dtype
+from jaxnorm._core.averages import update_averaged, update_cumulative
 
 REDUCERS = {"pooled": "elements", "averaged": "batches"}
 """How `population_statistics` makes one from the statistics of batches, and what it counts."""

@@ -13,23 +13,24 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm import methods
-from jaxnorm._between import (
+from jaxnorm._core.arithmetic import statistic_dtype
+from jaxnorm._core.axes import Shape, single_axis
+from jaxnorm._core.checks import check_count, check_flag
+from jaxnorm._core.groups import EACH, Groups
+from jaxnorm._core.moments import Moments
+from jaxnorm._core.pooling import pool
+from jaxnorm._core.state import init_running
+from jaxnorm._frame import (
     Options,
     State,
-    alone,
     applied,
     check_state,
     measured,
-    named,
+    per_device,
     real,
+    select_options,
     updated,
 )
-from jaxnorm._checks import check_count, check_flag
-from jaxnorm._groups import EACH, Groups, Shape, single_axis
-from jaxnorm._mean_var import statistic_dtype
-from jaxnorm._moments import Moments
-from jaxnorm._pooling import pool
-from jaxnorm._running import init_running
 
 
 def init_batch_group_norm(
@@ -150,9 +151,9 @@ def batch_group_norm(
         )
     grid = _grid(num_groups, x.shape, batch, channel)
     if train:
-        devices = named(options, "axis_name", "axis_index_groups")
+        devices = select_options(options, "axis_name", "axis_index_groups")
         features = jax.tree.map(
-            lambda t: _pieces(t, num_groups, channel), measured(x, grid, **alone(options))
+            lambda t: _pieces(t, num_groups, channel), measured(x, grid, **per_device(options))
         )
         m = pool(features, (num_groups, 1), **devices)
         state = updated(state, m, momentum, correction)

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._between import (
+from jaxnorm._core.arithmetic import counts, statistic_dtype
+from jaxnorm._core.axes import single_axis
+from jaxnorm._core.checks import check_flag, check_number
+from jaxnorm._core.devices import all_sum, device_groups_of, varying_like
+from jaxnorm._core.moments import Moments, as_weights
+from jaxnorm._core.pooling import pool
+from jaxnorm._core.running import usable
+from jaxnorm._core.shared import own_and_wide
+from jaxnorm._frame import (
     Options,
     State,
     along_channels,
@@ -20,13 +28,6 @@ from jaxnorm._between import (
     real,
     remembered,
 )
-from jaxnorm._checks import check_flag, check_number
-from jaxnorm._devices import all_sum, device_groups_of, varying_like
-from jaxnorm._groups import single_axis
-from jaxnorm._mean_var import counts, own_and_wide, statistic_dtype
-from jaxnorm._moments import Moments, as_weights
-from jaxnorm._pooling import pool
-from jaxnorm._running import usable
 from jaxnorm.methods import batch_norm
 
 Linear = Callable[[jax.Array, jax.Array], jax.Array]

@@ -14,22 +14,22 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm._between import (
+from jaxnorm._core.axes import single_axis
+from jaxnorm._core.checks import check_count, check_flag, check_number
+from jaxnorm._core.moments import Moments
+from jaxnorm._core.running import usable
+from jaxnorm._frame import (
     Options,
     State,
-    alone,
     applied,
     averaged,
     check_state,
     measured,
+    per_device,
     pooled,
     real,
     recalled,
 )
-from jaxnorm._checks import check_count, check_flag, check_number
-from jaxnorm._groups import single_axis
-from jaxnorm._moments import Moments
-from jaxnorm._running import usable
 from jaxnorm.methods import batch_norm, instance_norm
 
 
@@ -307,7 +307,7 @@ def _of_each_domain(
         m = measured(x, batch_norm(), **options)
         mean, var = (jnp.broadcast_to(t, shape) for t in (m.mean, m.var))
         return Moments(jax.vmap(lambda d: jnp.where(d == domain, m.count, 0))(domains), mean, var)
-    instance = measured(x, instance_norm(), **alone(options))
+    instance = measured(x, instance_norm(), **per_device(options))
     batch = single_axis(options.get("batch_axis", 0), x.shape)
     domain = domain.reshape([-1 if i == batch else 1 for i in range(x.ndim)])
 

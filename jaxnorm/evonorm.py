@@ -8,28 +8,28 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm import methods
-from jaxnorm._between import (
+from jaxnorm._core.axes import single_axis
+from jaxnorm._core.checks import check_count, check_epsilon, check_flag
+from jaxnorm._core.devices import varying_like
+from jaxnorm._core.moments import Moments
+from jaxnorm._core.pooling import pool
+from jaxnorm._core.running import usable
+from jaxnorm._core.shared import widened
+from jaxnorm._frame import (
     Options,
     State,
-    alone,
     along_channels,
     applied,
     averaged,
     check_state,
     measured,
-    named,
     output_dtype,
     parameter,
+    per_device,
     real,
-    seen,
+    select_options,
+    zero_masked,
 )
-from jaxnorm._checks import check_count, check_epsilon, check_flag
-from jaxnorm._devices import varying_like
-from jaxnorm._groups import single_axis
-from jaxnorm._mean_var import widened
-from jaxnorm._moments import Moments
-from jaxnorm._pooling import pool
-from jaxnorm._running import usable
 
 
 def init_evonorm_b0(num_channels: int) -> State:
@@ -100,17 +100,19 @@ def evonorm_b0(
     check_epsilon(epsilon)
     x = real(x, "evonorm_b0")
     check_state(state, "evonorm_b0", var=1)
-    own = measured(x, methods.instance_norm(), **alone(options))
+    own = measured(x, methods.instance_norm(), **per_device(options))
     var = along_channels(state["var"], x, options.get("channel_axis", -1))
     if train:
-        axes = named(options, "axis_name", "axis_index_groups", "batch_axis", "channel_axis")
+        axes = select_options(
+            options, "axis_name", "axis_index_groups", "batch_axis", "channel_axis"
+        )
         m = pool(own, methods.batch_norm(), **axes)
         var, state = m.var, {"var": averaged(state["var"], m.var, momentum, usable(m))}
 
     @jax.checkpoint
     def divided(x: jax.Array, var: jax.Array, own_var: jax.Array) -> jax.Array:
         dtype = output_dtype(x, options)
-        x = seen(widened(x), options.get("weights"))
+        x = zero_masked(widened(x), options.get("weights"))
         line = parameter(v, "v", x, options) * x + jnp.sqrt(own_var + epsilon)
         x = x / jnp.maximum(varying_like(jnp.sqrt(var + epsilon), x), line)
         out: Options = options | {"dtype": dtype}  # type: ignore[assignment]
@@ -171,7 +173,7 @@ def evonorm_s0(
     @jax.checkpoint
     def gated(x: jax.Array, m: Moments) -> jax.Array:
         dtype = output_dtype(x, options)
-        x = seen(widened(x), options.get("weights"))
+        x = zero_masked(widened(x), options.get("weights"))
         x = x * jax.nn.sigmoid(parameter(v, "v", x, options) * x)
         out: Options = options | {"dtype": dtype}  # type: ignore[assignment]
         return applied(x, Moments(m.count, jnp.zeros_like(m.mean), m.var), epsilon, **out)

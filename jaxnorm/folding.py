@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxnorm._checks import check_epsilon
-from jaxnorm._groups import Shape, single_axis, spread
-from jaxnorm._mean_var import statistic_dtype
-from jaxnorm._moments import Moments, check_moments
+from jaxnorm._core.arithmetic import statistic_dtype
+from jaxnorm._core.axes import Shape, single_axis
+from jaxnorm._core.blocks import spread
+from jaxnorm._core.checks import check_epsilon
+from jaxnorm._core.moments import Moments, check_moments
 
 
 def fold(

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm import methods
-from jaxnorm._between import Options, applied, measured, named, output_dtype, parameter, real
-from jaxnorm._checks import check_epsilon, check_number
-from jaxnorm._mean_var import statistic_dtype
+from jaxnorm._core.arithmetic import statistic_dtype
+from jaxnorm._core.checks import check_epsilon, check_number
+from jaxnorm._frame import Options, applied, measured, output_dtype, parameter, real, select_options
 
 
 def filter_response_norm(
@@ -74,7 +74,7 @@ def filter_response_norm(
 
         def thresholded(y: jax.Array) -> jax.Array:
             y = thresholded_linear_unit(
-                y, threshold, slope=slope, **named(options, "batch_axis", "channel_axis")
+                y, threshold, slope=slope, **select_options(options, "batch_axis", "channel_axis")
             )
             y = y.astype(dtype)
             return y if after is None else after(y)

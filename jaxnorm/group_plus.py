@@ -7,26 +7,28 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm import methods
-from jaxnorm._between import (
+from jaxnorm._core.arithmetic import statistic_dtype
+from jaxnorm._core.axes import single_axis
+from jaxnorm._core.checks import check_flag
+from jaxnorm._core.devices import varying_like
+from jaxnorm._core.divisor import with_divisor
+from jaxnorm._core.groups import EACH, Groups, Method
+from jaxnorm._core.moments import Moments
+from jaxnorm._core.shared import own_and_wide
+from jaxnorm._core.state import init_running, running_shape, serving
+from jaxnorm._frame import (
     Options,
     State,
-    alone,
     applied,
     check_state,
     measured,
-    named,
     output_dtype,
     parameter,
+    per_device,
     real,
+    select_options,
     updated,
 )
-from jaxnorm._checks import check_flag
-from jaxnorm._devices import varying_like
-from jaxnorm._groups import EACH, Groups, Method, single_axis
-from jaxnorm._mean_var import own_and_wide, statistic_dtype
-from jaxnorm._moments import Moments
-from jaxnorm._parity import with_divisor
-from jaxnorm._running import init_running, running_shape, serving
 
 
 def _second_branch(per_position: bool) -> Method:
@@ -131,7 +133,7 @@ def group_norm_plus(
     check_flag(train, "train")
     x = real(x, "group_norm_plus")
     second = _second_branch(per_position)
-    axes = named(options, "batch_axis", "channel_axis")
+    axes = select_options(options, "batch_axis", "channel_axis")
     wide = statistic_dtype(x.dtype)
     shape, _ = shapes = running_shape(second, x.shape, **axes)
     check_state(state, "group_norm_plus", mean=len(shape), var=len(shape))
@@ -144,7 +146,7 @@ def group_norm_plus(
     def divisors(m: Moments) -> Moments:
         return with_divisor(m, epsilon, correction=correction, epsilon_outside=epsilon_outside)
 
-    m = divisors(measured(x, methods.group_norm(num_groups), **alone(options)))
+    m = divisors(measured(x, methods.group_norm(num_groups), **per_device(options)))
     bare: Options = options | {"scale": None, "bias": None, "activation": None, "dtype": wide}  # type: ignore[assignment]
     z = applied(x, m, 0.0, **bare)
     weights = options.get("weights")

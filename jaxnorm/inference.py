@@ -14,21 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxnorm._checks import check_number
-from jaxnorm._groups import (
-    EACH,
-    Groups,
-    Method,
-    Shape,
-    Specification,
-    check_divides,
-    resolve,
-    single_axis,
-)
-from jaxnorm._mean_var import abs2
-from jaxnorm._moments import Moments, inexact, moments
-from jaxnorm._parity import with_divisor
-from jaxnorm._pooling import pool, toward
+from jaxnorm._core.arithmetic import abs2
+from jaxnorm._core.axes import Shape, single_axis
+from jaxnorm._core.checks import check_number
+from jaxnorm._core.divisor import with_divisor
+from jaxnorm._core.groups import EACH, Groups, Method, Specification, check_divides, resolve
+from jaxnorm._core.moments import Moments, inexact, moments
+from jaxnorm._core.pooling import pool, toward
 
 
 def weigh_example(

@@ -14,7 +14,11 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._between import (
+from jaxnorm._core.checks import check_flag, check_number
+from jaxnorm._core.moments import Moments
+from jaxnorm._core.pooling import pool
+from jaxnorm._core.running import usable
+from jaxnorm._frame import (
     Options,
     State,
     along_channels,
@@ -24,10 +28,6 @@ from jaxnorm._between import (
     real,
     remembered,
 )
-from jaxnorm._checks import check_flag, check_number
-from jaxnorm._moments import Moments
-from jaxnorm._pooling import pool
-from jaxnorm._running import usable
 from jaxnorm.methods import batch_norm
 
 

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm._checks import check_count
-from jaxnorm._groups import EACH, Groups, Method, Size, Split, single_axis
-from jaxnorm._moments import inexact, moments
-from jaxnorm._normalize import normalize
-from jaxnorm._parity import with_divisor
+from jaxnorm._core.axes import single_axis
+from jaxnorm._core.checks import check_count
+from jaxnorm._core.divisor import with_divisor
+from jaxnorm._core.groups import EACH, Groups, Method, Size, Split
+from jaxnorm._core.moments import inexact, moments
+from jaxnorm._core.normalize import normalize
 
 BATCH_ENOUGH = 16
 """Number of examples from which `batch_group_count` keeps every channel apart, so that batch group

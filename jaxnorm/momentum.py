@@ -8,19 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._between import (
-    Options,
-    State,
-    applied,
-    averaged,
-    check_state,
-    measured,
-    real,
-    recalled,
-)
-from jaxnorm._checks import check_flag, check_number
-from jaxnorm._pooling import toward
-from jaxnorm._running import rate_of, usable
+from jaxnorm._core.checks import check_flag, check_number
+from jaxnorm._core.pooling import toward
+from jaxnorm._core.running import rate_of, usable
+from jaxnorm._frame import Options, State, applied, averaged, check_state, measured, real, recalled
 from jaxnorm.methods import batch_norm
 
 

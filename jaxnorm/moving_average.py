@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._between import (
+from jaxnorm._core.checks import check_epsilon, check_flag, check_number
+from jaxnorm._core.devices import AxisName, device_count, device_groups_of, names_of, varying_like
+from jaxnorm._core.groups import Method
+from jaxnorm._core.moments import Moments, inexact
+from jaxnorm._core.running import usable
+from jaxnorm._core.shared import own_and_wide
+from jaxnorm._frame import (
     Options,
     State,
     along_channels,
@@ -19,12 +25,6 @@ from jaxnorm._between import (
     real,
     remembered,
 )
-from jaxnorm._checks import check_epsilon, check_flag, check_number
-from jaxnorm._devices import AxisName, device_count, device_groups_of, names_of, varying_like
-from jaxnorm._groups import Method
-from jaxnorm._mean_var import own_and_wide
-from jaxnorm._moments import Moments, inexact
-from jaxnorm._running import usable
 from jaxnorm.methods import batch_norm
 
 

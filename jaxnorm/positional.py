@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm import methods
-from jaxnorm._between import Options, applied, measured, real
-from jaxnorm._groups import axes_of, single_axis
-from jaxnorm._mean_var import statistic_dtype
-from jaxnorm._moments import Moments
-from jaxnorm._normalize import normalize
-from jaxnorm._parity import with_divisor
+from jaxnorm._core.arithmetic import statistic_dtype
+from jaxnorm._core.axes import axes_of, single_axis
+from jaxnorm._core.divisor import with_divisor
+from jaxnorm._core.moments import Moments
+from jaxnorm._core.normalize import normalize
+from jaxnorm._frame import Options, applied, measured, real
 
 
 def positional_norm(

@@ -10,11 +10,11 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._between import Options, applied, measured, output_dtype, parameter, real
-from jaxnorm._checks import check_count, check_epsilon
-from jaxnorm._devices import varying_like
-from jaxnorm._groups import EACH, Groups, Method, as_method
-from jaxnorm._mean_var import statistic_dtype
+from jaxnorm._core.arithmetic import statistic_dtype
+from jaxnorm._core.checks import check_count, check_epsilon
+from jaxnorm._core.devices import varying_like
+from jaxnorm._core.groups import EACH, Groups, Method, as_method
+from jaxnorm._frame import Options, applied, measured, output_dtype, parameter, real
 
 
 def proxy_norm(

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._between import (
+from jaxnorm._core.checks import check_epsilon, check_flag, check_number
+from jaxnorm._core.moments import Moments
+from jaxnorm._core.running import usable
+from jaxnorm._frame import (
     Options,
     State,
     along_channels,
@@ -17,9 +20,6 @@ from jaxnorm._between import (
     measured,
     real,
 )
-from jaxnorm._checks import check_epsilon, check_flag, check_number
-from jaxnorm._moments import Moments
-from jaxnorm._running import usable
 from jaxnorm.methods import batch_norm
 
 

@@ -7,21 +7,21 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm._between import (
+from jaxnorm._core.checks import check_flag
+from jaxnorm._core.moments import Moments
+from jaxnorm._core.running import usable
+from jaxnorm._frame import (
     Options,
     State,
-    alone,
     applied,
     averaged,
     check_state,
     measured,
+    per_device,
     pooled,
     real,
     recalled,
 )
-from jaxnorm._checks import check_flag
-from jaxnorm._moments import Moments
-from jaxnorm._running import usable
 from jaxnorm.methods import batch_norm, instance_norm, layer_norm
 
 
@@ -102,7 +102,7 @@ def switchable_norm(
     x = real(x, "switchable_norm")
     if state != {}:
         check_state(state, "switchable_norm", mean=1, var=1)
-    instance = measured(x, instance_norm(), **alone(options))
+    instance = measured(x, instance_norm(), **per_device(options))
     dtype = instance.var.dtype
     shares = [jax.nn.softmax(jnp.asarray(t, dtype)) for t in (mean_logits, var_logits)]
     if shares[0].shape != shares[1].shape or shares[0].shape not in (
@@ -113,7 +113,7 @@ def switchable_norm(
             f" holds {sorted(state)}. Expected (3,) with the state of init_switchable_norm, or (2,)"
             " with it, without the instance part, or (2,) with {}, without the batch part."
         )
-    parts = [pooled(instance, layer_norm(), **alone(options))]
+    parts = [pooled(instance, layer_norm(), **per_device(options))]
     if len(shares[0]) == 3 or not state:
         parts = [instance, *parts]
     new = state

@@ -122,21 +122,29 @@ def uses(module, other):
     return any(name == other or name.startswith(other + ".") for name in FILES[module])
 
 
+CORE = (
+    "checks", "axes", "blocks", "groups", "devices", "meshes", "arithmetic", "shared", "xla",
+    "mean_var", "moments", "pooling", "standardize", "normalize", "ghosts", "divisor", "state",
+    "running", "averages", "sync",
+)  # fmt: skip
 FLOORS = (
-    "_checks", "_groups", "_devices", "_xla", "_mean_var", "_moments", "_pooling", "_normalize", "_parity", "_ghosts",
-    "_running", "_population", "methods", "_between", "inference", "folding",
+    *(f"_core.{name}" for name in CORE),
+    "_population", "methods", "_frame", "inference", "folding",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("floor", range(len(FLOORS)), ids=FLOORS)
 def test_floors_import_only_from_below(floor):
-    ours = {
-        name.split(".")[1]
-        for name in FILES[f"jaxnorm.{FLOORS[floor]}"]
-        if name.startswith("jaxnorm.")
+    module = f"jaxnorm.{FLOORS[floor]}"
+    ours = {name for name in FILES if name != "jaxnorm" and uses(module, name)}
+    assert ours <= {"jaxnorm._core", *(f"jaxnorm.{below}" for below in FLOORS[:floor])}
+    assert "jaxnorm" not in FILES[module]
+
+
+def test_every_file_of_the_core_is_a_floor():
+    assert {name for name in FILES if name.startswith("jaxnorm._core.")} == {
+        f"jaxnorm._core.{name}" for name in CORE
     }
-    assert ours <= set(FLOORS[:floor])
-    assert "jaxnorm" not in FILES[f"jaxnorm.{FLOORS[floor]}"]
 
 
 def test_there_is_an_order_to_read_the_files_in():

@@ -31,7 +31,7 @@ from jaxnorm import (
     switchable,
 )
 from jaxnorm import nnx as layers_nnx
-from jaxnorm._between import averaged, remembered
+from jaxnorm._frame import averaged, remembered
 
 C = 4
 LOGITS = {"mean_logits": np.array([0.3, -0.2, 0.5]), "var_logits": np.array([-0.4, 0.1, 0.7])}

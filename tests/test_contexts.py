@@ -10,7 +10,7 @@ from contexts import CONTEXTS, MESHES, fitting, parts, spec, whole
 from rows import ROWS
 
 from jaxnorm import norm
-from jaxnorm._groups import spread
+from jaxnorm._core.blocks import spread
 
 SHAPE = (16, 8, 3, 6)
 

@@ -18,7 +18,7 @@ from test_capabilities import CALLS
 from test_capabilities import SHAPE as CALLS_SHAPE
 
 import jaxnorm.nnx
-from jaxnorm import _mean_var, _normalize, linen, methods, moments, norm
+from jaxnorm import linen, methods, moments, norm
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -30,8 +30,8 @@ def platform(request):
         yield request.param
         return
     with pytest.MonkeyPatch.context() as patch:
-        for module in (_mean_var, _normalize):
-            patch.setattr(module, "by_platform", lambda f, *args: f(False, *args))
+        for module in ("mean_var", "standardize"):
+            patch.setattr(f"jaxnorm._core.{module}.by_platform", lambda f, *args: f(False, *args))
         jax.clear_caches()
         yield request.param
     jax.clear_caches()

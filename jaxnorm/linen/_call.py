@@ -10,14 +10,15 @@ from flax.linen import initializers
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxnorm import _between, _layers
-from jaxnorm._checks import check_flag
-from jaxnorm._devices import check_named
-from jaxnorm._groups import Shape, Specification
+from jaxnorm import _frame, _layers
+from jaxnorm._core.axes import Shape
+from jaxnorm._core.checks import check_flag
+from jaxnorm._core.devices import check_named
+from jaxnorm._core.groups import Specification
+from jaxnorm._core.moments import Moments, as_array
+from jaxnorm._core.state import init_running, serving
 from jaxnorm._layers import Activation, Axes, CallOptions, Running, StateOptions
-from jaxnorm._moments import Moments, as_array
 from jaxnorm._population import POPULATION
-from jaxnorm._running import init_running, serving
 
 zeros, ones = initializers.zeros, initializers.ones
 
@@ -183,7 +184,7 @@ def call_function(
     function: Callable[..., Any],
     options: CallOptions | StateOptions,
     *,
-    state: Callable[[int], _between.State] | None = None,
+    state: Callable[[int], _frame.State] | None = None,
     use_running_average: bool | None = None,
 ) -> jax.Array:
     """What a layer does whose method is a function: `function(x, state, train=, ...)` or, without

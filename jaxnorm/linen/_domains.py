@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import ArrayLike
 
+from jaxnorm._core.moments import as_array
 from jaxnorm._layers import StateOptions, wide_enough
-from jaxnorm._moments import as_array
 from jaxnorm.domains import domain_batch_norm, domain_distance, init_domain_batch_norm
 from jaxnorm.linen._call import Layer, call_function
 

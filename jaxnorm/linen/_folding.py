@@ -8,7 +8,7 @@ from flax import core
 from flax import linen as nn
 
 from jaxnorm import _layers, folding
-from jaxnorm._moments import Moments
+from jaxnorm._core.moments import Moments
 from jaxnorm.linen._batch import BatchNorm
 from jaxnorm.linen._rows import Row
 

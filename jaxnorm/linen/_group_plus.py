@@ -8,8 +8,8 @@ from flax import linen as nn
 from flax.typing import Initializer
 from jax.typing import ArrayLike
 
+from jaxnorm._core.moments import as_array
 from jaxnorm._layers import StateOptions
-from jaxnorm._moments import as_array
 from jaxnorm.group_plus import group_norm_plus, init_group_norm_plus
 from jaxnorm.linen._call import Layer, call_function, ones
 

@@ -9,8 +9,8 @@ from flax import linen as nn
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from jax.typing import ArrayLike
 
+from jaxnorm._core.moments import as_array
 from jaxnorm._layers import StateOptions, feature_shape
-from jaxnorm._moments import as_array
 from jaxnorm.linen._call import Layer, call_function
 from jaxnorm.linen._in_front import in_front
 from jaxnorm.moving_average import centralize_kernel, init_moving_average, moving_average_norm

@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax.typing import Initializer
 from jax.typing import ArrayLike
 
-from jaxnorm._groups import Groups, Method
+from jaxnorm._core.groups import Groups, Method
 from jaxnorm._layers import Activation, CallOptions
 from jaxnorm.linen._call import Layer, call_function, channel_parameter, zeros
 from jaxnorm.proxy import proxy_norm

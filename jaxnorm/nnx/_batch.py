@@ -9,8 +9,8 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
 from jaxnorm import _layers
+from jaxnorm._core.moments import as_array
 from jaxnorm._layers import Activation, Axes
-from jaxnorm._moments import as_array
 from jaxnorm.nnx._call import NONE, Metadata, StatefulLayer, ones, promote_dtype, zeros
 
 

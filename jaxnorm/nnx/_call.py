@@ -14,15 +14,16 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm import _layers
-from jaxnorm._between import State
-from jaxnorm._checks import check_flag
-from jaxnorm._devices import check_named
-from jaxnorm._ghosts import GhostUpdate
-from jaxnorm._groups import Shape, Specification
+from jaxnorm._core.axes import Shape
+from jaxnorm._core.checks import check_flag
+from jaxnorm._core.devices import check_named
+from jaxnorm._core.ghosts import GhostUpdate
+from jaxnorm._core.groups import Specification
+from jaxnorm._core.moments import Moments, as_array
+from jaxnorm._core.state import init_running, serving
+from jaxnorm._frame import State
 from jaxnorm._layers import Activation, Axes, CallOptions, Running, StateOptions
-from jaxnorm._moments import Moments, as_array
 from jaxnorm._population import POPULATION
-from jaxnorm._running import init_running, serving
 
 zeros, ones = initializers.zeros_init(), initializers.ones_init()
 promote_dtype = dtypes.promote_dtype

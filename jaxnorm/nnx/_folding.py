@@ -10,8 +10,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxnorm import _layers, folding
+from jaxnorm._core.moments import Moments
 from jaxnorm._layers import Activation
-from jaxnorm._moments import Moments
 from jaxnorm.nnx._batch import BatchNorm
 from jaxnorm.nnx._rows import Row
 

@@ -8,7 +8,7 @@ from flax import nnx
 from flax.typing import Initializer
 from jax.typing import ArrayLike
 
-from jaxnorm._groups import Shape
+from jaxnorm._core.axes import Shape
 from jaxnorm._layers import StateOptions
 from jaxnorm.group_plus import group_norm_plus, init_group_norm_plus
 from jaxnorm.nnx._call import Function, ones

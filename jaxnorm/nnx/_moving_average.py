@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from jaxnorm._core.moments import as_array
 from jaxnorm._layers import StateOptions
-from jaxnorm._moments import as_array
 from jaxnorm.moving_average import centralize_kernel, init_moving_average, moving_average_norm
 from jaxnorm.nnx._call import Function
 from jaxnorm.nnx._in_front import check_in_front, in_front

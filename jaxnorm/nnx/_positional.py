@@ -7,7 +7,7 @@ from flax.nnx.nn import initializers
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
-from jaxnorm._moments import as_array
+from jaxnorm._core.moments import as_array
 from jaxnorm.positional import moment_shortcut
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 from flax.typing import Initializer
 from jax.typing import ArrayLike
 
-from jaxnorm._groups import Groups, Method
+from jaxnorm._core.groups import Groups, Method
 from jaxnorm._layers import Activation, CallOptions
 from jaxnorm.nnx._call import Function, zeros
 from jaxnorm.proxy import proxy_norm

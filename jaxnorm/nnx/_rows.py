@@ -10,12 +10,13 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
 from jaxnorm import _layers, methods
-from jaxnorm._checks import check_count
-from jaxnorm._ghosts import GhostUpdate
-from jaxnorm._groups import Groups, Method, Shape, as_method
+from jaxnorm._core.axes import Shape
+from jaxnorm._core.checks import check_count
+from jaxnorm._core.ghosts import GhostUpdate
+from jaxnorm._core.groups import Groups, Method, as_method
+from jaxnorm._core.moments import as_array
+from jaxnorm._core.state import running_shape
 from jaxnorm._layers import Activation, StateOptions, with_batch
-from jaxnorm._moments import as_array
-from jaxnorm._running import running_shape
 from jaxnorm.batch_group import batch_group_norm, init_batch_group_norm
 from jaxnorm.nnx._call import NONE, Function, Metadata, StatefulLayer, ones, promote_dtype, zeros
 

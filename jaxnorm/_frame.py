@@ -15,13 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._devices import AxisName, DeviceGroups, in_explicit_meshes, varying_like
-from jaxnorm._groups import Specification, axes_of, single_axis
-from jaxnorm._mean_var import counts, own_and_wide, shared, statistic_dtype
-from jaxnorm._moments import Moments, as_weights, inexact, moments
-from jaxnorm._normalize import normalize, placed
-from jaxnorm._pooling import pool, toward
-from jaxnorm._running import rate_of, update_running, warn_of_half_precision
+from jaxnorm._core.arithmetic import counts, statistic_dtype
+from jaxnorm._core.axes import axes_of, single_axis
+from jaxnorm._core.devices import AxisName, DeviceGroups, varying_like
+from jaxnorm._core.groups import Specification
+from jaxnorm._core.meshes import in_explicit_meshes
+from jaxnorm._core.moments import Moments, as_weights, inexact, moments
+from jaxnorm._core.normalize import broadcast_parameter, normalize
+from jaxnorm._core.pooling import pool, toward
+from jaxnorm._core.running import rate_of, update_running, warn_of_half_precision
+from jaxnorm._core.shared import own_and_wide, shared
 
 State = dict[str, jax.Array]
 
@@ -82,10 +85,10 @@ def measured(
     a round of sums."""
     center = None if options.get("axis_name") is None else center
     names = ("weights", "axis_name", "axis_index_groups", "batch_axis", "channel_axis")
-    return moments(x, groups, center=center, **named(options, *names))
+    return moments(x, groups, center=center, **select_options(options, *names))
 
 
-def alone(options: Options) -> Options:
+def per_device(options: Options) -> Options:
     """The options on one device: what is whole on each has nothing to sum over a named axis."""
     return {**options, "axis_name": None, "axis_index_groups": None}
 
@@ -93,17 +96,19 @@ def alone(options: Options) -> Options:
 def pooled(m: Moments, groups: Specification, **options: Unpack[Options]) -> Moments:
     """`pool` of m, with the options that concern it."""
     return pool(
-        m, groups, **named(options, "axis_name", "axis_index_groups", "batch_axis", "channel_axis")
+        m,
+        groups,
+        **select_options(options, "axis_name", "axis_index_groups", "batch_axis", "channel_axis"),
     )
 
 
 def applied(x: jax.Array, m: Moments, epsilon: float, **options: Unpack[Options]) -> jax.Array:
     """`normalize` x with m, with the options that concern it."""
     names = ("scale", "bias", "weights", "activation", "dtype", "batch_axis", "channel_axis")
-    return normalize(x, m, epsilon=epsilon, **named(options, *names))
+    return normalize(x, m, epsilon=epsilon, **select_options(options, *names))
 
 
-def named(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def select_options(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """The options of these names that are given."""
     if unknown := sorted(set(options) - set(Options.__annotations__)):
         raise TypeError(
@@ -172,14 +177,14 @@ def parameter(t: ArrayLike, name: str, x: jax.Array, options: Options) -> jax.Ar
     """A parameter of shape (C,), or (N, C), in the shape and dtype in which it meets x."""
     x, _ = own_and_wide(x)
     channel_axis = options.get("channel_axis", -1)
-    out = placed(
+    out = broadcast_parameter(
         t, name, x, options.get("batch_axis", 0), axes_of(channel_axis, x.shape), channel_axis
     )
     assert out is not None
     return varying_like(out, x)
 
 
-def seen(x: jax.Array, weights: ArrayLike | None) -> jax.Array:
+def zero_masked(x: jax.Array, weights: ArrayLike | None) -> jax.Array:
     """x, and 0 where it is not finite under a zero weight."""
     return (
         x if weights is None else jnp.where(counts(as_weights(weights, x)) | jnp.isfinite(x), x, 0)

@@ -14,10 +14,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxnorm._devices import AxisName, DeviceGroups, all_sum, device_groups_of, in_explicit_meshes
-from jaxnorm._groups import Specification, block_sum, resolve, spread
-from jaxnorm._mean_var import SYNCED, abs2, over, times
-from jaxnorm._moments import Moments
+from jaxnorm._core.arithmetic import abs2, divide, scale_by
+from jaxnorm._core.blocks import block_sum, spread
+from jaxnorm._core.devices import AxisName, DeviceGroups, all_sum, device_groups_of
+from jaxnorm._core.groups import Specification, resolve
+from jaxnorm._core.mean_var import SYNCED
+from jaxnorm._core.meshes import in_explicit_meshes
+from jaxnorm._core.moments import Moments
 
 
 def toward(old: jax.Array, new: jax.Array, rate: jax.Array) -> jax.Array:
@@ -27,11 +30,11 @@ def toward(old: jax.Array, new: jax.Array, rate: jax.Array) -> jax.Array:
     is then off by a part of the mean, however small the standard deviation is. `rate` is real.
     """
     step = new - old
-    return jnp.where(rate < 0.5, old + times(step, rate), new - times(step, 1 - rate))
+    return jnp.where(rate < 0.5, old + scale_by(step, rate), new - scale_by(step, 1 - rate))
 
 
 def _divide(total: jax.Array, count: jax.Array) -> jax.Array:
-    return over(total, jnp.where(count > 0, count, 1))
+    return divide(total, jnp.where(count > 0, count, 1))
 
 
 @in_explicit_meshes
@@ -88,12 +91,12 @@ def pool(
 
     some = m.count > 0  # an empty set may hold anything
     means, variances = (jnp.where(some, t, 0) for t in (m.mean, m.var))
-    count, total = totals(m.count, times(means, m.count))
+    count, total = totals(m.count, scale_by(means, m.count))
     # Sums about a value near the mean, whatever it is. The rounding of that value is a part of the
     # mean and may be many times the variance, so what it lacks is measured and taken out of both.
     center = jax.lax.stop_gradient(_divide(total, count))
     d = jnp.where(some, means - spread(center, fine), 0)
-    total, square = totals(times(d, m.count), m.count * (variances + abs2(d)))
+    total, square = totals(scale_by(d, m.count), m.count * (variances + abs2(d)))
     rest = _divide(total, count)
     mean, var = center + rest, _divide(square, count) - abs2(rest)
     var = var + jax.lax.stop_gradient(jnp.maximum(-var, 0))  # 0 where rounding is below it

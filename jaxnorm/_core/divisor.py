@@ -8,8 +8,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxnorm._checks import check_epsilon
-from jaxnorm._moments import Moments
+from jaxnorm._core.checks import check_epsilon
+from jaxnorm._core.moments import Moments
 
 
 def with_divisor(

@@ -7,7 +7,6 @@ and costs what the closed form costs; forward mode, higher derivatives, vmap, sc
 JAX's own.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from functools import partial
@@ -17,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
-from jaxnorm._devices import AxisName, all_sum, same_on_all_devices, varying_like
-from jaxnorm._groups import Shape, block_sum, elements, spread
-from jaxnorm._xla import (
+from jaxnorm._core.arithmetic import abs2, counts, divide, scale_by, statistic_dtype
+from jaxnorm._core.axes import Shape
+from jaxnorm._core.blocks import block_sum, elements, spread
+from jaxnorm._core.devices import AxisName, all_sum, same_on_all_devices, varying_like
+from jaxnorm._core.xla import (
     all_true,
     barrier,
     by_platform,
@@ -36,13 +36,16 @@ CANCELLATION = 16.0
 """Sums about c cost the variance at most one digit while (mean - c)^2 <= 16 var; beyond, they are
 taken again about the mean."""
 
+
 SHORT_ROW = 128
 """Channels in a row up to which XLA:CPU takes the exact second pass faster than it looks whether it
 is needed: positional norm of 16 and 64 channels is 1.7 and 1.2 times faster forward."""
 
+
 FAR = 4096.0
 """Up to mean^2 = 4096 var the rounding of a row's sum, some units in the last place of the mean,
 leaves its mean and variance exact to rounding; beyond, they are taken again about the mean."""
+
 
 SYNCED = "jaxnorm_synced_moments"
 """`checkpoint_name` of statistics: a remat policy that saves it repeats no collective. All
@@ -61,18 +64,6 @@ class Sets(NamedTuple):
     device_groups: tuple[tuple[int, ...], ...] | None
 
 
-def statistic_dtype(dtype: jnp.dtype, real: bool = False) -> jnp.dtype:
-    """float32 or wider; complex for complex unless `real`."""
-    info = jnp.finfo(dtype)
-    if info.bits < 32:
-        return jnp.dtype(jnp.float32)
-    return info.dtype if real else jnp.dtype(dtype)
-
-
-def abs2(t: jax.Array) -> jax.Array:
-    return jnp.square(t.real) + jnp.square(t.imag) if jnp.iscomplexobj(t) else jnp.square(t)
-
-
 def _counted(x: jax.Array, w: jax.Array | None, s: jax.Array | None = None) -> jax.Array:
     """x - s in the statistics' dtype, and 0 where the weight is: what does not count may be NaN."""
     x = x.astype(statistic_dtype(x.dtype))
@@ -80,22 +71,9 @@ def _counted(x: jax.Array, w: jax.Array | None, s: jax.Array | None = None) -> j
     return d if w is None else jnp.where(counts(w), d, 0)
 
 
-def counts(w: jax.Array) -> jax.Array:
-    """Where the weight is not 0."""
-    return w if w.dtype == bool else w != 0
-
-
 def _weighed(t: jax.Array, w: jax.Array | None) -> jax.Array:
     """w t, for t that is 0 where w is: a boolean mask has done its part."""
-    return t if w is None or w.dtype == bool else times(t, w)
-
-
-def times(t: jax.Array, real: jax.Array) -> jax.Array:
-    return t * real.astype(t.dtype)
-
-
-def over(t: jax.Array, real: jax.Array) -> jax.Array:
-    return t / real.astype(t.dtype)
+    return t if w is None or w.dtype == bool else scale_by(t, w)
 
 
 def _totals(sets: Sets, cpu: bool, sums: Sequence[jax.Array]) -> list[jax.Array]:
@@ -129,13 +107,13 @@ def _statistics(
         )
         alias = barrier((x, c)) if cpu else (x, c)
         total, square = _totals(sets, False, [first, _square_sum(sets, cpu, alias[0], w, alias[1])])
-        e = over(total, n)
-        v = jnp.maximum(over(square, n) - abs2(e), 0)
+        e = divide(total, n)
+        v = jnp.maximum(divide(square, n) - abs2(e), 0)
         exact = (abs2(e) <= CANCELLATION * v) & jnp.isfinite(v)  # also false where squares overflow
         return e if c is None else c + e, v, exact
 
     if not sets.centered:
-        return (over(_totals(sets, False, [_square_sum(sets, cpu, x, w, None)])[0], n),)
+        return (divide(_totals(sets, False, [_square_sum(sets, cpu, x, w, None)])[0], n),)
     if _are_rows(cpu, x.shape, sets):
         m, v, exact = _of_rows(cpu, x, w, sets.shape, n)
         if not cpu:
@@ -176,7 +154,7 @@ def _of_rows(
     """
 
     def mean_of(t: jax.Array) -> jax.Array:
-        return over(block_sum(_weighed(t, w), shape), n)
+        return divide(block_sum(_weighed(t, w), shape), n)
 
     def about(t: jax.Array, c: jax.Array) -> jax.Array:
         alias, c = barrier((t, c)) if cpu else (t, c)
@@ -190,61 +168,6 @@ def _of_rows(
     d = about(x, m)
     v = mean_of(abs2(about(d, mean_of(d))))  # the mean was rounded again
     return m, v, jnp.isfinite(v)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Shared:
-    """x of half precision that several functions read: the derivative by it is added up in float32.
-
-    In its own dtype every reader would round its part of the cotangent first. In float16 the parts
-    may overflow where their sum is 0: x of standard deviation 1e-3 under a cotangent of 400.
-
-    Args:
-        x: the values, as a constant.
-        wide: the same in float32. Nothing reads it, so it is never stored; its derivative is x's.
-    """
-
-    x: jax.Array
-    wide: jax.Array
-
-    @property
-    def shape(self) -> Shape:
-        return self.x.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.x.ndim
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.x.dtype
-
-
-def shared(x: jax.Array) -> jax.Array:
-    """x to hand to several functions; x itself where there is nothing to round, or no derivative."""
-    wide = statistic_dtype(x.dtype)
-    if x.dtype == wide or not isinstance(x, Tracer):
-        return x
-    return Shared(lax.stop_gradient(x), x.astype(wide))  # type: ignore[return-value]  # as an array
-
-
-def widened(x: jax.Array) -> jax.Array:
-    """x in the dtype of its statistics, for arithmetic of one's own."""
-    return _widened(x.x, x.wide) if isinstance(x, Shared) else x.astype(statistic_dtype(x.dtype))
-
-
-@jax.custom_jvp
-def _widened(x: jax.Array, wide: jax.Array) -> jax.Array:
-    return x.astype(wide.dtype)  # so that what is kept is x
-
-
-_widened.defjvp(lambda primals, tangents: (_widened(*primals), tangents[1]))
-
-
-def own_and_wide(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """x, and what carries its derivative instead, if anything does."""
-    return (x.x, x.wide) if isinstance(x, Shared) else (x, None)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -277,7 +200,7 @@ def _along_dx(sets, cpu, dx, x, w, m, n):
     shape = first_sums(cpu, x.shape, sets.channels)
     sums = [block_sum(t, shape) for t in ((dx, product) if sets.centered else (product,))]
     sums = _totals(sets, cpu, sums)
-    return tuple(over(s, n) for s in (*sums[:-1], 2 * sums[-1]))
+    return tuple(divide(s, n) for s in (*sums[:-1], 2 * sums[-1]))
 
 
 def _along_dx_by_platform(sets, *args):
@@ -293,8 +216,8 @@ def _along_dw(sets, dw, x, w, m, v, n):
     spare = jnp.where(finite, abs2(d) - spread(v, x.shape), 0)
     terms = (d, spare) if sets.centered else (spare,)
     return tuple(
-        over(s, n)
-        for s in _totals(sets, False, [block_sum(times(t, dw), sets.channels) for t in terms])
+        divide(s, n)
+        for s in _totals(sets, False, [block_sum(scale_by(t, dw), sets.channels) for t in terms])
     )
 
 

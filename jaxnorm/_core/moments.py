@@ -11,35 +11,22 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.export import register_pytree_node_serialization
 from jax.typing import ArrayLike
 
-from jaxnorm._checks import known
-from jaxnorm._devices import (
+from jaxnorm._core.arithmetic import statistic_dtype
+from jaxnorm._core.axes import Shape, axes_of
+from jaxnorm._core.blocks import block_sum, channel_resolution, elements, spread
+from jaxnorm._core.checks import known
+from jaxnorm._core.devices import (
     AxisName,
     DeviceGroups,
     all_sum,
     device_count,
     device_groups_of,
-    in_explicit_meshes,
     names_of,
 )
-from jaxnorm._groups import (
-    Shape,
-    Specification,
-    axes_of,
-    block_sum,
-    channel_resolution,
-    check_mean,
-    elements,
-    resolve,
-    spread,
-)
-from jaxnorm._mean_var import (
-    SYNCED,
-    Sets,
-    Shared,
-    mean_var,
-    own_and_wide,
-    statistic_dtype,
-)
+from jaxnorm._core.groups import Specification, check_mean, resolve
+from jaxnorm._core.mean_var import SYNCED, Sets, mean_var
+from jaxnorm._core.meshes import in_explicit_meshes
+from jaxnorm._core.shared import Shared, own_and_wide
 
 
 @jax.tree_util.register_dataclass

@@ -16,7 +16,8 @@ from jax import core, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxnorm._groups import Shape, block_sum, spread
+from jaxnorm._core.axes import Shape
+from jaxnorm._core.blocks import block_sum, spread
 
 # lax.optimization_barrier, but derivatives pass through and only linear operands are transposed:
 # from jax 0.11 on the original fails to transpose when some operands are constants. It gives each

@@ -7,18 +7,15 @@ x, the numbers are the shape of the statistic.
 """
 
 import dataclasses
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal, SupportsIndex
 
-import jax
-import jax.numpy as jnp
 from jax.export import is_symbolic_dim
+
+from jaxnorm._core.axes import Shape, axes_of, single_axis
 
 EACH = -1
 """Every index of the axis keeps its own statistic."""
-
-Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,27 +246,6 @@ def check_mean(mean: object) -> None:
         )
 
 
-def single_axis(axis: SupportsIndex, shape: Sequence[int]) -> int:
-    """`axis` counted from the front."""
-    index = axis.__index__() if hasattr(axis, "__index__") and not isinstance(axis, bool) else None
-    if index is None or not -len(shape) <= index < len(shape):
-        raise ValueError(
-            f"axis {axis!r} is not an axis of x. Got x of shape {tuple(shape)}; expected "
-            + (
-                f"an integer from {-len(shape)} to {len(shape) - 1}."
-                if shape
-                else "x to have axes."
-            )
-        )
-    return index % len(shape)
-
-
-def axes_of(axis: SupportsIndex | Sequence[int], shape: Sequence[int]) -> Shape:
-    """One axis or several, counted from the front, sorted, each once."""
-    axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
-    return tuple(sorted({single_axis(a, shape) for a in axes}))
-
-
 def resolve(
     groups: Specification, x_shape: Shape, batch_axis: int, channel_axis: int | Sequence[int]
 ) -> tuple[Shape, Literal[0] | None]:
@@ -311,52 +287,3 @@ def check_divides(shape: Shape, x_shape: Shape, what: str) -> None:
             " with each size a divisor of x's: 1 where the axis is pooled, x's own size where"
             " every index is apart."
         )
-
-
-def elements(shape: Shape, groups: Shape) -> int:
-    """How many elements of an array of `shape` each of `groups` sets has."""
-    return math.prod(1 if n == g else n // g for n, g in zip(shape, groups, strict=True))
-
-
-def _cut(shape: Shape, groups: Shape) -> tuple[list[int], Shape]:
-    """`shape` with every axis that is split written as (groups, rest), and the axes of the
-    rests."""
-    dims: list[int] = []
-    rests = []
-    for n, g in zip(shape, groups, strict=True):
-        dims += [n] if g in (1, n) else [g, n // g]
-        if g != n:
-            rests.append(len(dims) - 1)
-    return dims, tuple(rests)
-
-
-def block_sum(t: jax.Array, groups: Shape) -> jax.Array:
-    """Sum of each block: an array of shape `groups`."""
-    if t.shape == groups:
-        return t
-    dims, rests = _cut(t.shape, groups)
-    return t.reshape(dims).sum(rests).reshape(groups)
-
-
-def spread(v: jax.Array, shape: Shape) -> jax.Array:
-    """Each group's value repeated for its indices; axes of size 1 stay and broadcast against
-    `shape`."""
-    shape = tuple(g if g == 1 else n for n, g in zip(shape, v.shape, strict=True))
-    if v.shape == shape:
-        return v
-    dims, rests = _cut(shape, v.shape)
-    v = jnp.expand_dims(v.reshape([d for i, d in enumerate(dims) if i not in rests]), rests)
-    return jnp.broadcast_to(v, dims).reshape(shape)
-
-
-def channel_resolution(shape: Shape, groups: Shape, channel_axes: Shape) -> Shape:
-    """Shape of the first, full-size sums: `groups` with the channels, and every axis that is split,
-    whole.
-
-    Splitting an axis at full size makes two of it, which XLA reduces several times slower; summing
-    the indices of a group afterwards costs nothing. Where these axes are all that is summed there
-    is one stage.
-    """
-    sizes = enumerate(zip(shape, groups, strict=True))
-    whole = tuple(n if i in channel_axes or g != 1 else 1 for i, (n, g) in sizes)
-    return groups if whole == shape else whole

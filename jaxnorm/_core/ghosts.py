@@ -18,11 +18,10 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxnorm._mean_var import times
-from jaxnorm._moments import Moments
+from jaxnorm._core.arithmetic import scale_by
+from jaxnorm._core.moments import Moments
 
 GhostUpdate = Literal["pooled", "averaged", "sequential", "sequential divided"]
-
 Weights = tuple[jax.Array, jax.Array]
 
 
@@ -70,7 +69,7 @@ def one_update(
 
     def average(t: jax.Array) -> jax.Array:
         def weighed(t: jax.Array) -> jax.Array:
-            return times(jnp.where(usable, t, 0), weights).sum(axis, keepdims=True)
+            return scale_by(jnp.where(usable, t, 0), weights).sum(axis, keepdims=True)
 
         first = weighed(t)  # off by what rounded weights lack of 1, a part of the mean
         return first + weighed(t - first)

@@ -1,0 +1,27 @@
+"""Axes, counted from the front."""
+
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
+
+Shape = tuple[int, ...]
+
+
+def single_axis(axis: SupportsIndex, shape: Sequence[int]) -> int:
+    """`axis` counted from the front."""
+    index = axis.__index__() if hasattr(axis, "__index__") and not isinstance(axis, bool) else None
+    if index is None or not -len(shape) <= index < len(shape):
+        raise ValueError(
+            f"axis {axis!r} is not an axis of x. Got x of shape {tuple(shape)}; expected "
+            + (
+                f"an integer from {-len(shape)} to {len(shape) - 1}."
+                if shape
+                else "x to have axes."
+            )
+        )
+    return index % len(shape)
+
+
+def axes_of(axis: SupportsIndex | Sequence[int], shape: Sequence[int]) -> Shape:
+    """One axis or several, counted from the front, sorted, each once."""
+    axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
+    return tuple(sorted({single_axis(a, shape) for a in axes}))

@@ -1,0 +1,105 @@
+"""Arrays on meshes with axes of type Explicit."""
+
+import functools
+import math
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from jaxnorm._core.devices import names_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def in_explicit_meshes(f: F) -> F:
+    """f, also for arrays on a mesh with axes of type Explicit, as `jax.make_mesh` makes them.
+
+    There JAX asks how the result of a reshape is sharded, and for groups that span shards no
+    PartitionSpec says it. So f runs with these axes as Auto ones, and what it returns is typed
+    afterwards: see `_spec`. Elsewhere f is called as it is. Its arguments are arrays, pytrees of
+    them and hashable options; the first array's sharding is the one that results take.
+    """
+    implementation = _in_auto_mode
+
+    def call(*args: Any, **options: Any) -> Any:
+        return implementation(f, args, options)
+
+    # doctest takes only functions whose globals are the module's that it looks at
+    same_module = types.FunctionType(call.__code__, f.__globals__, closure=call.__closure__)
+    return functools.wraps(f)(same_module)  # type: ignore[return-value]  # with the signature of f
+
+
+def _in_auto_mode(f: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    leaves, tree = jax.tree.flatten((args, options))
+    arrays = [t if isinstance(t, jax.Array | np.ndarray) else None for t in leaves]
+    meshes = (jax.typeof(t).sharding.mesh for t in arrays if t is not None)
+    mesh = next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
+    if mesh is None:
+        return f(*args, **options)
+    rest = tuple(t if array is None else None for t, array in zip(leaves, arrays, strict=True))
+    with jax.sharding.use_abstract_mesh(mesh):
+        if options.get("activation") is None:
+            return _compiled(f, tree, rest, arrays)
+        # compiled for this call only: what an activation closes over may be another value, or
+        # tracer, next time
+        return jax.jit(lambda arrays: _run_in_auto_mode(f, tree, rest, arrays))(arrays)
+
+
+def _run_in_auto_mode(
+    f: Callable[..., Any], tree: Any, rest: tuple[Any, ...], arrays: list[Any]
+) -> Any:
+    mesh = jax.sharding.get_abstract_mesh()
+    first = jax.typeof(next(t for t in arrays if t is not None))
+    auto = mesh.update_axis_types(dict.fromkeys(_explicit_axes(mesh), AxisType.Auto))
+
+    def typed(out: Any) -> Any:
+        return jax.sharding.reshard(out, jax.tree.map(lambda t: _spec(t.shape, first), out))
+
+    def enter(g: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(auto):
+            return g(*jax.sharding.reshard(args, PartitionSpec()), **options)
+
+    def leave(activation: Callable[..., Any], y: jax.Array) -> jax.Array:
+        """It may use arrays that were made outside of here."""
+        with jax.sharding.use_abstract_mesh(mesh):
+            return enter(lambda y: y, activation(typed(y)))
+
+    def run(*arrays: Any) -> Any:
+        args, options = jax.tree.unflatten(
+            tree, [t if a is None else a for a, t in zip(arrays, rest, strict=True)]
+        )
+        if (activation := options.get("activation")) is not None:
+            options["activation"] = functools.partial(leave, activation)
+        return f(*args, **options)
+
+    return typed(enter(run, *arrays))
+
+
+# Under jit, because outside of it what f makes from nothing belongs to no mesh.
+_compiled = jax.jit(_run_in_auto_mode, static_argnums=(0, 1, 2))
+
+
+def _explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    )
+
+
+def _spec(shape: tuple[int, ...], x: Any) -> PartitionSpec:
+    """The sharding of a statistic of x, or of y: x's on every axis whose groups are whole on each
+    device, else replicated."""
+    if len(shape) != x.ndim:
+        return PartitionSpec()
+    entries: list[Any] = []
+    for n, names in zip(shape, x.sharding.spec, strict=True):
+        names = names_of(names)
+        sizes = [x.sharding.mesh.shape[name] for name in names]
+        whole = max(i for i in range(len(names) + 1) if n % math.prod(sizes[:i]) == 0)
+        entries.append(names[:whole] or None)
+    return PartitionSpec(*entries)

@@ -1,0 +1,148 @@
+"""What is remembered between steps: running statistics as a pure function of old ones and a batch's
+moments.
+
+State is `Moments` without the axes that hold no information: the batch axis and spatial axes of
+size 1 are dropped, the channel axis stays. Its `count` is None, no leaf at all, except where a rule
+needs it: see `init_running`. The shape and dtypes of state are the same after an update, so it can
+be the carry of a `lax.scan`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxnorm._core.arithmetic import statistic_dtype
+from jaxnorm._core.axes import Shape, single_axis
+from jaxnorm._core.groups import Groups, Method
+from jaxnorm._core.moments import Moments
+
+
+def running_shape(
+    groups: Groups | Method, x_shape: Shape, *, batch_axis: int = 0, channel_axis: int = -1
+) -> tuple[Shape, Shape]:
+    """Shape of the running state, and the shape in which it serves x.
+
+    Args:
+        groups: the method. Its batch number does not matter: running statistics are those of all
+            examples.
+        x_shape: shape of x; the number of examples does not matter.
+        batch_axis: axis of the examples.
+        channel_axis: axis of the channels.
+
+    Returns:
+        The state's shape and the statistic's shape with the batch pooled.
+
+    Raises:
+        ValueError: axes that do not split.
+
+    Example:
+        >>> from jaxnorm._groups import EACH, Groups
+        >>> running_shape(Groups(batch=4, spatial=1, channel=EACH), (64, 8, 8, 256))
+        ((256,), (1, 1, 1, 256))
+    """
+    groups = groups.groups if isinstance(groups, Method) else groups
+    if not isinstance(groups, Groups):
+        raise TypeError(f"running statistics belong to a Groups or a Method. Got {groups!r}.")
+    statistic = dataclasses.replace(groups, batch=1).shape(
+        x_shape, batch_axis=batch_axis, channel_axis=channel_axis
+    )
+    batch, channel = single_axis(batch_axis, x_shape), single_axis(channel_axis, x_shape)
+    state = tuple(g for i, g in enumerate(statistic) if i == channel or (i != batch and g != 1))
+    return state, statistic
+
+
+def init_running(shape: Shape, *, dtype: DTypeLike = jnp.float32, counted: bool = False) -> Moments:
+    """Running statistics before the first step: mean 0, variance 1.
+
+    Args:
+        shape: of the state, see `running_shape`.
+        dtype: of the mean; complex for complex x. The variance is real. In half precision an
+            average stops short of where it goes: `update_running` warns.
+        counted: whether to keep a count, starting at 0. `update_running` then divides the zeros it
+            started from out of the average, and `update_cumulative` needs it.
+
+    Returns:
+        `Moments` of that shape, with count None unless counted.
+
+    Example:
+        >>> init_running((3,)).var.tolist()
+        [1.0, 1.0, 1.0]
+    """
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"running statistics are floating or complex. Got dtype {jnp.dtype(dtype).name};"
+            " expected float32."
+        )
+    real = jnp.finfo(dtype).dtype
+    count = jnp.zeros(shape, statistic_dtype(real)) if counted else None
+    return Moments(count, jnp.zeros(shape, dtype), jnp.ones(shape, real))  # type: ignore[arg-type]  # count is optional here
+
+
+def running_moments(
+    state: Moments,
+    groups: Groups | Method,
+    x_shape: Shape,
+    *,
+    batch_axis: int = 0,
+    channel_axis: int = -1,
+) -> Moments:
+    """Running state in the shape that `normalize` takes.
+
+    Args:
+        state: running statistics.
+        groups: the method they belong to.
+        x_shape: shape of the x to normalize; any number of examples.
+        batch_axis: axis of the examples.
+        channel_axis: axis of the channels.
+
+    Returns:
+        `Moments` that serve x.
+
+    Raises:
+        ValueError: the state belongs to another number of channels, groups or positions.
+
+    Example:
+        >>> from jaxnorm._groups import EACH, Groups
+        >>> running_moments(init_running((3,)), Groups(1, 1, EACH), (8, 4, 4, 3)).mean.shape
+        (1, 1, 1, 3)
+    """
+    expected, statistic = running_shape(
+        groups, x_shape, batch_axis=batch_axis, channel_axis=channel_axis
+    )
+    return serving(state, expected, statistic, x_shape)
+
+
+def serving(state: Moments, expected: Shape, statistic: Shape, x_shape: Shape) -> Moments:
+    """State of the expected shape, in the statistic's shape."""
+    check_running(state, "state")
+    if not state.mean.shape == state.var.shape == expected or math.prod(expected) != math.prod(
+        statistic
+    ):
+        raise ValueError(
+            f"running statistics of shape {state.mean.shape} do not fit x of shape"
+            f" {tuple(x_shape)}, whose statistics have shape {statistic}. State that keeps"
+            " positions apart is tied to the image size, and all state to the number of channels,"
+            " with which it was made; feed x of that size."
+        )
+    return jax.tree.map(lambda t: t.reshape(statistic), state)
+
+
+def check_running(state: Any, name: str) -> None:
+    """`state` is running statistics, with a mean and a variance of one shape."""
+    if not isinstance(state, Moments):
+        hint = (
+            "Moments(None, d['mean'], d['var']), or the function of the method, which takes its dict"
+            if isinstance(state, Mapping)
+            else "Moments, such as init_running(shape)"
+        )
+        raise TypeError(f"{name} is a {type(state).__name__}; expected {hint}.")
+    if state.mean.shape != state.var.shape:
+        raise ValueError(
+            f"{name} has a mean of shape {state.mean.shape} and a var of shape {state.var.shape}."
+            " Expected one number of each for a set: equal shapes, as init_running(shape) makes."
+        )
