@@ -124,7 +124,7 @@ def uses(module, other):
 
 CORE = (
     "checks", "axes", "blocks", "groups", "devices", "meshes", "arithmetic", "shared", "xla",
-    "mean_var", "moments", "pooling", "standardize", "normalize", "ghosts", "divisor", "state",
+    "platforms", "mean_var", "moments", "pooling", "standardize", "normalize", "ghosts", "divisor", "state",
     "running", "averages", "sync",
 )  # fmt: skip
 FLOORS = (

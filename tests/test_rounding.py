@@ -19,6 +19,7 @@ from test_capabilities import SHAPE as CALLS_SHAPE
 
 import jaxnorm.nnx
 from jaxnorm import linen, methods, moments, norm
+from jaxnorm._core.platforms import OTHERS
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -31,7 +32,7 @@ def platform(request):
         return
     with pytest.MonkeyPatch.context() as patch:
         for module in ("mean_var", "standardize"):
-            patch.setattr(f"jaxnorm._core.{module}.by_platform", lambda f, *args: f(False, *args))
+            patch.setattr(f"jaxnorm._core.{module}.by_platform", lambda f, *args: f(OTHERS, *args))
         jax.clear_caches()
         yield request.param
     jax.clear_caches()

@@ -8,7 +8,7 @@ JAX's own.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,26 +20,14 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxnorm._core.arithmetic import abs2, counts, divide, scale_by, statistic_dtype
 from jaxnorm._core.axes import Shape
-from jaxnorm._core.blocks import block_sum, elements, spread
+from jaxnorm._core.blocks import block_sum, spread
 from jaxnorm._core.devices import AxisName, all_sum, same_on_all_devices, varying_like
-from jaxnorm._core.xla import (
-    all_true,
-    barrier,
-    by_platform,
-    first_sums,
-    kept_small,
-    to_channels,
-    to_groups,
-)
+from jaxnorm._core.platforms import Platform, by_platform
+from jaxnorm._core.xla import all_true, barrier, kept_small
 
 CANCELLATION = 16.0
 """Sums about c cost the variance at most one digit while (mean - c)^2 <= 16 var; beyond, they are
 taken again about the mean."""
-
-
-SHORT_ROW = 128
-"""Channels in a row up to which XLA:CPU takes the exact second pass faster than it looks whether it
-is needed: positional norm of 16 and 64 channels is 1.7 and 1.2 times faster forward."""
 
 
 FAR = 4096.0
@@ -76,47 +64,49 @@ def _weighed(t: jax.Array, w: jax.Array | None) -> jax.Array:
     return t if w is None or w.dtype == bool else scale_by(t, w)
 
 
-def _totals(sets: Sets, cpu: bool, sums: Sequence[jax.Array]) -> list[jax.Array]:
+def _totals(
+    sets: Sets,
+    sums: Sequence[jax.Array],
+    to_groups: Callable[[jax.Array, Shape], jax.Array] = block_sum,
+) -> list[jax.Array]:
     """Full-size sums to groups and devices. The barrier keeps XLA from joining the two stages into
     one full-size sum."""
     return all_sum(
-        [to_groups(cpu, t, sets.shape) for t in barrier(list(sums))],
+        [to_groups(t, sets.shape) for t in barrier(list(sums))],
         sets.axis_name,
         sets.device_groups,
     )
 
 
 def _square_sum(
-    sets: Sets, cpu: bool, x: jax.Array, w: jax.Array | None, c: jax.Array | None
+    sets: Sets, p: Platform, x: jax.Array, w: jax.Array | None, c: jax.Array | None
 ) -> jax.Array:
     """sum w |x - c|^2 at the resolution of the first sums."""
-    c = None if c is None else to_channels(cpu, c, x.shape)
-    return block_sum(_weighed(abs2(_counted(x, w, c)), w), first_sums(cpu, x.shape, sets.channels))
+    c = None if c is None else p.to_channels(c, x.shape)
+    return block_sum(_weighed(abs2(_counted(x, w, c)), w), p.first_sums(x.shape, sets.channels))
 
 
 def _statistics(
-    sets: Sets, cpu: bool, x: jax.Array, w: jax.Array | None, c: jax.Array | None, n: jax.Array
+    sets: Sets, p: Platform, x: jax.Array, w: jax.Array | None, c: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, ...]:
     """Mean (unless it is fixed) and variance: sums about c, and again about the mean where
     cancellation would show."""
 
     def about(c: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        shift = None if c is None else to_channels(cpu, c, x.shape)
-        first = block_sum(
-            _weighed(_counted(x, w, shift), w), first_sums(cpu, x.shape, sets.channels)
-        )
-        alias = barrier((x, c)) if cpu else (x, c)
-        total, square = _totals(sets, False, [first, _square_sum(sets, cpu, alias[0], w, alias[1])])
+        shift = None if c is None else p.to_channels(c, x.shape)
+        first = block_sum(_weighed(_counted(x, w, shift), w), p.first_sums(x.shape, sets.channels))
+        alias = p.alias((x, c))
+        total, square = _totals(sets, [first, _square_sum(sets, p, alias[0], w, alias[1])])
         e = divide(total, n)
         v = jnp.maximum(divide(square, n) - abs2(e), 0)
         exact = (abs2(e) <= CANCELLATION * v) & jnp.isfinite(v)  # also false where squares overflow
         return e if c is None else c + e, v, exact
 
     if not sets.centered:
-        return (divide(_totals(sets, False, [_square_sum(sets, cpu, x, w, None)])[0], n),)
-    if _are_rows(cpu, x.shape, sets):
-        m, v, exact = _of_rows(cpu, x, w, sets.shape, n)
-        if not cpu:
+        return (divide(_totals(sets, [_square_sum(sets, p, x, w, None)])[0], n),)
+    if _are_rows(p, x.shape, sets):
+        m, v, exact = _of_rows(p, x, w, sets.shape, n)
+        if p.rows_on_chip:
             return m, v
     else:
         m, v, exact = about(c)
@@ -125,24 +115,21 @@ def _statistics(
     return lax.cond(all_true(exact), lambda m: (m, v), lambda m: about(m)[:2], m)
 
 
-def _are_rows(cpu: bool, shape: Shape, sets: Sets) -> bool:
-    """Whether each set is a row of memory, which a cache or a chip still holds at the next read.
+def _are_rows(p: Platform, shape: Shape, sets: Sets) -> bool:
+    """Whether each set is a row of memory that the platform holds from one read to the next.
 
-    On a GPU, where the last axis alone is pooled, one kernel then goes from x to what uses the
-    statistics, and moves x and y alone. Statistics that are kept for the backward pass as well
-    would break that kernel in two, which moves 4.1 times the tensor; sums about `center` move 3.
+    Statistics that are kept for the backward pass as well would break the one kernel of a GPU in
+    two, which moves 4.1 times the tensor; sums about `center` then move 3.
     """
     if sets.kept or sets.axis_name is not None or sets.shape != sets.channels:
         return False
     apart = sum(1 for _ in itertools.takewhile(lambda g: g != 1, sets.shape))
-    if sets.shape != shape[:apart] + (1,) * (len(shape) - apart):
-        return False
-    row = elements(shape, sets.shape)  # no integer where jax.export makes it symbolic
-    return isinstance(row, int) and row <= SHORT_ROW if cpu else apart == len(shape) - 1
+    rows = shape[:apart] + (1,) * (len(shape) - apart)
+    return sets.shape == rows and p.holds_rows(shape, rows)
 
 
 def _of_rows(
-    cpu: bool, x: jax.Array, w: jax.Array | None, shape: Shape, n: jax.Array
+    p: Platform, x: jax.Array, w: jax.Array | None, shape: Shape, n: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean and variance of rows, and where they are exact to rounding.
 
@@ -157,11 +144,11 @@ def _of_rows(
         return divide(block_sum(_weighed(t, w), shape), n)
 
     def about(t: jax.Array, c: jax.Array) -> jax.Array:
-        alias, c = barrier((t, c)) if cpu else (t, c)
+        alias, c = p.alias((t, c))
         return _counted(alias, w, spread(c, x.shape))
 
     m = mean_of(_counted(x, w))
-    if cpu:
+    if not p.rows_on_chip:
         v = mean_of(abs2(about(x, m)))
         return m, v, (abs2(m) <= FAR * v) & jnp.isfinite(v)
     m = m + mean_of(about(x, m))
@@ -188,18 +175,18 @@ def mean_var(
     return by_platform(partial(_statistics, sets), x, w, c, n)
 
 
-def _along_dx(sets, cpu, dx, x, w, m, n):
+def _along_dx(sets, p, dx, x, w, m, n):
     """Derivative of mean and variance along dx: linear in dx, and read backwards the closed form.
 
     dmean = sum w dx / n and dvar = 2 sum w (x - mean) dx / n.
     """
     dx = _weighed(_counted(dx, w), w)
-    x, m = barrier((x, m)) if cpu else (x, m)
-    d = _counted(x, w, None if m is None else to_channels(cpu, m, x.shape))
+    x, m = p.alias((x, m))
+    d = _counted(x, w, None if m is None else p.to_channels(m, x.shape))
     product = d.real * dx.real + d.imag * dx.imag if jnp.iscomplexobj(d) else d * dx
-    shape = first_sums(cpu, x.shape, sets.channels)
+    shape = p.first_sums(x.shape, sets.channels)
     sums = [block_sum(t, shape) for t in ((dx, product) if sets.centered else (product,))]
-    sums = _totals(sets, cpu, sums)
+    sums = _totals(sets, sums, p.to_groups)
     return tuple(divide(s, n) for s in (*sums[:-1], 2 * sums[-1]))
 
 
@@ -217,7 +204,7 @@ def _along_dw(sets, dw, x, w, m, v, n):
     terms = (d, spare) if sets.centered else (spare,)
     return tuple(
         divide(s, n)
-        for s in _totals(sets, False, [block_sum(scale_by(t, dw), sets.channels) for t in terms])
+        for s in _totals(sets, [block_sum(scale_by(t, dw), sets.channels) for t in terms])
     )
 
 

@@ -12,7 +12,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxnorm._core.arithmetic import counts, statistic_dtype
 from jaxnorm._core.axes import Shape
-from jaxnorm._core.xla import barrier, by_first_sums, by_platform, kept_small, to_channels
+from jaxnorm._core.platforms import Platform, by_platform
+from jaxnorm._core.xla import barrier, kept_small
 
 
 @jax.custom_jvp
@@ -32,13 +33,13 @@ def _(primals, tangents):
 
 
 def _coefficients(
-    cpu: bool, shape: Shape, mean: jax.Array, v: jax.Array, g: jax.Array | None
+    p: Platform, shape: Shape, mean: jax.Array, v: jax.Array, g: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """s, a and g of y = (x - s) a g + b, spread over the groups of every axis that is split; g None
     where a carries it."""
     s, a = mean, inverse_root(v).astype(mean.dtype)
     if any(k not in (1, n) for t in (s, a) for n, k in zip(shape, t.shape, strict=True)):
-        s, a = (to_channels(cpu, t, shape) for t in (s, a))
+        s, a = (p.to_channels(t, shape) for t in (s, a))
     if g is not None and any(
         p == q == 1 != n for p, q, n in zip(a.shape, g.shape, shape, strict=True)
     ):
@@ -75,25 +76,26 @@ def standardized(
     return by_platform(partial(_pass, dtype, kept), x, w, mean, v, g, b)
 
 
-def _pass(dtype, kept, cpu, x, w, mean, v, g, b):
-    s, a, g = _coefficients(cpu, x.shape, mean, v, g)
-    if (
-        cpu or kept or g is None
-    ):  # else rows of channels: one kernel on a GPU, from the statistics on
+def _pass(dtype, kept, p, x, w, mean, v, g, b):
+    s, a, g = _coefficients(p, x.shape, mean, v, g)
+    # Rows of channels with a scale go on from their statistics in one kernel on a GPU, which a
+    # barrier would break in two. Everywhere else the pass must not be joined with what made s and
+    # a: XLA would make them again for every element.
+    if kept or g is None or not p.rows_on_chip:
         x, s, a, g, b = barrier((x, s, a, g, b))
     y = _shifted(x, w, s) * a
     y = y if g is None else y * g
     return (y if b is None else y + b).astype(dtype)
 
 
-def _coefficients_along(cpu, shape, primals, tangents):
+def _coefficients_along(p, shape, primals, tangents):
     """`_coefficients`, and their derivative along the tangents that are there; None where there is
     none."""
     live = [i for i, t in enumerate(tangents) if t is not None]
 
     def f(*ts):
         return _coefficients(
-            cpu, shape, *(ts[live.index(i)] if i in live else t for i, t in enumerate(primals))
+            p, shape, *(ts[live.index(i)] if i in live else t for i, t in enumerate(primals))
         )
 
     if not live:
@@ -107,21 +109,21 @@ def _coefficients_along(cpu, shape, primals, tangents):
     )
 
 
-def _along(dtype, cpu, tangents, x, w, mean, v, g):
-    """Derivative of y along the tangents that are there: linear in them, and read backwards the
-    closed form.
+def _along(dtype, p, tangents, x, w, mean, v, g):
+    """Derivative of y along the tangents that are there.
 
-    s and a are made again from the statistics, so that reverse mode keeps x and these.
+        dy = dx a g + (x - s) g da - a g ds + (x - s) a dg + db
 
-    Read backwards each term is a full-size pass over the cotangent: dx, and a sum for each small
-    array. On the CPU each pass gets its own alias of what it reads, tied to the result of the pass
-    before, so that none shares a float32 copy with another; a GPU wants them together.
+    It is linear in the tangents. In reverse mode JAX transposes it: each term becomes one full-size
+    pass over the cotangent, a product for dx and a sum for each small array, which together are the
+    closed form. Reverse mode keeps x and the statistics, from which s and a are made again.
     """
-    tie = barrier if cpu else lambda tree: tree
-    (s, a, g), small = _coefficients_along(cpu, x.shape, (mean, v, g), tangents[1:4])
+    (s, a, g), small = _coefficients_along(p, x.shape, (mean, v, g), tangents[1:4])
     tangents = zip(("dx", "ds", "da", "dg", "db"), (tangents[0], *small, tangents[4]), strict=True)
     tangents = {name: t for name, t in tangents if t is not None}
-    if g is None and w is None and "ds" in tangents:  # the same sum serves s and b
+    # The gradient by s is -a g times the sum of the cotangent, that by b the sum itself. Where a
+    # carries g and nothing is masked, one sum therefore serves both.
+    if g is None and w is None and "ds" in tangents:
         small = -a * tangents.pop("ds")
         tangents["db"] = tangents["db"] + small if "db" in tangents else small
 
@@ -136,15 +138,18 @@ def _along(dtype, cpu, tangents, x, w, mean, v, g):
         "db": lambda t, x, s, a, g: t,
     }
     terms = []
-    x, s, a, g = tie((x, s, a, g))
+    x, s, a, g = p.alias((x, s, a, g))
     for name in [name for name in passes if name in tangents]:
         t = tangents.pop(name)
-        term = passes[name](t if name == "dx" else by_first_sums(cpu, t, x.shape), x, s, a, g)
-        term = jnp.broadcast_to(term, x.shape).astype(dtype) if cpu else term
-        x, s, a, g = tie((x, s, a, g))
-        term, tangents = tie(
-            (term, tangents)
-        )  # apart from x: what is tied to a tangent counts as linear
+        # The tangent of a small array is spread in two steps, so that in reverse mode the sum over
+        # the cotangent is taken in two: at channel resolution, and over groups.
+        term = passes[name](t if name == "dx" else p.by_first_sums(t, x.shape), x, s, a, g)
+        term = p.as_result(term, x.shape, dtype)
+        # On a CPU every pass reads an alias of its own, made after the pass before: otherwise XLA
+        # stores a float32 copy of x that several share. The tangents are tied apart from x,
+        # because JAX takes whatever is tied to a tangent for linear, too.
+        x, s, a, g = p.alias((x, s, a, g))
+        term, tangents = p.alias((term, tangents))
         terms.append(term)
     return jnp.broadcast_to(sum(terms[1:], terms[0]), x.shape).astype(dtype)
 

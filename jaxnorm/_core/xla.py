@@ -1,11 +1,10 @@
-"""What differs by platform, each piece with the measurement that keeps it.
+"""Two primitives that JAX does not have, and a checkpoint: what XLA is told beside the mathematics.
 
-All pieces leave values as they are; they decide which arrays XLA stores and which loops it joins.
+They leave values as they are, and decide which arrays are stored and which loops are joined.
 Measured on XLA:CPU of jaxlib 0.10.2 (time, temporary bytes) and on XLA's compilation for an H200
 (bytes that kernels move).
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,9 +14,6 @@ import jax.numpy as jnp
 from jax import core, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-
-from jaxnorm._core.axes import Shape
-from jaxnorm._core.blocks import block_sum, spread
 
 # lax.optimization_barrier, but derivatives pass through and only linear operands are transposed:
 # from jax 0.11 on the original fails to transpose when some operands are constants. It gives each
@@ -65,85 +61,11 @@ def barrier(tree: Any) -> Any:
     return jax.tree.unflatten(treedef, _barrier.bind(*leaves))
 
 
-def by_platform(f: Callable[..., Any], *args: Any) -> Any:
-    """f(cpu, *args), with cpu known when the program is lowered, not when it is traced."""
-    return lax.platform_dependent(*args, cpu=partial(f, True), default=partial(f, False))
-
-
 @partial(jax.jit, static_argnums=(0, 1))
 def kept_small(f: Callable[..., Any], static: Any, *args: Any) -> Any:
     """f(static, *args), checkpointed: reverse mode keeps the arguments, x and small arrays, not
     what f makes of them.
 
-    Under jit, because outside of it every call would compile the branches of `by_platform` again.
+    Under jit, because outside of it every call would compile the branches of `platforms.by_platform` again.
     """
     return jax.checkpoint(partial(f, static), prevent_cse=False)(*args)
-
-
-def first_sums(cpu: bool, shape: Shape, channels: Shape) -> Shape:
-    """Shape of the sums that are taken at full size, finer than `channels` on a GPU.
-
-    With channels last, XLA gives a sum over everything else one thread block for each 128 channels:
-    16 to 24 blocks on 132 multiprocessors. So examples stay apart and rows are cut until there are
-    two blocks for each and at most 1024 rows to sum; group norm of (8, 64, 64, 320) then moves 8.1
-    times the tensor in a step instead of 16. On the CPU the cut costs 1.6 to 3.9 times the forward
-    pass.
-    """
-    symbolic = not all(isinstance(n, int) for n in shape)  # jax.export
-    if cpu or symbolic or len(shape) < 3 or 0 in shape or channels[-1] != shape[-1]:
-        return channels
-    if math.prod(channels) * 64 > math.prod(shape):
-        return channels
-    blocks, rows = shape[0] * -(-shape[-1] // 128), math.prod(shape[1:-1])
-    cuts = [
-        t
-        for t in range(channels[1], shape[1] + 1, channels[1])
-        if shape[1] % t == 0 and _keeps_shards(t, shape[1])
-    ]
-    cut = next((t for t in cuts if t * blocks >= 264 and rows // t <= 1024), cuts[-1])
-    return (shape[0], cut, *channels[2:])
-
-
-def _keeps_shards(cuts: int, n: int) -> bool:
-    """Whether an axis of n in so many cuts has whole shards in a cut or whole cuts in a shard, for
-    shards a power of two.
-
-    A cut across shards would gather x. Where the axis is sharded is not known when the program is
-    traced.
-    """
-    return (n & -n) % cuts == 0 or cuts % (n & -n) == 0
-
-
-def by_first_sums(cpu: bool, v: jax.Array, shape: Shape) -> jax.Array:
-    """v as it is, through the shape of the first sums: read backwards, its cotangent is summed in
-    two stages."""
-    if not cpu and v.shape[-1] == shape[-1] and v.shape[:-1] != shape[:-1]:
-        v = jnp.broadcast_to(v, first_sums(cpu, shape, v.shape))
-    return spread(barrier(v), shape)
-
-
-def to_groups(cpu: bool, sums: jax.Array, groups: Shape) -> jax.Array:
-    """`block_sum` whose transpose is `to_channels`."""
-    size = sums.shape[-1] // max(groups[-1], 1)
-    if cpu and size not in (1, sums.shape[-1]):
-        ones = jnp.zeros((size, 2), sums.dtype).at[:, 0].set(1)
-        grouped = sums.reshape(*sums.shape[:-1], groups[-1], size)
-        sums = jnp.matmul(grouped, ones, precision="highest")[..., 0]
-    return block_sum(sums, groups)
-
-
-def to_channels(cpu: bool, v: jax.Array, shape: Shape) -> jax.Array:
-    """`spread` over groups of the last axis as a matrix product on the CPU.
-
-    XLA:CPU never fuses a product into the full-size loop, which then reads plain channel vectors
-    instead of dividing every index by the group size: bfloat16 group norm is 1.9 times faster
-    forward, 1.4 times in a step. A second, empty row keeps XLA from turning the product into a
-    broadcast again.
-    """
-    size = shape[-1] // max(v.shape[-1], 1)
-    if cpu and size not in (1, shape[-1]):
-        ones = jnp.zeros((2, size), v.dtype).at[0].set(1)
-        v = jnp.matmul(jnp.stack([v, jnp.zeros_like(v)], -1), ones, precision="highest").reshape(
-            *v.shape[:-1], shape[-1]
-        )
-    return spread(v, shape)
