@@ -123,7 +123,7 @@ def uses(module, other):
 
 
 CORE = (
-    "checks", "axes", "blocks", "groups", "devices", "meshes", "arithmetic", "shared", "xla",
+    "checks", "axes", "blocks", "equations", "groups", "devices", "meshes", "arithmetic", "shared", "xla",
     "platforms", "mean_var", "moments", "pooling", "standardize", "normalize", "ghosts", "divisor", "state",
     "running", "averages", "sync",
 )  # fmt: skip
