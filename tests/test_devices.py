@@ -397,3 +397,63 @@ def test_names_that_are_not_bound():
         with_vmap(lambda x: norm(x, (1, 1, 6), axis_name="i", axis_index_groups=[0, 1])[0])(
             normal(dtype="f4")
         )
+
+
+def of_parts(x, groups=None):
+    """Cross-device batch normalization of each of four devices' part."""
+    return norm(x, methods.batch_norm(), axis_name="i", axis_index_groups=groups)[0]
+
+
+def loss_of(y):
+    return (y**3).sum()
+
+
+def mapped(f):
+    return jax.vmap(f, axis_name="i")
+
+
+ORDERS = {
+    "grad vmap": lambda f: jax.grad(lambda x: loss_of(mapped(f)(x))),
+    "grad jit vmap": lambda f: jax.grad(jax.jit(lambda x: loss_of(mapped(f)(x)))),
+    "jit grad vmap": lambda f: jax.jit(jax.grad(lambda x: loss_of(mapped(f)(x)))),
+    "jit grad jit vmap": lambda f: jax.jit(jax.grad(jax.jit(lambda x: loss_of(mapped(f)(x))))),
+    "grad vmap jit": lambda f: jax.grad(lambda x: loss_of(mapped(jax.jit(f))(x))),
+    "grad jit vmap jit": lambda f: jax.grad(jax.jit(lambda x: loss_of(mapped(jax.jit(f))(x)))),
+    "grad remat jit vmap": lambda f: jax.grad(jax.checkpoint(jax.jit(lambda x: loss_of(mapped(f)(x))))),
+    "grad jit pmap": lambda f: jax.grad(jax.jit(lambda x: loss_of(jax.pmap(f, axis_name="i")(x)))),
+    "jvp jit vmap, reversed": lambda f: (
+        lambda x: jax.linear_transpose(
+            lambda t: jax.jvp(jax.jit(lambda x: loss_of(mapped(f)(x))), (x,), (t,))[1], x
+        )(1.0)[0]
+    ),
+    "vjp jit vmap jit": lambda f: (
+        lambda x: jax.vjp(jax.jit(lambda x: loss_of(mapped(jax.jit(f))(x))), x)[1](1.0)[0]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [None, [[0, 1], [2, 3]]], ids=["all", "groups"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_order_of_gradient_jit_and_map(order, groups):
+    """JAX may take the derivative when the map has been left: see `devices.axes_named`."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2, 3, 6)), jnp.float32)
+
+    def whole(x):
+        parts = x.reshape(1 if groups is None else 2, -1, 3, 6)
+        return jax.vmap(lambda part: norm(part, methods.batch_norm())[0])(parts)
+
+    expected = jax.grad(lambda x: loss_of(whole(x)))(x)
+    found = ORDERS[order](partial(of_parts, groups=groups))(x)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("outer", [jax.grad, jax.hessian], ids=["reverse", "forward over reverse"])
+def test_second_derivatives_outside_of_jit_and_map(outer):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 3)), jnp.float32)
+    of_map = jax.jit(lambda x: loss_of(mapped(of_parts)(x)))
+    of_whole = lambda x: loss_of(norm(x.reshape(4, 3), methods.batch_norm())[0])  # noqa: E731
+    if outer is jax.grad:
+        both = [jax.grad(lambda x, f=f: (jax.grad(f)(x) ** 2).sum()) for f in (of_map, of_whole)]
+    else:
+        both = [jax.hessian(f) for f in (of_map, of_whole)]
+    np.testing.assert_allclose(both[0](x), both[1](x), rtol=1e-3, atol=1e-3)

@@ -6,13 +6,16 @@ set of statistics goes on over the named axis. Under plain `jit` with sharded ar
 named axis: the ordinary sum is already global.
 """
 
+import contextlib
 import operator
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src.core import extend_axis_env_nd
 
 from jaxnorm._core.checks import check_count
 
@@ -86,6 +89,27 @@ def device_count(axis_name: AxisName, groups: tuple[tuple[int, ...], ...] | None
     for name in names_of(axis_name):
         count *= lax.axis_size(name)
     return count
+
+
+def axes_named(axis_name: AxisName, sizes: tuple[int, ...]) -> AbstractContextManager[None]:
+    """A context for a derivative rule, in which collectives know the axes of its function.
+
+    JAX traces the rule of a function inside `vmap(axis_name=...)` when it takes the derivative.
+    With `jax.grad` outside of `jit` outside of the map, the map has been left by then, and a sum
+    over its axis would be refused although the map is applied to the rule. JAX has no public way to
+    say which axes there are; the map, shard_map and pmap say it themselves in all other orders.
+    """
+    missing = [
+        pair for pair in zip(names_of(axis_name), sizes, strict=True) if not _is_named(*pair)
+    ]
+    return extend_axis_env_nd(missing) if missing else contextlib.nullcontext()
+
+
+def _is_named(name: Hashable, size: int) -> bool:
+    try:
+        return lax.axis_size(name) == size
+    except NameError:
+        return False
 
 
 def all_sum(tree: Any, axis_name: AxisName, groups: tuple[tuple[int, ...], ...] | None) -> Any:

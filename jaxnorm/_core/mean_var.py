@@ -21,7 +21,13 @@ from jax.custom_derivatives import SymbolicZero
 from jaxnorm._core.arithmetic import abs2, counts, divide, scale_by, statistic_dtype
 from jaxnorm._core.axes import Shape
 from jaxnorm._core.blocks import block_sum, spread
-from jaxnorm._core.devices import AxisName, all_sum, same_on_all_devices, varying_like
+from jaxnorm._core.devices import (
+    AxisName,
+    all_sum,
+    axes_named,
+    same_on_all_devices,
+    varying_like,
+)
 from jaxnorm._core.platforms import Platform, by_platform
 from jaxnorm._core.xla import all_true, barrier, kept_small
 
@@ -49,6 +55,7 @@ class Sets(NamedTuple):
     centered: bool
     kept: bool  # for the backward pass
     axis_name: AxisName
+    axis_sizes: tuple[int, ...]
     device_groups: tuple[tuple[int, ...], ...] | None
 
 
@@ -209,6 +216,11 @@ def _along_dw(sets, dw, x, w, m, v, n):
 
 
 def _tangent(sets, primals, tangents):
+    with axes_named(sets.axis_name, sets.axis_sizes):
+        return _derivative(sets, primals, tangents)
+
+
+def _derivative(sets, primals, tangents):
     x, wide, w, c, n = primals
     dx, dwide, dw = tangents[:3]
     dx = dx if wide is None else dwide

@@ -123,7 +123,8 @@ def moments(
     device_groups = device_groups_of(axis_name, axis_index_groups)
     channels = channel_resolution(x.shape, shape, axes_of(channel_axis, x.shape))
     axis_name = names_of(axis_name) or None
-    sets = Sets(shape, channels, centered, False, axis_name, device_groups)
+    sizes = tuple(lax.axis_size(name) for name in names_of(axis_name))
+    sets = Sets(shape, channels, centered, False, axis_name, sizes, device_groups)
     real = statistic_dtype(x.dtype, real=True)
     per_set = elements(x.shape, shape)
     if weights is None:
