@@ -178,12 +178,18 @@ def test_what_is_no_state_is_refused():
         sync_running(Moments(None, jnp.zeros(1), jnp.ones(1)), axis_name="j")
 
 
-@pytest.mark.parametrize("devices, size", [(8, 3), (8, 0), (8, 16), (0, 1), (8, -2)])
-def test_groups_that_do_not_divide_are_refused(devices, size):
-    with pytest.raises(
-        ValueError,
-        match=rf"{devices} devices do not split into groups of {size}. Expected a divisor",
-    ):
+@pytest.mark.parametrize(
+    "devices, size, words",
+    [
+        (8, 3, "8 devices do not split into groups of 3. Expected a divisor"),
+        (8, 16, "8 devices do not split into groups of 16. Expected a divisor"),
+        (8, 0, "size is 0; expected an integer of at least 1"),
+        (8, -2, "size is -2; expected an integer of at least 1"),
+        (0, 1, "num_devices is 0; expected an integer of at least 1"),
+    ],
+)
+def test_groups_that_do_not_divide_are_refused(devices, size, words):
+    with pytest.raises(ValueError, match=words):
         device_groups(devices, size=size)
 
 
