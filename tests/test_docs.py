@@ -70,7 +70,9 @@ def links(page):
 def test_links_lead_somewhere(page):
     assert [str(path) for path, _ in links(page) if not path.exists()] == []
     assert [
-        (str(path), anchor) for path, anchor in links(page) if anchor and anchor not in anchors(path)
+        (str(path), anchor)
+        for path, anchor in links(page)
+        if anchor and anchor not in anchors(path)
     ] == []
 
 
