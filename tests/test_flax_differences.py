@@ -22,82 +22,83 @@ import jaxnorm.nnx
 
 DIFFERENCES = {
     "masked-devices": (
-        "Flax averages the means of devices, whatever their masks count, and one device without a"
-        " valid row gives NaN on all; jaxnorm weighs by count."
+        "Flax averages the means of devices, whatever their masks count, and one device without a "
+        "valid row gives NaN on all; jaxnorm weighs by count."
     ),
     "device-groups-checked": (
-        "Flax divides sums over unequal `axis_index_groups` by the size of the first, dies inside"
-        " XLA on incomplete ones, and ignores all without an `axis_name`; jaxnorm raises ValueError."
+        "Flax divides sums over unequal `axis_index_groups` by the size of the first, fails inside "
+        "XLA on incomplete ones, and ignores all without an `axis_name`; jaxnorm raises "
+        "ValueError."
     ),
     "device-groups-everywhere": (
         "Flax has `axis_index_groups` in pmap only; jaxnorm also in vmap and shard_map."
     ),
     "initialize-without-axis": (
-        "Flax's LayerNorm, RMSNorm, GroupNorm and InstanceNorm with `axis_name` cannot be"
-        " initialized outside the map; jaxnorm's can, as both BatchNorms."
+        "Flax's LayerNorm, RMSNorm, GroupNorm and InstanceNorm with `axis_name` cannot be "
+        "initialized outside the map; jaxnorm's can, as both BatchNorms."
     ),
     "large-mean": (
-        "Flax's default variance, E[x^2] - E[x]^2 in float32, is wrong where the mean is large"
-        " beside the standard deviation; jaxnorm's default is right."
+        "Flax's default variance, E[x^2] - E[x]^2 in float32, is wrong where the mean is large "
+        "beside the standard deviation; jaxnorm's default is right."
     ),
     "half-precision-nnx": (
-        "Flax's nnx layers with `dtype=bfloat16` cast x and running statistics to bfloat16 before"
-        " they compute; jaxnorm computes in float32 and casts the output."
+        "Flax's nnx layers with `dtype=bfloat16` cast x and running statistics to bfloat16 before "
+        "they compute; jaxnorm computes in float32 and casts the output."
     ),
     "float32-statistics": (
-        "Flax with `force_float32_reductions=False` computes in half precision; jaxnorm always in"
-        " float32 or wider, the flag says only how running statistics are stored, and an average that"
-        " half precision would stop too early warns."
+        "Flax with `force_float32_reductions=False` computes in half precision; jaxnorm always in "
+        "float32 or wider, the flag says only how running statistics are stored, and an average "
+        "that half precision would stop too early warns."
     ),
     "nnx-group-reduction": (
-        "Flax's nnx GroupNorm takes statistics of the wrong groups with `reduction_axes`, also"
-        " without the channels among them; jaxnorm computes what linen does, and raises."
+        "Flax's nnx GroupNorm takes statistics of the wrong groups with `reduction_axes`, also "
+        "without the channels among them; jaxnorm computes what linen does, and raises."
     ),
     "half-precision-gradients": (
-        "Flax rounds each part of the gradient to float16 before they are added, NaN where x has a"
-        " standard deviation of 1e-3 under a cotangent of 400; jaxnorm adds them in float32 and"
-        " rounds once."
+        "Flax rounds each part of the gradient to float16 before they are added, NaN where x has a "
+        "standard deviation of 1e-3 under a cotangent of 400; jaxnorm adds them in float32 and "
+        "rounds once."
     ),
     "complex-input": (
-        "Flax's running mean of complex x turns from float32 to complex64 at the first update in"
-        " linen and loses its imaginary part in nnx; jaxnorm's is complex from initialization in"
-        " linen, a TypeError in nnx without a complex `dtype`."
+        "Flax's running mean of complex x turns from float32 to complex64 at the first update in "
+        "linen and loses its imaginary part in nnx; jaxnorm's is complex from initialization in "
+        "linen, a TypeError in nnx without a complex `dtype`."
     ),
     "float-masks": (
-        "Flax casts a real mask to bool in linen and refuses it in nnx; jaxnorm takes it for"
-        " weights."
+        "Flax casts a real mask to bool in linen and refuses it in nnx; jaxnorm takes it for "
+        "weights."
     ),
     "group-masks": "Flax's GroupNorm needs masks with all channels; jaxnorm's may broadcast.",
     "nan-in-padding": (
-        "Flax gives NaN outputs and gradients where x is NaN under the mask; jaxnorm gives y ="
-        " bias, and finite gradients everywhere."
+        "Flax gives NaN outputs and gradients where x is NaN under the mask; jaxnorm gives y = "
+        "bias, and finite gradients everywhere."
     ),
     "nothing-to-average": (
-        "Flax stores NaN after an empty mask or batch; jaxnorm leaves running statistics as they"
-        " are."
+        "Flax stores NaN after an empty mask or batch; jaxnorm leaves running statistics as they "
+        "are."
     ),
     "non-finite-batch": (
-        "Flax stores infinity and NaN from a batch that has them; jaxnorm leaves the running"
-        " statistics of these channels as they are."
+        "Flax stores infinity and NaN from a batch that has them; jaxnorm leaves the running "
+        "statistics of these channels as they are."
     ),
     "overflow-in-half-precision": (
-        "Flax stores infinity or NaN for good where a float16 statistic overflows; jaxnorm leaves"
-        " that channel as it is."
+        "Flax stores infinity or NaN for good where a float16 statistic overflows; jaxnorm leaves "
+        "that channel as it is."
     ),
     "average-of-large-means": (
-        "Flax's running mean is off by 0.01 standard deviations at a mean of 10^4 of them, as 0.99 +"
-        " 0.01 is not 1 in float32; jaxnorm averages by differences."
+        "Flax's running mean is off by 0.01 standard deviations at a mean of 10^4 of them, as 0.99 "
+        "+ 0.01 is not 1 in float32; jaxnorm averages by differences."
     ),
     "momentum-checked": (
-        "Flax takes a momentum of -1, 2, NaN or of any shape, which destroys or reshapes running"
-        " statistics; jaxnorm raises ValueError."
+        "Flax takes a momentum of -1, 2, NaN or of any shape, which destroys or reshapes running "
+        "statistics; jaxnorm raises ValueError."
     ),
     "state-dtype": (
         "Flax's running statistics take the dtype of wider x, float64; jaxnorm's keep theirs."
     ),
     "shape-errors": (
-        "Flax fails with a TypeError of broadcasting on another number of channels than the layer"
-        " has; jaxnorm raises a ValueError that names both."
+        "Flax fails with a TypeError of broadcasting on another number of channels than the layer "
+        "has; jaxnorm raises a ValueError that names both."
     ),
 }
 

@@ -138,7 +138,8 @@ def check_rows_of_mean(mean, length, weighted):
     np.testing.assert_allclose(*ys, rtol=0, atol=tolerance)
     m = moments_of_rows(x, weights=weights)
     np.testing.assert_allclose(m.mean[:, 0], exact.mean[:, 0], rtol=4 * EPS, atol=4 * EPS)
-    # x is exact, and so is x - mean near the mean: the variance owes nothing to the size of the mean
+    # x is exact, and so is x - mean near the mean: the variance does not depend on how large the
+    # mean is
     np.testing.assert_allclose(m.var[:, 0], exact.var[:, 0], rtol=64 * EPS)
 
 
