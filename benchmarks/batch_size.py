@@ -1,13 +1,15 @@
 """How accuracy depends on the batch size: the same small network with different normalizations on
 real images.
 
-    python -m benchmarks.batch_size            # BN and BGN at 2, 4 and 32 images per device, and GN: a minute on 2 cores
-    python -m benchmarks.batch_size --full     # seven methods, all batch sizes, 8 seeds: three minutes
-    python -m benchmarks.batch_size --methods evonorm_s0 cross_iteration    # other methods by name
+    python -m benchmarks.batch_size          # BN and BGN at 2, 4 and 32 images per device, and GN
+    python -m benchmarks.batch_size --full   # seven methods, all batch sizes, 8 seeds
+    python -m benchmarks.batch_size --methods evonorm_s0 cross_iteration   # other methods by name
+
+The first takes a minute on 2 cores and the second three.
 
 Prints test accuracies and their paired differences; writes results.json, results.csv and
 batch_size.png. Each cell (a method at a batch size) is written as soon as all its seeds are
-trained, so an interrupted run goes on with --resume.
+trained, so an interrupted run resumes with --resume.
 """
 
 import argparse
@@ -74,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _train(result, _plans(args), args.output, console)
         except KeyboardInterrupt:
             console.print(
-                f"Interrupted. Finished cells, kept in {args.output}: {len(result.cells)}. Go on"
-                " with --resume."
+                f"Interrupted. Finished cells, kept in {args.output}: {len(result.cells)}. Go on "
+                "with --resume."
             )
             return 130
         _write(result, args.output)
@@ -172,25 +174,25 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     args.batch_sizes = sorted(set(args.batch_sizes))
     if args.epochs < 2:
         parser.error(
-            "argument --epochs: expected at least 2, because the first epoch only warms the"
-            " learning rate up"
+            "argument --epochs: expected at least 2, because the first epoch only warms the "
+            "learning rate up"
         )
     if args.train_images > NUM_IMAGES - 2:
         parser.error(
-            f"argument --train-images: there are {NUM_IMAGES} images, and 2 or more are needed for"
-            " evaluation"
+            f"argument --train-images: there are {NUM_IMAGES} images, and 2 or more are needed for "
+            "evaluation"
         )
     for size in args.batch_sizes:
         if args.protocol == "devices" and IMAGES_PER_STEP % size:
             parser.error(
-                f"argument --batch-sizes: {size} does not divide the {IMAGES_PER_STEP} images of a"
-                " step"
+                f"argument --batch-sizes: {size} does not divide the {IMAGES_PER_STEP} images of a "
+                "step"
             )
     for step in {IMAGES_PER_STEP} if args.protocol == "devices" else args.batch_sizes:
         if args.train_images % step:
             parser.error(
-                f"argument --train-images: {args.train_images} is not a multiple of {step} images"
-                " per step"
+                f"argument --train-images: {args.train_images} is not a multiple of {step} images "
+                "per step"
             )
     return args
 
@@ -220,8 +222,8 @@ def _start(parser: argparse.ArgumentParser, args: argparse.Namespace, held: Exit
         return new
     if not args.resume:
         parser.error(
-            f"{args.output} already holds a result: continue it with --resume, replace it with"
-            " --overwrite or choose another folder with --output"
+            f"{args.output} already holds a result: continue it with --resume, replace it with "
+            "--overwrite or choose another folder with --output"
         )
     try:
         old = Result.load(args.output)
@@ -241,8 +243,7 @@ def _version(package: str) -> str:
 
 
 def _plans(args: argparse.Namespace) -> list[Plan]:
-    """The cells asked for: one per batch size, or a single one where the batch size cannot
-    matter."""
+    """The cells asked for: one per batch size, or one alone where the batch size cannot matter."""
     plans = []
     for method in args.methods:
         for size in args.batch_sizes:

@@ -1,13 +1,15 @@
 """How often devices wait for each other in normalization: collectives of a layer and of a step of
 ResNet-50, by library.
 
-    python -m benchmarks.collectives --quick      # layers of all libraries on 8 simulated devices: two minutes on 2 cores
-    python -m benchmarks.collectives              # ResNet-50 too, and compiled for slices of TPUs that are not there
+    python -m benchmarks.collectives --quick  # layers of all libraries on 8 simulated devices
+    python -m benchmarks.collectives          # ResNet-50 too, and slices of TPUs by compilation
+
+The first takes two minutes on 2 cores and the second twenty.
 
 Nothing is run: programs are compiled, and what XLA made of them is read. Prints, and writes as JSON
 and CSV, how many collectives there are, their bytes, and the longest chain in which they depend on
-each other. What that costs on a pod of TPUs is a model, printed and drawn. TPUs need libtpu: pip
-install 'jaxnorm[tpu]'.
+each other. What that costs on a pod of TPUs is a model, printed and drawn. Compiling for TPUs needs
+libtpu, which `pip install 'jaxnorm[tpu]'` installs.
 """
 
 import argparse
@@ -163,8 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.collectives",
         description=(
-            "Counts the collectives of normalization layers and of ResNet-50, on a CPU and compiled"
-            " for TPUs."
+            "Counts the collectives of normalization layers and of ResNet-50, on a CPU and "
+            "compiled for TPUs."
         ),
     )
     add = parser.add_argument
@@ -292,8 +294,7 @@ def _networks(platform: str, norms: Any, contexts: Any) -> list[Job]:
 def _compile(
     jobs: Sequence[Job], results: list[Result], steps: dict[Any, list[Collective]], console: Console
 ) -> None:
-    """Adds the result of each program that there is. What another library cannot compile is
-    noted."""
+    """Adds the result of each program, and notes what another library cannot compile."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -456,8 +457,8 @@ def _print_model(modelled: Modelled, console: Console) -> None:
         table = Table(
             title=f"Collectives of a step of ResNet-50 on TPU {pod}: a model, nothing was run",
             caption=(
-                f"ms one after the other, {pods.LATENCY * 1e6:g} us a hop | MB that a chip sends;"
-                f" groups of {GROUP} chips; gradients included"
+                f"ms one after the other, {pods.LATENCY * 1e6:g} us a hop | MB that a chip sends; "
+                f"groups of {GROUP} chips; gradients included"
             ),
             box=box.SIMPLE_HEAD,
         )

@@ -67,8 +67,8 @@ def read_json(path: Path) -> dict[str, Any]:
         return found
     except ValueError as error:
         raise ValueError(
-            f"{path} is cut or damaged, and was left as it is: {error}. Put a copy in its place, or"
-            " choose another --output."
+            f"{path} is cut or damaged, and was left as it is: {error}. Put a copy in its place, "
+            "or choose another --output."
         ) from error
 
 
@@ -86,8 +86,8 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"another run is writing to {folder}. Wait until it ends, or choose another"
-                " --output."
+                f"another run is writing to {folder}. Wait until it ends, or choose another "
+                "--output."
             ) from error
         except OSError:
             pass  # no locks here

@@ -1,6 +1,6 @@
 """How the cost of normalization grows with the size of x: time per element, which should stay flat.
 
-    python -m benchmarks.growth             # 10^4 to 10^8 elements: about 4 minutes on 2 cores, 3 GB
+    python -m benchmarks.growth  # 10^4 to 10^8 elements: about 4 minutes on 2 cores, 3 GB
     python -m benchmarks.growth --largest 1e7
 
 Grows the batch, the image and the channels in turn, and the number of groups at one size, and

@@ -1,6 +1,6 @@
 """A training step of whole networks with our normalization layers and with Flax's.
 
-    python -m benchmarks.networks                          # ResNet-50 and a U-Net: about 3 minutes on 2 cores
+    python -m benchmarks.networks  # ResNet-50 and a U-Net: about 3 minutes on 2 cores
     python -m benchmarks.networks --networks unet --batch 2 --image 32
 
 The two differ in the module that their norm classes come from, and in nothing else; they start from

@@ -52,8 +52,7 @@ def number(
 
 
 def folder(text: str) -> Path:
-    """An option that is a folder to write to, made and written to now, before anything is
-    measured."""
+    """An option that is a folder to write to, made and tried before anything is measured."""
     try:
         make_folder(Path(text))
     except OSError as error:

@@ -47,8 +47,7 @@ class Pod(NamedTuple):
     cube: int
 
     def hops(self, chips: int) -> int:
-        """Links that a value crosses to the farthest of `chips` chips that form a slice, and
-        back."""
+        """Links that a value crosses to the farthest of `chips` chips of a slice, and back."""
         if chips == 1:
             return 0
         shape = self.shapes[max(chips, min(self.shapes))]
@@ -147,8 +146,8 @@ def rounds(found: Iterable[Collective], devices: int, group: int) -> list[Round]
     always = [one for one in found if not one.conditional]
     if odd := [one for one in always if one.code != "all-reduce" or one.group_size not in names]:
         raise ValueError(
-            f"The model knows all-reduces over all devices, groups of {group} or across them. Got"
-            f" {odd[0]}."
+            f"The model knows all-reduces over all devices, groups of {group} or across them. Got "
+            f"{odd[0]}."
         )
     return [Round(one.bytes, names[one.group_size]) for one in always]
 

@@ -49,27 +49,27 @@ def _print_protocol(console: Console, result: Result) -> None:
     settings = result.settings
     lines = {
         "data": (
-            f"scikit-learn digits, 8x8, shifted by up to one pixel; {settings.train_images} to"
-            " train, the rest halved into validation and test"
+            f"scikit-learn digits, 8x8, shifted by up to one pixel; {settings.train_images} to "
+            "train, the rest halved into validation and test"
         ),
         "network": (
             f"residual, widths {'/'.join(map(str, WIDTHS))}, last feature map {settings.network}"
         ),
         "training": (
-            f"{settings.epochs} epochs of SGD, momentum 0.9, weight decay {WEIGHT_DECAY:g} on"
-            " kernels; learning rate 0.1 per 32 images, one warm-up epoch, then cosine"
+            f"{settings.epochs} epochs of SGD, momentum 0.9, weight decay {WEIGHT_DECAY:g} on "
+            "kernels; learning rate 0.1 per 32 images, one warm-up epoch, then cosine"
         ),
         "protocol": _protocol(settings),
         "seeds": (
-            f"{settings.seeds}; each draws split, initial parameters, order and shifts, the same"
-            " for all methods"
+            f"{settings.seeds}; each draws split, initial parameters, order and shifts, the same "
+            "for all methods"
         ),
     }
     if "batch_group" in result.methods:
         counts = ", ".join(f"b = {size}: {_group_counts(size)}" for size in result.batch_sizes)
         lines["BGN groups"] = (
-            f"largest divisor of C up to C b / {BATCH_ENOUGH}, so C, which is BN, from b ="
-            f" {BATCH_ENOUGH} on ({counts}); our rule, as the paper's could not be read"
+            f"largest divisor of C up to C b / {BATCH_ENOUGH}, so C, which is BN, from b = "
+            f"{BATCH_ENOUGH} on ({counts}); our rule, as the paper's could not be read"
         )
     _print_lines(console, "How it was measured", lines)
 
@@ -77,14 +77,14 @@ def _print_protocol(console: Console, result: Result) -> None:
 def _protocol(settings: Settings) -> str:
     if settings.protocol == "devices":
         return (
-            f"{IMAGES_PER_STEP} images per step over {IMAGES_PER_STEP}/b devices, simulated by"
-            " jax.vmap: statistics and running averages per device, gradients averaged over"
-            f" devices; evaluation uses the running averages (weight of the old value {MOMENTUM}),"
-            " averaged over devices"
+            f"{IMAGES_PER_STEP} images per step over {IMAGES_PER_STEP}/b devices, simulated by "
+            "jax.vmap: statistics and running averages per device, gradients averaged over "
+            f"devices; evaluation uses the running averages (weight of the old value {MOMENTUM}), "
+            "averaged over devices"
         )
     return (
-        "b images per step on one device, so small b means more and smaller steps; evaluation uses"
-        f" the running averages (weight of the old value {MOMENTUM} per step)"
+        "b images per step on one device, so small b means more and smaller steps; evaluation uses "
+        f"the running averages (weight of the old value {MOMENTUM} per step)"
     )
 
 
@@ -144,28 +144,28 @@ def _points(points: Interval) -> str:
 def _print_cautions(console: Console, result: Result) -> None:
     lines = {
         "collapse": (
-            "BatchNorm's collapse at 2 was seen in networks whose last map is 1x1, where its sets"
-            " hold two values, and in no other: compare --network 2x2. It is a harsher regime than"
-            " ImageNet's."
+            "BatchNorm's collapse at 2 was seen in networks whose last map is 1x1, where its sets "
+            "hold two values, and in no other: compare --network 2x2. It is a harsher regime than "
+            "ImageNet's."
         ),
         "failed cells": (
-            "That a cell fails is reproducible, its accuracy is not, to better than tens of points:"
-            " it moves with versions and compiler flags."
+            "That a cell fails is reproducible, its accuracy is not, to better than tens of "
+            "points: it moves with versions and compiler flags."
         ),
         "seeds": "Four settle batch size 2; batch size 4 needs about eight.",
         "tuning": (
-            "None: learning rate and schedule are the same for all methods, and validation accuracy"
-            " chose nothing."
+            "None: learning rate and schedule are the same for all methods, and validation "
+            "accuracy chose nothing."
         ),
         "intervals": (
-            "They cover what a seed draws, not other data or networks; each stands alone, whatever"
-            " their number."
+            "They cover what a seed draws, not other data or networks; each stands alone, whatever "
+            "their number."
         ),
     }
     if "instance" in result.methods:
         lines["InstanceNorm"] = (
-            "It fails trivially on 1x1 maps, where its sets hold one value and its output is its"
-            " bias."
+            "It fails trivially on 1x1 maps, where its sets hold one value and its output is its "
+            "bias."
         )
     _print_lines(console, "Read with care", lines)
 
@@ -202,8 +202,8 @@ def draw(result: Result, path: Path) -> None:
     _draw_scales(axes, [*map(str, sizes), *(["any"] if flat else [])])
     axes.set_xlabel(_size_name(settings))
     axes.set_title(
-        f"Handwritten digits, residual network ending in {settings.network} maps, {settings.epochs}"
-        f" epochs.\nMean of {settings.seeds} seeds (dots) with its 95 % t-interval."
+        "Handwritten digits, residual network ending in "
+        f"{settings.network} maps, {settings.epochs} epochs.\nMean of {settings.seeds} seeds (dots) with its 95 % t-interval."
         + (" Dashed: methods that the batch size does not touch." if flat else ""),
         loc="left",
         fontsize=9,

@@ -12,8 +12,7 @@ WIDTHS: tuple[int, ...] = (12, 24, 48)
 """Channels of the three stages; the stem has those of the first."""
 
 STRIDES = {"1x1": (2, 2, 2), "2x2": (2, 2, 1)}
-"""Strides of the stages, by the size of the last feature map: 8 -> 4 -> 2 -> 1 or 8 -> 4 -> 2 ->
-2."""
+"""Strides of the stages, by the size of the last feature map: 8, 4, 2, 1 or 8, 4, 2, 2."""
 
 
 def patches(x: jax.Array, stride: int) -> jax.Array:

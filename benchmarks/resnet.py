@@ -1,5 +1,4 @@
-"""ResNet-50 and its relatives of other depth and width, with the norm layers chosen from
-outside."""
+"""ResNet-50 and its relatives of other depth and width, with norm layers of the caller's choice."""
 
 from collections.abc import Callable
 from functools import partial

@@ -118,8 +118,7 @@ class Result:
         return [(key, ours[key], theirs.get(key)) for key in ours if ours[key] != theirs.get(key)]
 
     def twin(self, batch_size: int | None, norms: list[str]) -> Cell | None:
-        """A cell trained with these very norms at this batch size, whatever the name of its
-        method."""
+        """A cell trained with these norms at this batch size, whatever its method is called."""
         return next(
             (cell for cell in self.cells if (cell.batch_size, cell.norms) == (batch_size, norms)),
             None,
@@ -189,8 +188,8 @@ class Result:
             return cls(settings, saved["versions"], saved["machine"], cells)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{file} is not a result of this program, and was left as it is:"
-                f" {type(error).__name__}: {error}. Choose another --output."
+                f"{file} is not a result of this program, and was left as it is: "
+                f"{type(error).__name__}: {error}. Choose another --output."
             ) from error
 
     def _json(self) -> str:

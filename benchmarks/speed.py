@@ -559,10 +559,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 CAPTION = (
-    "a / b: forward / step, our time and its ratio to others', below 1 where we are faster;"
-    " temporaries and kept, over the bytes of x: ours / least of the other JAX libraries; compile:"
-    " ours / Flax. Summary: geometric means over shapes, worst ratio to the best JAX library, most"
-    " temporaries and kept of ours."
+    "a / b: forward / step, our time and its ratio to others', below 1 where we are faster; "
+    "temporaries and kept, over the bytes of x: ours / least of the other JAX libraries; compile: "
+    "ours / Flax. Summary: geometric means over shapes, worst ratio to the best JAX library, most "
+    "temporaries and kept of ours."
 )
 
 

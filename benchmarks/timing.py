@@ -60,8 +60,7 @@ class Call(NamedTuple):
 
 
 def restart_with_environment() -> None:
-    """Starts the program again with `ENVIRONMENT`, which takes effect only when a process
-    starts."""
+    """Starts the program again with `ENVIRONMENT`, which takes effect only at the start."""
     if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
         os.execve(sys.executable, sys.orig_argv, os.environ | ENVIRONMENT)
 
@@ -149,8 +148,8 @@ def heading(about: Mapping[str, Any]) -> str:
     """`about` in a line, for titles of tables."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return (
-        f"{about['device']} ({about['cpu_count']} cores), {about['date'][:10]}, commit"
-        f" {about['commit']}; {versions}"
+        f"{about['device']} ({about['cpu_count']} cores), {about['date'][:10]}, commit "
+        f"{about['commit']}; {versions}"
     )
 
 

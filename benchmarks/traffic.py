@@ -1,10 +1,9 @@
 """How many bytes normalization moves through the memory of an H200, by library, counted without
 one.
 
-    python -m benchmarks.traffic --quick               # five shapes in bfloat16: three minutes on 2 cores
-    python -m benchmarks.traffic                       # all shapes, bfloat16 and float32
+    python -m benchmarks.traffic --quick  # five shapes in bfloat16: three minutes on 2 cores
+    python -m benchmarks.traffic          # all shapes, bfloat16 and float32
     python -m benchmarks.traffic --shapes diffusion_32 --methods group --libraries jaxnorm
-    flax.linen
 
 Prints, and writes as JSON and CSV, for the forward pass, for a training step and for inference: the
 bytes that the kernels read and write, in multiples of the normalized tensor; how many kernels there
@@ -275,9 +274,9 @@ def _print(results: Sequence[Result], libraries: Sequence[str], console: Console
     table = Table(
         title=f"{PASSES[results[0].what]}, {results[0].dtype}",
         caption=(
-            "tensors moved | kernels | thread blocks of the smallest grid that reads a whole"
-            f" tensor, red if fewer than {MULTIPROCESSORS}; +: moved besides where the data ask for"
-            " it; bold: fewest bytes"
+            "tensors moved | kernels | thread blocks of the smallest grid that reads a whole "
+            f"tensor, red if fewer than {MULTIPROCESSORS}; +: moved besides where the data ask "
+            "for it; bold: fewest bytes"
         ),
         box=box.SIMPLE_HEAD,
     )

@@ -2,17 +2,18 @@
 one host or many.
 
     python -m benchmarks.train_imagenet --data /data/imagenet --norm group
-    python -m benchmarks.train_imagenet --data /data/imagenet --norm batch --schedule steps
-    --label-smoothing 0
+    python -m benchmarks.train_imagenet --data /data/imagenet --norm batch --schedule steps \\
+        --label-smoothing 0
 
-Writes metrics.jsonl, a line per step and per evaluation, and checkpoints, from which --resume goes
-on as if nothing had happened. The second command is the recipe of Wu & He 2018 (arXiv:1803.08494)
-on 8 devices. With several processes each runs the same command, and all write to the same folder.
+Writes metrics.jsonl, with a line for each step and each evaluation, and checkpoints, from which
+--resume continues as if the run had not been interrupted. The second command is the recipe of Wu &
+He 2018 (arXiv:1803.08494) on 8 devices. With several processes each runs the same command, and all
+write to the same folder.
 
-Each checkpoint has checksums of its files. Where the last one is damaged, --resume moves it into
-the folder damaged/, says so, and goes on from the last intact one; where none is intact it stops.
-What one process cannot go on from, an image that cannot be read or a loss that is not finite, ends
-all of them, without a checkpoint.
+Each checkpoint has checksums of its files. If the last one is damaged, --resume moves it into the
+folder damaged/, says so, and resumes from the last intact one; if none is intact it stops. When one
+process cannot continue, because an image cannot be read or a loss is not finite, all of them end,
+without a checkpoint.
 """
 
 import argparse
@@ -126,17 +127,17 @@ def _connect(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         )
     if not (args.distributed or args.coordinator) and several != (None, None):
         parser.error(
-            "--num-processes and --process-id belong to --coordinator; on a pod --distributed finds"
-            " them"
+            "--num-processes and --process-id belong to --coordinator; on a pod --distributed "
+            "finds them"
         )
     if args.distributed or args.coordinator:
         try:
             jax.distributed.initialize(args.coordinator, *several)
         except (ValueError, RuntimeError) as error:
             parser.error(
-                f"the processes did not find each other: {error} --distributed is for clusters that"
-                " JAX knows, as TPU pods and Slurm; elsewhere give --coordinator, --num-processes"
-                " and --process-id."
+                f"the processes did not find each other: {error} --distributed is for clusters "
+                "that JAX knows, such as TPU pods and Slurm; elsewhere give --coordinator, "
+                "--num-processes and --process-id."
             )
 
 
@@ -185,8 +186,8 @@ def _method(args: argparse.Namespace, images: data.Images) -> Method:
         )
     if not 0 <= args.warmup_epochs < args.epochs:
         raise ValueError(
-            f"--warmup-epochs {args.warmup_epochs:g} is not from 0 to less than --epochs"
-            f" {args.epochs}."
+            f"--warmup-epochs {args.warmup_epochs:g} is not from 0 to less than --epochs "
+            f"{args.epochs}."
         )
     if devices % args.devices_per_norm:
         raise ValueError(
@@ -194,14 +195,14 @@ def _method(args: argparse.Namespace, images: data.Images) -> Method:
         )
     if args.norm in ("ghost_batch", "batch_and_group") and args.batch // devices % args.ghost_size:
         raise ValueError(
-            f"--ghost-size {args.ghost_size} does not divide the {args.batch // devices} images of"
-            " a device."
+            f"--ghost-size {args.ghost_size} does not divide the {args.batch // devices} images of "
+            "a device."
         )
     method = METHODS[args.norm](args.num_groups, args.ghost_size)
     if args.devices_per_norm > 1 and method.groups.batch != 1:
         raise ValueError(
-            "--devices-per-norm is for methods that pool the whole batch, not for --norm"
-            f" {args.norm}."
+            "--devices-per-norm is for methods that pool the whole batch, not for --norm "
+            f"{args.norm}."
         )
     for stage in range(len(args.stages)):
         for channels in (args.width * 2**stage, args.width * 2 ** (stage + 2)):
@@ -243,8 +244,8 @@ def _start(
     if file.exists():
         if not args.resume:
             raise ValueError(
-                f"{args.output} already holds a run: continue it with --resume or choose another"
-                " --output."
+                f"{args.output} already holds a run: continue it with --resume or choose another "
+                "--output."
             )
         old = read_json(file)
         changed = [
@@ -258,8 +259,8 @@ def _start(
             )
     elif folder.exists() or (args.output / "metrics.jsonl").exists():
         raise ValueError(
-            f"{args.output} holds a run without its settings.json. Put a copy there, or choose"
-            " another --output."
+            f"{args.output} holds a run without its settings.json. Put a copy there, or choose "
+            "another --output."
         )
     else:
         write(file, json.dumps(settings, indent=1))
@@ -348,8 +349,8 @@ def _train(
 def _diverged(what: str, step: int, saved: int, args: argparse.Namespace) -> Stop:
     kept = f"The last checkpoint is that of step {saved}" if saved else "There is no checkpoint yet"
     return Stop(
-        f"{what} after step {step}. {kept}, and nothing was saved since. Start again with another"
-        f" --output and a --learning-rate below {args.learning_rate:g} or more --warmup-epochs."
+        f"{what} after step {step}. {kept}, and nothing was saved since. Start again with another "
+        f"--output and a --learning-rate below {args.learning_rate:g} or more --warmup-epochs."
     )
 
 
@@ -468,14 +469,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train_imagenet",
         description=(
-            "Trains a ResNet with any row of the table of methods on ImageNet or on images stored"
-            " like it."
+            "Trains a ResNet with any row of the table of methods on ImageNet or on images stored "
+            "like it."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("data").add_argument
-    add("--data", required=True, metavar="FOLDER", help="with train/ and val/, each with a folder of image files per class, or "
-        "with ArrayRecord files as TFDS writes them; or tfds:NAME")  # fmt: skip
+    add(
+        "--data",
+        required=True,
+        metavar="FOLDER",
+        help="with train/ and val/, each with a folder of image files per class, or with "
+        "ArrayRecord files as TFDS writes them; or tfds:NAME",
+    )
     add("--num-classes", type=positive, metavar="N", help="needed for ArrayRecord files")
     add(
         "--image-size",

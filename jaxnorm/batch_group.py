@@ -114,7 +114,8 @@ def batch_group_norm(
             size.
 
     Example:
-        >>> x = jnp.arange(6.0).reshape(1, 2, 3)  # two positions, three channels; flattened 0, 3, 1, 4, 2, 5
+        >>> # two positions, three channels; flattened 0, 3, 1, 4, 2, 5
+        >>> x = jnp.arange(6.0).reshape(1, 2, 3)
         >>> state = init_batch_group_norm(2, x.shape)
         >>> _, state = batch_group_norm(x, state, train=True, num_groups=2, momentum=0.0)
         >>> (3 * state["mean"]).tolist()
@@ -138,16 +139,16 @@ def batch_group_norm(
         or ("positions" in state) != tied
     ):
         raise ValueError(
-            f"state of {state['mean'].shape[0]} groups, with var of shape {state['var'].shape} and"
-            f" {'with' if 'positions' in state else 'without'} positions, does not fit {num_groups}"
-            f" groups of x of shape {x.shape}. Expected init_batch_group_norm({num_groups},"
-            f" {x.shape})."
+            f"state of {state['mean'].shape[0]} groups, with var of shape {state['var'].shape} and "
+            f"{'with' if 'positions' in state else 'without'} positions, does not fit "
+            f"{num_groups} groups of x of shape {x.shape}. Expected "
+            f"init_batch_group_norm({num_groups}, {x.shape})."
         )
     if tied and state["positions"].shape != positions:
         raise ValueError(
-            f"state that belongs to images of {state['positions'].shape} does not fit x of shape"
-            f" {x.shape}. With {num_groups} groups, which do not divide {channels} channels,"
-            " statistics depend on the position; feed x of that size."
+            f"state that belongs to images of {state['positions'].shape} does not fit x of shape "
+            f"{x.shape}. With {num_groups} groups, which do not divide {channels} channels, "
+            "statistics depend on the position; feed x of that size."
         )
     grid = _grid(num_groups, x.shape, batch, channel)
     if train:
@@ -177,9 +178,9 @@ def _sizes(
     features = x_shape[channel] * math.prod(positions)
     if features % check_count(num_groups, "num_groups") != 0:
         raise ValueError(
-            f"{num_groups} groups do not divide the features of x. Got x of shape {tuple(x_shape)};"
-            f" expected a divisor of {features}, the product of its {x_shape[channel]} channels and"
-            f" positions {positions}."
+            f"{num_groups} groups do not divide the features of x. Got x of shape "
+            f"{tuple(x_shape)}; expected a divisor of {features}, the product of its "
+            f"{x_shape[channel]} channels and positions {positions}."
         )
     return x_shape[channel], positions
 

@@ -56,16 +56,18 @@ def init_cross_iteration(
         ValueError: a window below 1, a kernel that is none, groups that do not divide the channels.
 
     Example:
-        >>> {name: t.shape for name, t in init_cross_iteration((3, 3, 8, 16), window=2).items() if name.startswith("past")}
-        {'past_count': (2,), 'past_mean': (2, 16), 'past_var': (2, 16), 'past_patch': (2, 3, 3, 8, 1),
-         'past_slope': (2, 3, 3, 8, 16)}
+        >>> state = init_cross_iteration((3, 3, 8, 16), window=2)
+        >>> {name: state[name].shape for name in ("past_count", "past_mean", "past_var")}
+        {'past_count': (2,), 'past_mean': (2, 16), 'past_var': (2, 16)}
+        >>> {name: state[name].shape for name in ("past_patch", "past_slope")}
+        {'past_patch': (2, 3, 3, 8, 1), 'past_slope': (2, 3, 3, 8, 16)}
     """
     shape = tuple(kernel_shape)
     if window < 1 or len(shape) < 2 or feature_group_count < 1 or shape[-1] % feature_group_count:
         raise ValueError(
-            f"Got window={window}, feature_group_count={feature_group_count} for a kernel of shape"
-            f" {shape}. Expected a window of 1 or more, a kernel of shape (..., inputs, C), and"
-            " groups that divide C."
+            f"Got window={window}, feature_group_count={feature_group_count} for a kernel of shape "
+            f"{shape}. Expected a window of 1 or more, a kernel of shape (..., inputs, C), and "
+            "groups that divide C."
         )
     return {
         "mean": jnp.zeros(shape[-1], jnp.float32),
@@ -98,12 +100,16 @@ def cross_iteration_norm(
     With m and v the mean and variance of batch t in the window, W_t its kernel and W the present
     one, the first-order change of m and of the mean square m^2 + v along rho (W - W_t) makes
 
-        m' = m + rho d,    v' = max(v + rho e - (rho d)^2, 0),    d = <dm/dW, W - W_t>,    e = <dv/dW, W - W_t>
+        d = <dm/dW, W - W_t>,    e = <dv/dW, W - W_t>
+        m' = m + rho d,    v' = max(v + rho e - (rho d)^2, 0)
 
-    These are pooled with the present batch's, weighed by count: mean = sum n m' / sum n, var = sum
-    n (v' + (m' - mean)^2) / sum n. Gradients flow through the present batch alone. No old kernel is
-    kept: y is linear in W, so that <dm/dW, W_t> = m and <dv/dW, W_t> = 2 v. d is exact for fixed
-    inputs; v' is never more than what the old inputs give under W.
+    These are pooled with those of the present batch, weighted by count:
+
+        mean = sum n m' / sum n,    var = sum n (v' + (m' - mean)^2) / sum n
+
+    Gradients flow through the present batch alone. No old kernel is kept: y is linear in W, so that
+    <dm/dW, W_t> = m and <dv/dW, W_t> = 2 v. d is exact for fixed inputs; v' is never more than what
+    the old inputs give under W.
 
     With rho = 0 the old statistics are pooled as they are; with window = 0, which is how training
     begins, this is batch normalization. While the kernel does not change, as in gradient
@@ -142,7 +148,9 @@ def cross_iteration_norm(
         >>> kernel, state = jnp.ones((1, 1)), init_cross_iteration((1, 1))
         >>> for inputs in (jnp.array([[0.0], [2.0]]), jnp.array([[4.0], [6.0]])):
         ...     y = inputs @ kernel
-        ...     z, state = cross_iteration_norm(y, state, train=True, inputs=inputs, kernel=kernel, epsilon=0.0)
+        ...     z, state = cross_iteration_norm(
+        ...         y, state, train=True, inputs=inputs, kernel=kernel, epsilon=0.0
+        ...     )
         >>> (z * jnp.sqrt(5.0)).round(5).tolist()  # mean 3 and variance 5 of both batches
         [[1.0], [3.0]]
 
@@ -318,16 +326,16 @@ def _check(
         or shape[-2] * groups != inputs.shape[channel]
     ):
         raise ValueError(
-            f"state is that of a kernel of shape {shape} in {groups} groups: {shape[-2] * groups}"
-            f" channels in, {shape[-1]} out. Got a kernel of shape {kernel.shape}, inputs of shape"
-            f" {inputs.shape}, y of shape {y.shape} with channel_axis={channel_axis}. Expected the"
-            " state that init_cross_iteration makes for this kernel."
+            f"state is that of a kernel of shape {shape} in {groups} groups: {shape[-2] * groups} "
+            f"channels in, {shape[-1]} out. Got a kernel of shape {kernel.shape}, inputs of shape "
+            f"{inputs.shape}, y of shape {y.shape} with channel_axis={channel_axis}. Expected the "
+            "state that init_cross_iteration makes for this kernel."
         )
     if weights is not None and as_weights(weights, y).shape[channel] != 1:
         raise ValueError(
-            f"weights of shape {jnp.shape(weights)} differ between the channels of y, shape"
-            f" {y.shape}. Expected size 1 on axis {channel_axis}: all channels of cross-iteration"
-            " statistics have the same input patches."
+            f"weights of shape {jnp.shape(weights)} differ between the channels of y, shape "
+            f"{y.shape}. Expected size 1 on axis {channel_axis}: all channels of cross-iteration "
+            "statistics have the same input patches."
         )
 
 
@@ -337,8 +345,7 @@ def cross_iteration_window(
     """How many batches before this one to pool with, while training begins.
 
     In two stages, batch normalization for `burn_in` steps, then the batches since: min(max(step -
-    burn_in, 0), window). Or
-    growing: floor(window min(step / burn_in, 1)).
+    burn_in, 0), window). Or growing: floor(window min(step / burn_in, 1)).
 
     Args:
         step: number of the training step, from 0; a number or traced scalar.

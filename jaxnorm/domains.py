@@ -96,7 +96,14 @@ def domain_batch_norm(
     Example:
         >>> x = jnp.array([[0.0], [2.0], [10.0], [14.0]])
         >>> domain = jnp.array([0, 0, 2, 2])
-        >>> y, state = domain_batch_norm(x, init_domain_batch_norm(1, 3), train=True, domain=domain, momentum=0.5, epsilon=0.0)
+        >>> y, state = domain_batch_norm(
+        ...     x,
+        ...     init_domain_batch_norm(1, 3),
+        ...     train=True,
+        ...     domain=domain,
+        ...     momentum=0.5,
+        ...     epsilon=0.0,
+        ... )
         >>> y.ravel().tolist(), state["mean"].ravel().tolist()
         ([-1.0, 1.0, -1.0, 1.0], [0.5, 0.0, 6.0])
 
@@ -177,9 +184,10 @@ def domain_distance(
 def domain_weights(distances: Any, *, exponent: ArrayLike = 1.0) -> jax.Array:
     """How much each domain counts for each example: inversely to its distance.
 
-        w_d = D_d^-exponent / sum_d D_d^-exponent,    D_d the sum over layers of the distances to domain d
+        w_d = D_d^-exponent / sum_d D_d^-exponent
 
-    An example at distance 0 of some domains counts them alone.
+    with D_d the sum of the distances to domain d over all layers. An example at distance 0 of some
+    domains counts them alone.
 
     Args:
         distances: one array (D, N), or a tree of them, one for each layer, which are added up.
@@ -202,8 +210,8 @@ def domain_weights(distances: Any, *, exponent: ArrayLike = 1.0) -> jax.Array:
     leaves: list[jax.Array] = jax.tree.leaves(distances)
     if not leaves:
         raise ValueError(
-            "there are no distances. Expected an array (D, N) or a tree of them, such as the layers"
-            " store when the collection 'distances' is mutable."
+            "there are no distances. Expected an array (D, N) or a tree of them, such as the "
+            "layers store when the collection 'distances' is mutable."
         )
     total = functools.reduce(operator.add, leaves)
     nearest = total.min(0, keepdims=True)
@@ -255,8 +263,8 @@ def domain_ensemble(
     def average(t: jax.Array) -> jax.Array:
         if not jnp.issubdtype(t.dtype, jnp.inexact):
             raise TypeError(
-                f"forward returns {t.dtype}. Expected floating or complex outputs to average, such"
-                " as probabilities."
+                f"forward returns {t.dtype}. Expected floating or complex outputs to average, such "
+                "as probabilities."
             )
         return (weights.astype(t.dtype).reshape(*weights.shape, *(1 for _ in t.shape[2:])) * t).sum(
             0
@@ -270,14 +278,14 @@ def _labels(domain: ArrayLike, x: jax.Array, batch_axis: int) -> jax.Array:
     domain = jnp.asarray(domain)
     if not jnp.issubdtype(domain.dtype, jnp.integer):
         raise TypeError(
-            f"domain is the number of a domain. Got {domain.dtype}, shape {domain.shape}; expected"
-            " integers."
+            f"domain is the number of a domain. Got {domain.dtype}, shape {domain.shape}; expected "
+            "integers."
         )
     examples = x.shape[single_axis(batch_axis, x.shape)]
     if domain.shape not in ((), (examples,)):
         raise ValueError(
-            f"domain has shape {domain.shape}, and x of shape {x.shape} has {examples} examples."
-            f" Expected (), one domain for the batch, or ({examples},), one for each example."
+            f"domain has shape {domain.shape}, and x of shape {x.shape} has {examples} examples. "
+            f"Expected (), one domain for the batch, or ({examples},), one for each example."
         )
     return domain
 

@@ -87,8 +87,11 @@ def evonorm_b0(
             outside 0 to 1, an epsilon below 0.
 
     Example:
-        >>> x = jnp.array([[[1.0], [3.0]], [[-1.0], [-3.0]]])  # the batch's variance is 5, each example's 1
-        >>> y, state = evonorm_b0(x, init_evonorm_b0(1), train=True, v=jnp.ones(1), momentum=0.5, epsilon=0.0)
+        >>> # the variance of the batch is 5, that of each example 1
+        >>> x = jnp.array([[[1.0], [3.0]], [[-1.0], [-3.0]]])
+        >>> y, state = evonorm_b0(
+        ...     x, init_evonorm_b0(1), train=True, v=jnp.ones(1), momentum=0.5, epsilon=0.0
+        ... )
         >>> y[0].tolist(), state["var"].tolist()  # 1 / sqrt(5) and 3 / 4
         ([[0.447...], [0.75]], [3.0])
 
@@ -164,9 +167,9 @@ def evonorm_s0(
     if channels % check_count(num_groups, "num_groups") != 0:
         lower = max(n for n in range(1, num_groups) if channels % n == 0)
         raise ValueError(
-            f"num_groups={num_groups} does not divide the {channels} channels of x, which has shape"
-            f" {x.shape}. Expected a divisor: pass num_groups={lower}, to which the authors' code"
-            " would lower it."
+            f"num_groups={num_groups} does not divide the {channels} channels of x, which has "
+            f"shape {x.shape}. Expected a divisor: pass num_groups={lower}, to which the authors' "
+            "code would lower it."
         )
     m = measured(x, methods.group_norm(num_groups), **options)
 

@@ -60,7 +60,9 @@ def fold(
     Example:
         >>> import jax.numpy as jnp
         >>> running = Moments(None, jnp.array([1.0]), jnp.array([4.0]))
-        >>> kernel, bias = fold(jnp.array([[2.0]]), None, running, scale=jnp.array([3.0]), epsilon=0.0)
+        >>> kernel, bias = fold(
+        ...     jnp.array([[2.0]]), None, running, scale=jnp.array([3.0]), epsilon=0.0
+        ... )
         >>> kernel.tolist(), bias.tolist()
         ([[3.0]], [-1.5])
 
@@ -74,9 +76,9 @@ def fold(
     channels, wide = kernel.shape[axis], statistic_dtype(kernel.dtype)
     if not fits(running.mean.shape, channels):
         raise ValueError(
-            f"running statistics of shape {running.mean.shape} do not fit {channels} output"
-            f" channels of a kernel of shape {kernel.shape}. Expected one for each channel or group"
-            " of channels."
+            f"running statistics of shape {running.mean.shape} do not fit {channels} output "
+            f"channels of a kernel of shape {kernel.shape}. Expected one for each channel or "
+            "group of channels."
         )
 
     def of_channels(t: ArrayLike | None, default: float, name: str) -> jax.Array:
@@ -84,8 +86,8 @@ def fold(
             return jnp.full(channels, default, wide)
         if jnp.shape(t) != (channels,):
             raise ValueError(
-                f"{name} has shape {jnp.shape(t)}. Expected ({channels},), one number for each"
-                f" output channel of a kernel of shape {kernel.shape}."
+                f"{name} has shape {jnp.shape(t)}. Expected ({channels},), one number for each "
+                f"output channel of a kernel of shape {kernel.shape}."
             )
         return jnp.asarray(t).astype(wide)
 
@@ -134,8 +136,7 @@ def pairs(program: Any) -> dict[str, str]:
 
 
 def uses(program: Any) -> list[int]:
-    """How many operations and outputs take each input of a program, also inside of its
-    operations."""
+    """How many operations and outputs take each input of a program, nested ones included."""
     return [_uses(program.jaxpr, v) for v in program.jaxpr.invars]
 
 

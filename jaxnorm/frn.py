@@ -23,7 +23,8 @@ def filter_response_norm(
 ) -> jax.Array:
     """Divide each channel of each example by its root mean square, then threshold it.
 
-        y = x / sqrt(mean_hw(x^2) + epsilon + |learned_epsilon|) * scale + bias,    max(y, threshold)
+        y = x / sqrt(mean_hw(x^2) + epsilon + |learned_epsilon|) * scale + bias
+        output = max(y, threshold)
 
     Threshold and the layer's normalization together keep x and small arrays for the backward pass.
     Nothing depends on other examples, in training or inference. Without a threshold it is `norm`
@@ -61,14 +62,15 @@ def filter_response_norm(
     x = real(x, "filter_response_norm")
     if threshold is None and slope is not None:
         raise ValueError(
-            "slope is that of the affine thresholded linear unit. Got threshold=None; expected one,"
-            " (C,)."
+            "slope is that of the affine thresholded linear unit. Got threshold=None; expected "
+            "one, (C,)."
         )
     wide = statistic_dtype(x.dtype)
     check_epsilon(epsilon)
     if learned_epsilon is not None:
         check_number(learned_epsilon, "learned_epsilon")
-        epsilon = jnp.abs(jnp.asarray(learned_epsilon, wide)) + jnp.asarray(epsilon, wide)  # type: ignore[assignment]
+        learned = jnp.abs(jnp.asarray(learned_epsilon, wide))
+        epsilon = learned + jnp.asarray(epsilon, wide)  # type: ignore[assignment]
     if threshold is not None:
         after, dtype = options.get("activation"), output_dtype(x, options)
 

@@ -121,7 +121,9 @@ def group_norm_plus(
     Example:
         >>> x = jnp.array([[0.0, 2.0], [6.0, 4.0]])
         >>> state = init_group_norm_plus(x.shape)
-        >>> y, state = group_norm_plus(x, state, train=True, num_groups=1, momentum=0.5, epsilon=0.0)
+        >>> y, state = group_norm_plus(
+        ...     x, state, train=True, num_groups=1, momentum=0.5, epsilon=0.0
+        ... )
         >>> y.tolist(), state["var"].tolist()  # z is -1 and 1, then 1 and -1, and so is u
         ([[-1.0, 1.0], [1.0, -1.0]], [1.0, 1.0])
 
@@ -147,7 +149,8 @@ def group_norm_plus(
         return with_divisor(m, epsilon, correction=correction, epsilon_outside=epsilon_outside)
 
     m = divisors(measured(x, methods.group_norm(num_groups), **per_device(options)))
-    bare: Options = options | {"scale": None, "bias": None, "activation": None, "dtype": wide}  # type: ignore[assignment]
+    plain = {"scale": None, "bias": None, "activation": None, "dtype": wide}
+    bare: Options = options | plain  # type: ignore[assignment]
     z = applied(x, m, 0.0, **bare)
     weights = options.get("weights")
     if weights is not None:  # what does not count must not come back as a number

@@ -39,7 +39,8 @@ def weigh_example(
     With alpha the weight, M and V the running moments of a set, and m and v the example's own over
     the same set,
 
-        mean = (1 - alpha) M + alpha m,    var = (1 - alpha) V + alpha v + alpha (1 - alpha) |m - M|^2,
+        mean = (1 - alpha) M + alpha m,
+        var = (1 - alpha) V + alpha v + alpha (1 - alpha) |m - M|^2,
 
     which is `merge` with counts 1 - alpha and alpha. alpha = 0 is plain inference, alpha = 1 uses
     the example alone: instance norm in place of batch norm, group norm in place of batch group
@@ -54,8 +55,8 @@ def weigh_example(
             channels, are pooled, each with equal weight.
         groups: the method of training; its batch number does not matter.
         example_weight: alpha, from 0 to 1, a number or a traced scalar. The value of a traced one
-            is not looked at: outside of 0 to 1 the formula is extrapolated, and the variance may
-            be negative.
+            is not looked at: outside of 0 to 1 the formula is extrapolated, and the variance may be
+            negative.
         weights: how much each element of x counts in the example's own moments. An example without
             any gets the running ones.
         batch_axis: axis of the examples.
@@ -73,7 +74,8 @@ def weigh_example(
         >>> import jax.numpy as jnp
         >>> from jaxnorm import init_running, methods, running_moments
         >>> x = jnp.array([[4.0], [0.0]])
-        >>> running = running_moments(init_running((1,)), methods.batch_norm(), x.shape)  # mean 0, variance 1
+        >>> state = init_running((1,))  # mean 0, variance 1
+        >>> running = running_moments(state, methods.batch_norm(), x.shape)
         >>> m = weigh_example(x, running, methods.batch_norm(), example_weight=0.25)
         >>> m.mean.tolist(), m.var.tolist()
         ([[1.0], [0.0]], [[3.75], [0.75]])
@@ -92,8 +94,8 @@ def weigh_example(
     known = pooled_to(running, shape, batch_axis)
     if jnp.iscomplexobj(known.mean) and not jnp.iscomplexobj(own.mean):
         raise TypeError(
-            f"running.mean is complex ({known.mean.dtype}) and x is {x.dtype}. Expected both real,"
-            " or x complex."
+            f"running.mean is complex ({known.mean.dtype}) and x is {x.dtype}. Expected both real, "
+            "or x complex."
         )
     alpha = jnp.where(own.count > 0, alpha.astype(own.var.dtype), 0)
     mean, var = known.mean.astype(own.mean.dtype), known.var.astype(own.var.dtype)
@@ -143,15 +145,17 @@ def adapt_moments(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> running, batch = (Moments(jnp.ones((1, 1)), jnp.full((1, 1), t), jnp.ones((1, 1))) for t in (0.0, 4.0))
+        >>> running, batch = (
+        ...     Moments(jnp.ones((1, 1)), jnp.full((1, 1), t), jnp.ones((1, 1))) for t in (0.0, 4.0)
+        ... )
         >>> adapt_moments(running, batch, source_size=48, size=16).mean.tolist()
         [[1.0]]
 
     Reference:
         Improving robustness against common corruptions by covariate shift adaptation, 2020,
         arXiv:2006.16971. The definition was read in the authors' code, whose `prior` is N / (N +
-        n). N = 0: Evaluating Prediction-Time Batch Normalization for Robustness under
-        Covariate Shift, 2020, arXiv:2006.10963.
+        n). N = 0: Evaluating Prediction-Time Batch Normalization for Robustness under Covariate
+        Shift, 2020, arXiv:2006.10963.
     """
     check_number(source_size, "source_size", at_least=0)
     if size is not None:
@@ -183,9 +187,9 @@ def pooled_to(running: Moments, shape: Shape, batch_axis: int = 0) -> Moments:
     stays of size 1."""
     if running.mean.ndim != len(shape) or running.mean.shape[single_axis(batch_axis, shape)] != 1:
         raise ValueError(
-            f"running moments of shape {running.mean.shape} do not serve statistics of shape"
-            f" {shape}. Expected the statistic's shape with 1 for the batch, as"
-            " running_moments(state, groups, x.shape) returns."
+            f"running moments of shape {running.mean.shape} do not serve statistics of shape "
+            f"{shape}. Expected the statistic's shape with 1 for the batch, as "
+            "running_moments(state, groups, x.shape) returns."
         )
     batch = single_axis(batch_axis, shape)
     coarse = tuple(1 if i == batch else g for i, g in enumerate(shape))
@@ -256,8 +260,8 @@ def choose_example_weight(
     if alphas is None:
         if examples is None or not examples >= 1:
             raise ValueError(
-                f"Got alphas=None and examples={examples}; expected the weights to try, or the B of"
-                " 1/B."
+                f"Got alphas=None and examples={examples}; expected the weights to try, or the B "
+                "of 1/B."
             )
         alphas = [i / (2 * examples) for i in range(10) if i <= 2 * examples]
     alphas = tuple(sorted(float(alpha) for alpha in alphas))
@@ -270,15 +274,15 @@ def choose_example_weight(
         counts += [float(np.asarray(count)) for _, count in found]
     if not counts.size or not (counts > 0).all():
         raise ValueError(
-            f"nothing to choose by. Got {len(alphas)} weights, counts {counts.tolist()}; expected"
-            " some of both."
+            f"nothing to choose by. Got {len(alphas)} weights, counts {counts.tolist()}; expected "
+            "some of both."
         )
     values = totals / counts
     finite = np.isfinite(values)
     if not finite.any():
         raise ValueError(
-            f"nothing to choose by. Got values {values.tolist()} for {alphas}; expected one that is"
-            " finite."
+            f"nothing to choose by. Got values {values.tolist()} for {alphas}; expected one that "
+            "is finite."
         )
     best = int(np.argmax(np.where(finite, values if maximize else -values, -np.inf)))
     return ExampleWeights(alphas, tuple(values.tolist()), alphas[best])

@@ -51,8 +51,8 @@ def init_memorized_batch_norm(num_channels: int, memory_size: int) -> State:
     """
     if memory_size < 1:
         raise ValueError(
-            f"inference needs a remembered batch. Got memory_size={memory_size}; expected 1 or"
-            " more."
+            f"inference needs a remembered batch. Got memory_size={memory_size}; expected 1 or "
+            "more."
         )
     shape = (memory_size, num_channels)
     return {
@@ -75,8 +75,8 @@ def memorized_batch_norm(
     """Batch normalization with a weighted combination of the last K batches' statistics and the
     batch's own.
 
-        mean = sum_i a_i mean_i,    var = sum_i a_i (var_i + (mean_i - mean)^2),    y = (x - mean) / sqrt(var + epsilon) *
-        scale + bias
+        mean = sum_i a_i mean_i,    var = sum_i a_i (var_i + (mean_i - mean)^2)
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
     over the batches that are remembered and, in training, this one; a_i are the weights, divided by
     the sum of those in use. "blend" leaves out (mean_i - mean)^2. Remembered statistics are
@@ -110,21 +110,22 @@ def memorized_batch_norm(
         >>> state = init_memorized_batch_norm(1, 1)
         >>> for value in (0.0, 2.0):
         ...     x = jnp.array([[value - 1], [value + 1]])
-        ...     y, state = memorized_batch_norm(x, state, train=True, memory_weights=[0.5, 0.5], epsilon=0.0)
+        ...     y, state = memorized_batch_norm(
+        ...         x, state, train=True, memory_weights=[0.5, 0.5], epsilon=0.0
+        ...     )
         >>> y.tolist(), state["mean"].tolist()  # mean 1, variance 1 + 1
         ([[0.0], [1.414...]], [[2.0]])
 
     Reference:
         Double Forward Propagation for Memorized Batch Normalization, 2020, arXiv:2010.04947. A
-        reconstruction from
-        summaries: see the module.
+        reconstruction from summaries: see the module.
     """
     check_flag(train, "train")
     x = real(x, "memorized_batch_norm")
     if variance not in ("pool", "blend"):
         raise ValueError(
-            f"variances are combined in two ways. Got variance={variance!r}; expected 'pool' or"
-            " 'blend'."
+            f"variances are combined in two ways. Got variance={variance!r}; expected 'pool' or "
+            "'blend'."
         )
     check_state(state, "memorized_batch_norm", mean=2, var=2, count=1)
     channel_axis = options.get("channel_axis", -1)
@@ -136,9 +137,9 @@ def memorized_batch_norm(
     weights = jnp.asarray(memory_weights, var.dtype)
     if weights.shape != (size + 1,):
         raise ValueError(
-            f"memory_weights has shape {weights.shape}, and the state remembers {size} batches."
-            f" Expected ({size + 1},): one weight for each of them, oldest first, and one for the"
-            " batch itself."
+            f"memory_weights has shape {weights.shape}, and the state remembers {size} batches. "
+            f"Expected ({size + 1},): one weight for each of them, oldest first, and one for the "
+            "batch itself."
         )
     if not isinstance(memory_weights, jax.Array):
         memory_weights = np.asarray(memory_weights)
@@ -193,10 +194,14 @@ def double_forward(
 
     Example:
         >>> def loss(params, state, x):
-        ...     y, state = memorized_batch_norm(params * x, state, train=True, memory_weights=[0.5, 0.5])
+        ...     y, state = memorized_batch_norm(
+        ...         params * x, state, train=True, memory_weights=[0.5, 0.5]
+        ...     )
         ...     return jnp.sum(y**4), state
         >>> step = double_forward(loss, lambda gradients, _, params: (params + 1, None))
-        >>> params, _, state, value = step(jnp.ones(()), None, init_memorized_batch_norm(1, 1), jnp.array([[0.0], [2.0]]))
+        >>> params, _, state, value = step(
+        ...     jnp.ones(()), None, init_memorized_batch_norm(1, 1), jnp.array([[0.0], [2.0]])
+        ... )
         >>> state["mean"].tolist()  # of 2 x
         [[2.0]]
 

@@ -290,11 +290,11 @@ def batch_group_norm(
         parts = max(parts // spatial[-1], 1)
     if rest or math.prod(spatial) * x_shape[channel] != num_groups:
         raise ValueError(
-            f"{num_groups} groups of x of shape {tuple(x_shape)} are not whole parts of every"
-            f" channel. Expected a divisor of the {x_shape[channel]} channels, or"
-            f" {x_shape[channel]} times a divisor of the rows, or {x_shape[channel]} times the rows"
-            " times a divisor of the columns; batch_group.batch_group_norm and the layers"
-            " BatchGroupNorm take any divisor of all features."
+            f"{num_groups} groups of x of shape {tuple(x_shape)} are not whole parts of every "
+            f"channel. Expected a divisor of the {x_shape[channel]} channels, or "
+            f"{x_shape[channel]} times a divisor of the rows, or {x_shape[channel]} times the "
+            "rows times a divisor of the columns; batch_group.batch_group_norm and the layers "
+            "BatchGroupNorm take any divisor of all features."
         )
     return Method(Groups(batch=1, spatial=tuple(spatial), channel=EACH))
 
@@ -452,9 +452,9 @@ def standardize_kernel(
     fan_in = kernel.size // max(kernel.shape[-1], 1)
     if kernel.ndim < 2 or fan_in < 2:
         raise ValueError(
-            f"a kernel of shape {kernel.shape} has {fan_in if kernel.ndim > 1 else 1} weight for"
-            " each output channel, which standardizes to 0. Expected (..., inputs, outputs) with"
-            " two or more weights an output; leave this layer out."
+            f"a kernel of shape {kernel.shape} has {fan_in if kernel.ndim > 1 else 1} weight for "
+            "each output channel, which standardizes to 0. Expected (..., inputs, outputs) with "
+            "two or more weights an output; leave this layer out."
         )
     m = moments(kernel, weight_standardization())
     m = with_divisor(m, epsilon, correction=correction, epsilon_outside=epsilon_outside)
@@ -467,7 +467,8 @@ def _one_of(count: int | None, size: int | None, count_name: str, size_name: str
     """A number of groups or their size, whichever is given."""
     if (count is None) == (size is None):
         raise ValueError(
-            f"Got {count_name}={count} and {size_name}={size}; expected exactly one of the two: the"
-            " number of groups, or the size of each."
+            f"Got {count_name}={count} and {size_name}={size}; expected exactly one of the two: "
+            "the number of groups, or the size of each."
         )
-    return Size(size) if size is not None else count  # type: ignore[return-value]  # one of them is not None
+    # one of them is not None
+    return Size(size) if size is not None else count  # type: ignore[return-value]

@@ -46,7 +46,8 @@ def momentum_batch_norm(
     """Batch normalization with the batch blended into the running statistics first, so that small
     batches vary less.
 
-        train_mean <- lambda train_mean + (1 - lambda) mean,    train_var <- lambda train_var + (1 - lambda) var,
+        train_mean <- lambda train_mean + (1 - lambda) mean
+        train_var <- lambda train_var + (1 - lambda) var
         y = (x - train_mean) / sqrt(train_var + epsilon) * scale + bias
 
     with the values just updated, through which the batch keeps 1 - lambda of its gradient; old
@@ -76,7 +77,9 @@ def momentum_batch_norm(
 
     Example:
         >>> x = jnp.array([[0.0], [4.0]])
-        >>> y, state = momentum_batch_norm(x, init_momentum_batch_norm(1), train=True, train_momentum=0.5, epsilon=0.0)
+        >>> y, state = momentum_batch_norm(
+        ...     x, init_momentum_batch_norm(1), train=True, train_momentum=0.5, epsilon=0.0
+        ... )
         >>> state["train_mean"].tolist(), state["train_var"].tolist()
         ([1.0], [2.5])
 
@@ -93,9 +96,9 @@ def momentum_batch_norm(
         return applied(x, recalled(state, x, channel_axis), epsilon, **options), state
     if train_momentum is None:
         raise ValueError(
-            "training needs the weight of the old training statistics. Got train_momentum=None;"
-            " expected 0 (batch normalization) to 1, for example train_momentum_schedule(epoch,"
-            " epochs=200, batch_size=4)."
+            "training needs the weight of the old training statistics. Got train_momentum=None; "
+            "expected 0 (batch normalization) to 1, for example train_momentum_schedule(epoch, "
+            "epochs=200, batch_size=4)."
         )
     old = lax.stop_gradient(recalled(state, x, channel_axis, "train_"))
     m = measured(x, batch_norm(), center=old.mean, **options)
@@ -135,7 +138,10 @@ def train_momentum_schedule(
         ValueError: fewer than 2 epochs, or sizes below 1.
 
     Example:
-        >>> [round(float(train_momentum_schedule(t, epochs=200, batch_size=2)), 4) for t in (1, 100, 200)]
+        >>> [
+        ...     round(float(train_momentum_schedule(t, epochs=200, batch_size=2)), 4)
+        ...     for t in (1, 100, 200)
+        ... ]
         [0.0, 0.1858, 0.9375]
 
     Reference:
@@ -144,8 +150,8 @@ def train_momentum_schedule(
     check_number(epoch, "epoch")
     if not epochs >= 2:
         raise ValueError(
-            f"the schedule runs from the first epoch to another. Got epochs={epochs}; expected 2 or"
-            " more."
+            f"the schedule runs from the first epoch to another. Got epochs={epochs}; expected 2 "
+            "or more."
         )
     q = min(_relative(batch_size, ideal_batch_size), 1.0)
     left = jnp.clip((epochs - jnp.asarray(epoch, jnp.float32)) / (epochs - 1), 0, 1)
@@ -183,8 +189,8 @@ def inference_momentum(batch_size: int, *, ideal_batch_size: int = 32, base: flo
 def _relative(batch_size: int, ideal_batch_size: int) -> float:
     if not (batch_size >= 1 and ideal_batch_size >= 1):
         raise ValueError(
-            f"batch sizes are 1 or more. Got batch_size={batch_size} and"
-            f" ideal_batch_size={ideal_batch_size}; expected the numbers of examples that share"
-            " statistics."
+            f"batch sizes are 1 or more. Got batch_size={batch_size} and "
+            f"ideal_batch_size={ideal_batch_size}; expected the numbers of examples that share "
+            "statistics."
         )
     return batch_size / ideal_batch_size

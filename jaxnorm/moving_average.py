@@ -49,8 +49,8 @@ def init_moving_average(num_channels: int, *, window: int = 16) -> State:
     """
     if not isinstance(window, SupportsIndex) or window.__index__() < 1:
         raise ValueError(
-            f"window={window!r} averages over no batch. Expected an integer of 1 or more; 1 is the"
-            " batch alone."
+            f"window={window!r} averages over no batch. Expected an integer of 1 or more; 1 is the "
+            "batch alone."
         )
     past, one = jnp.zeros((window, num_channels), jnp.float32), jnp.ones(num_channels, jnp.float32)
     return {
@@ -78,15 +78,19 @@ def moving_average_norm(
     backward.
 
         v = mean over K of mean(x^2),    z = x / sqrt(v + epsilon),    y = r z * scale + bias
-        r = clip(sqrt((v + epsilon) / (running + epsilon)), 1 / rmax, rmax),    running = momentum running + (1 - momentum) v
-        g = dL/dz,    psi = mean(g z),    Psi = mean over K of psi,    dL/dx = (g - z Psi) / sqrt(v + epsilon)
+        r = clip(sqrt((v + epsilon) / (running + epsilon)), 1 / rmax, rmax)
+        running <- momentum running + (1 - momentum) v
+        g = dL/dz,    psi = mean(g z),    Psi = mean over K of psi
+        dL/dx = (g - z Psi) / sqrt(v + epsilon)
 
-    with r of the running mean square before this step, and constant. In inference y = x /
-    sqrt(running + epsilon) * scale + bias. The first steps, in which the batches before count
-    little, use v = mean(x^2), Psi = psi, and r = 1. With K = 1 and r = 1 gradients are the
-    derivative of y; else they are not, on purpose: the past batches' psi enter also where the
-    cotangent is 0. Nothing subtracts the mean: the convolution in front takes `centralize_kernel`
-    of its kernel.
+    with r of the running mean square before this step, and constant. In inference
+
+        y = x / sqrt(running + epsilon) * scale + bias
+
+    The first steps, in which the batches before count little, use v = mean(x^2), Psi = psi, and r =
+    1. With K = 1 and r = 1 gradients are the derivative of y; else they are not, on purpose: the
+    past batches' psi enter also where the cotangent is 0. Nothing subtracts the mean: the
+    convolution in front takes `centralize_kernel` of its kernel.
 
     The backward pass cannot write state. It returns psi as the gradient by `tap`, and the next step
     takes that as its tap:
@@ -97,6 +101,7 @@ def moving_average_norm(
     So a tap is replaced by its gradient, not optimized. It must have the scale of the gradients in
     the backward pass: keep it out of clipping, multiply it by the ratio of the scales when loss
     scaling changes, and give each call a tap of its own.
+
     Devices: with `axis_name` the gradient by x is that of the whole batch wherever `jax.grad`
     stands, and that by the tap is psi once it is summed over the devices. It is the sum already
     under jit with sharded arrays, where `jax.grad` stands outside of the map and all devices share
@@ -132,10 +137,13 @@ def moving_average_norm(
 
     Example: three steps of a dense layer's training.
         >>> def loss(kernel, tap, state, x):
-        ...     y, state = moving_average_norm(x @ centralize_kernel(kernel), state, train=True, tap=tap)
+        ...     y, state = moving_average_norm(
+        ...         x @ centralize_kernel(kernel), state, train=True, tap=tap
+        ...     )
         ...     return jnp.square(y - 1).mean(), state
         >>> step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-        >>> kernel, tap, state = jnp.array([[1.0], [0.0]]), jnp.zeros(1), init_moving_average(1, window=2)
+        >>> kernel, tap = jnp.array([[1.0], [0.0]]), jnp.zeros(1)
+        >>> state = init_moving_average(1, window=2)
         >>> for x in (jnp.array([[2.0, 1.0], [1.0, 0.0]]),) * 3:
         ...     (_, state), (gradient, tap) = step(kernel, tap, state, x)
         ...     kernel = kernel - 0.1 * gradient
@@ -147,9 +155,9 @@ def moving_average_norm(
         arXiv:2001.06838. The definition and the defaults were read in the authors' code, in the
         layer that they release for use and train detection with. Their ImageNet recipe has another
         layer, which simulates small batches in a large one: it cuts that into K pairs of examples,
-        and each pair averages over itself and the K - 1 pairs before it. In step 1, which fills
-        the window, each pair stands alone, and the running mean square becomes theirs; it averages
-        from step 2 on and corrects from step 100 on. `average_from=1` and `correct_from=100` come
+        and each pair averages over itself and the K - 1 pairs before it. In step 1, which fills the
+        window, each pair stands alone, and the running mean square becomes theirs; it averages from
+        step 2 on and corrects from step 100 on. `average_from=1` and `correct_from=100` come
         closest: averages as soon as the window is full, of batches.
     """
     check_flag(train, "train")
@@ -170,9 +178,9 @@ def moving_average_norm(
         )
     if tap is None or jnp.shape(tap) != state["mean_square"].shape:
         raise ValueError(
-            f"tap has shape {None if tap is None else jnp.shape(tap)}. Expected"
-            f" {state['mean_square'].shape}, one number a channel: zeros in the first step, then"
-            " the gradient by the tap in the step before."
+            f"tap has shape {None if tap is None else jnp.shape(tap)}. Expected "
+            f"{state['mean_square'].shape}, one number a channel: zeros in the first step, then "
+            "the gradient by the tap in the step before."
         )
     for name, value in (("average_from", average_from), ("correct_from", correct_from)):
         check_number(value, name, at_least=0)
@@ -294,8 +302,8 @@ def centralize_kernel(kernel: ArrayLike) -> jax.Array:
     kernel = inexact(kernel)
     if kernel.ndim < 2 or kernel.size <= kernel.shape[-1]:
         raise ValueError(
-            f"a kernel of shape {kernel.shape} has one weight for each output channel, which would"
-            " become 0. Expected (..., inputs, outputs) with two or more weights an output; leave"
-            " this layer's kernel as it is."
+            f"a kernel of shape {kernel.shape} has one weight for each output channel, which would "
+            "become 0. Expected (..., inputs, outputs) with two or more weights an output; leave "
+            "this layer's kernel as it is."
         )
     return kernel - kernel.mean(tuple(range(kernel.ndim - 1)), keepdims=True)

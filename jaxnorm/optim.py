@@ -93,7 +93,9 @@ def add_norm_decay(
     Example:
         >>> params = {"BatchNorm_0": {"scale": jnp.array([3.0]), "bias": jnp.array([2.0])}}
         >>> decay = add_norm_decay(0.5)
-        >>> decayed, _ = decay.update(jax.tree.map(jnp.zeros_like, params), decay.init(params), params)
+        >>> decayed, _ = decay.update(
+        ...     jax.tree.map(jnp.zeros_like, params), decay.init(params), params
+        ... )
         >>> decayed["BatchNorm_0"]["scale"].tolist(), decayed["BatchNorm_0"]["bias"].tolist()
         ([1.0], [1.0])
 
@@ -107,8 +109,8 @@ def add_norm_decay(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError(
-                "add_norm_decay decays parameters. Got params=None; expected update(updates, state,"
-                " params)."
+                "add_norm_decay decays parameters. Got params=None; expected update(updates, "
+                "state, params)."
             )
         return inner.update(
             updates, state, _distances(params, target - 1 if unit_offset else target)
@@ -134,7 +136,8 @@ def norm_penalty(
         A scalar, 0 for freshly initialized norms and target 1.
 
     Example:
-        >>> float(norm_penalty({"BatchNorm_0": {"scale": jnp.array([3.0]), "bias": jnp.array([2.0])}}, 0.5))
+        >>> norm = {"scale": jnp.array([3.0]), "bias": jnp.array([2.0])}
+        >>> float(norm_penalty({"BatchNorm_0": norm}, 0.5))
         2.0
 
     Reference:

@@ -90,9 +90,9 @@ def moment_shortcut(
     shapes = {"mean": jnp.shape(mean), "std": jnp.shape(std)}
     if shapes["mean"] != shapes["std"] or shapes["mean"] not in (one_channel, x.shape):
         raise ValueError(
-            f"mean and std of shapes {shapes['mean']} and {shapes['std']} do not fit x of shape"
-            f" {x.shape}. Expected {one_channel} for both, or x's shape; they serve a layer of the"
-            " same resolution."
+            f"mean and std of shapes {shapes['mean']} and {shapes['std']} do not fit x of shape "
+            f"{x.shape}. Expected {one_channel} for both, or x's shape; they serve a layer of the "
+            "same resolution."
         )
     axes = [i for i in range(x.ndim) if i != channel or shapes["mean"] == x.shape]
     sizes = [x.shape[i] for i in axes_of(axes, x.shape)]

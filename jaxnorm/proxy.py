@@ -74,9 +74,9 @@ def proxy_norm(
     method = as_method(method)
     if method.groups.batch != EACH:
         raise ValueError(
-            f"proxy normalization stands in for statistics of the batch. Got {method}, which pools"
-            " it; expected a row with batch=EACH such as methods.layer_norm() or"
-            " methods.group_norm(4)."
+            f"proxy normalization stands in for statistics of the batch. Got {method}, which pools "
+            "it; expected a row with batch=EACH such as methods.layer_norm() or "
+            "methods.group_norm(4)."
         )
     check_count(num_quantiles, "num_quantiles")
     check_epsilon(proxy_epsilon, "proxy_epsilon")
@@ -96,7 +96,8 @@ def proxy_norm(
         s, a = (varying_like(t, y) for t in (mean, lax.rsqrt(var + proxy_epsilon)))
         return ((activation(y) - s) * a).astype(dtype)
 
-    inside: Options = options | {"activation": standardized, "dtype": wide}  # type: ignore[assignment]
+    extra = {"activation": standardized, "dtype": wide}
+    inside: Options = options | extra  # type: ignore[assignment]
     return applied(x, measured(x, method, **options), epsilon, **inside)
 
 

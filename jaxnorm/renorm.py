@@ -56,13 +56,16 @@ def batch_renorm(
 ) -> tuple[jax.Array, State]:
     """Batch normalization, corrected by how far the batch is from the running statistics.
 
-        std = sqrt(var + epsilon),    r = clip(std / running_std, 1 / rmax, rmax),    d = clip((mean - running_mean) /
-        running_std, -dmax, dmax),    y = ((x - mean) / std * r + d) * scale + bias
+        std = sqrt(var + epsilon),    r = clip(std / running_std, 1 / rmax, rmax)
+        d = clip((mean - running_mean) / running_std, -dmax, dmax)
+        y = ((x - mean) / std * r + d) * scale + bias
 
-    with the running statistics before this step; no gradient flows into r and d. In inference y =
-    (x - running_mean) / running_std * scale + bias. With rmax = 1 and dmax = 0 it is batch
-    normalization; without clipping the output is that of inference, and the gradient r times batch
-    normalization's.
+    with the running statistics before this step; no gradient flows into r and d. In inference
+
+        y = (x - running_mean) / running_std * scale + bias
+
+    With rmax = 1 and dmax = 0 it is batch normalization; without clipping the output is that of
+    inference, and the gradient r times batch normalization's.
 
     Args:
         x: real floating array with examples and channels.
@@ -88,7 +91,8 @@ def batch_renorm(
     Example:
         >>> x = jnp.array([[0.0], [2.0]])
         >>> y, state = batch_renorm(x, init_batch_renorm(1), train=True, momentum=0.5, epsilon=0.0)
-        >>> y.tolist(), state["mean"].tolist()  # the running statistics are still 0 and 1, and x is within the bounds
+        >>> # the running statistics are still 0 and 1, and x is within the bounds
+        >>> y.tolist(), state["mean"].tolist()
         ([[0.0], [2.0]], [0.5])
 
     Reference:

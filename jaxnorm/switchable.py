@@ -57,14 +57,14 @@ def switchable_norm(
 ) -> tuple[jax.Array, State]:
     """Standardize with a mixture of the statistics of instance, layer and batch normalization.
 
-        mean = sum_k softmax(mean_logits)_k mean_k,    var = sum_k softmax(var_logits)_k var_k    over k = instance, layer,
-        batch,    y = (x - mean) / sqrt(var + epsilon) * scale + bias
+        mean = sum_k softmax(mean_logits)_k mean_k,    var = sum_k softmax(var_logits)_k var_k
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    Layer and batch statistics are pooled from the instance ones, so x is read once. Inference takes
-    the batch part from the running statistics. Two logits with a state mix layer and batch alone.
-    That is for x of shape (N, C), whose instance mean would be x itself, with variance 0. Two
-    logits without a state mix instance and layer: examples do not meet, and training and inference
-    agree.
+    with k over instance, layer and batch. Layer and batch statistics are pooled from the instance
+    ones, so x is read once. Inference takes the batch part from the running statistics. Two logits
+    with a state mix layer and batch alone. That is for x of shape (N, C), whose instance mean would
+    be x itself, with variance 0. Two logits without a state mix instance and layer: examples do not
+    meet, and training and inference agree.
 
     Args:
         x: real floating array with examples and channels.
@@ -88,7 +88,9 @@ def switchable_norm(
     Example:
         >>> x = jnp.array([[[0.0, 1.0], [2.0, 3.0]]])
         >>> only_instance = jnp.array([0.0, -jnp.inf])
-        >>> y, _ = switchable_norm(x, {}, train=True, mean_logits=only_instance, var_logits=only_instance, epsilon=0.0)
+        >>> y, _ = switchable_norm(
+        ...     x, {}, train=True, mean_logits=only_instance, var_logits=only_instance, epsilon=0.0
+        ... )
         >>> y.tolist()
         [[[-1.0, -1.0], [1.0, 1.0]]]
 
@@ -109,9 +111,9 @@ def switchable_norm(
         ((2,), (3,)) if state else ((2,),)
     ):
         raise ValueError(
-            f"mean_logits has shape {shares[0].shape}, var_logits {shares[1].shape}, and the state"
-            f" holds {sorted(state)}. Expected (3,) with the state of init_switchable_norm, or (2,)"
-            " with it, without the instance part, or (2,) with {}, without the batch part."
+            f"mean_logits has shape {shares[0].shape}, var_logits {shares[1].shape}, and the state "
+            f"holds {sorted(state)}. Expected (3,) with the state of init_switchable_norm, or "
+            "(2,) with it, without the instance part, or (2,) with {}, without the batch part."
         )
     parts = [pooled(instance, layer_norm(), **per_device(options))]
     if len(shares[0]) == 3 or not state:
@@ -146,8 +148,8 @@ def count_kinds(use_instance: bool, use_batch: bool) -> int:
     """How many kinds of statistics a layer mixes, that of layer normalization among them."""
     if not (use_instance or use_batch):
         raise ValueError(
-            "one kind of statistics is nothing to mix. Got use_instance=False and use_batch=False;"
-            " expected one of the two, or layer normalization."
+            "one kind of statistics is nothing to mix. Got use_instance=False and use_batch=False; "
+            "expected one of the two, or layer normalization."
         )
     return 1 + use_instance + use_batch
 

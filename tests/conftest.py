@@ -22,6 +22,30 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import pytest  # noqa: E402
 
+PROGRAMS = {
+    "test_batch_size.py",
+    "test_collectives.py",
+    "test_files.py",
+    "test_notebooks.py",
+    "test_speed.py",
+    "test_train_imagenet.py",
+    "test_training_epoch.py",
+}
+"""The tests that need more than the extra test-core installs."""
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--without-programs",
+        action="store_true",
+        help="leave out the tests of benchmarks and notebooks, which need the extra 'test'",
+    )
+
+
+def pytest_ignore_collect(collection_path, config):
+    left_out = config.getoption("--without-programs") and collection_path.name in PROGRAMS
+    return left_out or None  # None leaves the decision to pytest
+
 
 @pytest.fixture
 def x64():

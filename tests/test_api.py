@@ -30,8 +30,8 @@ FUNCTIONS = {name: v for name, v in DOCUMENTED.items() if inspect.isfunction(v)}
 # what comes first, by position: arrays, moments, shapes, and the numbers that make up a method; all
 # else is an option
 BY_POSITION = {
-    "x", "m", "parts", "weights", "groups", "state", "shape", "x_shape", "kernel", "num_ghosts", "num_groups",
-    "batch_size", "num_channels", "num_devices",
+    "x", "m", "parts", "weights", "groups", "state", "shape", "x_shape", "kernel", "num_ghosts",
+    "num_groups", "batch_size", "num_channels", "num_devices",
 }  # fmt: skip
 
 

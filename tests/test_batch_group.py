@@ -140,7 +140,7 @@ def test_errors():
         batch_group.init_batch_group_norm(5, SHAPE)
     with pytest.raises(
         ValueError,
-        match="state of 3 groups, with var of shape .3,. and without positions, does not fit 4 groups",
+        match="state of 3 groups, with var of shape .3,. and without positions, does not fit 4",
     ):
         batch_group.batch_group_norm(
             x, batch_group.init_batch_group_norm(3, SHAPE), train=True, num_groups=4

@@ -1,5 +1,4 @@
-"""The program `benchmarks.batch_size`: its files, its options, and the effect it is there to
-show."""
+"""The program `benchmarks.batch_size`: its files, its options, and the effect that it shows."""
 
 import csv
 import json

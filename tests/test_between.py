@@ -463,8 +463,8 @@ def test_states_of_others_are_refused(case, wrong):
 def test_the_state_of_batch_normalization_is_not_that_of_renormalization():
     x, state = jnp.ones((6, C)), {"mean": jnp.zeros(C), "var": jnp.ones(C)}
     message = (
-        r"batch_renorm got a state with mean of shape \(4,\), var of shape \(4,\)\. Expected its own"
-        r" state, a dict with mean of 1 axis, std of 1 axis, as init_batch_renorm makes"
+        r"batch_renorm got a state with mean of shape \(4,\), var of shape \(4,\)\. Expected its "
+        r"own state, a dict with mean of 1 axis, std of 1 axis, as init_batch_renorm makes"
     )
     with pytest.raises(ValueError, match=message):
         renorm.batch_renorm(x, state, train=True)
@@ -545,8 +545,8 @@ def test_what_is_stored_is_finite():
 def test_layers_refuse_options_of_other_names(name):
     x = jnp.ones((6, 32))
     message = (
-        "unexpected keyword argument weights at the call of a layer. Expected the layer's own or"
-        " some of mask, scale"
+        "unexpected keyword argument weights at the call of a layer. Expected the layer's own or "
+        "some of mask, scale"
     )
     with pytest.raises(TypeError, match=message):
         getattr(linen, name)().init(jax.random.key(0), x, use_running_average=True, weights=1)

@@ -88,8 +88,7 @@ def test_two_passes_show():
 
 @pytest.mark.slow
 def test_a_network_waits_for_every_layer():
-    """53 norms, of which four run beside another, forward and backward, and once for the
-    gradients."""
+    """53 norms, four of which run beside another, in both passes; and once for the gradients."""
     totals = {
         name: total(
             of_network(name, "shard_map", jax.devices(), group=4, dtype="float32", image=32)

@@ -84,7 +84,8 @@ def test_part_of_the_devices_always_looks_twice():
     """By groups of indices, and by one axis of two: 2 forward and 1 backward, because the parts may
     disagree."""
     halves = device_groups(8, size=4)
-    grouped = lambda x: norm(x, methods.batch_norm(), axis_name="i", axis_index_groups=halves)[0]  # noqa: E731
+    options = {"axis_name": "i", "axis_index_groups": halves}
+    grouped = lambda x: norm(x, methods.batch_norm(), **options)[0]  # noqa: E731
     member = lambda x: norm(x, methods.batch_norm(), axis_name="j")[0]  # noqa: E731
     for f, cut in ((grouped, "H"), (member, "NH")):
 

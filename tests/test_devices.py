@@ -1,5 +1,4 @@
-"""Several devices: whatever cuts the batch in parts, values and gradients are those of one
-device."""
+"""Several devices: however the batch is divided, values and gradients are those of one device."""
 
 import math
 import re
@@ -268,7 +267,9 @@ def test_gradient_of_a_sharded_function(check_vma):
     sharded = jax.shard_map(
         local, mesh=mesh(), in_specs=(P("i"), P("i"), P()), out_specs=P("i"), check_vma=check_vma
     )
-    single = lambda x, w, s: jnp.sin(norm(x, methods.batch_norm(), weights=w, scale=s)[0])  # noqa: E731
+
+    def single(x, w, s):
+        return jnp.sin(norm(x, methods.batch_norm(), weights=w, scale=s)[0])
 
     @partial(jax.jit, static_argnums=0)
     def run(f, *args):
@@ -283,8 +284,7 @@ def test_gradient_of_a_sharded_function(check_vma):
 
 
 def collectives(f, *args):
-    """The element counts of each all-reduce of the compiled program, those in a condition
-    included."""
+    """The element counts of each all-reduce of the compiled program, also inside conditions."""
     program = f.lower(*args).compile().as_text()
     shapes = [
         line.split(" all-reduce", 1)[0]

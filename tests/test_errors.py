@@ -63,8 +63,8 @@ def given(*shape):
 ERRORS = {
     "channels that do not split": (
         ValueError,
-        r"channel axis -1 of x has size 30, which does not split into 32 equal groups\. Got x of"
-        r" shape \(64, 8, 8, 30\) and "
+        r"channel axis -1 of x has size 30, which does not split into 32 equal groups\. Got x of "
+        r"shape \(64, 8, 8, 30\) and "
         r"channel=32; expected a divisor of 30: 1, 2, 3, 5, 6, 10, 15, 30",
         lambda: methods.group_norm(32).groups.shape((64, 8, 8, 30)),
     ),
@@ -75,8 +75,8 @@ ERRORS = {
     ),
     "a short last batch": (
         ValueError,
-        r"batch axis 0 of x has size 50, which does not split into 16 equal groups\..*short last"
-        r" batch.*drop it, or pad it to "
+        r"batch axis 0 of x has size 50, which does not split into 16 equal groups\..*short last "
+        r"batch.*drop it, or pad it to "
         r"64 and give the padding weights=0",
         lambda: methods.ghost_batch_norm(16).groups.shape((50, 8, 8, 6)),
     ),
@@ -99,8 +99,8 @@ ERRORS = {
     "another number of spatial axes": (
         ValueError,
         (
-            r"spatial=\(1, 2, 3\) names 3 spatial axes\. Got x of shape \(8, 4, 4, 6\), which has"
-            r" 2; expected one value for each"
+            r"spatial=\(1, 2, 3\) names 3 spatial axes\. Got x of shape \(8, 4, 4, 6\), which has "
+            r"2; expected one value for each"
         ),
         lambda: Groups(1, (1, 2, 3), 1).shape(NHWC),
     ),
@@ -132,16 +132,16 @@ ERRORS = {
     "one axis for batch and channels": (
         ValueError,
         (
-            "batch_axis and channel_axis are both axis 0.*Expected two different axes; x needs a"
-            " rank of 2 or more"
+            "batch_axis and channel_axis are both axis 0.*Expected two different axes; x needs a "
+            "rank of 2 or more"
         ),
         lambda: Groups().shape((8,)),
     ),
     "an axis that is not there": (
         ValueError,
         (
-            r"axis 4 is not an axis of x\. Got x of shape \(8, 4, 4, 6\); expected an integer from"
-            r" -4 to 3"
+            r"axis 4 is not an axis of x\. Got x of shape \(8, 4, 4, 6\); expected an integer from "
+            r"-4 to 3"
         ),
         lambda: norm(ones(*NHWC), BN, channel_axis=4),
     ),
@@ -158,16 +158,16 @@ ERRORS = {
     "several channel axes for one number": (
         ValueError,
         (
-            r"Groups has one number for the channels, but channel_axis=\(1, 3\) names 2"
-            r" axes.*statistic's shape as a tuple"
+            r"Groups has one number for the channels, but channel_axis=\(1, 3\) names 2 "
+            r"axes.*statistic's shape as a tuple"
         ),
         lambda: norm(ones(*NHWC), BN, channel_axis=(1, 3)),
     ),
     "a statistic of another rank": (
         ValueError,
         (
-            r"groups of shape \(1, 6\) does not fit x of shape \(8, 4, 4, 6\)\. Expected the same"
-            r" rank, with each size a divisor"
+            r"groups of shape \(1, 6\) does not fit x of shape \(8, 4, 4, 6\)\. Expected the same "
+            r"rank, with each size a divisor"
         ),
         lambda: norm(ones(*NHWC), (1, 6)),
     ),
@@ -179,8 +179,8 @@ ERRORS = {
     "groups that are none": (
         TypeError,
         (
-            r"groups is a Groups, a Method or the statistic's shape\. Got 32; expected for"
-            r" example.*group_norm\(32\)"
+            r"groups is a Groups, a Method or the statistic's shape\. Got 32; expected for "
+            r"example.*group_norm\(32\)"
         ),
         lambda: norm(ones(*NHWC), 32),
     ),
@@ -193,8 +193,8 @@ ERRORS = {
     "another fixed mean": (
         ValueError,
         (
-            "mean is None .* or 0 .* Got 1.5. To compute sums about a value near the mean.* pass it"
-            " as center"
+            "mean is None .* or 0 .* Got 1.5. To compute sums about a value near the mean.* pass "
+            "it as center"
         ),
         lambda: moments(ones(*NHWC), BN, mean=1.5),
     ),
@@ -206,8 +206,8 @@ ERRORS = {
     "integers": (
         TypeError,
         (
-            r"x must be floating or complex\. Got int32, shape \(8, 6\); convert it, for example"
-            r" x\.astype"
+            r"x must be floating or complex\. Got int32, shape \(8, 6\); convert it, for example "
+            r"x\.astype"
         ),
         lambda: norm(ones(8, 6, dtype="i4"), BN),
     ),
@@ -220,8 +220,8 @@ ERRORS = {
     "a scalar": (ValueError, "x must have axes.*expected for example", lambda: norm(1.0, (1,))),
     "weights of one example each, unaligned": (
         ValueError,
-        r"weights of shape \(8,\) do not broadcast against x of shape \(8, 4, 4, 6\)\. Expected"
-        r" sizes of 1 or "
+        r"weights of shape \(8,\) do not broadcast against x of shape \(8, 4, 4, 6\)\. Expected "
+        r"sizes of 1 or "
         r"x's own.*\(N, 1, 1, 1\)",
         lambda: norm(ones(*NHWC), BN, weights=ones(8)),
     ),
@@ -238,8 +238,8 @@ ERRORS = {
     "a center of another shape": (
         ValueError,
         (
-            r"center of shape \(6,\) does not fit statistics of shape \(1, 1, 1, 6\)\. Expected"
-            r" that shape"
+            r"center of shape \(6,\) does not fit statistics of shape \(1, 1, 1, 6\)\. Expected "
+            r"that shape"
         ),
         lambda: moments(ones(*NHWC), BN, center=ones(6)),
     ),
@@ -353,8 +353,8 @@ ERRORS = {
     "pieces across rows": (
         ValueError,
         (
-            r"18 groups of x of shape \(8, 4, 6, 6\) are not whole parts of every channel\."
-            r" Expected a divisor of the 6 channels"
+            r"18 groups of x of shape \(8, 4, 6, 6\) are not whole parts of every channel\. "
+            r"Expected a divisor of the 6 channels"
         ),
         lambda: methods.batch_group_norm(18, (8, 4, 6, 6)),
     ),

@@ -1,5 +1,5 @@
-"""Every layer and method exported with sizes that are not known yet, stored, and loaded in a process
-that has never seen the library."""
+"""Every layer and method exported with symbolic sizes, stored, and loaded in a process that has
+never seen the library."""
 
 import itertools
 import os

@@ -31,8 +31,7 @@ INTEGERS = (jnp.int32, jnp.bool_, jnp.uint8)
 
 @contextlib.contextmanager
 def as_in_flax(module):
-    """Flax needs JAX's default promotions, which the tests switch off; our layers run without
-    them."""
+    """Flax needs JAX's default promotions, which the tests switch off for our layers."""
     ours = module in (jaxnorm.linen, jaxnorm.nnx)
     with (
         jax.numpy_dtype_promotion("strict" if ours else "standard"),
@@ -141,7 +140,11 @@ ARGUMENTS = cases(
     (BN, {"use_scale": False, "use_bias": False}, (4, 3, 2)),
     (LN, {}, (6, 5)),
     (LN, {"reduction_axes": (1, 2), "feature_axes": (-1, 2)}, (3, 5, 4)),
-    (LN, {"reduction_axes": (-1, -2), "feature_axes": (3, 1), "use_fast_variance": False}, (2, 5, 4, 3)),
+    (
+        LN,
+        {"reduction_axes": (-1, -2), "feature_axes": (3, 1), "use_fast_variance": False},
+        (2, 5, 4, 3),
+    ),
     (LN, {"reduction_axes": 0, "feature_axes": -1, "use_bias": False, "epsilon": 0.1}, (5, 4)),
     (LN, {"reduction_axes": (), "use_scale": False}, (3, 4)),
     (RMS, {}, (6, 5)),

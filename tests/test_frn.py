@@ -1,5 +1,4 @@
-"""Filter Response Normalization and the thresholded linear unit, against their definition in
-NumPy."""
+"""Filter Response Normalization and the thresholded linear unit against a definition in NumPy."""
 
 import jax
 import jax.numpy as jnp

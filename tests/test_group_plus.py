@@ -1,5 +1,4 @@
-"""GN+ against its definition and the released code, both in NumPy, and the methods it lies
-between."""
+"""GN+ against its definition and the released code in NumPy, and the methods it lies between."""
 
 import math
 from functools import partial

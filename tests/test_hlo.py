@@ -129,16 +129,19 @@ HloModule jit_f, is_scheduled=true, num_partitions=8
 
 %wrapped (c: f32[1,128]) -> f32[1,16] {
   %c = f32[1,128]{1,0:T(8,128)} parameter(0)
-  ROOT %reduce-scatter.1 = f32[1,16]{1,0:T(8,128)} reduce-scatter(%c), replica_groups=[1,8]<=[8], dimensions={1}, to_apply=%sum
+  ROOT %reduce-scatter.1 = f32[1,16]{1,0:T(8,128)} reduce-scatter(%c), \
+replica_groups=[1,8]<=[8], dimensions={1}, to_apply=%sum
 }
 
 ENTRY %main (p: f32[1,128], q: bf16[128]) -> f32[1,16] {
   %p = f32[1,128]{1,0:T(8,128)} parameter(0)
   %q = bf16[128]{0:T(256)(2,1)} parameter(1)
-  %start = (f32[1,128]{1,0:T(8,128)}, bf16[128]{0:T(256)(2,1)}) all-reduce-start(%p, %q), replica_groups={}, to_apply=%sum
+  %start = (f32[1,128]{1,0:T(8,128)}, bf16[128]{0:T(256)(2,1)}) all-reduce-start(%p, %q), \
+replica_groups={}, to_apply=%sum
   %done = (f32[1,128]{1,0:T(8,128)S(1)}, bf16[128]{0:T(256)(2,1)}) all-reduce-done(%start)
   %get-tuple-element = f32[1,128]{1,0:T(8,128)S(1)} get-tuple-element(%done), index=0
-  %begin = ((f32[1,128]{1,0}), f32[1,16]{1,0}, u32[]{:S(2)}) async-start(%get-tuple-element), calls=%wrapped
+  %begin = ((f32[1,128]{1,0}), f32[1,16]{1,0}, u32[]{:S(2)}) \
+async-start(%get-tuple-element), calls=%wrapped
   %update = ((f32[1,128]{1,0}), f32[1,16]{1,0}, u32[]{:S(2)}) async-update(%begin), calls=%wrapped
   ROOT %async-done = f32[1,16]{1,0:T(8,128)} async-done(%update), calls=%wrapped
 }

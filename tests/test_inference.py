@@ -213,15 +213,20 @@ def test_errors():
 def layers(name):
     """The same layer in both frameworks, the method, and the method that its running statistics are
     of."""
+    batch, two, three = methods.batch_norm(), *map(methods.batch_group_norm, (2, 3))
     of = {
-        "BatchNorm": (linen.BatchNorm, (), {}, methods.batch_norm(), methods.batch_norm()),
-        "Norm": (linen.Norm, (methods.batch_group_norm(2),), {}, methods.batch_group_norm(2), methods.batch_group_norm(2)),
-        "GhostBatchNorm": (linen.GhostBatchNorm, (), {"ghost_size": 2}, methods.batch_norm(), methods.batch_norm()),
-        "BatchGroupNorm": (linen.BatchGroupNorm, (3,), {}, methods.batch_group_norm(3), methods.batch_group_norm(3)),
+        "BatchNorm": (linen.BatchNorm, (), {}, batch, batch),
+        "Norm": (linen.Norm, (two,), {}, two, two),
+        "GhostBatchNorm": (linen.GhostBatchNorm, (), {"ghost_size": 2}, batch, batch),
+        "BatchGroupNorm": (linen.BatchGroupNorm, (3,), {}, three, three),
         "BatchAndGroupNorm": (
-            linen.BatchAndGroupNorm, (), {"ghost_size": 2, "num_groups": 3}, methods.batch_group_norm(3), methods.batch_norm(),
+            linen.BatchAndGroupNorm,
+            (),
+            {"ghost_size": 2, "num_groups": 3},
+            three,
+            batch,
         ),
-    }  # fmt: skip
+    }
     one, args, options, method, kept = of[name]
     names = {"Norm": "method", "BatchGroupNorm": "num_groups"}
     options = options | ({names[name]: args[0]} if args else {})
@@ -295,8 +300,8 @@ def test_a_weight_for_a_whole_model_is_refused_where_no_layer_can_take_it(name):
     one, other = getattr(linen, name)(**ours), getattr(nnx, name)(6, **theirs, rngs=fnnx.Rngs(0))
     variables = one.init(jax.random.key(0), x, use_running_average=True)
     message = (
-        "example_weight=0.5 (for BatchRenorm, whose method is no row|with groups that are not"
-        " groups of channels)"
+        "example_weight=0.5 (for BatchRenorm, whose method is no row|with groups that are not "
+        "groups of channels)"
     )
     with linen.call_norms_with(example_weight=0.5):
         with pytest.raises(ValueError, match=message):

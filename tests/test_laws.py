@@ -102,8 +102,7 @@ class Row:
 
 
 def of_table(method, example_weight=None):
-    """A row of the table with its running statistics, weighed in inference with the example's
-    own."""
+    """A row of the table with running statistics, mixed with the example's own at inference."""
 
     def f(x, state, *, train, epsilon, **affine):
         if not train:

@@ -452,8 +452,7 @@ class NnxNet(nnx.Module):
 
 
 def linen_net(axis_name):
-    """The network as a function of (params, statistics, x, mask, train), and where training
-    starts."""
+    """The network as a function of (params, statistics, x, mask, train), and its initial state."""
     net = Net(axis_name)
     variables = jit(Net().init)(jax.random.key(0), jnp.ones((1, 4, 4, 2), jnp.float64))
 

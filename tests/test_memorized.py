@@ -74,8 +74,7 @@ def test_definition(variance):
 
 @pytest.mark.usefixtures("x64")
 def test_equal_weights_are_batch_norm_of_the_batches_together():
-    """Also while the memory fills. The gradient is that of the whole, for the batch's part of
-    it."""
+    """Also while the memory fills. The gradient is that of the whole for the batch's part."""
     state = empty(2)
     for seed in range(3):
         x = np.concatenate([data(i) for i in range(seed + 1)])

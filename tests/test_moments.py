@@ -1,5 +1,4 @@
-"""Statistics: weights, empty sets, precision, complex numbers, and the laws of pooling and
-merging."""
+"""Statistics: weights, empty sets, precision, complex numbers, and laws of pooling and merging."""
 
 from functools import partial
 

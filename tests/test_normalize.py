@@ -204,8 +204,7 @@ BIG = (16, 8, 8, 32)
     ids=str,
 )
 def test_backward_keeps_x_and_small_arrays(method, extra, dtype):
-    """The residuals of the VJP are x once, in its dtype, and vectors; with an activation no
-    more."""
+    """The residuals of the VJP are x once, in its dtype, and vectors; also with an activation."""
     x = jax.ShapeDtypeStruct(BIG, dtype)
     options = {
         "plain": {},

@@ -1,5 +1,7 @@
-"""Every notebook runs to its end, and is committed the way it was run:
-`python tests/test_notebooks.py` runs and saves them."""
+"""Every notebook runs to its end, and is committed the way it was run.
+
+python tests/test_notebooks.py    # runs and saves them
+"""
 
 import os
 import sys

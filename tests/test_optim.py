@@ -1,5 +1,4 @@
-"""Weight decay on scale and bias: which parameters, toward what, and the gradient of which
-penalty."""
+"""Weight decay on scale and bias: of which parameters, towards what, and by which penalty."""
 
 import jax
 import jax.numpy as jnp
@@ -85,8 +84,12 @@ def test_norms_are_found_in_nnx():
     mask = norm_mask(params)
     found = [fnnx.to_pure_dict(mask)[i] for i in range(5)]
     assert found == [
-        {"bias": False, "kernel": False}, {"bias": True, "scale": True}, {"bias": True}, {"embedding": False}, {"scale": True},
-    ]  # fmt: skip
+        {"bias": False, "kernel": False},
+        {"bias": True, "scale": True},
+        {"bias": True},
+        {"embedding": False},
+        {"scale": True},
+    ]
     optimizer = fnnx.Optimizer(
         model, optax.chain(add_norm_decay(0.5), optax.sgd(1.0)), wrt=fnnx.Param
     )

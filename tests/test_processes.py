@@ -174,8 +174,8 @@ def launch(processes, out):
         "PYTHONPATH": str(root),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": (
-            f"--xla_force_host_platform_device_count={DEVICES // processes}"
-            " --xla_backend_optimization_level=0"
+            f"--xla_force_host_platform_device_count={DEVICES // processes} "
+            "--xla_backend_optimization_level=0"
         ),
     }
     env |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"} if processes > 1 else {}

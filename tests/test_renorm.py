@@ -1,5 +1,4 @@
-"""Batch Renormalization: its definition, what it is with special bounds, and the paper's
-schedule."""
+"""Batch Renormalization: its definition, its special cases, and the schedule of the paper."""
 
 from functools import partial
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 from rows import ROWS, shape_of
 from test_capabilities import CALLS
@@ -140,7 +139,8 @@ def check_rows_of_mean(mean, length, weighted):
     np.testing.assert_allclose(*ys, rtol=0, atol=tolerance)
     m = moments_of_rows(x, weights=weights)
     np.testing.assert_allclose(m.mean[:, 0], exact.mean[:, 0], rtol=4 * EPS, atol=4 * EPS)
-    # x is exact, and so is x - mean near the mean: the variance owes nothing to the size of the mean
+    # x is exact, and so is x - mean near the mean: the variance does not depend on how large the
+    # mean is
     np.testing.assert_allclose(m.var[:, 0], exact.var[:, 0], rtol=64 * EPS)
 
 
@@ -210,31 +210,6 @@ def test_float16_gradient_adds_up_before_it_is_rounded(platform, name):
     np.testing.assert_allclose(
         found.astype(np.float32), wide, rtol=float(np.finfo(np.float16).eps), atol=4e5 * 4 * EPS
     )
-
-
-@pytest.mark.parametrize("name", ["BatchNorm", "GroupNorm", "LayerNorm", "InstanceNorm"])
-def test_float16_gradient_of_layers(name):
-    """Flax's, which round each part, are NaN here: another deliberate difference."""
-    x = (1e-3 * np.random.default_rng(0).normal(size=(8, 16, 64))).astype(np.float16)
-    options = {"epsilon": 1e-12, "dtype": jnp.float16}
-    options |= {"num_groups": 4} if name == "GroupNorm" else {}
-    options |= {"use_running_average": False} if name == "BatchNorm" else {}
-
-    def of_linen(module):
-        layer = getattr(module, name)(**options)
-        variables = layer.init(jax.random.key(0), x)
-        return lambda x: layer.apply(variables, x, mutable=["batch_stats"])[0]
-
-    def of_nnx(x):
-        return getattr(jaxnorm.nnx, name)(64, rngs=flax_nnx.Rngs(0), **options)(x)
-
-    def gradient_of(f):
-        return jax.vjp(f, x)[1](jnp.full(x.shape, 400, jnp.float16))[0].astype(jnp.float32)
-
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        assert not jnp.isfinite(gradient_of(of_linen(flax_linen))).all()
-        for f in (of_linen(linen), of_nnx):
-            np.testing.assert_allclose(gradient_of(f), 0, atol=4e5 * 8 * EPS)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

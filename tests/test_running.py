@@ -230,8 +230,7 @@ def test_momentum_is_data():
 
 @pytest.mark.usefixtures("x64")
 def test_gradient_of_an_update_used_at_once():
-    """Nothing in the update stops the gradient: who normalizes with it gets (1 - momentum) of
-    it."""
+    """The update does not stop the gradient: normalizing with it passes on (1 - momentum) of it."""
     x, gy = batches()[0], batches(seed=1)[0]
     sets = oracle.set_numbers(x.shape, lambda n, p, c, *_: (c,))
 

@@ -44,8 +44,7 @@ def cells(methods, what):
 
 
 def channel_vectors(cell):
-    """A float32 value for each example and channel, written and read, in multiples of the
-    tensor."""
+    """A float32 for each example and channel, written and read, in multiples of the tensor."""
     n, *positions, _ = SHAPES[cell.shape].on("gpu")
     return 8 / (math.prod(positions) * (2 if cell.dtype == "bfloat16" else 4))
 
@@ -67,8 +66,7 @@ def assert_fills_device(cell, traffic_of_cell):
 
 @pytest.mark.parametrize("cell", cells((*POOLED, "token_layer"), "step"))
 def test_step_moves_nine_tensors(cell):
-    """Eight are the least without keeping sets on the chip: x and y, x again; x and dy twice,
-    dx."""
+    """Eight is the least without keeping sets on the chip: x twice and y; x and dy twice and dx."""
     step = found(cell)
     assert step.moved <= 9
     assert step.moved_by_branches <= 3.2  # rarely taken; XLA stores x - mean in some cases

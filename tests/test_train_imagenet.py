@@ -134,8 +134,8 @@ def launch(
     } | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": (
-            f"--xla_force_host_platform_device_count={devices // processes}"
-            " --xla_backend_optimization_level=0"
+            f"--xla_force_host_platform_device_count={devices // processes} "
+            "--xla_backend_optimization_level=0"
         ),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -399,8 +399,7 @@ def trainer(placement, method, devices_per_norm=1, dtype="float32"):
 
 
 def two_steps(placement, method, devices_per_norm):
-    """Metrics of two steps on 16 images, parameters and statistics after them, and an
-    evaluation."""
+    """Two steps on 16 images: metrics, then parameters and statistics, and an evaluation."""
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 255, (16, 16, 16, 3), np.uint8),

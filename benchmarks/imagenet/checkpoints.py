@@ -86,8 +86,8 @@ def newest(folder: Path, aside: Path) -> tuple[int | None, list[str]]:
     """The step of the newest intact checkpoint, and what the user has to know about later ones.
 
     Those are moved into the folder `aside`, so that training goes on from the intact one and writes
-    them anew: a run that is started again after every kill, by no one who looks, must not end
-    where an older checkpoint is good.
+    them anew: a run that is started again after every kill, by no one who looks, must not end where
+    an older checkpoint is good.
 
     Args:
         folder: of the checkpoints. It may be missing.
@@ -107,8 +107,8 @@ def newest(folder: Path, aside: Path) -> tuple[int | None, list[str]]:
     if len(steps) > 1 or (steps and (folder / str(steps[0]) / CHECKSUMS).exists()):
         listed = "; ".join(f"{step}: {problem}" for step, problem in problems.items())
         raise ValueError(
-            f"no checkpoint in {folder} is intact ({listed}). Put copies in their place, or start"
-            " again with another --output."
+            f"no checkpoint in {folder} is intact ({listed}). Put copies in their place, or start "
+            "again with another --output."
         )
     return None, _set_aside(folder, aside, problems, "starts from the beginning")
 
@@ -121,8 +121,8 @@ def _set_aside(folder: Path, aside: Path, problems: dict[int, str], then: str) -
         place = next(name for name in names if not name.exists())
         os.replace(folder / str(step), place)
         told.append(
-            f"Checkpoint {step} is damaged or unfinished: {problem}. It was moved to {place}; the"
-            f" run {then}."
+            f"Checkpoint {step} is damaged or unfinished: {problem}. It was moved to {place}; the "
+            f"run {then}."
         )
     return told
 

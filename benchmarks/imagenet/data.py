@@ -64,9 +64,9 @@ def find(data: str, num_classes: int | None) -> Images:
     if any(records):
         if num_classes is None or not all(records):
             raise ValueError(
-                f"{data} holds ArrayRecord files. Expected them in train/ and val/ both, and their"
-                f" --num-classes. Got {len(records[0])} in train/, {len(records[1])} in val/ and"
-                f" --num-classes {num_classes}."
+                f"{data} holds ArrayRecord files. Expected them in train/ and val/ both, and their "
+                f"--num-classes. Got {len(records[0])} in train/, {len(records[1])} in val/ and "
+                f"--num-classes {num_classes}."
             )
         train, val = (Records(grain.sources.ArrayRecordDataSource(paths)) for paths in records)
         return Images(train, val, num_classes)
@@ -74,15 +74,15 @@ def find(data: str, num_classes: int | None) -> Images:
     if train.classes != val.classes:
         differing = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(
-            f"{folders[0]} has {len(train.classes)} classes, {folders[1]} {len(val.classes)}, and"
-            " these stand in one of them only:"
-            f" {', '.join(differing[:5])}{', ...' if differing[5:] else ''}. Expected the same"
-            " folders in both."
+            f"{folders[0]} has {len(train.classes)} classes, {folders[1]} {len(val.classes)}, and "
+            "these stand in one of them only: "
+            f"{', '.join(differing[:5])}{', ...' if differing[5:] else ''}. Expected the same "
+            "folders in both."
         )
     if num_classes not in (None, len(train.classes)):
         raise ValueError(
-            f"{folders[0]} has {len(train.classes)} classes, not the {num_classes} of"
-            " --num-classes."
+            f"{folders[0]} has {len(train.classes)} classes, not the {num_classes} of "
+            "--num-classes."
         )
     return Images(train, val, len(train.classes))
 
@@ -103,8 +103,8 @@ class Folder:
         if empty or not self.files:
             without = ", ".join(str(folder / name) for name in empty[:5]) or str(folder)
             raise ValueError(
-                f"{without}{', ...' if empty[5:] else ''} has no images. Expected a folder for each"
-                " class with .jpeg, .jpg or .png files in it, and no other folders."
+                f"{without}{', ...' if empty[5:] else ''} has no images. Expected a folder for "
+                "each class with .jpeg, .jpg or .png files in it, and no other folders."
             )
 
     def __len__(self) -> int:
@@ -119,18 +119,28 @@ class Folder:
 # message of keys and values.
 _SCHEMA = """
 name: "example" package: "benchmarks" syntax: "proto3"
-message_type { name: "Bytes" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
-message_type { name: "Ints" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+message_type { name: "Bytes"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES }
+}
+message_type { name: "Ints"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 }
+}
 message_type { name: "Feature"
   field { name: "bytes_list" number: 1 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: "Bytes" }
-  field { name: "int64_list" number: 3 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: "Ints" } }
+  field { name: "int64_list" number: 3 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: "Ints" }
+}
 message_type { name: "Entry"
   field { name: "key" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }
-  field { name: "value" number: 2 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: "Feature" } }
+  field { name: "value" number: 2 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: "Feature" }
+}
 message_type { name: "Features"
-  field { name: "feature" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: "Entry" } }
+  field { name: "feature" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: "Entry" }
+}
 message_type { name: "Example"
-  field { name: "features" number: 1 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: "Features" } }
+  field {
+    name: "features" number: 1 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: "Features"
+  }
+}
 """
 
 
@@ -138,7 +148,8 @@ message_type { name: "Example"
 def example_class() -> Any:
     """The class of `tf.train.Example` messages, with `features.feature` as a list of entries."""
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(text_format.Parse(_SCHEMA, descriptor_pb2.FileDescriptorProto()))  # type: ignore[reportAttributeAccessIssue]
+    file = text_format.Parse(_SCHEMA, descriptor_pb2.FileDescriptorProto())
+    pool.Add(file)  # type: ignore[reportAttributeAccessIssue]
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("benchmarks.Example"))
 
 
@@ -160,8 +171,8 @@ class Records:
         features = {entry.key: entry.value for entry in message.features.feature}
         if not {"image", "label"} <= features.keys():
             raise ValueError(
-                f"record {index} has the features {sorted(features)}. Expected image and label"
-                " among them."
+                f"record {index} has the features {sorted(features)}. Expected image and label "
+                "among them."
             )
         images, labels = features["image"].bytes_list.value, features["label"].int64_list.value
         if not (images and labels):
@@ -174,8 +185,8 @@ def _from_tfds(name: str) -> Images:
         import tensorflow_datasets as tfds  # type: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
-            f"tfds:{name} needs TensorFlow Datasets: pip install tensorflow-datasets. Its"
-            " ArrayRecord files can be read without it, from a folder with train/ and val/."
+            f"tfds:{name} needs TensorFlow Datasets: pip install tensorflow-datasets. Its "
+            "ArrayRecord files can be read without it, from a folder with train/ and val/."
         ) from error
     builder = tfds.builder(name)
     decoders = {"image": tfds.decode.SkipDecoding()}
@@ -283,7 +294,8 @@ def _batches(
     images = grain.MapDataset.select_from_datasets([images], share).repeat(epochs)
     if not workers:
         return images.to_iter_dataset(grain.ReadOptions(THREADS, READ_AHEAD)).batch(share.rows)
-    flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's flags, which this program leaves alone
+    # grain's worker processes read absl's flags, which this program leaves alone
+    flags.FLAGS.mark_as_parsed()
     # Workers take turns with whole batches, so that a batch holds the same images whatever their
     # number.
     batches = images.batch(share.rows).to_iter_dataset(
@@ -314,8 +326,8 @@ def decode(example: Example) -> Image.Image:
         return Image.open(io.BytesIO(example["image"])).convert("RGB")
     except Exception as error:  # Pillow's, of damaged files, are of many kinds
         raise ValueError(
-            f"{example.get('name', 'an image')} cannot be decoded: {error}. Replace it, or"
-            " remove it and start again."
+            f"{example.get('name', 'an image')} cannot be decoded: {error}. Replace it, or "
+            "remove it and start again."
         ) from error
 
 
@@ -347,7 +359,7 @@ def central_box(width: int, height: int) -> tuple[float, float, float, float]:
 def _label(example: Example, num_classes: int) -> np.int32:
     if not 0 <= example["label"] < num_classes:
         raise ValueError(
-            f"{example.get('name', 'an image')} has the label {example['label']}. Expected 0 to"
-            f" {num_classes - 1}."
+            f"{example.get('name', 'an image')} has the label {example['label']}. Expected 0 to "
+            f"{num_classes - 1}."
         )
     return np.int32(example["label"])

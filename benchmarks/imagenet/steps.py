@@ -50,8 +50,7 @@ class State(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """A network with its optimizer. `axis` is the name of pmap's axis of devices, None under
-    jit."""
+    """A network with its optimizer. `axis` is the name of pmap's axis, None under jit."""
 
     model: ResNet
     optimizer: optax.GradientTransformation

@@ -49,8 +49,12 @@ class BatchNorm(nn.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> layer = BatchNorm()
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), use_running_average=False)
-        >>> y, updates = layer.apply(variables, jnp.ones((4, 8, 8, 3)), use_running_average=False, mutable="batch_stats")
+        >>> variables = layer.init(
+        ...     jax.random.key(0), jnp.ones((1, 8, 8, 3)), use_running_average=False
+        ... )
+        >>> y, updates = layer.apply(
+        ...     variables, jnp.ones((4, 8, 8, 3)), use_running_average=False, mutable="batch_stats"
+        ... )
         >>> y.shape, updates["batch_stats"]["mean"].shape
         ((4, 8, 8, 3), (3,))
 

@@ -117,8 +117,8 @@ def _parameter(module: Any, name: str, given: ArrayLike | None, shape: Shape) ->
     if given is not None:
         if own:
             raise ValueError(
-                f"{name} was given at the call, but the layer has its own. Expected one of the two:"
-                f" construct it with use_{name}=False."
+                f"{name} was given at the call, but the layer has its own. Expected one of the "
+                f"two: construct it with use_{name}=False."
             )
         return jnp.asarray(given)
     if not own:

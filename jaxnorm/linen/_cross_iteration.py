@@ -39,7 +39,9 @@ class CrossIterationNorm(Layer):
         >>> x = jnp.ones((4, 8, 8, 3))
         >>> variables = layer.init(jax.random.key(0), x, use_running_average=True)
         >>> window = cross_iteration_window(1000, burn_in=500)
-        >>> y, updates = layer.apply(variables, x, use_running_average=False, window=window, mutable="batch_stats")
+        >>> y, updates = layer.apply(
+        ...     variables, x, use_running_average=False, window=window, mutable="batch_stats"
+        ... )
         >>> y.shape, updates["batch_stats"]["past_slope"].shape
         ((4, 8, 8, 16), (3, 3, 3, 3, 16))
 

@@ -40,7 +40,9 @@ class DomainSpecificBatchNorm(Layer, kw_only=True):
         >>> variables = layer.init(jax.random.key(0), x, use_running_average=True, domain=0)
         >>> variables["batch_stats"]["mean"].shape
         (2, 3)
-        >>> y, stored = layer.apply(variables, x, use_running_average=True, domain=1, mutable="distances")
+        >>> y, stored = layer.apply(
+        ...     variables, x, use_running_average=True, domain=1, mutable="distances"
+        ... )
         >>> jax.tree.map(jnp.shape, stored)
         {'distances': {'distance': ((4,),)}}
 

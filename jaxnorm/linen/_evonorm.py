@@ -33,7 +33,9 @@ class EvoNormB0(Layer, kw_only=True):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> layer = EvoNormB0()
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((4, 8, 8, 3)), use_running_average=True)
+        >>> variables = layer.init(
+        ...     jax.random.key(0), jnp.ones((4, 8, 8, 3)), use_running_average=True
+        ... )
         >>> jax.tree.map(jnp.shape, variables["batch_stats"])
         {'var': (3,)}
 
@@ -80,7 +82,8 @@ class EvoNormS0(Layer, kw_only=True):
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> EvoNormS0(num_groups=3).init_with_output(jax.random.key(0), jnp.ones((4, 8, 8, 6)))[0].shape
+        >>> layer, x = EvoNormS0(num_groups=3), jnp.ones((4, 8, 8, 6))
+        >>> layer.init_with_output(jax.random.key(0), x)[0].shape
         (4, 8, 8, 6)
 
     Reference:
@@ -94,8 +97,7 @@ class EvoNormS0(Layer, kw_only=True):
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]
     ) -> jax.Array:
-        """Normalize x; the options are those of `Norm`, and `use_running_average` changes
-        nothing."""
+        """Normalize x; options as in `Norm`, except that `use_running_average` has no effect."""
         function = partial(
             evonorm_s0, v=channel_parameter(self, "v", self.v_init, x), num_groups=self.num_groups
         )

@@ -54,7 +54,9 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
         >>> class Model(nn.Module):
         ...     @nn.compact
         ...     def __call__(self, x):
-        ...         return nn.relu(BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3), use_bias=False)(x)))
+        ...         return nn.relu(
+        ...             BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3), use_bias=False)(x))
+        ...         )
         >>> x = jnp.ones((1, 8, 8, 3))
         >>> variables = Model().init(jax.random.key(0), x)
         >>> forward, variables, pairs = fold_norms(Model().apply, variables, x)
@@ -117,7 +119,7 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
         kernel, bias = folding.fold(
             parameters["kernel"],
             parameters.get("bias"),
-            Moments(None, statistics["mean"], statistics["var"]),  # pyright: ignore[reportArgumentType]  # no count
+            Moments(None, statistics["mean"], statistics["var"]),  # type: ignore[arg-type]
             scale=scale + 1 if scale is not None and options["unit_offset"] else scale,
             shift=affine.get("bias"),
             epsilon=options["epsilon"],

@@ -17,7 +17,8 @@ from jaxnorm.linen._call import Layer, call_function, channel_parameter, zeros
 class FilterResponseNorm(Layer, kw_only=True):
     """Filter Response Normalization and its thresholded linear unit: `frn.filter_response_norm`.
 
-        y = x / sqrt(mean_hw(x^2) + epsilon + |learned_epsilon|) * scale + bias,    max(y, threshold)
+        y = x / sqrt(mean_hw(x^2) + epsilon + |learned_epsilon|) * scale + bias
+        output = max(y, threshold)
 
     Parameters are `scale`, `bias` and `threshold`, (C,), and where asked for `slope`, (C,), and
     `learned_epsilon`, a scalar. No activation need follow, and no relu should: the threshold, 0 at
@@ -60,8 +61,7 @@ class FilterResponseNorm(Layer, kw_only=True):
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]
     ) -> jax.Array:
-        """Normalize x; the options are those of `Norm`, and `use_running_average` changes
-        nothing."""
+        """Normalize x; options as in `Norm`, except that `use_running_average` has no effect."""
         threshold = slope = learned_epsilon = None
         if self.use_threshold:
             threshold = channel_parameter(self, "threshold", self.threshold_init, x)

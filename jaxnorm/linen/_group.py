@@ -43,7 +43,8 @@ class GroupNorm(nn.Module):
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> GroupNorm(num_groups=4).init_with_output(jax.random.key(0), jnp.ones((2, 8, 8, 16)))[0].shape
+        >>> layer, x = GroupNorm(num_groups=4), jnp.ones((2, 8, 8, 16))
+        >>> layer.init_with_output(jax.random.key(0), x)[0].shape
         (2, 8, 8, 16)
 
     Reference:

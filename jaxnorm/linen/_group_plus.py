@@ -40,7 +40,9 @@ class GroupNormPlus(Layer):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> layer = GroupNormPlus(3)
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((4, 8, 8, 6)), use_running_average=True)
+        >>> variables = layer.init(
+        ...     jax.random.key(0), jnp.ones((4, 8, 8, 6)), use_running_average=True
+        ... )
         >>> jax.tree.map(jnp.shape, variables["batch_stats"])
         {'mean': (8, 8, 6), 'var': (8, 8, 6)}
 

@@ -18,9 +18,9 @@ def in_front(
         or not hasattr(layer, "features")
     ):
         raise ValueError(
-            f"layer is a Flax layer with `features` and a kernel, without a bias. Got {layer!r};"
-            " expected for example nn.Conv(64, (3, 3), use_bias=False) or nn.Dense(64,"
-            " use_bias=False)."
+            f"layer is a Flax layer with `features` and a kernel, without a bias. Got {layer!r}; "
+            "expected for example nn.Conv(64, (3, 3), use_bias=False) or nn.Dense(64, "
+            "use_bias=False)."
         )
     if not layer.has_variable("params", "kernel"):
         layer(x)  # makes it

@@ -37,7 +37,9 @@ class MemorizedBatchNorm(Layer, kw_only=True):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> layer = MemorizedBatchNorm(memory_weights=(1, 1, 1))
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((4, 8, 8, 3)), use_running_average=True)
+        >>> variables = layer.init(
+        ...     jax.random.key(0), jnp.ones((4, 8, 8, 3)), use_running_average=True
+        ... )
         >>> jax.tree.map(jnp.shape, variables["batch_stats"])
         {'count': (3,), 'mean': (2, 3), 'var': (2, 3)}
 

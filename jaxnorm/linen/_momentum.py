@@ -37,7 +37,9 @@ class MomentumBatchNorm(Layer, kw_only=True):
         >>> layer = MomentumBatchNorm()
         >>> x = jnp.ones((4, 8, 8, 3))
         >>> variables = layer.init(jax.random.key(0), x, use_running_average=True)
-        >>> y, updates = layer.apply(variables, x, use_running_average=False, train_momentum=0.5, mutable="batch_stats")
+        >>> y, updates = layer.apply(
+        ...     variables, x, use_running_average=False, train_momentum=0.5, mutable="batch_stats"
+        ... )
         >>> sorted(updates["batch_stats"])
         ['mean', 'train_mean', 'train_var', 'var']
 

@@ -45,11 +45,16 @@ class MovingAverageNorm(Layer):
         >>> trained = layer.init(jax.random.key(0), x, use_running_average=True)
         >>> state = {"batch_stats": trained.pop("batch_stats")}
         >>> def loss(trained, state):
-        ...     y, state = layer.apply(trained | state, x, use_running_average=False, mutable=["batch_stats"])
+        ...     y, state = layer.apply(
+        ...         trained | state, x, use_running_average=False, mutable=["batch_stats"]
+        ...     )
         ...     return jnp.sin(y).sum(), state
         >>> gradients, state = jax.jit(jax.grad(loss, has_aux=True))(trained, state)
         >>> params = jax.tree.map(lambda p, g: p - 0.1 * g, trained["params"], gradients["params"])
-        >>> trained = {"params": params, "_overwrite_with_gradient": gradients["_overwrite_with_gradient"]}
+        >>> trained = {
+        ...     "params": params,
+        ...     "_overwrite_with_gradient": gradients["_overwrite_with_gradient"],
+        ... }
         >>> jax.tree.map(jnp.shape, trained["_overwrite_with_gradient"])
         {'tap': (16,)}
 

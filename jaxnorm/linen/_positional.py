@@ -46,8 +46,8 @@ class DynamicMomentShortcut(nn.Module):
     Reference:
         Positional Normalization, 2019, arXiv:1907.04312. The authors' code for CycleGAN has two
         convolutions of the concatenated mean and standard deviation, with as many channels between
-        them as x has, and y = x * f + g. Its first convolution is a transposed one of stride 2
-        with a normalization behind it, its second ends in a ReLU, and shift comes before scale. For
+        them as x has, and y = x * f + g. Its first convolution is a transposed one of stride 2 with
+        a normalization behind it, its second ends in a ReLU, and shift comes before scale. For
         these, or any other network, hand what it makes to `positional.moment_shortcut`. 64 channels
         between the convolutions are what applications use.
     """

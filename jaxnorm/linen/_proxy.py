@@ -39,7 +39,9 @@ class ProxyNorm(Layer):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jaxnorm import methods
-        >>> variables = ProxyNorm(methods.layer_norm()).init(jax.random.key(0), jnp.ones((4, 8, 8, 3)))
+        >>> variables = ProxyNorm(methods.layer_norm()).init(
+        ...     jax.random.key(0), jnp.ones((4, 8, 8, 3))
+        ... )
         >>> sorted(variables["params"])
         ['bias', 'proxy_bias', 'proxy_scale', 'scale']
 
@@ -60,8 +62,7 @@ class ProxyNorm(Layer):
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]
     ) -> jax.Array:
-        """Normalize x; the options are those of `Norm`, and `use_running_average` changes
-        nothing."""
+        """Normalize x; options as in `Norm`, except that `use_running_average` has no effect."""
         function = partial(
             proxy_norm,
             method=self.method,

@@ -18,8 +18,7 @@ class BatchRenorm(Layer, kw_only=True):
         y = ((x - mean) / std * r + d) * scale + bias
 
     The collection `batch_stats` holds `mean` and `std`. The bounds of r and d are arguments of the
-    call, numbers or traced
-    scalars: see `renorm.batch_renorm_bounds`.
+    call, numbers or traced scalars: see `renorm.batch_renorm_bounds`.
 
     Args:
         momentum: weight of the old running statistics per update.
@@ -34,7 +33,9 @@ class BatchRenorm(Layer, kw_only=True):
         >>> layer = BatchRenorm()
         >>> x = jnp.ones((4, 8, 8, 3))
         >>> variables = layer.init(jax.random.key(0), x, use_running_average=True)
-        >>> y, updates = layer.apply(variables, x, use_running_average=False, rmax=1.5, dmax=0.5, mutable="batch_stats")
+        >>> y, updates = layer.apply(
+        ...     variables, x, use_running_average=False, rmax=1.5, dmax=0.5, mutable="batch_stats"
+        ... )
         >>> jax.tree.map(jnp.shape, updates["batch_stats"])
         {'mean': (3,), 'std': (3,)}
 

@@ -127,7 +127,9 @@ class Norm(Row):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> layer = Norm(methods.batch_group_norm(4))
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 16)), use_running_average=True)
+        >>> variables = layer.init(
+        ...     jax.random.key(0), jnp.ones((1, 8, 8, 16)), use_running_average=True
+        ... )
         >>> jax.tree.map(jnp.shape, variables["batch_stats"])
         {'mean': (4,), 'var': (4,)}
     """
@@ -160,7 +162,9 @@ class GhostBatchNorm(Row):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> layer = GhostBatchNorm(ghost_size=16)
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), use_running_average=False)
+        >>> variables = layer.init(
+        ...     jax.random.key(0), jnp.ones((1, 8, 8, 3)), use_running_average=False
+        ... )
         >>> layer.apply(variables, jnp.ones((5, 8, 8, 3)), use_running_average=True).shape
         (5, 8, 8, 3)
 
@@ -183,9 +187,9 @@ class BatchGroupNorm(Row):
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
     The collection `batch_stats` holds `mean` and `var`, (G,). Where G does not divide the channels,
-    groups are of positions
-    too: the layer then depends on the position, takes real x, and is tied to the image size with
-    which it was initialized; the collection's `positions` has that shape, (H, W).
+    groups are of positions too: the layer then depends on the position, takes real x, and is tied
+    to the image size with which it was initialized; the collection's `positions` has that shape,
+    (H, W).
 
     Args:
         num_groups: G, a divisor of channels times positions; `methods.batch_group_count` chooses
@@ -198,7 +202,9 @@ class BatchGroupNorm(Row):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> layer = BatchGroupNorm(32)
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 64)), use_running_average=False)
+        >>> variables = layer.init(
+        ...     jax.random.key(0), jnp.ones((1, 8, 8, 64)), use_running_average=False
+        ... )
         >>> variables["batch_stats"]["mean"].shape, variables["params"]["scale"].shape
         ((32,), (64,))
 
@@ -275,10 +281,14 @@ class BatchAndGroupNorm(Row):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> layer = BatchAndGroupNorm(ghost_size=2, num_groups=4)
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 16)), use_running_average=False)
+        >>> variables = layer.init(
+        ...     jax.random.key(0), jnp.ones((1, 8, 8, 16)), use_running_average=False
+        ... )
         >>> variables["batch_stats"]["mean"].shape
         (16,)
-        >>> layer.apply(variables, jnp.ones((5, 8, 8, 16)), use_running_average=True, example_weight=0.25).shape
+        >>> layer.apply(
+        ...     variables, jnp.ones((5, 8, 8, 16)), use_running_average=True, example_weight=0.25
+        ... ).shape
         (5, 8, 8, 16)
 
     Reference:

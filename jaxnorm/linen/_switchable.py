@@ -39,7 +39,9 @@ class SwitchableNorm(Layer, kw_only=True):
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> variables = SwitchableNorm().init(jax.random.key(0), jnp.ones((4, 8, 8, 16)), use_running_average=False)
+        >>> variables = SwitchableNorm().init(
+        ...     jax.random.key(0), jnp.ones((4, 8, 8, 16)), use_running_average=False
+        ... )
         >>> {name: t.shape for name, t in variables["params"].items() if "logits" in name}
         {'mean_logits': (3,), 'var_logits': (3,)}
 

@@ -43,8 +43,8 @@ class BatchNorm(StatefulLayer):
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
     Raises:
-        ValueError: `use_running_average` given nowhere, running statistics of another shape,
-            a momentum outside 0 to 1.
+        ValueError: `use_running_average` given nowhere, running statistics of another shape, a
+            momentum outside 0 to 1.
 
     Example:
         >>> import jax.numpy as jnp

@@ -75,8 +75,8 @@ class Layer(nnx.Module):
         own = getattr(self, name, None)
         if given is not None and own is not None:
             raise ValueError(
-                f"{name} was given at the call, but the layer has its own. Expected one of the two:"
-                f" construct it with use_{name}=False."
+                f"{name} was given at the call, but the layer has its own. Expected one of the "
+                f"two: construct it with use_{name}=False."
             )
         if own is None:
             return None if given is None else jnp.asarray(given)
@@ -177,7 +177,8 @@ class StatefulLayer(Layer):
         population = self._population()
         count = getattr(self, population or "count", None)
         count = None if count is None else count[...]
-        state = Moments(count, self.mean[...], self.var[...])  # pyright: ignore[reportArgumentType]  # None is no count
+        # a count of None is no count
+        state = Moments(count, self.mean[...], self.var[...])  # type: ignore[reportArgumentType]
         state = serving(state, shape, statistic, x.shape)
         update = self.update_running_average if update is None else update
         update = _layers.whether_to_update(use, update)
@@ -191,9 +192,9 @@ class StatefulLayer(Layer):
         use = self.use_running_average if use is None else use
         if use is None:
             raise ValueError(
-                f"No `use_running_average` argument was provided to {type(self).__name__}. Got None"
-                " from the constructor and at the call; expected True or False from one of them,"
-                " or from nnx.view(model, use_running_average=...)."
+                f"No `use_running_average` argument was provided to {type(self).__name__}. Got "
+                "None from the constructor and at the call; expected True or False from one of "
+                "them, or from nnx.view(model, use_running_average=...)."
             )
         return check_flag(use, "use_running_average")
 

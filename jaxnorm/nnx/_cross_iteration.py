@@ -35,7 +35,9 @@ class CrossIterationNorm(Function):
         >>> from flax import nnx
         >>> from jaxnorm.cross_iteration import cross_iteration_window
         >>> rngs = nnx.Rngs(0)
-        >>> layer = CrossIterationNorm(nnx.Conv(3, 16, (3, 3), use_bias=False, rngs=rngs), rngs=rngs)
+        >>> layer = CrossIterationNorm(
+        ...     nnx.Conv(3, 16, (3, 3), use_bias=False, rngs=rngs), rngs=rngs
+        ... )
         >>> y = layer(jnp.ones((4, 8, 8, 3)), window=cross_iteration_window(1000, burn_in=500))
         >>> y.shape, layer.past_slope.shape
         ((4, 8, 8, 16), (3, 3, 3, 3, 16))

@@ -41,7 +41,8 @@ class DomainSpecificBatchNorm(Function):
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> layer, x = DomainSpecificBatchNorm(3, num_domains=2, rngs=nnx.Rngs(0)), jnp.ones((4, 8, 8, 3))
+        >>> layer = DomainSpecificBatchNorm(3, num_domains=2, rngs=nnx.Rngs(0))
+        >>> x = jnp.ones((4, 8, 8, 3))
         >>> layer(x, domain=jnp.array([0, 0, 1, 1])).shape, layer.mean.shape
         ((4, 8, 8, 3), (2, 3))
         >>> y, stored = nnx.capture(layer, DomainDistance)(x, use_running_average=True, domain=1)

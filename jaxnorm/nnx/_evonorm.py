@@ -104,6 +104,5 @@ class EvoNormS0(Function):
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]
     ) -> jax.Array:
-        """Normalize x; the options are those of `Norm`, and `use_running_average` changes
-        nothing."""
+        """Normalize x; options as in `Norm`, except that `use_running_average` has no effect."""
         return self._run(x, partial(evonorm_s0, v=self.v[...], num_groups=self.num_groups), options)

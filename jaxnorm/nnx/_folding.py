@@ -59,7 +59,9 @@ def fold_norms(model: Model, *example: Any, forward: Callable[..., Any] | None =
 
     Example:
         >>> import jax.numpy as jnp
-        >>> model = nnx.Sequential(nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)), BatchNorm(4, rngs=nnx.Rngs(0)))
+        >>> model = nnx.Sequential(
+        ...     nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)), BatchNorm(4, rngs=nnx.Rngs(0))
+        ... )
         >>> model = nnx.view(model, use_running_average=True)
         >>> x = jnp.ones((1, 8, 8, 3))
         >>> folded = fold_norms(model, x)
@@ -118,7 +120,7 @@ def _fold(layer: Any, norm: Any, dtype: Any) -> None:
     kernel, bias = folding.fold(
         layer.kernel[...],
         bias,
-        Moments(None, norm.mean[...], norm.var[...]),  # pyright: ignore[reportArgumentType]  # no count
+        Moments(None, norm.mean[...], norm.var[...]),  # type: ignore[reportArgumentType]
         scale=scale + 1 if scale is not None and getattr(norm, "unit_offset", False) else scale,
         shift=shift,
         epsilon=norm.epsilon,

@@ -97,8 +97,8 @@ class GroupNorm(Layer):
         x = as_array(x)
         if x.shape[-1] != self.num_features:
             raise ValueError(
-                f"the layer has {self.num_features} features. Got x of shape {x.shape}; expected as"
-                " many channels, the last axis."
+                f"the layer has {self.num_features} features. Got x of shape {x.shape}; expected "
+                "as many channels, the last axis."
             )
         shape = _layers.group_shape(x, self.num_groups, self.reduction_axes)
         return self._apply(x, shape, (scale, bias), -1, mask, activation)

@@ -68,8 +68,8 @@ class GroupNormPlus(Function):
     ):
         if x_shape is None and per_position:
             raise ValueError(
-                "running statistics of GN+ keep positions apart. Got x_shape=None; expected the"
-                " shape of an input, any number of examples, or per_position=False."
+                "running statistics of GN+ keep positions apart. Got x_shape=None; expected the "
+                "shape of an input, any number of examples, or per_position=False."
             )
         self.num_groups, self.per_position, self.momentum = num_groups, per_position, momentum
         self.correction, self.epsilon_outside = correction, epsilon_outside

@@ -29,7 +29,7 @@ def check_in_front(layer: Any) -> None:
         or getattr(layer, "use_bias", True)
     ):
         raise ValueError(
-            f"layer is a Flax layer with a kernel, without a bias. Got {type(layer).__name__};"
-            " expected for example nnx.Conv(3, 64, (3, 3), use_bias=False, rngs=rngs) or"
-            " nnx.Linear(3, 64, use_bias=False, rngs=rngs)."
+            f"layer is a Flax layer with a kernel, without a bias. Got {type(layer).__name__}; "
+            "expected for example nnx.Conv(3, 64, (3, 3), use_bias=False, rngs=rngs) or "
+            "nnx.Linear(3, 64, use_bias=False, rngs=rngs)."
         )

@@ -45,7 +45,9 @@ def population_statistics(
         >>> import jax.numpy as jnp
         >>> from jaxnorm.nnx import BatchNorm
         >>> layer = BatchNorm(1, rngs=nnx.Rngs(0))
-        >>> population_statistics(lambda layer, x: layer(x), layer, [jnp.array([[0.0], [2.0]]), jnp.array([[4.0]])])
+        >>> population_statistics(
+        ...     lambda layer, x: layer(x), layer, [jnp.array([[0.0], [2.0]]), jnp.array([[4.0]])]
+        ... )
         >>> layer.mean[...].tolist()
         [2.0]
 

@@ -76,8 +76,7 @@ class ProxyNorm(Function):
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[CallOptions]
     ) -> jax.Array:
-        """Normalize x; the options are those of `Norm`, and `use_running_average` changes
-        nothing."""
+        """Normalize x; options as in `Norm`, except that `use_running_average` has no effect."""
         function = partial(
             proxy_norm,
             method=self.method,

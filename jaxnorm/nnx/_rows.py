@@ -57,8 +57,8 @@ class Row(StatefulLayer):
         if x_shape is None:
             if row.groups.spatial != 1:
                 raise ValueError(
-                    f"running statistics of {row} keep positions apart. Got x_shape=None; expected"
-                    " the shape of an input, any number of examples."
+                    f"running statistics of {row} keep positions apart. Got x_shape=None; expected "
+                    "the shape of an input, any number of examples."
                 )
             shape = running_shape(self._measured(row), (1, num_features))[0]
         else:
@@ -259,14 +259,14 @@ class BatchGroupNorm(Row, Function):
             return
         if self.x_shape is None:
             raise ValueError(
-                f"groups that are not groups of channels split positions. Got {num_groups} groups"
-                f" of {num_features} channels and x_shape=None; expected the shape of an input, any"
-                " number of examples."
+                f"groups that are not groups of channels split positions. Got {num_groups} groups "
+                f"of {num_features} channels and x_shape=None; expected the shape of an input, "
+                "any number of examples."
             )
         if self.promote_dtype is not promote_dtype:
             raise ValueError(
-                f"promote_dtype={self.promote_dtype} with groups that are not groups of channels."
-                " Expected Flax's default, or a number of groups that divides the channels."
+                f"promote_dtype={self.promote_dtype} with groups that are not groups of channels. "
+                "Expected Flax's default, or a number of groups that divides the channels."
             )
         self.momentum = momentum
         axes = {"batch_axis": self.batch_axis, "channel_axis": self.channel_axis}
