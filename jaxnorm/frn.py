@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxnorm import methods
 from jaxnorm._between import Options, applied, measured, named, output_dtype, parameter, real
 from jaxnorm._checks import check_epsilon, check_number
-from jaxnorm._mean_var import statistic_dtype
+from jaxnorm._mean_var import statistic_dtype, widened
 
 
 def filter_response_norm(
@@ -120,7 +120,7 @@ def thresholded_linear_unit(
     """
     x = real(x, "thresholded_linear_unit")
     options: Options = {"batch_axis": batch_axis, "channel_axis": channel_axis}
-    wide = x.astype(statistic_dtype(x.dtype))
+    wide = widened(x)
     floor = parameter(threshold, "threshold", x, options)
     if slope is not None:
         floor = floor + parameter(slope, "slope", x, options) * wide
