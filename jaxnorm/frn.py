@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxnorm import methods
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.checks import check_epsilon, check_number
+from jaxnorm._core.shared import widened
 from jaxnorm._frame import Options, applied, measured, output_dtype, parameter, real, select_options
 
 
@@ -122,7 +123,7 @@ def thresholded_linear_unit(
     """
     x = real(x, "thresholded_linear_unit")
     options: Options = {"batch_axis": batch_axis, "channel_axis": channel_axis}
-    wide = x.astype(statistic_dtype(x.dtype))
+    wide = widened(x)
     floor = parameter(threshold, "threshold", x, options)
     if slope is not None:
         floor = floor + parameter(slope, "slope", x, options) * wide

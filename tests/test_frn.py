@@ -94,6 +94,16 @@ def test_threshold_of_each_example():
     close(frn.thresholded_linear_unit(x, tau), jnp.maximum(x, tau[:, None, None]))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_threshold_in_half_precision(dtype):
+    x = jnp.asarray(draw()[0], dtype)
+    tau = jnp.full(SHAPE[-1], 0.5, jnp.float32)
+    f = jax.jit(lambda x: frn.thresholded_linear_unit(x, tau))
+    y, pull = jax.vjp(f, x)
+    close(*(t.astype(jnp.float32) for t in (y, jnp.maximum(x, 0.5))))
+    np.testing.assert_array_equal(pull(jnp.ones_like(y))[0], x > 0.5)
+
+
 def test_normalization_and_threshold_keep_x_alone():
     x = jnp.ones((16, 8, 8, 64), jnp.bfloat16)
     tau = jnp.zeros(64, jnp.float32)

@@ -261,3 +261,31 @@ def test_float16_gradient_of_every_method(name):
     assert jnp.abs(wide).max() < 6e4  # else float16 cannot hold it
     tolerance = {"atol": 1e5 * 16 * EPS, "rtol": 2 * float(np.finfo(np.float16).eps)}
     np.testing.assert_allclose(pull(x), wide, **tolerance)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_half_precision_second_derivatives(name):
+    """As those of float32, but for rounding: functions that share x lose none of its parts."""
+    rng = np.random.default_rng(0)
+    x, along = (rng.normal(size=CALLS_SHAPE).astype(jnp.bfloat16) for _ in range(2))
+
+    @jax.jit
+    def curvature(x, along):
+        def slope(x):
+            gradient = jax.grad(lambda x: (CALLS[name][0](x).astype(jnp.float32) ** 3).sum())(x)
+            return (gradient.astype(jnp.float32) * along.astype(jnp.float32)).sum()
+
+        return jax.grad(slope)(x).astype(jnp.float32)
+
+    wide = curvature(x.astype(np.float32), along)
+    assert jnp.linalg.norm(curvature(x, along) - wide) < 0.02 * jnp.linalg.norm(wide)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_half_precision_backward_keeps_no_float32_copy(name):
+    """GN+ keeps its z, which is float32."""
+    x = jnp.ones(CALLS_SHAPE, jnp.bfloat16)
+    pull = jax.eval_shape(lambda x: jax.vjp(CALLS[name][0], x)[1], x)
+    kept = [t for t in jax.tree.leaves(pull) if t.size >= x.size]
+    wide = [t for t in kept if t.dtype == jnp.float32]
+    assert len(wide) == (name == "group_norm_plus")

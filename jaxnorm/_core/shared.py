@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.core import Tracer
 
 from jaxnorm._core.arithmetic import statistic_dtype
@@ -20,8 +19,10 @@ class Shared:
     may overflow where their sum is 0: x of standard deviation 1e-3 under a cotangent of 400.
 
     Args:
-        x: the values, as a constant.
-        wide: the same in float32. Nothing reads it, so it is never stored; its derivative is x's.
+        x: the values. Readers leave out the derivative along it; those of their derivatives, which
+            are of second order, go by x alone.
+        wide: the same in float32. Nothing reads it, so it is never stored; readers take the
+            derivative along it.
     """
 
     x: jax.Array
@@ -45,7 +46,7 @@ def shared(x: jax.Array) -> jax.Array:
     wide = statistic_dtype(x.dtype)
     if x.dtype == wide or not isinstance(x, Tracer):
         return x
-    return Shared(lax.stop_gradient(x), x.astype(wide))  # type: ignore[return-value]  # as an array
+    return Shared(x, x.astype(wide))  # type: ignore[return-value]  # as an array
 
 
 def widened(x: jax.Array) -> jax.Array:
@@ -58,7 +59,7 @@ def _widened(x: jax.Array, wide: jax.Array) -> jax.Array:
     return x.astype(wide.dtype)  # so that what is kept is x
 
 
-_widened.defjvp(lambda primals, tangents: (_widened(*primals), tangents[1]))
+_widened.defjvp(lambda primals, tangents: (primals[0].astype(primals[1].dtype), tangents[1]))
 
 
 def own_and_wide(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
