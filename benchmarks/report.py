@@ -202,8 +202,9 @@ def draw(result: Result, path: Path) -> None:
     _draw_scales(axes, [*map(str, sizes), *(["any"] if flat else [])])
     axes.set_xlabel(_size_name(settings))
     axes.set_title(
-        "Handwritten digits, residual network ending in "
-        f"{settings.network} maps, {settings.epochs} epochs.\nMean of {settings.seeds} seeds (dots) with its 95 % t-interval."
+        f"Handwritten digits, residual network ending in {settings.network} maps, "
+        f"{settings.epochs} epochs.\n"
+        f"Mean of {settings.seeds} seeds (dots) with its 95 % t-interval."
         + (" Dashed: methods that the batch size does not touch." if flat else ""),
         loc="left",
         fontsize=9,

@@ -1,6 +1,6 @@
-"""Every notebook runs to its end, and is committed the way it was run.
+"""Every notebook runs to its end, and is committed as it was run.
 
-python tests/test_notebooks.py    # runs and saves them
+`python tests/test_notebooks.py` runs and saves them.
 """
 
 import os
