@@ -6,7 +6,7 @@ how many equal, contiguous groups is it split? 1 pools the axis, EACH keeps ever
 makes k groups. Those numbers are the shape of the statistic:
 
     >>> from jaxnorm import EACH, Groups
-    >>> x_shape = (64, 8, 8, 256)                                   # batch | spatial, spatial | channel
+    >>> x_shape = (64, 8, 8, 256)  # batch | spatial, spatial | channel
     >>> Groups(batch=1, spatial=1, channel=EACH).shape(x_shape)     # batch norm
     (1, 1, 1, 256)
     >>> Groups(batch=EACH, spatial=1, channel=EACH).shape(x_shape)  # instance norm
@@ -43,18 +43,23 @@ remember is a dict of arrays; `f(x, state, train=)` returns y and the next state
                                   cross_iteration.cross_iteration_norm,
                                   moving_average.moving_average_norm
     a mixture of statistics       switchable.switchable_norm, group_plus.group_norm_plus
-    of several domains            domains.domain_batch_norm, domains.domain_distance, domains.domain_ensemble
+    of several domains            domains.domain_batch_norm, domains.domain_distance,
+                                  domains.domain_ensemble
     any number of groups          batch_group.batch_group_norm
-    with its activation           frn.filter_response_norm, evonorm.evonorm_b0, evonorm.evonorm_s0, proxy.proxy_norm
+    with its activation           frn.filter_response_norm, evonorm.evonorm_b0,
+                                  evonorm.evonorm_s0, proxy.proxy_norm
     returned and used later       positional.positional_norm, positional.moment_shortcut
     of a kernel                   methods.standardize_kernel
 
 At test time, and around:
 
-    an example's own statistics   inference.weigh_example, inference.choose_example_weight, inference.adapt_moments
+    an example's own statistics   inference.weigh_example, inference.choose_example_weight,
+                                  inference.adapt_moments
     into the layer in front       folding.fold
-    weight decay of norms         optim.add_norm_decay, optim.norm_mask, optim.decay_mask, optim.norm_penalty
-    layers                        linen.Norm(method), nnx.Norm(features, method), and one named after each method: linen/, nnx/
+    weight decay of norms         optim.add_norm_decay, optim.norm_mask, optim.decay_mask,
+                                  optim.norm_penalty
+    layers                        linen.Norm(method), nnx.Norm(features, method), and one named
+                                  after each method: linen/, nnx/
     whole models                  population_statistics and fold_norms in linen and nnx
 
 `jaxnorm.linen`, `jaxnorm.nnx` and `jaxnorm.optim` are imported by name: all other functions need

@@ -59,7 +59,8 @@ def check_state(state: Any, method: str, optional: Sequence[str] = (), **axes: i
         f"{name} of {n} {'axis' if n == 1 else 'axes'}" for name, n in axes.items()
     )
     raise error(
-        f"{method} got {got}. Expected its own state, a dict with {expected}, as init_{method} makes"
+        f"{method} got {got}. Expected its own state, a dict with {expected}, as"
+        f" init_{method} makes"
         " it before the first step; that of another method means something else."
     )
 

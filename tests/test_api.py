@@ -123,9 +123,9 @@ def uses(module, other):
 
 
 CORE = (
-    "checks", "axes", "blocks", "equations", "groups", "devices", "meshes", "arithmetic", "shared", "xla",
-    "platforms", "mean_var", "moments", "pooling", "standardize", "normalize", "ghosts", "divisor", "state",
-    "running", "averages", "sync",
+    "checks", "axes", "blocks", "equations", "groups", "devices", "meshes", "arithmetic", "shared",
+    "xla", "platforms", "mean_var", "moments", "pooling", "standardize", "normalize", "ghosts",
+    "divisor", "state", "running", "averages", "sync",
 )  # fmt: skip
 FLOORS = (
     *(f"_core.{name}" for name in CORE),

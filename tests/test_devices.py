@@ -419,7 +419,9 @@ ORDERS = {
     "jit grad jit vmap": lambda f: jax.jit(jax.grad(jax.jit(lambda x: loss_of(mapped(f)(x))))),
     "grad vmap jit": lambda f: jax.grad(lambda x: loss_of(mapped(jax.jit(f))(x))),
     "grad jit vmap jit": lambda f: jax.grad(jax.jit(lambda x: loss_of(mapped(jax.jit(f))(x)))),
-    "grad remat jit vmap": lambda f: jax.grad(jax.checkpoint(jax.jit(lambda x: loss_of(mapped(f)(x))))),
+    "grad remat jit vmap": lambda f: jax.grad(
+        jax.checkpoint(jax.jit(lambda x: loss_of(mapped(f)(x))))
+    ),
     "grad jit pmap": lambda f: jax.grad(jax.jit(lambda x: loss_of(jax.pmap(f, axis_name="i")(x)))),
     "jvp jit vmap, reversed": lambda f: (
         lambda x: jax.linear_transpose(

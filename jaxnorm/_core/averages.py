@@ -40,7 +40,8 @@ def update_cumulative(state: Moments, m: Moments, *, batch_axis: int = 0) -> Mom
         >>> import jax.numpy as jnp
         >>> state = init_running((1,), counted=True)
         >>> for value in (0.0, 2.0):
-        ...     state = update_cumulative(state, Moments(jnp.ones((1, 1)), jnp.full((1, 1), value), jnp.zeros((1, 1))))
+        ...     m = Moments(jnp.ones((1, 1)), jnp.full((1, 1), value), jnp.zeros((1, 1)))
+        ...     state = update_cumulative(state, m)
         >>> state.mean.tolist(), state.var.tolist()
         ([1.0], [1.0])
     """
@@ -87,7 +88,8 @@ def update_averaged(state: Moments, m: Moments, *, batch_axis: int = 0) -> Momen
         >>> import jax.numpy as jnp
         >>> state = init_running((1,), counted=True)
         >>> for value in (0.0, 2.0):
-        ...     state = update_averaged(state, Moments(jnp.full((1, 1), 3.0), jnp.full((1, 1), value), jnp.ones((1, 1))))
+        ...     m = Moments(jnp.full((1, 1), 3.0), jnp.full((1, 1), value), jnp.ones((1, 1)))
+        ...     state = update_averaged(state, m)
         >>> state.mean.tolist(), state.var.tolist(), state.count.tolist()
         ([1.0], [1.5], [2.0])
     """

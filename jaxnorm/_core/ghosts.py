@@ -2,9 +2,11 @@
 
 With k ghosts of moments s_i, in order, and momentum d:
 
-    "pooled"              state <- d state + (1 - d) moments of the whole batch, the variance between ghosts included
+    "pooled"              state <- d state + (1 - d) moments of the whole batch,
+                          the variance between ghosts included
     "averaged"            state <- d state + (1 - d) mean_i s_i
-    "sequential"          one update a ghost: state <- d^k state + sum_i (1 - d) d^(k - 1 - i) s_i, i = 0 to k - 1
+    "sequential"          one update a ghost:
+                          state <- d^k state + sum_i (1 - d) d^(k - 1 - i) s_i, i = 0 to k - 1
     "sequential divided"  the same with the rate 1 - d divided by k
 
 Pooled statistics are batch normalization's whatever the ghost size. The variances of the others are

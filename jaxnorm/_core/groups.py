@@ -65,7 +65,8 @@ class Groups:
     Example:
         >>> Groups(batch=EACH, spatial=1, channel=32).shape((64, 8, 8, 256))  # group norm
         (64, 1, 1, 32)
-        >>> Groups(batch=1, spatial=1, channel=EACH).shape((64, 3, 32, 32), channel_axis=1)  # batch norm, NCHW
+        >>> batch_norm = Groups(batch=1, spatial=1, channel=EACH)
+        >>> batch_norm.shape((64, 3, 32, 32), channel_axis=1)  # NCHW
         (1, 3, 1, 1)
     """
 
@@ -194,7 +195,8 @@ class Method:
         ValueError: `mean` is neither None nor 0.
 
     Example:
-        >>> Method(Groups(batch=EACH, spatial=EACH, channel=1), mean=0).shape((8, 196, 768))  # RMS norm
+        >>> rms_norm = Method(Groups(batch=EACH, spatial=EACH, channel=1), mean=0)
+        >>> rms_norm.shape((8, 196, 768))
         (8, 196, 1)
     """
 

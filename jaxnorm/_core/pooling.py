@@ -52,7 +52,9 @@ def pool(
     With n_i, m_i, v_i the moments that are pooled, and T their sum over a block of sets and over
     named axes,
 
-        count = T(n_i),    mean = T(n_i m_i) / count,    var = T(n_i (v_i + |m_i - mean|^2)) / count.
+        count = T(n_i),
+        mean = T(n_i m_i) / count,
+        var = T(n_i (v_i + |m_i - mean|^2)) / count.
 
     Pooling instance norm's moments to (N, 1, 1, 32) gives `moments(x, group_norm(32))`. Moments
     with a mean fixed at 0 stay so.
@@ -119,8 +121,8 @@ def merge(*parts: Moments) -> Moments:
         >>> import jax.numpy as jnp
         >>> from jaxnorm import moments
         >>> x = jnp.arange(8.0).reshape(4, 2)
-        >>> merge(moments(x[:1], (1, 2)), moments(x[1:], (1, 2))).mean.tolist() == x.mean(0, keepdims=True).tolist()
-        True
+        >>> merge(moments(x[:1], (1, 2)), moments(x[1:], (1, 2))).mean.tolist()
+        [[3.0, 4.0]]
     """
     for part in parts:
         _check_counted(part, "merge")

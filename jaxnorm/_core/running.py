@@ -35,8 +35,8 @@ def update_running(
 
         state <- momentum * state + (1 - momentum) * m
 
-    computed as state + (1 - momentum) * (m - state), so that the average of values far from 0 is not
-    off by the rounding of the two weights. In float32 a step below half of the last digit is lost:
+    computed as state + (1 - momentum) * (m - state), so that the average of values far from 0 is
+    not off by the rounding of the two weights. In float32 a step below half of the last digit is lost:
     the mean comes as near as 3e-8 / (1 - momentum) of its size.
 
     With a counted state (`init_running(counted=True)`) the average is debiased: with W <- momentum
@@ -48,7 +48,8 @@ def update_running(
     as they are:
 
         "averaged"              state <- momentum * state + (1 - momentum) * mean_i s_i
-        "sequential"            one update for each ghost in turn: later ghosts weigh more, and k ghosts forget k times as much
+        "sequential"            one update for each ghost in turn: later ghosts weigh more,
+                                and k ghosts forget k times as much
         "sequential divided"    the same with the rate 1 - momentum divided by k
 
     Their variances lack the variance between the ghosts' means. Pooled is the convention of the

@@ -42,7 +42,7 @@ class Shared:
 
 
 def shared(x: jax.Array) -> jax.Array:
-    """x to hand to several functions; x itself where there is nothing to round, or no derivative."""
+    """x to hand to several functions: x itself where nothing is rounded, or no derivative taken."""
     wide = statistic_dtype(x.dtype)
     if x.dtype == wide or not isinstance(x, Tracer):
         return x

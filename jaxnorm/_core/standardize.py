@@ -1,4 +1,4 @@
-"""Stroke 3: x standardized with statistics that are given, in one full-size pass, with its derivative.
+"""Stroke 3: x standardized with given statistics, in one full-size pass, with its derivative.
 
 Each statistic is spread to the elements on small arrays first; then one pass over x does the rest.
 """

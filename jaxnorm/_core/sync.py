@@ -57,7 +57,8 @@ def sync_running(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> per_device = {"norm": {"mean": jnp.array([[0.0], [2.0]]), "var": jnp.ones((2, 1))}}
-        >>> jax.vmap(lambda s: sync_running(s, axis_name="i"), axis_name="i")(per_device)["norm"]["var"].tolist()
+        >>> sync = jax.vmap(lambda state: sync_running(state, axis_name="i"), axis_name="i")
+        >>> sync(per_device)["norm"]["var"].tolist()
         [[2.0], [2.0]]
     """
     groups = device_groups_of(axis_name, axis_index_groups)

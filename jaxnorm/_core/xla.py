@@ -66,6 +66,7 @@ def kept_small(f: Callable[..., Any], static: Any, *args: Any) -> Any:
     """f(static, *args), checkpointed: reverse mode keeps the arguments, x and small arrays, not
     what f makes of them.
 
-    Under jit, because outside of it every call would compile the branches of `platforms.by_platform` again.
+    Under jit, because outside of it every call would compile the branches of
+    `platforms.by_platform` again.
     """
     return jax.checkpoint(partial(f, static), prevent_cse=False)(*args)
