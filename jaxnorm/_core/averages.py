@@ -38,6 +38,7 @@ def update_cumulative(state: Moments, m: Moments, *, batch_axis: int = 0) -> Mom
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from jaxnorm import init_running
         >>> state = init_running((1,), counted=True)
         >>> for value in (0.0, 2.0):
         ...     m = Moments(jnp.ones((1, 1)), jnp.full((1, 1), value), jnp.zeros((1, 1)))
@@ -86,6 +87,7 @@ def update_averaged(state: Moments, m: Moments, *, batch_axis: int = 0) -> Momen
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from jaxnorm import init_running
         >>> state = init_running((1,), counted=True)
         >>> for value in (0.0, 2.0):
         ...     m = Moments(jnp.full((1, 1), 3.0), jnp.full((1, 1), value), jnp.ones((1, 1)))

@@ -36,8 +36,8 @@ def update_running(
         state <- momentum * state + (1 - momentum) * m
 
     computed as state + (1 - momentum) * (m - state), so that the average of values far from 0 is
-    not off by the rounding of the two weights. In float32 a step below half of the last digit is lost:
-    the mean comes as near as 3e-8 / (1 - momentum) of its size.
+    not off by the rounding of the two weights. In float32 a step below half of the last digit is
+    lost: the mean comes as near as 3e-8 / (1 - momentum) of its size.
 
     With a counted state (`init_running(counted=True)`) the average is debiased: with W <- momentum
     * W + 1 - momentum the weight of all batches so far, the new batch enters with (1 - momentum) /
@@ -84,6 +84,7 @@ def update_running(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from jaxnorm import init_running
         >>> m = Moments(jnp.full((1, 2), 8.0), jnp.ones((1, 2)), jnp.full((1, 2), 3.0))
         >>> new = update_running(init_running((2,)), m, momentum=0.5)
         >>> new.mean.tolist(), new.var.tolist()

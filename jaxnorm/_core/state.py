@@ -41,7 +41,7 @@ def running_shape(
         ValueError: axes that do not split.
 
     Example:
-        >>> from jaxnorm._groups import EACH, Groups
+        >>> from jaxnorm import EACH, Groups
         >>> running_shape(Groups(batch=4, spatial=1, channel=EACH), (64, 8, 8, 256))
         ((256,), (1, 1, 1, 256))
     """
@@ -107,7 +107,7 @@ def running_moments(
         ValueError: the state belongs to another number of channels, groups or positions.
 
     Example:
-        >>> from jaxnorm._groups import EACH, Groups
+        >>> from jaxnorm import EACH, Groups
         >>> running_moments(init_running((3,)), Groups(1, 1, EACH), (8, 4, 4, 3)).mean.shape
         (1, 1, 1, 3)
     """
