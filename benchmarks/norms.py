@@ -8,10 +8,13 @@ import flax.linen as nn
 import jax
 
 from jaxnorm import Method, linen, methods
-from jaxnorm.cross_iteration import cross_iteration_window
 from jaxnorm.methods import batch_group_count
-from jaxnorm.momentum import inference_momentum, train_momentum_schedule
-from jaxnorm.renorm import batch_renorm_bounds
+from jaxnorm.schedules import (
+    batch_renorm_bounds,
+    cross_iteration_window,
+    inference_momentum,
+    train_momentum_schedule,
+)
 
 NUM_GROUPS = 4
 """Groups of group normalization, at every channel count."""

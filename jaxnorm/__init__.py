@@ -49,7 +49,9 @@ remember is a dict of arrays; `f(x, state, train=)` returns y and the next state
     with its activation           frn.filter_response_norm, evonorm.evonorm_b0,
                                   evonorm.evonorm_s0, proxy.proxy_norm
     returned and used later       positional.positional_norm, positional.moment_shortcut
-    of a kernel                   methods.standardize_kernel
+    of a kernel                   kernels.standardize_kernel, kernels.centralize_kernel
+    what changes by the step      schedules.batch_renorm_bounds, schedules.cross_iteration_window,
+                                  schedules.train_momentum_schedule, schedules.inference_momentum
 
 At test time, and around:
 
@@ -80,6 +82,7 @@ from jaxnorm import folding as folding
 from jaxnorm import frn as frn
 from jaxnorm import group_plus as group_plus
 from jaxnorm import inference as inference
+from jaxnorm import kernels as kernels
 from jaxnorm import memorized as memorized
 from jaxnorm import methods as methods
 from jaxnorm import momentum as momentum
@@ -87,6 +90,7 @@ from jaxnorm import moving_average as moving_average
 from jaxnorm import positional as positional
 from jaxnorm import proxy as proxy
 from jaxnorm import renorm as renorm
+from jaxnorm import schedules as schedules
 from jaxnorm import switchable as switchable
 from jaxnorm._core.devices import device_groups as device_groups
 from jaxnorm._core.groups import EACH as EACH

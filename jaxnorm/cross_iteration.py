@@ -337,38 +337,3 @@ def _check(
             f"{y.shape}. Expected size 1 on axis {channel_axis}: all channels of cross-iteration "
             "statistics have the same input patches."
         )
-
-
-def cross_iteration_window(
-    step: ArrayLike, *, burn_in: int, window: int = 3, growing: bool = False
-) -> jax.Array:
-    """How many batches before this one to pool with, while training begins.
-
-    In two stages, batch normalization for `burn_in` steps, then the batches since: min(max(step -
-    burn_in, 0), window). Or growing: floor(window min(step / burn_in, 1)).
-
-    Args:
-        step: number of the training step, from 0; a number or traced scalar.
-        burn_in: steps until the batches count.
-        window: most batches; the state's.
-        growing: let the window grow during these steps, instead of starting after them.
-
-    Returns:
-        An integer scalar.
-
-    Raises:
-        ValueError: negative burn_in, a window below 1, or growing in no steps.
-
-    Example:
-        >>> [int(cross_iteration_window(step, burn_in=2)) for step in range(7)]
-        [0, 0, 0, 1, 2, 3, 3]
-        >>> [int(cross_iteration_window(step, burn_in=6, growing=True)) for step in range(7)]
-        [0, 0, 1, 1, 2, 2, 3]
-
-    Reference:
-        arXiv:2002.05712, by the authors' code.
-    """
-    check_number(burn_in, "burn_in", at_least=1 if growing else 0)
-    check_number(window, "window", at_least=1)
-    step = jnp.asarray(step, jnp.int32)
-    return jnp.clip(window * step // burn_in if growing else step - burn_in, 0, window)

@@ -88,10 +88,10 @@ def weigh_example(
     x = inexact(x)
     alpha = _as_weight(example_weight)
     shape, fixed = resolve(
-        groups_of_examples(groups, x.shape, batch_axis), x.shape, batch_axis, channel_axis
+        _groups_of_examples(groups, x.shape, batch_axis), x.shape, batch_axis, channel_axis
     )
     own = moments(x, shape, weights=weights, mean=fixed, channel_axis=channel_axis)
-    known = pooled_to(running, shape, batch_axis)
+    known = _pooled_to(running, shape, batch_axis)
     if jnp.iscomplexobj(known.mean) and not jnp.iscomplexobj(own.mean):
         raise TypeError(
             f"running.mean is complex ({known.mean.dtype}) and x is {x.dtype}. Expected both real, "
@@ -161,7 +161,7 @@ def adapt_moments(
     if size is not None:
         check_number(size, "size", above=0)
     check_number(correction, "correction", at_least=0)
-    known = pooled_to(running, batch.mean.shape, batch_axis)
+    known = _pooled_to(running, batch.mean.shape, batch_axis)
     known = jax.tree.map(lambda t, u: jnp.broadcast_to(t.astype(u.dtype), u.shape), known, batch)
     source, target = (
         jnp.asarray(n, batch.var.dtype) for n in (source_size, 1 if size is None else size)
@@ -172,7 +172,9 @@ def adapt_moments(
     return Moments(batch.count, mean, var)
 
 
-def groups_of_examples(groups: Specification, x_shape: Shape, batch_axis: int = 0) -> Specification:
+def _groups_of_examples(
+    groups: Specification, x_shape: Shape, batch_axis: int = 0
+) -> Specification:
     """The same sets inside each example."""
     if isinstance(groups, Method):
         return dataclasses.replace(groups, groups=dataclasses.replace(groups.groups, batch=EACH))
@@ -182,7 +184,7 @@ def groups_of_examples(groups: Specification, x_shape: Shape, batch_axis: int = 
     return tuple(x_shape[i] if i == batch else g for i, g in enumerate(groups))
 
 
-def pooled_to(running: Moments, shape: Shape, batch_axis: int = 0) -> Moments:
+def _pooled_to(running: Moments, shape: Shape, batch_axis: int = 0) -> Moments:
     """Running moments, pooled where they are finer than statistics of that shape; the batch axis
     stays of size 1."""
     if running.mean.ndim != len(shape) or running.mean.shape[single_axis(batch_axis, shape)] != 1:

@@ -13,18 +13,13 @@ shares statistics. For every method
 import math
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
-from jax.typing import ArrayLike
-
 from jaxnorm._core.axes import single_axis
 from jaxnorm._core.checks import check_count
-from jaxnorm._core.divisor import with_divisor
 from jaxnorm._core.groups import EACH, Groups, Method, Size, Split
-from jaxnorm._core.moments import inexact, moments
-from jaxnorm._core.normalize import normalize
 
 BATCH_ENOUGH = 16
+
+
 """Number of examples from which `batch_group_count` keeps every channel apart, so that batch group
 norm is batch norm."""
 
@@ -401,66 +396,6 @@ def weight_standardization() -> Method:
         arXiv:1903.10520. The definition was read in the authors' code.
     """
     return Method(Groups(batch=1, spatial=1, channel=EACH))
-
-
-def standardize_kernel(
-    kernel: ArrayLike,
-    *,
-    gain: ArrayLike | None = None,
-    epsilon: float = 1e-6,
-    correction: int = 0,
-    epsilon_outside: bool = False,
-) -> jax.Array:
-    """The standardized kernel: (W - mean_o) / sqrt(var_o + epsilon) for each output channel o.
-
-    Differentiable through both moments. Use it in front of a normalization layer. The variance is
-    biased, with epsilon in the root and smaller than elsewhere because a kernel's variance is about
-    2 / fan-in. With a gain the kernel is
-
-        gain_o / sqrt(fan_in) * (W - mean_o) / sqrt(var_o + epsilon),
-
-    which keeps the variance of its input where no normalization follows. The kernel of a grouped
-    convolution, whose inputs are those of a group, needs nothing else.
-
-    Args:
-        kernel: (..., inputs, outputs), floating.
-        gain: (outputs,), divided by the root of the weights an output has. None multiplies by
-            nothing.
-        epsilon: added to the variance, in the unit of the kernel squared.
-        correction: 1 divides the variance by n - 1, as the authors' torch code does.
-        epsilon_outside: add epsilon to the standard deviation, as that code does with 1e-5.
-
-    Returns:
-        The kernel, each output channel of mean 0 and variance 1 up to epsilon; a constant one is 0.
-
-    Raises:
-        TypeError: the kernel is not floating or complex.
-        ValueError: one weight an output channel, which would standardize to 0; a gain of another
-            shape; an epsilon below 0.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> standardize_kernel(jnp.array([[1.0], [3.0]]), epsilon=0.0).tolist()
-        [[-1.0], [1.0]]
-
-    Reference:
-        Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019,
-        arXiv:1903.10520. The gain is that of timm's ScaledStdConv2d, after Characterizing signal
-        propagation to close the performance gap in unnormalized ResNets, 2021, arXiv:2101.08692.
-    """
-    kernel = inexact(kernel)
-    fan_in = kernel.size // max(kernel.shape[-1], 1)
-    if kernel.ndim < 2 or fan_in < 2:
-        raise ValueError(
-            f"a kernel of shape {kernel.shape} has {fan_in if kernel.ndim > 1 else 1} weight for "
-            "each output channel, which standardizes to 0. Expected (..., inputs, outputs) with "
-            "two or more weights an output; leave this layer out."
-        )
-    m = moments(kernel, weight_standardization())
-    m = with_divisor(m, epsilon, correction=correction, epsilon_outside=epsilon_outside)
-    return normalize(
-        kernel, m, scale=None if gain is None else jnp.asarray(gain) * fan_in**-0.5, epsilon=0.0
-    )
 
 
 def _one_of(count: int | None, size: int | None, count_name: str, size_name: str) -> Split:

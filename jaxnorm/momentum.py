@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._core.checks import check_flag, check_number
+from jaxnorm._core.checks import check_flag
 from jaxnorm._core.pooling import toward
 from jaxnorm._core.running import rate_of, usable
 from jaxnorm._frame import Options, State, applied, averaged, check_state, measured, real, recalled
@@ -112,85 +112,3 @@ def momentum_batch_norm(
         "var": averaged(state["var"], m.var, momentum, keep),
     }
     return applied(x, used, epsilon, **options), new
-
-
-def train_momentum_schedule(
-    epoch: ArrayLike, *, epochs: int, batch_size: int, ideal_batch_size: int = 32
-) -> jax.Array:
-    """The paper's schedule of lambda: batch normalization in the first epoch, then ever more of the
-    past.
-
-        lambda(t) = q^((T - t) / (T - 1)) - q,    q = min(batch size / ideal batch size, 1)
-
-    from 0 at t = 1 to 1 - q at the last epoch T and after; 0 for batches of the ideal size or
-    larger.
-
-    Args:
-        epoch: t, counted from 1; a number or traced scalar.
-        epochs: T, 2 or more.
-        batch_size: examples that share statistics, over all devices that do.
-        ideal_batch_size: batch size whose noise is wanted.
-
-    Returns:
-        lambda, a float32 scalar.
-
-    Raises:
-        ValueError: fewer than 2 epochs, or sizes below 1.
-
-    Example:
-        >>> [
-        ...     round(float(train_momentum_schedule(t, epochs=200, batch_size=2)), 4)
-        ...     for t in (1, 100, 200)
-        ... ]
-        [0.0, 0.1858, 0.9375]
-
-    Reference:
-        See `momentum_batch_norm`.
-    """
-    check_number(epoch, "epoch")
-    if not epochs >= 2:
-        raise ValueError(
-            f"the schedule runs from the first epoch to another. Got epochs={epochs}; expected 2 "
-            "or more."
-        )
-    q = min(_relative(batch_size, ideal_batch_size), 1.0)
-    left = jnp.clip((epochs - jnp.asarray(epoch, jnp.float32)) / (epochs - 1), 0, 1)
-    return jnp.maximum(q**left - q, 0)
-
-
-def inference_momentum(batch_size: int, *, ideal_batch_size: int = 32, base: float = 0.9) -> float:
-    """tau, the momentum of the inference statistics: as many examples remembered whatever the batch
-    size.
-
-        tau = base^(batch size / ideal batch size)
-
-    Args:
-        batch_size: examples that share statistics.
-        ideal_batch_size: batch size at which tau is `base`.
-        base: weight of the old value per update at that size.
-
-    Returns:
-        tau.
-
-    Raises:
-        ValueError: sizes below 1, a base outside 0 to 1.
-
-    Example:
-        >>> round(inference_momentum(2), 5)
-        0.99344
-
-    Reference:
-        See `momentum_batch_norm`.
-    """
-    check_number(base, "base", at_least=0, at_most=1)
-    return base ** _relative(batch_size, ideal_batch_size)
-
-
-def _relative(batch_size: int, ideal_batch_size: int) -> float:
-    if not (batch_size >= 1 and ideal_batch_size >= 1):
-        raise ValueError(
-            f"batch sizes are 1 or more. Got batch_size={batch_size} and "
-            f"ideal_batch_size={ideal_batch_size}; expected the numbers of examples that share "
-            "statistics."
-        )
-    return batch_size / ideal_batch_size

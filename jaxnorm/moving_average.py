@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxnorm._core.checks import check_epsilon, check_flag, check_number
 from jaxnorm._core.devices import AxisName, device_count, device_groups_of, names_of, varying_like
 from jaxnorm._core.groups import Method
-from jaxnorm._core.moments import Moments, inexact
+from jaxnorm._core.moments import Moments
 from jaxnorm._core.running import usable
 from jaxnorm._core.shared import own_and_wide
 from jaxnorm._frame import (
@@ -276,34 +276,3 @@ def _corrected_backward(kept, gradient):
 
 
 _corrected.defvjp(_corrected_forward, _corrected_backward)
-
-
-def centralize_kernel(kernel: ArrayLike) -> jax.Array:
-    """The kernel less its mean for each output channel, so that a constant input gives 0 where
-    there is no padding.
-
-    Args:
-        kernel: (..., inputs, outputs), floating or complex.
-
-    Returns:
-        The kernel, each output channel of mean 0.
-
-    Raises:
-        TypeError: the kernel is not floating or complex.
-        ValueError: one weight an output channel, which would become 0.
-
-    Example:
-        >>> centralize_kernel(jnp.array([[1.0], [3.0]])).tolist()
-        [[-1.0], [1.0]]
-
-    Reference:
-        arXiv:2001.06838, as in the authors' code.
-    """
-    kernel = inexact(kernel)
-    if kernel.ndim < 2 or kernel.size <= kernel.shape[-1]:
-        raise ValueError(
-            f"a kernel of shape {kernel.shape} has one weight for each output channel, which would "
-            "become 0. Expected (..., inputs, outputs) with two or more weights an output; leave "
-            "this layer's kernel as it is."
-        )
-    return kernel - kernel.mean(tuple(range(kernel.ndim - 1)), keepdims=True)

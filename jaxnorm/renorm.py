@@ -131,26 +131,3 @@ def batch_renorm(
         "std": averaged(state["std"], batch_std, momentum, keep),
     }
     return y, new
-
-
-def batch_renorm_bounds(step: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """The paper's schedule of rmax and dmax: batch normalization for 5,000 steps, then wider.
-
-    rmax grows linearly from 1 at step 5,000 to 3 at step 40,000, dmax from 0 at step 5,000 to 5 at
-    step 25,000.
-
-    Args:
-        step: number of the training step, from 0; a number or traced scalar.
-
-    Returns:
-        rmax and dmax, float32 scalars.
-
-    Example:
-        >>> [tuple(float(t) for t in batch_renorm_bounds(step)) for step in (0, 15_000, 40_000)]
-        [(1.0, 0.0), (1.571..., 2.5), (3.0, 5.0)]
-
-    Reference:
-        arXiv:1702.03275, by its summaries; the text itself was not read.
-    """
-    step = jnp.asarray(step, jnp.float32)
-    return 1 + 2 * jnp.clip((step - 5000) / 35000, 0, 1), 5 * jnp.clip((step - 5000) / 20000, 0, 1)

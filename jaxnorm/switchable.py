@@ -144,7 +144,7 @@ def _mixture(values: Sequence[jax.Array], shares: jax.Array) -> jax.Array:
     return first + sum(share * (t - first) for t, share in zip(rest, shares[1:], strict=True))
 
 
-def count_kinds(use_instance: bool, use_batch: bool) -> int:
+def _count_kinds(use_instance: bool, use_batch: bool) -> int:
     """How many kinds of statistics a layer mixes, that of layer normalization among them."""
     if not (use_instance or use_batch):
         raise ValueError(
@@ -154,6 +154,6 @@ def count_kinds(use_instance: bool, use_batch: bool) -> int:
     return 1 + use_instance + use_batch
 
 
-def without_batch(x: ArrayLike, **options: Any) -> jax.Array:
+def _without_batch(x: ArrayLike, **options: Any) -> jax.Array:
     """`switchable_norm` of two logits as a method without state."""
     return switchable_norm(x, {}, train=True, **options)[0]

@@ -16,11 +16,8 @@ from jax.sharding import PartitionSpec as P
 import jaxnorm
 from jaxnorm import linen, methods
 from jaxnorm import nnx as jnnx
-from jaxnorm.cross_iteration import (
-    cross_iteration_norm,
-    cross_iteration_window,
-    init_cross_iteration,
-)
+from jaxnorm.cross_iteration import cross_iteration_norm, init_cross_iteration
+from jaxnorm.schedules import cross_iteration_window
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 GROUPED = {

@@ -18,16 +18,17 @@ from compiled import jit
 from jax import lax
 from scipy import special
 
-from jaxnorm import Groups, Method, Moments, methods, norm, normalize
+from jaxnorm import Groups, Method, Moments, kernels, methods, norm, normalize
 from jaxnorm.batch_group import batch_group_norm, init_batch_group_norm
 from jaxnorm.cross_iteration import cross_iteration_norm, init_cross_iteration
 from jaxnorm.domains import domain_batch_norm, init_domain_batch_norm
 from jaxnorm.evonorm import evonorm_b0, evonorm_s0
 from jaxnorm.frn import filter_response_norm
 from jaxnorm.group_plus import group_norm_plus, init_group_norm_plus
+from jaxnorm.kernels import centralize_kernel
 from jaxnorm.memorized import init_memorized_batch_norm, memorized_batch_norm
 from jaxnorm.momentum import momentum_batch_norm
-from jaxnorm.moving_average import centralize_kernel, init_moving_average, moving_average_norm
+from jaxnorm.moving_average import init_moving_average, moving_average_norm
 from jaxnorm.positional import moment_shortcut, positional_norm
 from jaxnorm.proxy import proxy_norm
 from jaxnorm.renorm import batch_renorm
@@ -593,34 +594,34 @@ KERNELS = [
     for row in (
         (
             "a standardized kernel is batch norm of it",
-            partial(methods.standardize_kernel, epsilon=E),
+            partial(kernels.standardize_kernel, epsilon=E),
             bn,
             (KERNEL,),
         ),
         (
             "a kernel's fan-in is one axis",
-            partial(methods.standardize_kernel, epsilon=E),
-            lambda k: methods.standardize_kernel(k.reshape(-1, C), epsilon=E).reshape(KERNEL),
+            partial(kernels.standardize_kernel, epsilon=E),
+            lambda k: kernels.standardize_kernel(k.reshape(-1, C), epsilon=E).reshape(KERNEL),
             (KERNEL,),
         ),
         (
             "a gain is a scale",
-            lambda k, gain: methods.standardize_kernel(k, gain=gain, epsilon=E),
+            lambda k, gain: kernels.standardize_kernel(k, gain=gain, epsilon=E),
             lambda k, gain: bn(k, gain / np.sqrt(24)),
             (KERNEL, (C,)),
         ),
         (
             "a standardized kernel does not see a w + b",
-            lambda k, a, b: methods.standardize_kernel(affine(k, 1 + a**2, b), epsilon=0.0),
-            lambda k, a, b: methods.standardize_kernel(k, epsilon=0.0),
+            lambda k, a, b: kernels.standardize_kernel(affine(k, 1 + a**2, b), epsilon=0.0),
+            lambda k, a, b: kernels.standardize_kernel(k, epsilon=0.0),
             (KERNEL, (C,), (C,)),
         ),
         (
             "standardizing again changes nothing",
-            lambda k: methods.standardize_kernel(
-                methods.standardize_kernel(k, epsilon=0.0), epsilon=0.0
+            lambda k: kernels.standardize_kernel(
+                kernels.standardize_kernel(k, epsilon=0.0), epsilon=0.0
             ),
-            partial(methods.standardize_kernel, epsilon=0.0),
+            partial(kernels.standardize_kernel, epsilon=0.0),
             (KERNEL,),
         ),
         ("centralizing is in standardizing", lambda k: bn(centralize_kernel(k)), bn, (KERNEL,)),

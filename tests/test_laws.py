@@ -20,6 +20,7 @@ from rows import ROWS
 
 from jaxnorm import (
     init_running,
+    kernels,
     methods,
     norm,
     normalize,
@@ -138,7 +139,7 @@ def dense(x, state, **options):
 
 
 def kernel(x, *, scale, bias, epsilon):
-    y = methods.standardize_kernel(x, gain=scale * (x.size // C) ** 0.5, epsilon=epsilon)
+    y = kernels.standardize_kernel(x, gain=scale * (x.size // C) ** 0.5, epsilon=epsilon)
     return y + bias[None, None, None]
 
 

@@ -9,7 +9,7 @@ import oracle
 import pytest
 from rows import CASES, LAYOUTS, PLACES, ROWS, SOME, C, N, shape_of
 
-from jaxnorm import methods, norm
+from jaxnorm import kernels, methods, norm
 
 EPSILON = 1e-3
 
@@ -179,7 +179,7 @@ def test_standardized_kernel():
 
     @jax.jit
     def run(kernel, gy):
-        y, pull = jax.vjp(methods.standardize_kernel, kernel)
+        y, pull = jax.vjp(kernels.standardize_kernel, kernel)
         return y, *pull(gy)
 
     equal(run(kernel, gy), (o.y, o.dx), atol=1e-11)
@@ -191,7 +191,7 @@ def test_kernels_of_one_weight_an_output_are_refused(shape):
     with pytest.raises(
         ValueError, match=r"weights? for each output channel.*two or more weights an output"
     ):
-        methods.standardize_kernel(jnp.ones(shape))
+        kernels.standardize_kernel(jnp.ones(shape))
 
 
 @pytest.mark.usefixtures("x64")

@@ -8,12 +8,8 @@ import numpy as np
 import pytest
 from compiled import jit
 
-from jaxnorm.momentum import (
-    inference_momentum,
-    init_momentum_batch_norm,
-    momentum_batch_norm,
-    train_momentum_schedule,
-)
+from jaxnorm.momentum import init_momentum_batch_norm, momentum_batch_norm
+from jaxnorm.schedules import inference_momentum, train_momentum_schedule
 
 SHAPE, E = (6, 3, 4), 1e-3
 close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxnorm import linen
 from jaxnorm import nnx as jnnx
-from jaxnorm.moving_average import centralize_kernel, init_moving_average, moving_average_norm
+from jaxnorm.kernels import centralize_kernel
+from jaxnorm.moving_average import init_moving_average, moving_average_norm
 
 SHAPE = (4, 3, 3, 5)
 AXES = (0, 1, 2)

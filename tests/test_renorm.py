@@ -9,7 +9,8 @@ import oracle
 import pytest
 from compiled import jit
 
-from jaxnorm.renorm import batch_renorm, batch_renorm_bounds, init_batch_renorm
+from jaxnorm.renorm import batch_renorm, init_batch_renorm
+from jaxnorm.schedules import batch_renorm_bounds
 
 SHAPE, E = (6, 3, 4), 1e-3
 SETS = oracle.set_numbers(SHAPE, lambda n, p, c, *_: (c,))

@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from jaxnorm import linen, methods
+from jaxnorm import kernels, linen
 from jaxnorm import nnx as nnx_layers
 
 KEY = jax.random.key(0)
@@ -42,7 +42,7 @@ def test_kernels_with_gain_and_released_divisors(shape, options):
         return jax.jit(g)(kernel, gain, gy)
 
     y, gradients = run(
-        lambda kernel, gain: methods.standardize_kernel(kernel, gain=gain, **options)
+        lambda kernel, gain: kernels.standardize_kernel(kernel, gain=gain, **options)
     )
     np.testing.assert_allclose(y, standardized(np, kernel, gain, **options), atol=1e-12)
     theirs = run(lambda kernel, gain: standardized(jnp, kernel, gain, **options))[1]
@@ -53,7 +53,7 @@ def test_kernels_with_gain_and_released_divisors(shape, options):
 @pytest.mark.usefixtures("x64")
 def test_a_constant_kernel_has_finite_gradients():
     for options in ({}, RELEASED):
-        grad = jax.grad(lambda w, o=options: methods.standardize_kernel(w, **o).sum())(
+        grad = jax.grad(lambda w, o=options: kernels.standardize_kernel(w, **o).sum())(
             jnp.ones((3, 4))
         )
         assert jnp.isfinite(grad).all()
@@ -63,7 +63,7 @@ def test_a_constant_kernel_has_finite_gradients():
 def test_the_gain_keeps_variance():
     """A unit gain makes outputs of unit variance from white inputs."""
     x = np.random.default_rng(0).normal(size=(20_000, 64))
-    y = x @ methods.standardize_kernel(normal(64, 4, seed=1), gain=jnp.ones(4))
+    y = x @ kernels.standardize_kernel(normal(64, 4, seed=1), gain=jnp.ones(4))
     np.testing.assert_allclose(y.var(0), 1, atol=0.05)
 
 
@@ -158,4 +158,4 @@ def test_one_weight_an_output_is_refused():
     with pytest.raises(ValueError, match=match):
         nnx_layers.WSConv(4, 4, (1, 1), feature_group_count=4, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="gain|scale"):
-        methods.standardize_kernel(jnp.ones((3, 4)), gain=jnp.ones(3))
+        kernels.standardize_kernel(jnp.ones((3, 4)), gain=jnp.ones(3))

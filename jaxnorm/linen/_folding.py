@@ -7,7 +7,7 @@ import jax
 from flax import core
 from flax import linen as nn
 
-from jaxnorm import _layers, folding
+from jaxnorm import _layers, _pairs, folding
 from jaxnorm._core.moments import Moments
 from jaxnorm.linen._batch import BatchNorm
 from jaxnorm.linen._rows import Row
@@ -85,14 +85,14 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
                 layers[name] = {
                     "output_axis": -2 if getattr(module, "transpose_kernel", False) else -1
                 }
-                return folding.mark(call(*args, **kwargs), folding.LAYER, name)
+                return _pairs.mark(call(*args, **kwargs), _pairs.LAYER, name)
             if _is_norm(module, *args, **kwargs) and all(
                 _owns(module, tree, name) for name in ("params", "batch_stats")
             ):
                 if name in running:  # the call of its base class
                     return call(*args, **kwargs)
                 running.add(name)
-                y = call(folding.mark(args[0], folding.NORM, name), *args[1:], **kwargs)
+                y = call(_pairs.mark(args[0], _pairs.NORM, name), *args[1:], **kwargs)
                 running.discard(name)
                 offset = getattr(module, "unit_offset", False)
                 norms[name] = {"epsilon": module.epsilon, "unit_offset": offset, "dtype": y.dtype}
@@ -104,9 +104,9 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
 
     program = jax.make_jaxpr(trace)(tree, *example)
     leaves, structure = jax.tree.flatten(tree)
-    uses = structure.unflatten(folding.uses(program)[: len(leaves)])
+    uses = structure.unflatten(_pairs.uses(program)[: len(leaves)])
     tied = {name for name in layers if max(jax.tree.leaves(_get(uses["params"], _path(name)))) > 1}
-    pairs = {norm: layer for norm, layer in folding.pairs(program).items() if layer not in tied}
+    pairs = {norm: layer for norm, layer in _pairs.pairs(program).items() if layer not in tied}
     dtypes = {norm: norms[norm]["dtype"] for norm in pairs}
     biased = set()
     for norm, layer in pairs.items():

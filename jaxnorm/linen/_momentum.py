@@ -21,11 +21,11 @@ class MomentumBatchNorm(Layer, kw_only=True):
     The collection `batch_stats` holds `train_mean` and `train_var`, with which training normalizes,
     and `mean` and `var` of inference. The weight of the old training statistics, lambda, is an
     argument of the call, which training needs: a number or traced scalar, see
-    `momentum.train_momentum_schedule`.
+    `schedules.train_momentum_schedule`.
 
     Args:
         momentum: tau, weight of the old inference statistics per update: see
-            `momentum.inference_momentum`.
+            `schedules.inference_momentum`.
         Others: as `Norm`.
 
     Raises:

@@ -11,9 +11,10 @@ from jax.typing import ArrayLike
 
 from jaxnorm._core.moments import as_array
 from jaxnorm._layers import StateOptions, feature_shape
+from jaxnorm.kernels import centralize_kernel
 from jaxnorm.linen._call import Layer, call_function
 from jaxnorm.linen._in_front import in_front
-from jaxnorm.moving_average import centralize_kernel, init_moving_average, moving_average_norm
+from jaxnorm.moving_average import init_moving_average, moving_average_norm
 
 
 class MovingAverageNorm(Layer):

@@ -18,7 +18,7 @@ class BatchRenorm(Layer, kw_only=True):
         y = ((x - mean) / std * r + d) * scale + bias
 
     The collection `batch_stats` holds `mean` and `std`. The bounds of r and d are arguments of the
-    call, numbers or traced scalars: see `renorm.batch_renorm_bounds`.
+    call, numbers or traced scalars: see `schedules.batch_renorm_bounds`.
 
     Args:
         momentum: weight of the old running statistics per update.

@@ -10,10 +10,10 @@ from jax.typing import ArrayLike
 from jaxnorm._layers import StateOptions
 from jaxnorm.linen._call import Layer, call_function, ones
 from jaxnorm.switchable import (
-    count_kinds,
+    _count_kinds,
+    _without_batch,
     init_switchable_norm,
     switchable_norm,
-    without_batch,
 )
 
 
@@ -59,13 +59,13 @@ class SwitchableNorm(Layer, kw_only=True):
         self, x: ArrayLike, use_running_average: bool | None = None, **options: Unpack[StateOptions]
     ) -> jax.Array:
         """Normalize x; the options are those of `Norm`."""
-        shape = (count_kinds(self.use_instance, self.use_batch),)
+        shape = (_count_kinds(self.use_instance, self.use_batch),)
         logits = {
             name: self.param(name, ones, shape, self.param_dtype)
             for name in ("mean_logits", "var_logits")
         }
         if not self.use_batch:
-            return call_function(self, x, partial(without_batch, **logits), options)
+            return call_function(self, x, partial(_without_batch, **logits), options)
         function = partial(switchable_norm, momentum=self.momentum, **logits)
         state = init_switchable_norm
         return call_function(

@@ -5,7 +5,7 @@ from typing import Any
 from flax import linen as nn
 from flax.linen import initializers
 
-from jaxnorm import methods
+from jaxnorm import kernels
 
 
 class _Standardized(nn.Module):
@@ -26,7 +26,7 @@ class _Standardized(nn.Module):
             if self.use_gain
             else None
         )
-        return methods.standardize_kernel(
+        return kernels.standardize_kernel(
             value,
             gain=gain,
             epsilon=self.epsilon,
@@ -37,7 +37,7 @@ class _Standardized(nn.Module):
 
 class WSConv(_Standardized, nn.Conv, kw_only=True):
     """Convolution with Weight Standardization: `flax.linen.Conv` with its kernel through
-    `methods.standardize_kernel`.
+    `kernels.standardize_kernel`.
 
         y = conv(x, (W - mean_o) / sqrt(var_o + epsilon)) + bias
 
@@ -62,13 +62,13 @@ class WSConv(_Standardized, nn.Conv, kw_only=True):
 
     Reference:
         Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019,
-        arXiv:1903.10520; see `methods.standardize_kernel`.
+        arXiv:1903.10520; see `kernels.standardize_kernel`.
     """
 
 
 class WSDense(_Standardized, nn.Dense, kw_only=True):
     """Dense layer with Weight Standardization: `flax.linen.Dense` with its kernel through
-    `methods.standardize_kernel`.
+    `kernels.standardize_kernel`.
 
         y = x (W - mean_o) / sqrt(var_o + epsilon) + bias
 
@@ -87,5 +87,5 @@ class WSDense(_Standardized, nn.Dense, kw_only=True):
 
     Reference:
         Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019,
-        arXiv:1903.10520; see `methods.standardize_kernel`.
+        arXiv:1903.10520; see `kernels.standardize_kernel`.
     """

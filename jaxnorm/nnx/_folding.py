@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxnorm import _layers, folding
+from jaxnorm import _layers, _pairs, folding
 from jaxnorm._core.moments import Moments
 from jaxnorm._layers import Activation
 from jaxnorm.nnx._batch import BatchNorm
@@ -87,7 +87,7 @@ def fold_norms(model: Model, *example: Any, forward: Callable[..., Any] | None =
     program = jax.make_jaxpr(trace)(state, *example)
     leaves, structure = jax.tree.flatten(state)
     uses = _modules(
-        nnx.merge(graph, structure.unflatten(map(np.asarray, folding.uses(program)[: len(leaves)])))
+        nnx.merge(graph, structure.unflatten(map(np.asarray, _pairs.uses(program)[: len(leaves)])))
     )
     copy = nnx.clone(model)
     modules = _modules(copy)
@@ -97,7 +97,7 @@ def fold_norms(model: Model, *example: Any, forward: Callable[..., Any] | None =
         for t in vars(module).values()
         if isinstance(t, nnx.Variable)
     )
-    for norm, layer in folding.pairs(program).items():
+    for norm, layer in _pairs.pairs(program).items():
         own = [t for t in vars(modules[layer]).values() if isinstance(t, nnx.Variable)]
         if all(holders[id(t)] == 1 for t in own) and all(
             n <= 1 for n in _values(uses[layer]).values()
@@ -182,11 +182,11 @@ def _probe(module: Any, name: str, dtypes: dict[str, Any]) -> None:
 
     def layer(self: Any, *args: Any, **kwargs: Any) -> Any:
         y = of.__call__(self, *args, **kwargs)
-        return folding.mark(y, folding.LAYER, name) if self._is_own() else y
+        return _pairs.mark(y, _pairs.LAYER, name) if self._is_own() else y
 
     def norm(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if _is_constant(self, x, *args, **kwargs) and self._is_own():
-            x = folding.mark(x, folding.NORM, name)
+            x = _pairs.mark(x, _pairs.NORM, name)
         y = of.__call__(self, x, *args, **kwargs)
         dtypes[name] = y.dtype
         return y

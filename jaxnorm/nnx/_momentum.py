@@ -19,12 +19,12 @@ class MomentumBatchNorm(Function):
 
     Running statistics are `train_mean` and `train_var`, with which training normalizes, and `mean`
     and `var` of inference. The weight of the old training statistics, lambda, is an argument of the
-    call, which training needs: a number or traced scalar, see `momentum.train_momentum_schedule`.
+    call, which training needs: a number or traced scalar, see `schedules.train_momentum_schedule`.
 
     Args:
         num_features: channels.
         momentum: tau, weight of the old inference statistics per update: see
-            `momentum.inference_momentum`.
+            `schedules.inference_momentum`.
         Others: as `Norm`.
 
     Raises:

@@ -10,7 +10,8 @@ from jax.typing import ArrayLike
 
 from jaxnorm._core.moments import as_array
 from jaxnorm._layers import StateOptions
-from jaxnorm.moving_average import centralize_kernel, init_moving_average, moving_average_norm
+from jaxnorm.kernels import centralize_kernel
+from jaxnorm.moving_average import init_moving_average, moving_average_norm
 from jaxnorm.nnx._call import Function
 from jaxnorm.nnx._in_front import check_in_front, in_front
 

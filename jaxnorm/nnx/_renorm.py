@@ -17,7 +17,7 @@ class BatchRenorm(Function):
         y = ((x - mean) / std * r + d) * scale + bias
 
     Running statistics are `mean` and `std`. The bounds of r and d are arguments of the call,
-    numbers or traced scalars: see `renorm.batch_renorm_bounds`.
+    numbers or traced scalars: see `schedules.batch_renorm_bounds`.
 
     Args:
         num_features: channels.

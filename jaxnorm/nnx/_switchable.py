@@ -12,10 +12,10 @@ from jax.typing import ArrayLike
 from jaxnorm._layers import StateOptions
 from jaxnorm.nnx._call import Function
 from jaxnorm.switchable import (
-    count_kinds,
+    _count_kinds,
+    _without_batch,
     init_switchable_norm,
     switchable_norm,
-    without_batch,
 )
 
 
@@ -62,7 +62,7 @@ class SwitchableNorm(Function):
         **options: Any,
     ):
         self.use_batch, self.momentum = use_batch, momentum
-        shape = (count_kinds(use_instance, use_batch),)
+        shape = (_count_kinds(use_instance, use_batch),)
         self.mean_logits, self.var_logits = (
             nnx.Param(jnp.ones(shape, param_dtype)) for _ in range(2)
         )
@@ -75,6 +75,6 @@ class SwitchableNorm(Function):
         """Normalize x; the options are those of `Norm`."""
         logits = {"mean_logits": self.mean_logits[...], "var_logits": self.var_logits[...]}
         if not self.use_batch:
-            return self._run(x, partial(without_batch, **logits), options)
+            return self._run(x, partial(_without_batch, **logits), options)
         function = partial(switchable_norm, momentum=self.momentum, **logits)
         return self._run(x, function, options, use_running_average=use_running_average)

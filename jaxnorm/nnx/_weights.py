@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxnorm import methods
+from jaxnorm import kernels
 
 
 class _Standardized(nnx.Module):
@@ -24,7 +24,7 @@ class _Standardized(nnx.Module):
         jax.eval_shape(self._standardized)  # a kernel that cannot be standardized is refused here
 
     def _standardized(self) -> jax.Array:
-        return methods.standardize_kernel(
+        return kernels.standardize_kernel(
             self.kernel[...],
             gain=None if self.gain is None else self.gain[...],
             epsilon=self.epsilon,
@@ -40,7 +40,7 @@ class _Standardized(nnx.Module):
 
 class WSConv(_Standardized, nnx.Conv):
     """Convolution with Weight Standardization: `flax.nnx.Conv` with its kernel through
-    `methods.standardize_kernel`.
+    `kernels.standardize_kernel`.
 
         y = conv(x, (W - mean_o) / sqrt(var_o + epsilon)) + bias
 
@@ -66,7 +66,7 @@ class WSConv(_Standardized, nnx.Conv):
 
     Reference:
         Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019,
-        arXiv:1903.10520; see `methods.standardize_kernel`.
+        arXiv:1903.10520; see `kernels.standardize_kernel`.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class WSConv(_Standardized, nnx.Conv):
 
 class WSDense(_Standardized, nnx.Linear):
     """Dense layer with Weight Standardization: `flax.nnx.Linear` with its kernel through
-    `methods.standardize_kernel`.
+    `kernels.standardize_kernel`.
 
         y = x (W - mean_o) / sqrt(var_o + epsilon) + bias
 
@@ -112,7 +112,7 @@ class WSDense(_Standardized, nnx.Linear):
 
     Reference:
         Micro-Batch Training with Batch-Channel Normalization and Weight Standardization, 2019,
-        arXiv:1903.10520; see `methods.standardize_kernel`.
+        arXiv:1903.10520; see `kernels.standardize_kernel`.
     """
 
     def __init__(
