@@ -171,7 +171,8 @@ def group_norm_plus(
         m = with_divisor(running, epsilon, epsilon_outside=epsilon_outside)
     w = jax.nn.sigmoid(jnp.asarray(mixture, wide))
     r = jnp.where(several, jax.lax.rsqrt(jnp.where(several, m.var, 1)), 0)
-    a = w + (1 - w) * r
+    # For one example a is w alone, and a^-2 and its derivative have to stay finite.
+    a = jnp.maximum(w + (1 - w) * r, 1e-12)
     # y = (z - mean) a scale + shift, which takes the difference first
     scale, bias = (
         None if t is None else parameter(t, name, x, options)
@@ -182,7 +183,7 @@ def group_norm_plus(
         shift = shift + bias
     if weights is not None:
         shift = jnp.where(jnp.isfinite(z), shift, 0 if bias is None else bias)
-    m = jax.tree.map(lambda t: varying_like(t, z), Moments(m.count, m.mean, 1 / jnp.square(a)))
+    m = jax.tree.map(lambda t: varying_like(t, z), Moments(m.count, m.mean, a**-2))
     batch, channel = (
         single_axis(options.get(name, default), x.shape)
         for name, default in (("batch_axis", 0), ("channel_axis", -1))

@@ -10,11 +10,10 @@ from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._core.checks import check_flag, check_number
+from jaxnorm._core.checks import check_flag, check_number, known
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.pooling import pool
 from jaxnorm._core.running import usable
@@ -141,9 +140,10 @@ def memorized_batch_norm(
             f"Expected ({size + 1},): one weight for each of them, oldest first, and one for the "
             "batch itself."
         )
-    if not isinstance(memory_weights, jax.Array):
-        memory_weights = np.asarray(memory_weights)
-    check_number(memory_weights, "memory_weights", at_least=0, shape=weights.shape)
+    values = known(memory_weights)
+    check_number(
+        weights if values is None else values, "memory_weights", at_least=0, shape=weights.shape
+    )
     weights = jnp.where(weights >= 0, weights, 0).reshape(-1, *(1 for _ in x.shape))
     age = jnp.arange(size, 0, -1, dtype=count.dtype).reshape(-1, *(1 for _ in x.shape))
     memory = Moments(jnp.where(age <= count[None], weights[:-1], 0), mean, var)

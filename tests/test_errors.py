@@ -840,3 +840,11 @@ def test_nothing_is_refused_without_need():
     assert norm(x, BN, mean=0.0)[1].mean.shape == (1, 1, 1, 6)
     assert norm(ones(8, 6), methods.layer_norm(), weights=True)[0].shape == (8, 6)
     assert norm(np.ones((8, 6), "f4"), list((8, 1)), scale=np.ones(6, "i4"))[0].dtype == "f4"
+
+
+def test_negative_weights_in_a_list_are_refused_under_jit():
+    x = jnp.arange(8.0).reshape(4, 2)
+    weighed = jax.jit(lambda x, w: norm(x, BN, weights=[[1.0], [1.0], [1.0], [w]])[0])
+    assert jnp.isfinite(weighed(x, 0.5)).all()
+    with pytest.raises(ValueError, match=NEGATIVE):
+        jax.jit(lambda x: norm(x, BN, weights=[[1.0], [1.0], [1.0], [-1.0]])[0])(x)

@@ -224,6 +224,22 @@ def test_one_example_under_a_mask():
     np.testing.assert_array_equal(masked[0], 7)
 
 
+@pytest.mark.parametrize("mixture", [-20.0, -44.0, -200.0])
+def test_gradient_of_one_example_by_its_mixture(mixture):
+    """y = w z, whose derivative by the mixture is w (1 - w) z, however small w is."""
+    x = draw((1, *SHAPE[1:]))[0]
+    z, w = (
+        definition(np, x, 1.0, 0.0, np.float64(40), running=(0.0, 1.0)),
+        1 / (1 + np.exp(-mixture)),
+    )
+    with jax.enable_x64(False):
+        x, rest = jnp.asarray(x, "f4"), (jnp.ones(6), jnp.zeros(6))
+        state = group_plus.init_group_norm_plus(x.shape)
+        loss = lambda mixture: jnp.abs(ours(x, *rest, mixture, state=state)[0]).sum()  # noqa: E731
+        found = jax.grad(loss)(jnp.float32(mixture))
+    close(found, w * (1 - w) * np.abs(z).sum(), atol=1e-10)
+
+
 @pytest.mark.parametrize("per_position", (True, False))
 def test_scale_and_bias_of_each_example(per_position):
     x, (scale, bias) = draw()[0], np.random.default_rng(2).normal(size=(2, 4, 6))

@@ -141,3 +141,13 @@ def test_traced_negative_weights_count_nothing():
     )
     for wrong in (-2.0, np.nan):
         np.testing.assert_array_equal(run(np.array([1, wrong, 1])), run(np.array([1, 0.0, 1])))
+
+
+def test_weights_in_a_list_may_be_traced():
+    """Among plain numbers, as a schedule gives one of them."""
+    x, state = jnp.asarray(data(), jnp.float32), init_memorized_batch_norm(4, 2)
+    run = partial(memorized_batch_norm, x, state, train=True)
+    scheduled = jax.jit(lambda a: run(memory_weights=[0.2, a, 0.5])[0])(0.3)
+    np.testing.assert_allclose(scheduled, run(memory_weights=[0.2, 0.3, 0.5])[0], atol=1e-6)
+    with pytest.raises(ValueError, match="memory_weights is .*at least 0"):
+        jax.jit(lambda: run(memory_weights=[0.2, -0.3, 0.5])[0])()

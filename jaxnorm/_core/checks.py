@@ -12,11 +12,13 @@ T = TypeVar("T")
 
 
 def known(value: object) -> np.ndarray | None:
-    """The value, or None where it is traced or lies on the devices of other processes."""
-    if isinstance(value, Tracer):
-        return None
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        return None
+    """The value, or None where it, or a number in a list, is traced or lies on the devices of other
+    processes."""
+    for leaf in jax.tree.leaves(value):
+        if isinstance(leaf, Tracer):
+            return None
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return None
     return np.asarray(jax.device_get(value))
 
 

@@ -198,7 +198,7 @@ def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
         raise TypeError(
             f"weights must be boolean or real. Got {w.dtype}; expected for example a boolean mask."
         )
-    values = None if w.dtype == bool else known(w if isinstance(weights, Sequence) else weights)
+    values = None if w.dtype == bool else known(weights)
     if values is not None and values.size and not values.min() >= 0:
         raise ValueError(
             f"weights say how much each element counts. Got {values.min()} among them; expected"
