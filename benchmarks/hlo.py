@@ -251,9 +251,8 @@ def _walk(
         elif operation.code in ("fusion", "call", "async-start"):
             called = re.findall(r"\b(?:calls|to_apply)=%([\w.\-]+)", operation.attributes)[0]
             depth = call(called, operands)
-            depth = (
-                _deepest(depth) if operation.code == "async-start" else depth
-            )  # of (operands, results, context)
+            # of (operands, results, context)
+            depth = _deepest(depth) if operation.code == "async-start" else depth
         else:
             depth = max(map(_deepest, operands), default=0)
         depths[operation.name] = depth

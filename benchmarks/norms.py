@@ -93,9 +93,8 @@ def _batch_group_norm(batch_size: int, num_channels: int) -> Layer:
 
 
 def _renorm_bounds(done: jax.Array) -> Mapping[str, Any]:
-    rmax, dmax = batch_renorm_bounds(
-        40_000 * done
-    )  # the paper's schedule, with this training as its 40,000 steps
+    # the paper's schedule, with this training as its 40,000 steps
+    rmax, dmax = batch_renorm_bounds(40_000 * done)
     return {"rmax": rmax, "dmax": dmax}
 
 

@@ -46,18 +46,15 @@ _SHAPES = (
         "resnet50_stage3", (14, 14, 1024), 8, 64, ("batch", "group", "batch_group", "ghost_batch")
     ),
     Shape("resnet50_stage4", (7, 7, 2048), 8, 64, ("batch", "group", "instance")),
-    Shape(
-        "unet_top", (256, 256, 64), 1, 16, ("batch", "group", "instance")
-    ),  # U-Net of segmentation, first level
-    Shape(
-        "diffusion_64", (64, 64, 320), 2, 8, ("group",)
-    ),  # U-Net of Stable Diffusion, one level each
+    # first level of a U-Net for segmentation
+    Shape("unet_top", (256, 256, 64), 1, 16, ("batch", "group", "instance")),
+    # three levels of the U-Net of Stable Diffusion
+    Shape("diffusion_64", (64, 64, 320), 2, 8, ("group",)),
     Shape("diffusion_32", (32, 32, 640), 2, 8, ("group",)),
     Shape("diffusion_16", (16, 16, 1280), 2, 8, ("group",)),
     Shape("cifar_unet", (32, 32, 128), 32, 128, ("group",)),  # U-Net of DDPM
-    Shape(
-        "detector_p3", (100, 152, 256), 2, 2, ("batch", "group", "batch_group")
-    ),  # feature pyramid of an 800 x 1216 image
+    # feature pyramid of an 800 x 1216 image
+    Shape("detector_p3", (100, 152, 256), 2, 2, ("batch", "group", "batch_group")),
     Shape("vit_b", (197, 768), 16, 64, ("token_layer",)),
     Shape("convnext_stage1", (56 * 56, 96), 8, 64, ("token_layer",)),  # pixels are its tokens
     Shape("convnext_stage4", (7 * 7, 768), 16, 64, ("token_layer",)),

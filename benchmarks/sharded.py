@@ -178,10 +178,8 @@ def of_layer(
     Returns:
         Its collectives; None where the library has no such layer in this context.
     """
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):  # other libraries promote silently
+    # other libraries promote silently
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         placed = METHODS[case.method].place(case, devices, group, jnp.dtype(dtype))
         if placed.layer is None:
             return None

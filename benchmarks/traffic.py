@@ -88,10 +88,8 @@ def traffic(cell: Cell) -> Traffic | None:
     """Compiles the program of a cell; None where the library has no such layer or no such pass."""
     shape = SHAPES[cell.shape].on("gpu")
     x = jax.ShapeDtypeStruct(shape, jnp.dtype(cell.dtype))
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):  # other libraries promote silently
+    # other libraries promote silently
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         layer = LIBRARIES[cell.library].layer(cell.method, x)
         if layer is None or (cell.what == "inference" and layer.infer is None):
             return None
@@ -117,9 +115,8 @@ def _step(train: Train, parameters: Any, state: Any, x: jax.Array, dy: jax.Array
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program with the options `argv`, by default those of the command line, and returns
     its exit status."""
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # nothing runs on a GPU: none is looked for, none is occupied
+    # nothing runs on a GPU: none is looked for, none is occupied
+    jax.config.update("jax_platforms", "cpu")
     parser = _parser()
     args = parser.parse_args(argv)
     reason = unavailable()

@@ -268,9 +268,8 @@ def _derivatives(
     channel, weights = single_axis(options.get("channel_axis", -1), y.shape), options.get("weights")
     w = None if weights is None else as_weights(weights, y)
     inputs, kernel = (t.astype(statistic_dtype(y.dtype)) for t in (inputs, kernel))
-    kernel = varying_like(
-        kernel, y
-    )  # else shard_map's check_vma=True sums over devices also without an axis_name
+    # else shard_map's check_vma=True sums over devices also without an axis_name
+    kernel = varying_like(kernel, y)
     count = jnp.where(m.count > 0, m.count, 1)
 
     centered = y.astype(m.mean.dtype) - m.mean
@@ -288,9 +287,8 @@ def _derivatives(
     inputs = inputs.mean(batch, keepdims=True) if w is None else inputs
     patch = _by_kernel(layer, inputs, kernel[..., :: kernel.shape[-1] // groups], share)
 
-    residual = centered.sum(
-        [i for i in range(y.ndim) if i != channel]
-    )  # 0, but for the rounding of the mean
+    # 0, but for the rounding of the mean
+    residual = centered.sum([i for i in range(y.ndim) if i != channel])
     sums = all_sum(
         (patch, slope, residual),
         axis_name,

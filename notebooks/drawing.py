@@ -19,11 +19,8 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED = HUES = [
     "#D55E00",
 ]
 INK, PALE = "#333333", "#B8B8B8"
-RIGHT, LEFT, UP = (
-    np.array([0.87, 0.40]),
-    np.array([-0.87, 0.40]),
-    np.array([0.0, 1.0]),
-)  # where N, C and H x W point
+# where N, C and H x W point
+RIGHT, LEFT, UP = np.array([0.87, 0.40]), np.array([-0.87, 0.40]), np.array([0.0, 1.0])
 GAP = 0.55
 
 
@@ -123,9 +120,8 @@ def draw_number(ax, x, y, count, size):
 
 def draw_row(ax, name, call, sizes, names="NHWC"):
     """A row of the table: its name, the call, the block, one number per axis."""
-    method = eval(
-        f"methods.{call}", {"methods": methods, "sizes": sizes}
-    )  # so that what is printed is what is drawn
+    # so that what is printed is what is drawn
+    method = eval(f"methods.{call}", {"methods": methods, "sizes": sizes})
     counts = method.groups.shape(sizes)
     if names == "NHWC":
         draw_block(ax, sizes, counts)

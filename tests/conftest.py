@@ -14,9 +14,8 @@ chex.set_n_cpu_devices(8)  # before any JAX operation: afterwards the number of 
 
 import jax  # noqa: E402
 
-jax.config.update(
-    "jax_platforms", "cpu"
-)  # also where a GPU plugin is installed, which test_traffic compiles with
+# also where a GPU plugin is installed, which test_traffic compiles with
+jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

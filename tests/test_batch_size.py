@@ -177,9 +177,8 @@ def test_interrupted_run_keeps_finished_cells_and_resumes(trainings, tmp_path, m
     cells = Result.load(tmp_path).cells
     assert cells[:2] == kept
     assert [cell.name for cell in cells[2:]] == ["batch_group@2", "batch_group@16", "group"]
-    assert (
-        len(trainings) == 5
-    )  # two before the interruption, one interrupted, two after it; one cell is shared
+    # two before the interruption, one interrupted, two after it; one cell is shared
+    assert len(trainings) == 5
 
 
 def test_resume_adds_methods_and_refuses_other_settings(trainings, tmp_path, capsys):
@@ -312,9 +311,8 @@ def test_methods_start_from_the_same_kernels():
             if "'kernel'" in str(path)
         ]
 
-    names = {
-        name: kernels(name) for name in METHODS
-    }  # a kernel's random numbers follow from its name
+    # a kernel's random numbers follow from its name
+    names = {name: kernels(name) for name in METHODS}
     assert all(kernels == names["batch"] for kernels in names.values()), names
     assert len(names["batch"]) == 1 + 3 * 3 + 1
 

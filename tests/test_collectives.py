@@ -142,9 +142,8 @@ def all_reduce(size, devices, conditional=False):
 
 def test_model_of_a_pod():
     """Hops there and back along each axis, rings in half, and twice the bytes over all links."""
-    assert pods.V5E.all_reduce_seconds(8, 0) == pytest.approx(
-        (2 * 1 + 2 * 3) * 1e-6
-    )  # 2x4, two lines
+    # 2x4, two lines
+    assert pods.V5E.all_reduce_seconds(8, 0) == pytest.approx((2 * 1 + 2 * 3) * 1e-6)
     assert pods.V5E.all_reduce_seconds(256, 0) == pytest.approx((16 + 16) * 1e-6)  # two rings of 16
     assert pods.V5P.all_reduce_seconds(4096, 0) == pytest.approx(3 * 16e-6)
     assert pods.V5E.all_reduce_seconds(1, 1e9) == 0

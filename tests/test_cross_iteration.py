@@ -187,9 +187,8 @@ def test_window_of_no_batches_is_batch_norm(name):
     )
     ours, theirs = (gradient(xs[-1], ws[-1]) for gradient in gradients)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), ours, theirs)
-    first = step(name, first_state(name), xs[-1], ws[-1])[
-        0
-    ]  # and nothing is in the window of the first step
+    # and nothing is in the window of the first step
+    first = step(name, first_state(name), xs[-1], ws[-1])[0]
     np.testing.assert_allclose(first, ours[1], atol=1e-12)
 
 
@@ -204,9 +203,8 @@ def test_mean_is_exact_and_variance_never_too_large(name):
     entries = taylor(name, [x, x], ws, 1.0)
     np.testing.assert_allclose(entries[0, 0], mean, atol=1e-12)
     gap = square - entries[0, 1]
-    np.testing.assert_allclose(
-        gap, per_channel(layer(x, ws[1] - ws[0]))[1], atol=1e-12
-    )  # mean((inputs * change)^2) >= 0
+    # mean((inputs * change)^2) >= 0
+    np.testing.assert_allclose(gap, per_channel(layer(x, ws[1] - ws[0]))[1], atol=1e-12)
 
     # In the library: the statistics used are those of both batches, the first one less its gap.
     v_first = np.maximum(square - gap - mean**2, 0)
@@ -428,9 +426,8 @@ def test_devices_equal_one(check_vma):
             for options in ({}, {"weights": mask})
         ]
         halves, _ = step("grouped", state, x, w, axis_name="data", axis_index_groups=groups)
-        _, local = step(
-            "grouped", state, x, w
-        )  # without an axis, each device's own, also of what it remembers
+        # without an axis, each device's own, also of what it remembers
+        _, local = step("grouped", state, x, w)
         return ([z for z, _ in synced], halves, jax.tree.map(lambda t: t[None], local)), [
             new for _, new in synced
         ]

@@ -206,9 +206,8 @@ def test_large_means_on_part_of_the_devices(axes, name, groups, sets, check_vma)
         out_specs=spec,
         check_vma=check_vma,
     )
-    assert (
-        " conditional(" not in jax.jit(f).lower(x).compile().as_text()
-    )  # not every backend is as patient as the CPU
+    # not every backend is as patient as the CPU
+    assert " conditional(" not in jax.jit(f).lower(x).compile().as_text()
     numbers = oracle.set_numbers(SHAPE, lambda n, p, c, N, P, C: (n * sets // N, c))
     np.testing.assert_allclose(
         jax.jit(f)(x), oracle.normalized(x, numbers).y, atol=4 * float(np.finfo("f4").eps) * 1e4

@@ -116,14 +116,12 @@ def test_distance_is_wasserstein():
     close((first, last), (mixed, mixed))
     own = {"mean": m, "var": v}  # each example's own statistics as its domain
     close(distance(x, own, domain=np.arange(6)), np.zeros(6))
-    close(
-        distance(x[0:1], own, domain=np.int32(1)), distance(x[1:2], own, domain=np.int32(0))
-    )  # symmetric
+    # symmetric
+    close(distance(x[0:1], own, domain=np.int32(1)), distance(x[1:2], own, domain=np.int32(0)))
     padded = distance(x, state, domain=DOMAIN, weights=np.arange(6).reshape(6, 1, 1) < 4)
     close(padded, np.where(np.arange(6) < 4, mixed, 0))
-    flat = jit(jax.grad(lambda x: domains.domain_distance(x, state, domain=0).sum()))(
-        x[:, 0]
-    )  # one position: variance 0
+    # one position: variance 0
+    flat = jit(jax.grad(lambda x: domains.domain_distance(x, state, domain=0).sum()))(x[:, 0])
     close(flat, 2 * (x[:, 0] - state["mean"][0]))
 
 

@@ -95,9 +95,8 @@ def test_limits_and_bounds():
     group = jnp.repeat(group, 2, axis=-1)
     close(batch(x, jnp.zeros(6)), x / jnp.maximum(std, own))
     assert (batch(x, v) < 1 / v[None, None, None]).all()
-    close(
-        batch(x[:1], v), x[:1] / (own[:1] + jnp.maximum(0, v[None, None, None] * x[:1]))
-    )  # one example
+    # one example
+    close(batch(x[:1], v), x[:1] / (own[:1] + jnp.maximum(0, v[None, None, None] * x[:1])))
     close(sample(x, jnp.zeros(6)), x / (2 * group))
     close(sample(x, jnp.full(6, 1e6)), jax.nn.relu(x) / group)
     close(sample(x[:2], v), sample(x, v)[:2])  # of the others S0 knows nothing

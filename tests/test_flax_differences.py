@@ -231,9 +231,8 @@ def test_initialize_without_axis():
         assert (
             "scale" in getattr(jaxnorm.linen, name)(**kwargs, axis_name="i").init(KEY, x)["params"]
         )
-        with pytest.raises(
-            NameError, match="unbound axis name"
-        ):  # using it outside the map stays an error
+        # using it outside the map stays an error
+        with pytest.raises(NameError, match="unbound axis name"):
             getattr(jaxnorm.linen, name)(**kwargs, axis_name="i").apply({"params": affine}, x)
 
 
@@ -460,10 +459,8 @@ def test_nan_in_padding():
         def loss(params, x):
             layer = module.BatchNorm(use_running_average=use)
             y = layer.apply(start | {"params": params}, x, mask=mask, mutable="batch_stats")[0]
-            return (
-                jnp.where(mask, jnp.sin(y), 0).sum(),
-                y,
-            )  # the loss ignores the padding, as it should
+            # the loss ignores the padding, as it should
+            return jnp.where(mask, jnp.sin(y), 0).sum(), y
 
         (_, y), grads = jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(start["params"], x)
         return y, grads

@@ -281,18 +281,13 @@ def test_dtypes_of_variables_and_outputs_are_those_of_flax(name):
                 kwargs["force_float32_reductions"] = forced
                 try:
                     theirs = traced(linen, kwargs, of_x)
-                except (
-                    TypeError,
-                    ValueError,
-                    Warning,
-                ):  # what Flax refuses, or warns of: complex x for real output
+                except (TypeError, ValueError, Warning):
+                    # Flax refuses it, or warns of complex x for real output
                     continue
                 ours = traced(jaxnorm.linen, kwargs, of_x)
                 if name == BN and jnp.complex64 in (of_x, dtype, param_dtype):
-                    del (
-                        theirs[1]["batch_stats"],
-                        ours[1]["batch_stats"],
-                    )  # see complex-input in test_flax_differences.py
+                    # see complex-input in test_flax_differences.py
+                    del theirs[1]["batch_stats"], ours[1]["batch_stats"]
                 assert ours == theirs, {k: str(v) for k, v in kwargs.items()} | {"x": of_x}
                 compared += 1
     assert compared > 100
@@ -326,9 +321,8 @@ def test_arguments_are_those_of_flax_and_what_is_new_comes_after(name, theirs, o
     for arguments in (constructor, call):
         expected, got = arguments(theirs), arguments(ours)
         assert [a[0] for a in got[: len(expected)]] == [a[0] for a in expected]
-        for a, b in zip(
-            got, expected, strict=False
-        ):  # initializers are made anew in each module of Flax
+        # initializers are made anew in each module of Flax
+        for a, b in zip(got, expected, strict=False):
             assert a[1:] == b[1:] or (
                 a[0].endswith("_init") and a[1].__qualname__ == b[1].__qualname__
             ), a[0]

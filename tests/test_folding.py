@@ -123,9 +123,8 @@ def test_a_residual_network_and_the_same_network_without_norms(x64):
         jax.jit(forward)(folded, x), expected, rtol=0, atol=1e-12 * np.abs(expected).max()
     )
     bare = Net(lambda **options: Identity())
-    seen = jax.eval_shape(
-        bare.init, jax.random.key(0), x
-    )  # what a model without norms has, but for the biases
+    # what a model without norms has, but for the biases
+    seen = jax.eval_shape(bare.init, jax.random.key(0), x)
     assert jax.tree.map(jnp.shape, {"params": _without_biases(folded["params"])}) == jax.tree.map(
         jnp.shape, dict(seen)
     )

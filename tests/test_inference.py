@@ -266,9 +266,8 @@ def test_layers_equal_the_function(name):
             other(x, True, example_weight=alpha), expected, rtol=1e-5, atol=1e-5
         )
     assert len(traces) == 1
-    np.testing.assert_allclose(
-        apply(variables, x[:1], 0.5)[0], expected[0], rtol=1e-5, atol=1e-5
-    )  # no example sees another
+    # no example sees another
+    np.testing.assert_allclose(apply(variables, x[:1], 0.5)[0], expected[0], rtol=1e-5, atol=1e-5)
     assert apply(variables, x.astype(jnp.bfloat16), 0.5).dtype == jnp.float32
     viewed = fnnx.view(other, use_running_average=True, example_weight=0.5)
     np.testing.assert_allclose(viewed(x), expected, rtol=1e-5, atol=1e-5)
@@ -331,9 +330,8 @@ def test_batch_and_group_norm_is_its_row_in_training_and_batch_norm_in_its_state
     row = methods.batch_and_group_norm(ghost_size=2, num_groups=3)
     np.testing.assert_allclose(y, jaxnorm.norm(x, row)[0], rtol=1e-5, atol=1e-5)
     batch = linen.BatchNorm(**options)
-    state = jax.jit(partial(batch.apply, mutable="batch_stats"))(variables, x)[
-        1
-    ]  # which loads the same variables
+    # which loads the same variables
+    state = jax.jit(partial(batch.apply, mutable="batch_stats"))(variables, x)[1]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), new, state)
     other = nnx.BatchAndGroupNorm(C, ghost_size=2, num_groups=3, momentum=0.5, rngs=fnnx.Rngs(0))
     np.testing.assert_allclose(other(x), y, rtol=1e-6)
@@ -355,9 +353,8 @@ def test_the_default_weight_of_batch_and_group_norm():
             num_groups=3, use_running_average=True, use_scale=False, use_bias=False, **options
         )
 
-    group_norm = jaxnorm.norm(x, methods.group_norm(3))[
-        0
-    ]  # one example a ghost, in training and in inference
+    # one example a ghost, in training and in inference
+    group_norm = jaxnorm.norm(x, methods.group_norm(3))[0]
     np.testing.assert_allclose(
         layer(ghost_size=1).apply(variables, x), group_norm, rtol=1e-5, atol=1e-5
     )
@@ -388,9 +385,8 @@ def test_choosing_a_weight():
     found = choose_example_weight(evaluate, iter(batches), alphas=[0.5, 0.0, 0.25])
     assert found.alphas == (0.0, 0.25, 0.5) and found.best == 0.25 and len(traces) == 1
     np.testing.assert_allclose(found.values, [-0.065, -0.0025, -0.065], atol=1e-6)
-    assert (
-        choose_example_weight(evaluate, batches, alphas=[0.0, 0.5], maximize=False).best == 0.0
-    )  # equal: the smaller
+    # equal: the smaller
+    assert choose_example_weight(evaluate, batches, alphas=[0.0, 0.5], maximize=False).best == 0.0
     assert choose_example_weight(evaluate, batches, examples=4).alphas == tuple(
         i / 8 for i in range(9)
     )
@@ -715,11 +711,8 @@ def test_what_is_not_measured_is_refused():
 def test_averages_of_batches():
     state = jaxnorm.init_running((4,), counted=True)
     batches = batches_of((4,))
-    for x in (
-        *batches,
-        jnp.full((2, 4), jnp.nan),
-        jnp.zeros((0, 4)),
-    ):  # what says nothing changes nothing
+    # what says nothing changes nothing
+    for x in (*batches, jnp.full((2, 4), jnp.nan), jnp.zeros((0, 4))):
         state = jaxnorm.update_averaged(state, jaxnorm.moments(x, methods.batch_norm()))
     np.testing.assert_allclose(state.mean, averaged(batches)[0], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(state.var, averaged(batches)[1], rtol=1e-6)

@@ -224,9 +224,8 @@ def test_unit_offset_stores_the_distance_from_one():
         times = {"params": usual["params"] | {"scale": jnp.full(6, 1.25)}}
         same(offset.apply(moved, x), plain.apply(times, x))
         custom = cls(*args, unit_offset=True, scale_init=nn.initializers.constant(0.5))
-        assert (
-            custom.init(KEY, x)["params"]["scale"].tolist() == [-0.5] * 6
-        )  # the scale itself starts at 0.5
+        # the scale itself starts at 0.5
+        assert custom.init(KEY, x)["params"]["scale"].tolist() == [-0.5] * 6
 
 
 @pytest.mark.parametrize("row", ["batch_norm", "ghost_batch_norm", "group_norm", "positional_norm"])
@@ -276,9 +275,8 @@ def test_named_layers_are_norm_with_their_row(layer, method):
     general = layers.Norm(method, use_bias=layer.use_bias, use_scale=layer.use_scale)
     variables = initial(layer)
     if not method.pools_batch:
-        assert (
-            not isinstance(layer, layers.PositionalNorm) or not variables
-        )  # neither scale nor bias
+        # neither scale nor bias
+        assert not isinstance(layer, layers.PositionalNorm) or not variables
         same(apply(layer, variables, x, **TRAIN)[0], normalize(x, moments(x, method)))
         return
     chex.assert_trees_all_equal(variables, initial(general))

@@ -106,10 +106,8 @@ def step(f, activation=jax.nn.relu):
 
 
 def compiled(f, *arguments):
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):  # for Flax; ours is strict elsewhere
+    # for Flax; ours is strict elsewhere
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         return jax.jit(f).lower(*arguments).compile()
 
 
@@ -196,9 +194,8 @@ def test_backward_keeps_x_and_small_arrays(name, method, dtype, api):
     f, parameters = by(api, method, x)
     kept = residuals(f, parameters, x)
     assert full_size(kept, x.size) == [(x.shape, dtype)]
-    assert (
-        sum(nbytes(t) for t in kept) <= nbytes(x) + 3 * vector(x, method) + 4
-    )  # mean, variance, scale and n
+    # mean, variance, scale and n
+    assert sum(nbytes(t) for t in kept) <= nbytes(x) + 3 * vector(x, method) + 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -228,9 +228,8 @@ def test_center_has_no_gradient():
     f = jax.jit(jax.grad(lambda c, x: jnp.sin(norm(x, GROUP_NORM, center=c)[0]).sum()))
     assert (f(normal(GROUP_NORM, 1), x) == 0).all()
     compare(GROUP_NORM, SETS, x, None, center=normal(GROUP_NORM, 1))
-    compare(
-        GROUP_NORM, SETS, x, normal(SHAPE, 3) ** 2, center=normal((4, 1, 1), 1)
-    )  # shared by the groups
+    # shared by the groups
+    compare(GROUP_NORM, SETS, x, normal(SHAPE, 3) ** 2, center=normal((4, 1, 1), 1))
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16", "float32"))
@@ -295,11 +294,8 @@ def test_pooled_instance_moments_are_the_moments_of_the_method(coarse):
             return (weight * (gm * m.mean + gv * m.var)).sum(), m
 
         (dx, dw), m = jax.grad(f, (0, 1), has_aux=True)(x, w)
-        return (
-            dx,
-            jnp.where(w > 0, dw, 0),
-            m,
-        )  # an empty set has no mean for a first element to differ from
+        # an empty set has no mean for a first element to differ from
+        return dx, jnp.where(w > 0, dw, 0), m
 
     jax.tree.map(
         partial(np.testing.assert_allclose, atol=1e-12), both(True, x, w), both(False, x, w)

@@ -30,9 +30,8 @@ def double(state):
 
 def batch(seed, shape=SHAPE):
     rng = np.random.default_rng(seed)
-    return rng.normal(0.3, 1 + 0.5 * (seed % 3), shape), rng.normal(
-        size=shape
-    )  # x, and the loss's gradient by y
+    # x, and the loss's gradient by y
+    return rng.normal(0.3, 1 + 0.5 * (seed % 3), shape), rng.normal(size=shape)
 
 
 @partial(jax.jit, static_argnames=("axis_name", "axis_index_groups", "channel_axis"))
@@ -85,9 +84,8 @@ def test_authors_recipe():
     state, tap, clipped = double(init_moving_average(5, window=3)), jnp.zeros(5), np.zeros(2)
     for it in range(1, 13):
         x, dy = batch(it)
-        x[..., 3:] *= (
-            (0.01, 30) if it >= 9 else 1
-        )  # less and more than five times the running root mean square
+        # less and more than five times the running root mean square
+        x[..., 3:] *= (0.01, 30) if it >= 9 else 1
         before = authors.running
         expected = authors.step(x, dy, np.asarray(scale), np.asarray(bias))
         y, state, (dx, tap, dscale, dbias) = step(

@@ -44,9 +44,8 @@ def test_there_are_notebooks():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path, monkeypatch):
-    monkeypatch.setenv(
-        "JUPYTER_PREFER_ENV_PATH", "1"
-    )  # this environment's kernel before the user's
+    # this environment's kernel before the user's
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
     executed(path, tmp_path)
 
 
@@ -77,7 +76,6 @@ if __name__ == "__main__":
             notebook = executed(path, Path(folder))
         for cell in notebook.cells:
             cell.metadata = {}
-        notebook.metadata["language_info"] = {
-            "name": "python"
-        }  # without the version of whoever ran it
+        # without the version of whoever ran it
+        notebook.metadata["language_info"] = {"name": "python"}
         nbformat.write(notebook, path)

@@ -235,6 +235,5 @@ def test_joint_scaling_through_relu_linear_and_batch_norm_changes_nothing(x64):
     np.testing.assert_allclose(hx, gx, atol=1e-12)
     np.testing.assert_allclose(7.5 * hs, gs, atol=1e-12)
     np.testing.assert_allclose(7.5 * hb, gb, atol=1e-12)
-    np.testing.assert_allclose(
-        gs @ scale + gb @ bias, 0, atol=1e-12
-    )  # no gradient along the scaling
+    # no gradient along the scaling
+    np.testing.assert_allclose(gs @ scale + gb @ bias, 0, atol=1e-12)

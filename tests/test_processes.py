@@ -194,9 +194,8 @@ def launch(processes, out):
                     )
                 )
         codes, deadline = [None], time.monotonic() + LIMIT + 10
-        while (
-            None in codes and not any(codes) and time.monotonic() < deadline
-        ):  # one that fails leaves the other waiting
+        # one that fails leaves the other waiting
+        while None in codes and not any(codes) and time.monotonic() < deadline:
             time.sleep(0.05)
             codes = [p.poll() for p in running]
     finally:

@@ -89,9 +89,8 @@ def test_variance_is_between_those_it_mixes():
         [np.broadcast_to(x.var(axes, keepdims=True), SHAPE) for axes in AXES.values()], axis=0
     )
     y = differentiated(x, x, state(), a, b)[0]
-    var = (
-        (x[:, :1] - x[:, 1:2]) / (y[:, :1] - y[:, 1:2])
-    ) ** 2 - E  # two positions share their statistics
+    # two positions share their statistics
+    var = ((x[:, :1] - x[:, 1:2]) / (y[:, :1] - y[:, 1:2])) ** 2 - E
     assert (var >= smallest[:, :1] - 1e-9).all() and (var <= largest[:, :1] + 1e-9).all()
 
 

@@ -21,9 +21,8 @@ from jaxnorm import (
     update_running,
 )
 
-X = np.random.default_rng(0).normal(
-    size=(3, 8, 4, 5, 6)
-)  # steps, devices, examples, positions, channels
+# steps, devices, examples, positions, channels
+X = np.random.default_rng(0).normal(size=(3, 8, 4, 5, 6))
 METHOD = methods.batch_norm()
 CONTEXTS = {"pmap": jax.pmap, "vmap": jax.vmap}
 contexts = pytest.mark.parametrize("mapped", CONTEXTS.values(), ids=CONTEXTS)

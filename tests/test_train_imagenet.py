@@ -496,9 +496,8 @@ def test_schedules():
 @pytest.mark.parametrize(("decay_norm", "bias"), (("zero", 0.9), ("none", 1.0)))
 def test_decay_of_scales_and_biases(decay_norm, bias):
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    optimizer = steps.sgd(
-        lambda step: 1.0, weight_decay=0.1 / 1.9, decay_norm=decay_norm
-    )  # 1.9: Nesterov's first step
+    # 1.9: Nesterov's first step
+    optimizer = steps.sgd(lambda step: 1.0, weight_decay=0.1 / 1.9, decay_norm=decay_norm)
     updates, _ = optimizer.update(
         jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
     )

@@ -73,18 +73,16 @@ def call_norms_with(
         use = kwargs.pop("use_running_average", flag[0] if flag else None)
         if use_running_average is not None:
             use = use_running_average
-            object.__setattr__(
-                module, "use_running_average", None
-            )  # a field and an argument together are an error
+            # a field and an argument together are an error
+            object.__setattr__(module, "use_running_average", None)
         if update_running_average is not None:
             kwargs["update_running_average"] = update_running_average
         try:
             if example_weight is not None and (own if use is None else use):
                 if isinstance(module, BatchNorm | Row):
                     kwargs["example_weight"] = example_weight
-                elif (
-                    "batch_stats" in module.variables
-                ):  # some have an argument use_running_average and no state
+                elif "batch_stats" in module.variables:
+                    # some layers take use_running_average and have no state
                     _layers.only_rows(example_weight, type(module).__name__)
             return call(x, use, **kwargs)
         finally:

@@ -57,9 +57,8 @@ class Row(Layer, kw_only=True):
         row = self.row(x.shape)
         state = running = None
         if row.pools_batch and self.is_initializing():
-            row = _layers.whole_batch(
-                row
-            )  # any batch initializes, also one that ghosts do not divide
+            # any batch initializes, also one that ghosts do not divide
+            row = _layers.whole_batch(row)
         if row.pools_batch and self.momentum is not None:
             use = uses_running(self, use_running_average)
             measured = self.measured(row)
