@@ -606,7 +606,7 @@ ERRORS |= {
         f"train of {name}": (TypeError, FLAG, partial(call, train="False"))
         for name, call in STATEFUL.items()
     },
-    "train, a number": (TypeError, "train is 1; expected True", lambda: PIECES(train=1)),
+    "train, a number": (TypeError, "train is 2; expected True", lambda: PIECES(train=2)),
     "train, nothing": (TypeError, "train is None; expected", lambda: PIECES(train=None)),
     "train, an array": (
         TypeError,
@@ -619,7 +619,7 @@ ERRORS |= {
         for name, args in {"BatchNorm": (), "Norm": (BN,), "EvoNormB0": ()}.items()
         for given, call in {
             "False": partial(layer, library, name, *args, call=("False",)),
-            0: partial(layer, library, name, *args, use_running_average=0),
+            2: partial(layer, library, name, *args, use_running_average=2),
         }.items()
     },
     "an update of linen that is no flag": (
@@ -848,3 +848,15 @@ def test_negative_weights_in_a_list_are_refused_under_jit():
     assert jnp.isfinite(weighed(x, 0.5)).all()
     with pytest.raises(ValueError, match=NEGATIVE):
         jax.jit(lambda x: norm(x, BN, weights=[[1.0], [1.0], [1.0], [-1.0]])[0])(x)
+
+
+@pytest.mark.parametrize("flag", [0, np.False_, np.int32(0), False])
+def test_flags_are_what_flax_takes(flag):
+    x = X + jnp.arange(len(X), dtype=X.dtype).reshape(-1, *(1,) * (X.ndim - 1))
+    layer_of_linen = linen.BatchNorm()
+    variables = layer_of_linen.init(jax.random.key(0), x, use_running_average=True)
+    y, _ = layer_of_linen.apply(variables, x, use_running_average=flag, mutable=["batch_stats"])
+    expected, _ = layer_of_linen.apply(
+        variables, x, use_running_average=False, mutable=["batch_stats"]
+    )
+    np.testing.assert_array_equal(y, expected)

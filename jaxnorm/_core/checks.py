@@ -75,9 +75,12 @@ def check_count(count: object, name: str, at_least: int = 1) -> int:
 
 
 def check_flag(flag: T, name: str) -> T:
-    """`flag` is True or False: any other value, such as "False" from a command line, would count as
-    true. A traced one is left to JAX, which says what it cannot do."""
-    if isinstance(flag, bool | np.bool_):
+    """`flag` is True or False, or the integer of one, which Flax's layers take as well.
+
+    Any other value, such as "False" from a command line, would count as true. A traced one is left
+    to JAX, which says what it cannot do.
+    """
+    if isinstance(flag, int | np.integer | np.bool_) and flag in (0, 1):
         return flag
     if (
         isinstance(flag, np.ndarray | jax.Array)
