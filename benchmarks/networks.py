@@ -193,7 +193,7 @@ def _step(
 
 
 class _Training:
-    """A training that goes on from call to call, since a step gives its memory away."""
+    """A training that continues from call to call, since a step donates its memory."""
 
     def __init__(self, step: Callable[..., Any], state: Any, images: jax.Array, target: jax.Array):
         self.step, self.state, self.examples = step, state, (images, target)

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: error: {stop}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        console.print(f"Interrupted. --resume goes on from the last checkpoint in {args.output}.")
+        console.print(f"Interrupted. --resume continues from the last checkpoint in {args.output}.")
         status = 130
     except OSError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

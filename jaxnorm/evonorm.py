@@ -74,8 +74,8 @@ def evonorm_b0(
         v: (C,), 1 at first; without a unit.
         momentum: weight of the old state per update, 0 to 1.
         epsilon: added to the variances, in the unit of x squared.
-        **options: as `norm`. The variance over the batch goes on over `axis_name`, the example's
-            own does not.
+        **options: as `norm`. The variance of the batch is synchronized over `axis_name`, that of
+            each example is not.
 
     Returns:
         y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those

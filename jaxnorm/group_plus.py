@@ -108,7 +108,8 @@ def group_norm_plus(
         epsilon: added to both variances, in the unit of x squared and of 1.
         correction: 1 divides both variances by n - 1, as the authors' code does.
         epsilon_outside: add epsilon to both standard deviations instead, as that code does.
-        **options: as `norm`. The second branch goes on over `axis_name`, the first does not.
+        **options: as `norm`. The statistics of the second branch are synchronized over
+            `axis_name`, those of the first are not.
 
     Returns:
         y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those

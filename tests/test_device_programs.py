@@ -24,8 +24,8 @@ def gradient(f):
     return lambda x, *rest: jax.grad(lambda x: jnp.sin(f(x, *rest)).sum())(x)
 
 
-# With an axis_name each of them goes on over the devices. Statistics of one device's (16, 1, 3, 6),
-# and sums for each.
+# Methods that are synchronized over an axis_name, with x of shape (16, 1, 3, 6) on each device: the
+# number of statistics, and of sums for each of them.
 SYNCED = {
     "batch_norm": (methods.batch_norm(), 6, 2),
     "ghost_batch_norm": (methods.ghost_batch_norm(4), 24, 2),
@@ -70,8 +70,8 @@ RUNS = {"pmap": pmap, "shard_map": shard_map(True), "shard_map unchecked": shard
     ],
 )
 def test_one_collective_forward_and_one_backward(context, name):
-    """The sums in one, and no count: it is known. The second look, where rounding would show, is
-    one more in a branch."""
+    """All sums in one, and no count, which is known. The second reduction, where rounding would
+    show, is one more in a branch."""
     method, size, sums = SYNCED[name]
     f = lambda x: norm(x, method, axis_name="i")[0]  # noqa: E731
     looks = int(sums == 2)

@@ -1,6 +1,6 @@
 """What could hang runs in processes of its own, which end by themselves: two processes that train
-as one, and large means on some devices only, which make devices disagree whether a second look at
-the data is needed.
+as one, and large means on some devices only, which make devices disagree on whether a second
+reduction is needed.
 
 As a script, this file is one of those processes.
 """

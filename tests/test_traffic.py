@@ -56,7 +56,7 @@ def found(cell):
 
 
 def assert_fills_device(cell, traffic_of_cell):
-    """Also while the second look at the variance runs."""
+    """Also while the second reduction for the variance runs."""
     assert traffic_of_cell.smallest_grid is not None, (
         "XLA no longer says how many thread blocks a kernel has"
     )

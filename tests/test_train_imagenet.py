@@ -1,4 +1,4 @@
-"""`benchmarks.train_imagenet`: a killed run goes on bit for bit, and jit, pmap and several
+"""`benchmarks.train_imagenet`: an interrupted run resumes to the bit, and jit, pmap and several
 processes agree."""
 
 import contextlib
@@ -733,7 +733,7 @@ def test_the_newest_intact_checkpoint(finished, tmp_path):
     flip_a_byte(folder / "12" / "batches" / "process_0-of-1.json")
     step, (told,) = checkpoints.newest(folder, aside)
     assert step == 9
-    assert "Checkpoint 12 is damaged" in told and "goes on from checkpoint 9" in told
+    assert "Checkpoint 12 is damaged" in told and "resumes from checkpoint 9" in told
     assert "batches/process_0-of-1.json" in told and str(aside / "12") in told
     shutil.copytree(folder / "9", folder / "12")
     (folder / "12" / "checksums.json").unlink()  # as a kill leaves it
@@ -792,7 +792,7 @@ def test_goes_on_from_an_earlier_checkpoint_where_the_last_is_damaged(finished, 
     )
     options, run = run_without(arrays[-1].relative_to(finished[1]), flip_a_byte, finished, tmp_path)
     text = finish(cache, *options, "--resume")
-    assert "Checkpoint 12 is damaged" in text and "goes on from checkpoint 9" in " ".join(
+    assert "Checkpoint 12 is damaged" in text and "resumes from checkpoint 9" in " ".join(
         text.split()
     )
     assert_same_run(run, finished[1])

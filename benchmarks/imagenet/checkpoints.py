@@ -85,8 +85,8 @@ def damage(checkpoint: Path) -> str | None:
 def newest(folder: Path, aside: Path) -> tuple[int | None, list[str]]:
     """The step of the newest intact checkpoint, and what the user has to know about later ones.
 
-    Those are moved into the folder `aside`, so that training goes on from the intact one and writes
-    them anew: a run that is started again after every kill, by no one who looks, must not end where
+    Those are moved into the folder `aside`, so that training resumes from the intact one and writes
+    them anew: a run that is restarted automatically after each interruption must not end as long as
     an older checkpoint is good.
 
     Args:
@@ -101,7 +101,7 @@ def newest(folder: Path, aside: Path) -> tuple[int | None, list[str]]:
     for step in steps:
         found = damage(folder / str(step))
         if found is None:
-            return step, _set_aside(folder, aside, problems, f"goes on from checkpoint {step}")
+            return step, _set_aside(folder, aside, problems, f"resumes from checkpoint {step}")
         problems[step] = found
     # The first one of all may have been cut off by a kill before its checksums were written.
     if len(steps) > 1 or (steps and (folder / str(steps[0]) / CHECKSUMS).exists()):

@@ -33,7 +33,7 @@ class BatchNorm(nn.Module):
         use_scale: multiply by a learned scale.
         bias_init: initializer of the bias.
         scale_init: initializer of the scale.
-        axis_name: axis of pmap, shard_map or vmap over which the batch goes on.
+        axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
         use_fast_variance: False takes a second, centered pass always; True only where rounding
             would show.

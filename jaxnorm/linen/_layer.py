@@ -30,7 +30,7 @@ class LayerNorm(nn.Module):
         scale_init: initializer of the scale.
         reduction_axes: axes that are pooled.
         feature_axes: axes of scale and bias.
-        axis_name: axis of pmap, shard_map or vmap over which the pooled axes go on.
+        axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
         use_fast_variance: False takes a second, centered pass always; True only where rounding
             would show.
@@ -91,7 +91,7 @@ class RMSNorm(nn.Module):
         scale_init: initializer of the scale.
         reduction_axes: axes that are pooled.
         feature_axes: axes of the scale.
-        axis_name: axis of pmap, shard_map or vmap over which the pooled axes go on.
+        axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
         use_fast_variance: accepted for Flax; the mean square needs one pass.
         force_float32_reductions: accepted for Flax; statistics are float32 or wider always.

@@ -31,7 +31,7 @@ class GroupNorm(Layer):
         bias_init: initializer of the bias.
         scale_init: initializer of the scale.
         reduction_axes: axes that are pooled, the last among them; None pools all but the first.
-        axis_name: axis of pmap, shard_map or vmap over which the sets go on.
+        axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
         use_fast_variance: False takes a second, centered pass always; True only where rounding
             would show.
@@ -120,7 +120,7 @@ class InstanceNorm(Layer):
         bias_init: initializer of the bias.
         scale_init: initializer of the scale.
         feature_axes: axes of scale and bias.
-        axis_name: axis of pmap, shard_map or vmap over which the sets go on.
+        axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
         use_fast_variance: False takes a second, centered pass always; True only where rounding
             would show.

@@ -31,7 +31,7 @@ class LayerNorm(Layer):
         scale_init: initializer of the scale.
         reduction_axes: axes that are pooled.
         feature_axes: axes of scale and bias.
-        axis_name: axis of pmap, shard_map or vmap over which the sets go on.
+        axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
         use_fast_variance: False takes a second, centered pass always; True only where rounding
             would show.
@@ -106,7 +106,7 @@ class RMSNorm(Layer):
         scale_init: initializer of the scale.
         reduction_axes: axes that are pooled.
         feature_axes: axes of scale and bias.
-        axis_name: axis of pmap, shard_map or vmap over which the sets go on.
+        axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
         use_fast_variance: accepted for Flax; the mean square needs one pass.
         promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
