@@ -59,9 +59,9 @@ def check_state(state: Any, method: str, optional: Sequence[str] = (), **axes: i
         f"{name} of {n} {'axis' if n == 1 else 'axes'}" for name, n in axes.items()
     )
     raise error(
-        f"{method} got {got}. Expected its own state, a dict with {expected}, as"
-        f" init_{method} makes"
-        " it before the first step; that of another method means something else."
+        f"{method} got {got}. Expected its own state, a dict with {expected}, as "
+        f"init_{method} makes "
+        "it before the first step; that of another method means something else."
     )
 
 
@@ -113,8 +113,8 @@ def select_options(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """The options of these names that are given."""
     if unknown := sorted(set(options) - set(Options.__annotations__)):
         raise TypeError(
-            f"unexpected keyword argument {', '.join(unknown)}. Expected some of"
-            f" {', '.join(Options.__annotations__)}."
+            f"unexpected keyword argument {', '.join(unknown)}. Expected some of "
+            f"{', '.join(Options.__annotations__)}."
         )
     return {name: options[name] for name in names if name in options}
 
@@ -124,9 +124,9 @@ def along_channels(t: ArrayLike, x: jax.Array, channel_axis: int = -1) -> jax.Ar
     t, channel = jnp.asarray(t), single_axis(channel_axis, x.shape)
     if t.shape[-1] != x.shape[channel]:
         raise ValueError(
-            f"state of shape {t.shape} has {t.shape[-1]} channels, x of shape {x.shape} has"
-            f" {x.shape[channel]}. Expected as many; state belongs to the number of channels with"
-            " which it was made."
+            f"state of shape {t.shape} has {t.shape[-1]} channels, x of shape {x.shape} has "
+            f"{x.shape[channel]}. Expected as many; state belongs to the number of channels with "
+            "which it was made."
         )
     sizes = [n if i == channel else 1 for i, n in enumerate(x.shape)]
     return t.reshape(*t.shape[:-1], *sizes).astype(statistic_dtype(x.dtype))

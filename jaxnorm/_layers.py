@@ -99,8 +99,8 @@ def check_call(options: Mapping[str, Any]) -> None:
     among them."""
     if unknown := sorted(set(options) - set(StateOptions.__annotations__)):
         raise TypeError(
-            f"unexpected keyword argument {', '.join(unknown)} at the call of a layer. Expected the"
-            f" layer's own or some of {', '.join(StateOptions.__annotations__)}."
+            f"unexpected keyword argument {', '.join(unknown)} at the call of a layer. Expected "
+            f"the layer's own or some of {', '.join(StateOptions.__annotations__)}."
         )
 
 
@@ -108,9 +108,9 @@ def needs_running(example_weight: ArrayLike | None) -> None:
     """A layer without running statistics has nothing to weigh an example against."""
     if example_weight is not None:
         raise ValueError(
-            f"example_weight={example_weight} weighs an example against running statistics, and"
-            " this layer keeps none. Expected a method that shares statistics between examples,"
-            " with a momentum."
+            f"example_weight={example_weight} weighs an example against running statistics, and "
+            "this layer keeps none. Expected a method that shares statistics between examples, "
+            "with a momentum."
         )
 
 
@@ -120,8 +120,8 @@ def only_channel_groups(example_weight: ArrayLike | None) -> None:
     if example_weight is not None:
         raise ValueError(
             f"example_weight={example_weight} with groups that are not groups of channels. Expected"
-            " a number of groups that divides the channels; inference.weigh_example takes any row"
-            " of the table of methods."
+            " a number of groups that divides the channels; inference.weigh_example takes any row "
+            "of the table of methods."
         )
 
 
@@ -130,9 +130,9 @@ def only_rows(example_weight: ArrayLike | None, layer: str) -> None:
     example."""
     if example_weight is not None:
         raise ValueError(
-            f"example_weight={example_weight} for {layer}, whose method is no row of the table of"
-            " methods. Expected BatchNorm, Norm or another row, or a model in which other layers"
-            " do not use running statistics."
+            f"example_weight={example_weight} for {layer}, whose method is no row of the table of "
+            "methods. Expected BatchNorm, Norm or another row, or a model in which other layers "
+            "do not use running statistics."
         )
 
 
@@ -147,8 +147,8 @@ def trained_weight(
         return own
     if ghost_size is None:
         raise ValueError(
-            "an example's weight at inference is 1 / ghost_size by default. Got num_ghosts, which"
-            " does not tell the size; expected ghost_size, or an example_weight."
+            "an example's weight at inference is 1 / ghost_size by default. Got num_ghosts, which "
+            "does not tell the size; expected ghost_size, or an example_weight."
         )
     return 1 / ghost_size
 
@@ -203,9 +203,9 @@ def instance_shape(x: jax.Array, feature_axes: Axes) -> Shape:
     """The statistic's shape of Flax's InstanceNorm."""
     if 0 in axes_of(feature_axes, x.shape):
         raise ValueError(
-            "The channel axes cannot include the leading dimension as this is assumed to be the"
-            f" batch axis. Got feature_axes={feature_axes} for x of shape {x.shape}; expected axes"
-            " from 1 on."
+            "The channel axes cannot include the leading dimension as this is assumed to be the "
+            f"batch axis. Got feature_axes={feature_axes} for x of shape {x.shape}; expected axes "
+            "from 1 on."
         )
     return keep_axes(x, (0, *axes_of(feature_axes, x.shape)))
 
@@ -217,22 +217,22 @@ def number_of_groups(
     is Flax's word."""
     if (num_groups is None) == (group_size is None):
         raise ValueError(
-            "Either `num_groups` or `group_size` should be specified. If `group_size` is to be"
-            " specified, pass `num_groups=None` as argument to override the default `num_groups`"
-            f" value of 32. Got num_groups={num_groups} and group_size={group_size}."
+            "Either `num_groups` or `group_size` should be specified. If `group_size` is to be "
+            "specified, pass `num_groups=None` as argument to override the default `num_groups` "
+            f"value of 32. Got num_groups={num_groups} and group_size={group_size}."
         )
     if group_size is not None:
         if group_size <= 0 or channels % group_size != 0:
             raise ValueError(
-                f"Number of {noun} ({channels}) is not multiple of the group size ({group_size})."
-                f" Expected a divisor of {channels}."
+                f"Number of {noun} ({channels}) is not multiple of the group size ({group_size}). "
+                f"Expected a divisor of {channels}."
             )
         return channels // group_size
     assert num_groups is not None
     if num_groups <= 0 or channels % num_groups != 0:
         raise ValueError(
-            f"Number of groups ({num_groups}) does not divide the number of channels ({channels})."
-            " Expected one of its divisors; the default of 32 needs a multiple of 32 channels."
+            f"Number of groups ({num_groups}) does not divide the number of channels ({channels}). "
+            "Expected one of its divisors; the default of 32 needs a multiple of 32 channels."
         )
     return num_groups
 
@@ -244,8 +244,8 @@ def group_shape(x: jax.Array, num_groups: int, reduction_axes: Axes | None) -> S
     )
     if x.ndim - 1 not in axes:
         raise ValueError(
-            "The reduction axes must include the final dimension as this is assumed to be the"
-            f" feature axis. Got reduction_axes={reduction_axes} for x of shape {x.shape}."
+            "The reduction axes must include the final dimension as this is assumed to be the "
+            f"feature axis. Got reduction_axes={reduction_axes} for x of shape {x.shape}."
         )
     return (*pool_axes(x, axes)[:-1], num_groups)
 
@@ -281,8 +281,8 @@ class Running:
     def __post_init__(self):
         if self.example_weight is not None and not self.use:
             raise ValueError(
-                f"example_weight={self.example_weight} weighs an example against running"
-                " statistics. Got use_running_average=False; expected True, or no example_weight."
+                f"example_weight={self.example_weight} weighs an example against running "
+                "statistics. Got use_running_average=False; expected True, or no example_weight."
             )
         check_number(self.momentum, "momentum", at_least=0, at_most=1)
 

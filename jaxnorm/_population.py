@@ -46,8 +46,8 @@ def was_used(name: str, start: Mapping[str, Any], end: Mapping[str, Any], batche
     calls = int(np.max(end["calls"], initial=0))
     if calls > batches:
         raise ValueError(
-            f"layer {name} was called {calls} times in {batches} batches, so its statistics would"
-            " mix two inputs. Expected one call a batch; give each call a layer of its own."
+            f"layer {name} was called {calls} times in {batches} batches, so its statistics would "
+            "mix two inputs. Expected one call a batch; give each call a layer of its own."
         )
     if calls == 0:
         check_unchanged(name, *({key: t[key] for key in ("mean", "var")} for t in (start, end)))
@@ -58,10 +58,10 @@ def check_unchanged(name: str, start: Mapping[str, Any], end: Mapping[str, Any])
     """A layer whose running statistics are not measured did not update them."""
     if any(np.any(np.asarray(t) != np.asarray(end[key])) for key, t in start.items()):
         raise ValueError(
-            f"layer {name} updates its running statistics by a rule of its own. Got"
-            f" {', '.join(sorted(start))}; expected a layer of jaxnorm that keeps the moments of"
-            " its input: BatchNorm (which loads the checkpoints of Flax's), Norm and the other"
-            " rows of the table."
+            f"layer {name} updates its running statistics by a rule of its own. Got "
+            f"{', '.join(sorted(start))}; expected a layer of jaxnorm that keeps the moments of "
+            "its input: BatchNorm (which loads the checkpoints of Flax's), Norm and the other "
+            "rows of the table."
         )
 
 
@@ -69,7 +69,7 @@ def check_any(used: Iterable[bool], batches: int) -> None:
     """There is something to return."""
     if not any(used):
         raise ValueError(
-            f"no running statistics were updated in {batches} batches. Expected batches, and a"
-            " forward function that runs the model in training mode, so that its layers with"
-            " running statistics update them."
+            f"no running statistics were updated in {batches} batches. Expected batches, and a "
+            "forward function that runs the model in training mode, so that its layers with "
+            "running statistics update them."
         )

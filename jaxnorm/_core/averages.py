@@ -49,8 +49,8 @@ def update_cumulative(state: Moments, m: Moments, *, batch_axis: int = 0) -> Mom
     check_running(state, "state")
     if state.count is None:
         raise ValueError(
-            "a cumulative average needs a count. Got a state without one; make it by"
-            " init_running(counted=True)."
+            "a cumulative average needs a count. Got a state without one; make it by "
+            "init_running(counted=True)."
         )
     warn_of_half_precision(state.var.dtype, None)
     m = _as_state(m, state, batch_axis)
@@ -98,8 +98,8 @@ def update_averaged(state: Moments, m: Moments, *, batch_axis: int = 0) -> Momen
     check_running(state, "state")
     if state.count is None:
         raise ValueError(
-            "an average over batches counts them. Got no count; make the state by"
-            " init_running(counted=True)."
+            "an average over batches counts them. Got no count; make the state by "
+            "init_running(counted=True)."
         )
     warn_of_half_precision(state.var.dtype, None)
     m = corrected(_as_state(m, state, batch_axis), 1)

@@ -38,8 +38,8 @@ def check_named(axis_name: AxisName, groups: DeviceGroups) -> None:
     """Groups of indices are those of one named axis."""
     if groups is not None and len(names_of(axis_name)) != 1:
         raise ValueError(
-            f"axis_index_groups needs one named axis. Got axis_name={axis_name!r}; expected a"
-            " single name."
+            f"axis_index_groups needs one named axis. Got axis_name={axis_name!r}; expected a "
+            "single name."
         )
 
 
@@ -57,9 +57,9 @@ def device_groups_of(
             lax.axis_size(name)
         except NameError as error:
             raise NameError(
-                f"unbound axis name: {name!r}. axis_name names an axis of pmap, shard_map or vmap"
-                " that encloses the call. Under plain jit leave it out: sums over sharded arrays"
-                " are global already."
+                f"unbound axis name: {name!r}. axis_name names an axis of pmap, shard_map or vmap "
+                "that encloses the call. Under plain jit leave it out: sums over sharded arrays "
+                "are global already."
             ) from error
     check_named(axis_name, groups)
     if groups is None:
@@ -68,15 +68,15 @@ def device_groups_of(
         groups = tuple(tuple(operator.index(i) for i in group) for group in groups)
     except TypeError as error:
         raise TypeError(
-            f"axis_index_groups is a list of lists of device indices. Got {groups!r}; expected for"
-            " example [[0, 1], [2, 3]]."
+            f"axis_index_groups is a list of lists of device indices. Got {groups!r}; expected for "
+            "example [[0, 1], [2, 3]]."
         ) from error
     size = lax.axis_size(names[0])
     if len({len(group) for group in groups}) != 1 or sorted(sum(groups, ())) != list(range(size)):
         raise ValueError(
-            "axis_index_groups must be groups of equal size that name every index of the axis"
-            f" once. Got {[list(group) for group in groups]} for axis {names[0]!r} of size {size};"
-            f" expected each of 0 to {size - 1} in exactly one group, and as many indices in each."
+            "axis_index_groups must be groups of equal size that name every index of the axis "
+            f"once. Got {[list(group) for group in groups]} for axis {names[0]!r} of size {size}; "
+            f"expected each of 0 to {size - 1} in exactly one group, and as many indices in each."
         )
     return groups
 
@@ -124,10 +124,10 @@ def all_sum(tree: Any, axis_name: AxisName, groups: tuple[tuple[int, ...], ...] 
         if not meshes or not mapped:
             raise
         raise NotImplementedError(
-            f"JAX has no sum over {mapped[0]!r}, an axis of vmap, inside"
-            " shard_map(check_vma=True). Expected names of the mesh's axes alone. Pass"
-            " check_vma=False to shard_map, or call without vmap on an x that has these examples in"
-            " its batch."
+            f"JAX has no sum over {mapped[0]!r}, an axis of vmap, inside "
+            "shard_map(check_vma=True). Expected names of the mesh's axes alone. Pass "
+            "check_vma=False to shard_map, or call without vmap on an x that has these examples "
+            "in its batch."
         ) from error
 
 
@@ -204,8 +204,8 @@ def device_groups(
     num_devices, size = check_count(num_devices, "num_devices"), check_count(size, "size")
     if num_devices % size:
         raise ValueError(
-            f"{num_devices} devices do not split into groups of {size}. Expected a divisor of the"
-            f" number of devices: {[d for d in range(1, num_devices + 1) if num_devices % d == 0]}."
+            f"{num_devices} devices do not split into groups of {size}. Expected a divisor of the "
+            f"number of devices: {[d for d in range(1, num_devices + 1) if num_devices % d == 0]}."
         )
     count = num_devices // size
     starts = [

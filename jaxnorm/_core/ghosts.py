@@ -58,8 +58,8 @@ ghosts that count, else 0."""
 def check_ghost_update(convention: str) -> None:
     if convention not in get_args(GhostUpdate):
         raise ValueError(
-            f"ghost_update={convention!r} is no convention. Expected one of"
-            f" {get_args(GhostUpdate)}."
+            f"ghost_update={convention!r} is no convention. Expected one of "
+            f"{get_args(GhostUpdate)}."
         )
 
 

@@ -39,8 +39,8 @@ class Size:
             or self.n.__index__() < 1
         ):
             raise ValueError(
-                f"Size(n) is a number of elements. Got {self.n!r}; expected an integer of at"
-                " least 1."
+                f"Size(n) is a number of elements. Got {self.n!r}; expected an integer of at "
+                "least 1."
             )
         object.__setattr__(self, "n", self.n.__index__())
 
@@ -113,16 +113,16 @@ class Groups:
         )
         if batch_axis == channel_axis:
             raise ValueError(
-                f"batch_axis and channel_axis are both axis {batch_axis} of x, which has shape"
-                f" {x_shape}. Expected two different axes; x needs a rank of 2 or more."
+                f"batch_axis and channel_axis are both axis {batch_axis} of x, which has shape "
+                f"{x_shape}. Expected two different axes; x needs a rank of 2 or more."
             )
         places = [i for i in range(len(x_shape)) if i not in (batch_axis, channel_axis)]
         spatial = self.spatial if isinstance(self.spatial, tuple) else (self.spatial,) * len(places)
         if len(spatial) != len(places):
             raise ValueError(
-                f"spatial={self.spatial} names {len(spatial)} spatial axes. Got x of shape"
-                f" {x_shape}, which has {len(places)}; expected one value for each, or a single"
-                " value for all."
+                f"spatial={self.spatial} names {len(spatial)} spatial axes. Got x of shape "
+                f"{x_shape}, which has {len(places)}; expected one value for each, or a single "
+                "value for all."
             )
         kinds = {batch_axis: ("batch", self.batch), channel_axis: ("channel", self.channel)}
         kinds |= {axis: ("spatial", split) for axis, split in zip(places, spatial, strict=True)}
@@ -140,8 +140,8 @@ def _split(kind: str, split: object) -> Split:
     ):
         return split.__index__()
     raise ValueError(
-        f"Groups({kind}={split!r}): expected a positive number of groups, EACH (one group for every"
-        " index) or Size(n) (groups of n elements)."
+        f"Groups({kind}={split!r}): expected a positive number of groups, EACH (one group for "
+        "every index) or Size(n) (groups of n elements)."
     )
 
 
@@ -158,26 +158,26 @@ def _count(kind: str, split: Split, axis: int, x_shape: Shape) -> int:
     message = f"{kind} axis {name} of x has size {n}, which does not split into {what}. "
     if is_symbolic_dim(n):
         message += (
-            f"Got x of shape {x_shape}, to be exported with sizes that are not known yet. Expected"
-            f" a size that says it divides, such as {k}*n in jax.export.symbolic_shape."
+            f"Got x of shape {x_shape}, to be exported with sizes that are not known yet. Expected "
+            f"a size that says it divides, such as {k}*n in jax.export.symbolic_shape."
         )
     elif kind == "batch":
         message += (
-            f"Got x of shape {x_shape}. If this is the short last batch of an epoch, drop it, or"
-            f" pad it to {-(-n // k) * k} and give the padding weights=0."
+            f"Got x of shape {x_shape}. If this is the short last batch of an epoch, drop it, or "
+            f"pad it to {-(-n // k) * k} and give the padding weights=0."
         )
     else:
         divisors = [str(d) for d in range(1, n + 1) if n % d == 0]
         if len(divisors) > 12:
             divisors = divisors[:11] + ["..", divisors[-1]]
         message += (
-            f"Got x of shape {x_shape} and {kind}={split}; expected a divisor of {n}:"
-            f" {', '.join(divisors)}."
+            f"Got x of shape {x_shape} and {kind}={split}; expected a divisor of {n}: "
+            f"{', '.join(divisors)}."
         )
         if kind == "channel" and k > n:
             message += (
-                " For batch group norm with more groups than channels pass x_shape to"
-                " batch_group_norm."
+                " For batch group norm with more groups than channels pass x_shape to "
+                "batch_group_norm."
             )
     raise ValueError(message)
 
@@ -206,8 +206,8 @@ class Method:
     def __post_init__(self):
         if not isinstance(self.groups, Groups):
             raise TypeError(
-                f"Method(groups) takes a Groups. Got {self.groups!r}; expected Groups(batch,"
-                " spatial, channel)."
+                f"Method(groups) takes a Groups. Got {self.groups!r}; expected Groups(batch, "
+                "spatial, channel)."
             )
         check_mean(self.mean)
 
@@ -231,8 +231,8 @@ def as_method(method: object) -> Method:
     if isinstance(method, Groups | Method):
         return method if isinstance(method, Method) else Method(method)
     raise TypeError(
-        f"method is a Method or a Groups. Got {method!r}; expected a call that makes one, for"
-        " example methods.layer_norm() or methods.group_norm(4)."
+        f"method is a Method or a Groups. Got {method!r}; expected a call that makes one, for "
+        "example methods.layer_norm() or methods.group_norm(4)."
     )
 
 
@@ -242,9 +242,9 @@ def check_mean(mean: object) -> None:
         isinstance(mean, bool) or not isinstance(mean, int | float) or mean != 0
     ):
         raise ValueError(
-            f"mean is None (the mean of each set) or 0 (root mean square). Got {mean!r}. To compute"
-            " sums about a value near the mean, which changes only the rounding, pass it as"
-            " center."
+            f"mean is None (the mean of each set) or 0 (root mean square). Got {mean!r}. To "
+            "compute sums about a value near the mean, which changes only the rounding, pass it as "
+            "center."
         )
 
 
@@ -258,20 +258,20 @@ def resolve(
         axes = axes_of(channel_axis, x_shape)
         if len(axes) != 1:
             raise ValueError(
-                f"Groups has one number for the channels, but channel_axis={channel_axis} names"
-                f" {len(axes)} axes. Pass one channel axis, or the statistic's shape as a tuple."
+                f"Groups has one number for the channels, but channel_axis={channel_axis} names "
+                f"{len(axes)} axes. Pass one channel axis, or the statistic's shape as a tuple."
             )
         return groups.shape(x_shape, batch_axis=batch_axis, channel_axis=axes[0]), None
     if not isinstance(groups, Sequence) or isinstance(groups, str):
         raise TypeError(
-            f"groups is a Groups, a Method or the statistic's shape. Got {groups!r}; expected for"
-            " example Groups(batch=EACH, spatial=1, channel=32), methods.group_norm(32) or (64, 1,"
-            " 1, 32)."
+            f"groups is a Groups, a Method or the statistic's shape. Got {groups!r}; expected for "
+            "example Groups(batch=EACH, spatial=1, channel=32), methods.group_norm(32) or (64, 1, "
+            "1, 32)."
         )
     if not all(isinstance(g, SupportsIndex) or is_symbolic_dim(g) for g in groups):
         raise TypeError(
-            f"a statistic's shape is made of integers. Got {tuple(groups)}; expected for example"
-            " (64, 1, 1, 32)."
+            f"a statistic's shape is made of integers. Got {tuple(groups)}; expected for example "
+            "(64, 1, 1, 32)."
         )
     shape = tuple(groups)
     check_divides(shape, x_shape, "groups")
@@ -285,7 +285,7 @@ def check_divides(shape: Shape, x_shape: Shape, what: str) -> None:
     )
     if not fits:
         raise ValueError(
-            f"{what} of shape {shape} does not fit x of shape {x_shape}. Expected the same rank,"
-            " with each size a divisor of x's: 1 where the axis is pooled, x's own size where"
-            " every index is apart."
+            f"{what} of shape {shape} does not fit x of shape {x_shape}. Expected the same rank, "
+            "with each size a divisor of x's: 1 where the axis is pooled, x's own size where "
+            "every index is apart."
         )

@@ -80,9 +80,9 @@ def moments(
 
     Squares are taken in that dtype: in float32 the variance is infinite where the sum of squared
     deviations is above 3.4e38, and loses digits where they are below 1e-38. An empty set has count,
-    mean and variance 0. Elements of weight 0 touch nothing, whatever they
-    are. Statistics are float32, or float64 for float64 x, and exact to rounding however large the
-    mean is beside the standard deviation.
+    mean and variance 0. Elements of weight 0 touch nothing, whatever they are. Statistics are
+    float32, or float64 for float64 x, and exact to rounding however large the mean is beside the
+    standard deviation.
 
     Args:
         x: floating or complex array; `Groups` and `Method` need a rank of 2 or more.
@@ -130,9 +130,8 @@ def moments(
     if weights is None:
         count = per_set * device_count(axis_name, device_groups)
         w, n = None, jnp.full(shape, count, real)
-        divisor = jnp.asarray(
-            count or 1, real
-        )  # one number for all sets: the backward pass keeps no array of counts
+        # one number for all sets: the backward pass keeps no array of counts
+        divisor = jnp.asarray(count or 1, real)
     else:
         w = as_weights(weights, x)
         own = tuple(1 if k == 1 else g for g, k in zip(shape, w.shape, strict=True))
@@ -140,9 +139,8 @@ def moments(
             x.shape,
             tuple(g if k == 1 else n for n, g, k in zip(x.shape, shape, w.shape, strict=True)),
         )
-        sums = block_sum(
-            w.astype(real), channel_resolution(w.shape, own, ())
-        )  # small before an axis is split
+        # small before an axis is split
+        sums = block_sum(w.astype(real), channel_resolution(w.shape, own, ()))
         n = checkpoint_name(
             all_sum(block_sum(sums, own) * others, axis_name, device_groups), SYNCED
         )
@@ -165,8 +163,8 @@ def check_moments(m: object, name: str) -> None:
         )
     if jnp.shape(m.mean) != jnp.shape(m.var):
         raise ValueError(
-            f"{name}.mean has shape {jnp.shape(m.mean)} and {name}.var {jnp.shape(m.var)}. Expected"
-            " one shape, that of the statistic."
+            f"{name}.mean has shape {jnp.shape(m.mean)} and {name}.var {jnp.shape(m.var)}. "
+            "Expected one shape, that of the statistic."
         )
 
 
@@ -183,8 +181,8 @@ def inexact(x: ArrayLike | Shared) -> jax.Array:
     x = as_array(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
-            f"x must be floating or complex. Got {x.dtype}, shape {x.shape}; convert it, for"
-            " example x.astype('float32')."
+            f"x must be floating or complex. Got {x.dtype}, shape {x.shape}; convert it, for "
+            "example x.astype('float32')."
         )
     if x.ndim < 1:
         raise ValueError("x must have axes. Got a scalar; expected for example (batch, channel).")
@@ -201,17 +199,17 @@ def as_weights(weights: ArrayLike, x: jax.Array) -> jax.Array:
     values = None if w.dtype == bool else known(weights)
     if values is not None and values.size and not values.min() >= 0:
         raise ValueError(
-            f"weights say how much each element counts. Got {values.min()} among them; expected"
-            " numbers of at least 0, or a boolean mask."
+            f"weights say how much each element counts. Got {values.min()} among them; expected "
+            "numbers of at least 0, or a boolean mask."
         )
     fits = w.ndim <= x.ndim and all(
         k in (1, n) for k, n in zip(w.shape[::-1], x.shape[::-1], strict=False)
     )
     if not fits:
         raise ValueError(
-            f"weights of shape {w.shape} do not broadcast against x of shape {x.shape}. Expected"
-            " sizes of 1 or x's own, aligned at the last axis: one weight an example is"
-            f" (N{', 1' * (x.ndim - 1)}) when the batch is axis 0."
+            f"weights of shape {w.shape} do not broadcast against x of shape {x.shape}. Expected "
+            "sizes of 1 or x's own, aligned at the last axis: one weight an example is "
+            f"(N{', 1' * (x.ndim - 1)}) when the batch is axis 0."
         )
     w = w.reshape((1,) * (x.ndim - w.ndim) + w.shape)
     return w if w.dtype == bool else w.astype(statistic_dtype(x.dtype, real=True))
@@ -228,8 +226,8 @@ def _as_center(center: ArrayLike, sets: Sets, dtype: jnp.dtype) -> jax.Array:
         k not in (1, g) for k, g in zip(c.shape, sets.shape, strict=True)
     ):
         raise ValueError(
-            f"center of shape {c.shape} does not fit statistics of shape {sets.shape}. Expected"
-            " that shape, or 1 on the axes that it shares."
+            f"center of shape {c.shape} does not fit statistics of shape {sets.shape}. Expected "
+            "that shape, or 1 on the axes that it shares."
         )
     c = jnp.broadcast_to(c.astype(statistic_dtype(dtype)), sets.shape)
     return lax.stop_gradient(jnp.where(jnp.isfinite(c), c, 0))

@@ -103,15 +103,15 @@ def normalize(
 def _check_holds(mean: jax.Array, x: jax.Array, dtype: DTypeLike | None) -> None:
     if jnp.iscomplexobj(mean) and not jnp.iscomplexobj(x):
         raise TypeError(
-            f"m.mean is complex ({mean.dtype}) and x is {x.dtype}. Expected both real, or x"
-            " complex."
+            f"m.mean is complex ({mean.dtype}) and x is {x.dtype}. Expected both real, or x "
+            "complex."
         )
     if dtype is not None and not jnp.issubdtype(
         dtype, jnp.complexfloating if jnp.iscomplexobj(x) else jnp.inexact
     ):
         raise TypeError(
-            f"dtype {jnp.dtype(dtype).name} cannot hold the result for x of dtype {x.dtype}. Pass a"
-            " wider one."
+            f"dtype {jnp.dtype(dtype).name} cannot hold the result for x of dtype {x.dtype}. Pass "
+            "a wider one."
         )
 
 
@@ -135,19 +135,19 @@ def broadcast_parameter(
             f"{name} has shape {t.shape}, but axis {channel_axis} of x, shape {x.shape}, has size "
         )
         message += (
-            f"{features[0] if len(features) == 1 else features}. Expected {features}, or"
-            f" {per_example} per example."
+            f"{features[0] if len(features) == 1 else features}. Expected {features}, or "
+            f"{per_example} per example."
         )
         fitting = [i for i, n in enumerate(x.shape) if i != batch and t.shape == (n,)]
         if fitting == [1]:
             message += (
-                " This looks like NCHW data: pass channel_axis=1 (axis=1 or feature_axes=1 to"
-                " Flax's layers)."
+                " This looks like NCHW data: pass channel_axis=1 (axis=1 or feature_axes=1 to "
+                "Flax's layers)."
             )
         elif fitting:
             message += (
-                f" Axis {fitting[0]} has that size: pass channel_axis={fitting[0]} if it holds the"
-                " channels."
+                f" Axis {fitting[0]} has that size: pass channel_axis={fitting[0]} if it holds the "
+                "channels."
             )
         raise ValueError(message)
     if jnp.iscomplexobj(t) and not jnp.iscomplexobj(x):

@@ -160,8 +160,8 @@ def blend(parts: Sequence[Moments], weights: Sequence[ArrayLike]) -> Moments:
     parts = list(parts)
     if len(parts) != len(weights):
         raise ValueError(
-            f"blend needs one weight for each part. Got {len(parts)} parts and {len(weights)}"
-            " weights."
+            f"blend needs one weight for each part. Got {len(parts)} parts and {len(weights)} "
+            "weights."
         )
     _check_shapes(parts, "blend")
 
@@ -189,6 +189,6 @@ def _check_shapes(parts: Sequence[Moments], verb: str) -> None:
 def _check_counted(m: Moments, verb: str) -> None:
     if m.count is None:
         raise ValueError(
-            f"{verb} weighs by count. Got running statistics without one; make them by"
-            " init_running(shape, counted=True)."
+            f"{verb} weighs by count. Got running statistics without one; make them by "
+            "init_running(shape, counted=True)."
         )

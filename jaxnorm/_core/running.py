@@ -151,9 +151,9 @@ def warn_of_half_precision(dtype: DTypeLike, momentum: ArrayLike | None) -> None
     which = "a cumulative average" if momentum is None else "an average"
     which += "" if value is None else f" with momentum {float(value):g}"
     warnings.warn(
-        f"running statistics in {jnp.dtype(dtype).name}: a step below {digit:.1%} of their value is"
-        f" lost, so {which} stops far from where it goes. Keep the state in float32, for example"
-        " jax.tree.map(lambda t: t.astype('float32'), state).",
+        f"running statistics in {jnp.dtype(dtype).name}: a step below {digit:.1%} of their value "
+        f"is lost, so {which} stops far from where it goes. Keep the state in float32, for example "
+        "jax.tree.map(lambda t: t.astype('float32'), state).",
         UserWarning,
         stacklevel=4,
     )
@@ -178,8 +178,8 @@ def _as_state(m: Moments, state: Moments, batch_axis: int) -> Moments:
     check_running(m, "m")
     if m.count is None:
         raise ValueError(
-            "m has no count. Expected a batch's moments, as moments(x, groups) returns, not running"
-            " statistics."
+            "m has no count. Expected a batch's moments, as moments(x, groups) returns, not "
+            "running statistics."
         )
     shape = m.mean.shape
     if shape != state.mean.shape:
@@ -188,16 +188,16 @@ def _as_state(m: Moments, state: Moments, batch_axis: int) -> Moments:
             m = pool(m, (*shape[:batch], 1, *shape[batch + 1 :]))
         if [n for n in m.mean.shape if n != 1] != [n for n in state.mean.shape if n != 1]:
             raise ValueError(
-                f"moments of shape {shape} do not fit running statistics of shape"
-                f" {state.mean.shape}. Expected the statistic's shape, whose batch axis and spatial"
-                " axes of size 1 are dropped."
+                f"moments of shape {shape} do not fit running statistics of shape "
+                f"{state.mean.shape}. Expected the statistic's shape, whose batch axis and "
+                "spatial axes of size 1 are dropped."
             )
         m = jax.tree.map(lambda t: t.reshape(state.mean.shape), m)
     if jnp.iscomplexobj(m.mean) and not jnp.iscomplexobj(state.mean):
         raise TypeError(
-            f"the batch's mean is complex and the running mean {state.mean.dtype}. Expected a"
-            " complex running mean for complex x: make it so from the start, init_running(shape,"
-            " dtype=jnp.complex64)."
+            f"the batch's mean is complex and the running mean {state.mean.dtype}. Expected a "
+            "complex running mean for complex x: make it so from the start, init_running(shape, "
+            "dtype=jnp.complex64)."
         )
     if jnp.iscomplexobj(state.mean):
         m = dataclasses.replace(m, mean=lax.complex(m.mean.real, m.mean.imag))

@@ -75,8 +75,8 @@ def init_running(shape: Shape, *, dtype: DTypeLike = jnp.float32, counted: bool 
     """
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
-            f"running statistics are floating or complex. Got dtype {jnp.dtype(dtype).name};"
-            " expected float32."
+            f"running statistics are floating or complex. Got dtype {jnp.dtype(dtype).name}; "
+            "expected float32."
         )
     real = jnp.finfo(dtype).dtype
     count = jnp.zeros(shape, statistic_dtype(real)) if counted else None
@@ -124,10 +124,10 @@ def serving(state: Moments, expected: Shape, statistic: Shape, x_shape: Shape) -
         statistic
     ):
         raise ValueError(
-            f"running statistics of shape {state.mean.shape} do not fit x of shape"
-            f" {tuple(x_shape)}, whose statistics have shape {statistic}. State that keeps"
-            " positions apart is tied to the image size, and all state to the number of channels,"
-            " with which it was made; feed x of that size."
+            f"running statistics of shape {state.mean.shape} do not fit x of shape "
+            f"{tuple(x_shape)}, whose statistics have shape {statistic}. State that keeps "
+            "positions apart is tied to the image size, and all state to the number of channels, "
+            "with which it was made; feed x of that size."
         )
     return jax.tree.map(lambda t: t.reshape(statistic), state)
 
@@ -136,14 +136,14 @@ def check_running(state: Any, name: str) -> None:
     """`state` is running statistics, with a mean and a variance of one shape."""
     if not isinstance(state, Moments):
         hint = (
-            "Moments(None, d['mean'], d['var']), or the function of the method, which takes its"
-            " dict"
+            "Moments(None, d['mean'], d['var']), or the function of the method, which takes its "
+            "dict"
             if isinstance(state, Mapping)
             else "Moments, such as init_running(shape)"
         )
         raise TypeError(f"{name} is a {type(state).__name__}; expected {hint}.")
     if state.mean.shape != state.var.shape:
         raise ValueError(
-            f"{name} has a mean of shape {state.mean.shape} and a var of shape {state.var.shape}."
-            " Expected one number of each for a set: equal shapes, as init_running(shape) makes."
+            f"{name} has a mean of shape {state.mean.shape} and a var of shape {state.var.shape}. "
+            "Expected one number of each for a set: equal shapes, as init_running(shape) makes."
         )

@@ -70,8 +70,8 @@ def sync_running(
             return together(s)
         if not _holds_statistics(s):
             raise TypeError(
-                f"sync_running takes running statistics. Got a leaf of type {type(s).__name__};"
-                ' expected Moments, or mappings with "mean" and "var", such as batch_stats.'
+                f"sync_running takes running statistics. Got a leaf of type {type(s).__name__}; "
+                'expected Moments, or mappings with "mean" and "var", such as batch_stats.'
             )
         known, new = (
             {"mean", "var", "count", "positions"},
@@ -85,9 +85,9 @@ def sync_running(
         inner = {name: t for name, t in s.items() if isinstance(t, Mapping)}
         if unknown := sorted(set(s) - known - set(inner)):
             raise TypeError(
-                f"sync_running knows no union of {', '.join(unknown)}. Got {', '.join(sorted(s))};"
-                " expected mean and var, and beside them count, train_mean and train_var, or"
-                " positions. Keep such layers equal by their axis_name."
+                f"sync_running knows no union of {', '.join(unknown)}. Got {', '.join(sorted(s))}; "
+                "expected mean and var, and beside them count, train_mean and train_var, or "
+                "positions. Keep such layers equal by their axis_name."
             )
         return type(s)(
             {name: tree(t) if name in inner else values.get(name, t) for name, t in s.items()}
@@ -99,9 +99,8 @@ def sync_running(
         w = jnp.broadcast_to(jnp.asarray(w).astype(wide.var.dtype), s.var.shape)
         sound = jnp.isfinite(wide.mean) & jnp.isfinite(wide.var)
         w = jnp.where(sound & (w >= 0) & jnp.isfinite(w), w, 0)
-        w = jnp.where(
-            all_sum(w, axis_name, groups) > 0, w, 1
-        )  # before the first update all devices count alike
+        # before the first update all devices count alike
+        w = jnp.where(all_sum(w, axis_name, groups) > 0, w, 1)
         m = Moments(w, wide.mean, wide.var)
         new = pool(m, w.shape, axis_name=axis_name, axis_index_groups=axis_index_groups)
         count = jax.tree.map(
