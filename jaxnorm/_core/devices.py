@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src.core import extend_axis_env_nd
 
 from jaxnorm._core.checks import check_count
 
@@ -96,13 +95,18 @@ def axes_named(axis_name: AxisName, sizes: tuple[int, ...]) -> AbstractContextMa
 
     JAX traces the rule of a function inside `vmap(axis_name=...)` when it takes the derivative.
     With `jax.grad` outside of `jit` outside of the map, the map has been left by then, and a sum
-    over its axis would be refused although the map is applied to the rule. JAX has no public way to
-    say which axes there are; the map, shard_map and pmap say it themselves in all other orders.
+    over its axis would be refused although the map is applied to the rule. In all other orders, and
+    in shard_map and pmap, the axes are named already.
     """
-    missing = [
-        pair for pair in zip(names_of(axis_name), sizes, strict=True) if not _is_named(*pair)
-    ]
-    return extend_axis_env_nd(missing) if missing else contextlib.nullcontext()
+    pairs = zip(names_of(axis_name), sizes, strict=True)
+    missing = [(name, size) for name, size in pairs if not _is_named(name, size)]
+    if not missing:
+        return contextlib.nullcontext()
+    # Private: JAX has no public way to say which axes there are. Imported here, so that a version
+    # of JAX without it loses this order of transformations alone.
+    from jax._src.core import extend_axis_env_nd
+
+    return extend_axis_env_nd(missing)
 
 
 def _is_named(name: Hashable, size: int) -> bool:
