@@ -1,8 +1,7 @@
-"""Several devices: what `axis_name` and `axis_index_groups` mean, and meshes whose axes are
-explicit.
+"""Several devices: what `axis_name` and `axis_index_groups` mean.
 
-Inside `pmap`, `shard_map` and `vmap(axis_name=...)` an array is one device's part, and a sum over a
-set of statistics goes on over the named axis. Under plain `jit` with sharded arrays there is no
+Inside `pmap`, `shard_map` and `vmap(axis_name=...)` an array is one device's part, and statistics
+are synchronized by a sum over the named axis. Under plain `jit` with sharded arrays there is no
 named axis: the ordinary sum is already global.
 """
 

@@ -1,6 +1,6 @@
-"""Stroke 1: mean and variance of sets of elements, the full-size reads of every method, with their
-derivative.
+"""Stroke 1: mean and variance of sets of elements, with their derivative.
 
+These are the full-size reads of every method; `equations.py` has the formulas alone.
 Sums are taken at channel resolution first; groups and devices are one more sum over small arrays,
 because everything is linear in the sums. Reverse mode keeps x in its own dtype and small arrays,
 and costs what the closed form costs; forward mode, higher derivatives, vmap, scan and remat are
@@ -183,7 +183,7 @@ def mean_var(
 
 
 def _along_dx(sets, p, dx, x, w, m, n):
-    """Derivative of mean and variance along dx: linear in dx, and read backwards the closed form.
+    """Derivative of mean and variance along dx: linear in dx, and in reverse mode the closed form.
 
     dmean = sum w dx / n and dvar = 2 sum w (x - mean) dx / n.
     """

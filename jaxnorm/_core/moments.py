@@ -94,8 +94,8 @@ def moments(
         center: a value near the mean, of the statistic's shape, about which sums are taken (a
             running mean). It never changes the result, only its rounding, and spares a second read
             of x where the mean is large.
-        axis_name: named axis or axes of pmap, shard_map or vmap over which a set goes on. Sums are
-            weighted by count.
+        axis_name: named axis or axes of pmap, shard_map or vmap over which statistics are
+            synchronized. Sums are weighted by count.
         axis_index_groups: groups of indices of that axis that share statistics.
         batch_axis: axis of the examples, for `Groups`.
         channel_axis: axis of the channels, for `Groups`: -1 for NHWC, 1 for NCHW.

@@ -192,7 +192,7 @@ def norm(
         weights: how much each element counts in the statistics; broadcasts against x.
         mean: 0 fixes the mean at zero.
         center: see `moments`.
-        axis_name: named axis or axes over which sets go on.
+        axis_name: named axis or axes over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis.
         activation: see `normalize`.
         dtype: of y. None keeps x's.

@@ -1,5 +1,4 @@
-"""What is remembered between steps: running statistics as a pure function of old ones and a batch's
-moments.
+"""What is remembered between steps.
 
 State is `Moments` without the axes that hold no information: the batch axis and spatial axes of
 size 1 are dropped, the channel axis stays. Its `count` is None, no leaf at all, except where a rule

@@ -32,8 +32,8 @@ def sync_running(
     The variance between the devices' means is included, which the plain average of variances leaves
     out: activations are normalized by one mean afterwards, so the spread of the means about it is
     part of their variance. Counts become their average: each device holds an equal share, so that
-    syncing twice is syncing once and the state goes on as before; with cumulative statistics the
-    result is exact after any number of rounds.
+    syncing twice equals syncing once, and training continues as before; with cumulative statistics
+    the result is exact after any number of rounds.
 
     Args:
         state: `Moments`, or a pytree with mappings that have "mean" and "var" (and "count") in it,

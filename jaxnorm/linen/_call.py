@@ -103,8 +103,8 @@ def uses_running(module: Any, given: bool | None) -> bool:
 
 
 def device_axes(module: Any) -> dict[str, Any]:
-    """Over which devices sets go on: over none while the layer is initialized, which happens
-    outside the map in which a named axis exists."""
+    """Over which devices statistics are synchronized: none while the layer is initialized, which
+    happens outside of the map that has the named axis."""
     check_named(module.axis_name, module.axis_index_groups)
     if module.is_initializing():
         return {"axis_name": None, "axis_index_groups": None}

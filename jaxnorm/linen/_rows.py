@@ -109,7 +109,7 @@ class Norm(Row):
         use_scale: multiply by a learned scale.
         bias_init: initializer of the bias.
         scale_init: initializer of the scale.
-        axis_name: axis of pmap, shard_map or vmap over which sets go on.
+        axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
         debias: divide the initial 0 and 1 out of the running statistics; adds `count` to the

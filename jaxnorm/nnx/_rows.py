@@ -137,7 +137,7 @@ class Norm(Row):
         use_scale: multiply by a learned scale.
         bias_init: initializer of the bias.
         scale_init: initializer of the scale.
-        axis_name: axis of pmap, shard_map or vmap over which sets go on.
+        axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
         promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
             statistics here.
