@@ -8,9 +8,10 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxnorm import _layers
+from jaxnorm import _flax_rules
 from jaxnorm._core.moments import as_array
-from jaxnorm._layers import Activation, Axes
+from jaxnorm._flax_rules import Axes
+from jaxnorm._layers import Activation
 from jaxnorm.linen._call import State, call, ones, uses_running, zeros
 
 
@@ -96,8 +97,8 @@ class BatchNorm(nn.Module):
         `example_weight` is `inference.weigh_example`'s, with running statistics."""
         use = uses_running(self, use_running_average)
         x = as_array(x)
-        shape = _layers.keep_axes(x, self.axis)
-        state = State(self, x, _layers.feature_shape(x, self.axis), shape)
+        shape = _flax_rules.keep_axes(x, self.axis)
+        state = State(self, x, _flax_rules.feature_shape(x, self.axis), shape)
         running = state.running(use, update_running_average, example_weight=example_weight)
         return call(
             self, x, shape, (scale, bias), self.axis, mask, activation, state=state, running=running

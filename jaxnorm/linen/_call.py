@@ -10,14 +10,15 @@ from flax.linen import initializers
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxnorm import _frame, _layers
+from jaxnorm import _flax_rules, _frame, _layers
 from jaxnorm._core.axes import Shape
 from jaxnorm._core.checks import check_flag
 from jaxnorm._core.devices import check_named
 from jaxnorm._core.groups import Specification
 from jaxnorm._core.moments import Moments, as_array
 from jaxnorm._core.state import init_running, serving
-from jaxnorm._layers import Activation, Axes, CallOptions, Running, StateOptions
+from jaxnorm._flax_rules import Axes
+from jaxnorm._layers import Activation, CallOptions, Running, StateOptions
 from jaxnorm._population import POPULATION
 
 zeros, ones = initializers.zeros, initializers.ones
@@ -132,7 +133,7 @@ def _parameter(module: Any, name: str, given: ArrayLike | None, shape: Shape) ->
 def channel_parameter(module: Layer, name: str, init: Initializer, x: ArrayLike) -> jax.Array:
     """A parameter with one number for each channel."""
     return module.param(
-        name, init, _layers.feature_shape(as_array(x), module.channel_axis), module.param_dtype
+        name, init, _flax_rules.feature_shape(as_array(x), module.channel_axis), module.param_dtype
     )
 
 
@@ -151,14 +152,14 @@ def call(
 ) -> jax.Array:
     """What every layer does once it knows its sets: parameters, dtype, the core, and the new
     running statistics."""
-    features = _layers.feature_shape(x, feature_axes)
+    features = _flax_rules.feature_shape(x, feature_axes)
     scale, bias = (
         _parameter(module, name, t, features)
         for name, t in zip(("scale", "bias"), given, strict=True)
     )
-    dtype = _layers.output_dtype(x, scale, bias, dtype=module.dtype)
+    dtype = _flax_rules.output_dtype(x, scale, bias, dtype=module.dtype)
     y, new = _layers.apply(
-        _layers.wide_enough(x, dtype),
+        _flax_rules.wide_enough(x, dtype),
         groups,
         mean=mean,
         scale=scale,
@@ -195,11 +196,11 @@ def call_function(
     """
     _layers.check_call(options)
     x = as_array(x)
-    features = _layers.feature_shape(x, module.channel_axis)
+    features = _flax_rules.feature_shape(x, module.channel_axis)
     scale, bias = (
         _parameter(module, name, options.get(name), features) for name in ("scale", "bias")
     )
-    dtype = _layers.output_dtype(x, scale, bias, dtype=module.dtype)
+    dtype = _flax_rules.output_dtype(x, scale, bias, dtype=module.dtype)
     arguments = {
         "scale": scale,
         "bias": bias,
@@ -211,7 +212,7 @@ def call_function(
         "batch_axis": module.batch_axis,
         "channel_axis": module.channel_axis,
     }
-    x = _layers.wide_enough(x, dtype)
+    x = _flax_rules.wide_enough(x, dtype)
     if state is None:
         return function(x, **arguments)
     use = uses_running(module, use_running_average)

@@ -8,7 +8,8 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 
 from jaxnorm._core.moments import as_array
-from jaxnorm._layers import StateOptions, wide_enough
+from jaxnorm._flax_rules import wide_enough
+from jaxnorm._layers import StateOptions
 from jaxnorm.cross_iteration import cross_iteration_norm, init_cross_iteration
 from jaxnorm.linen._call import Layer, call_function
 from jaxnorm.linen._in_front import in_front

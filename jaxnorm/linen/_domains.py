@@ -9,7 +9,8 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 
 from jaxnorm._core.moments import as_array
-from jaxnorm._layers import StateOptions, wide_enough
+from jaxnorm._flax_rules import wide_enough
+from jaxnorm._layers import StateOptions
 from jaxnorm.domains import domain_batch_norm, domain_distance, init_domain_batch_norm
 from jaxnorm.linen._call import Layer, call_function
 

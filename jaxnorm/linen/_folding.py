@@ -7,7 +7,7 @@ import jax
 from flax import core
 from flax import linen as nn
 
-from jaxnorm import _layers, _pairs, folding
+from jaxnorm import _flax_rules, _layers, _pairs, folding
 from jaxnorm._core.moments import Moments
 from jaxnorm.linen._batch import BatchNorm
 from jaxnorm.linen._rows import Row
@@ -168,7 +168,7 @@ def _forward(
 
 
 def _is_layer(module: Any) -> bool:
-    return type(module) in (nn.Conv, nn.ConvTranspose, nn.Dense) and _layers.is_plain(module)
+    return type(module) in (nn.Conv, nn.ConvTranspose, nn.Dense) and _flax_rules.is_plain(module)
 
 
 def _is_norm(module: Any, x: Any, use_running_average: bool | None = None, **options: Any) -> bool:

@@ -8,9 +8,10 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxnorm import _layers
+from jaxnorm import _flax_rules
 from jaxnorm._core.moments import as_array
-from jaxnorm._layers import Activation, Axes
+from jaxnorm._flax_rules import Axes
+from jaxnorm._layers import Activation
 from jaxnorm.linen._call import call, ones, zeros
 
 
@@ -79,8 +80,8 @@ class GroupNorm(nn.Module):
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
         x = as_array(x)
-        num_groups = _layers.number_of_groups(x.shape[-1], self.num_groups, self.group_size)
-        shape = _layers.group_shape(x, num_groups, self.reduction_axes)
+        num_groups = _flax_rules.number_of_groups(x.shape[-1], self.num_groups, self.group_size)
+        shape = _flax_rules.group_shape(x, num_groups, self.reduction_axes)
         return call(self, x, shape, (scale, bias), -1, mask, activation)
 
 
@@ -144,5 +145,5 @@ class InstanceNorm(nn.Module):
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
         x = as_array(x)
-        shape = _layers.instance_shape(x, self.feature_axes)
+        shape = _flax_rules.instance_shape(x, self.feature_axes)
         return call(self, x, shape, (scale, bias), self.feature_axes, mask, activation)

@@ -8,9 +8,10 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxnorm import _layers
+from jaxnorm import _flax_rules
 from jaxnorm._core.moments import as_array
-from jaxnorm._layers import Activation, Axes
+from jaxnorm._flax_rules import Axes
+from jaxnorm._layers import Activation
 from jaxnorm.linen._call import call, ones, zeros
 
 
@@ -73,7 +74,7 @@ class LayerNorm(nn.Module):
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
         x = as_array(x)
-        shape = _layers.pool_axes(x, self.reduction_axes)
+        shape = _flax_rules.pool_axes(x, self.reduction_axes)
         return call(self, x, shape, (scale, bias), self.feature_axes, mask, activation)
 
 
@@ -131,5 +132,5 @@ class RMSNorm(nn.Module):
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
         x = as_array(x)
-        shape = _layers.pool_axes(x, self.reduction_axes)
+        shape = _flax_rules.pool_axes(x, self.reduction_axes)
         return call(self, x, shape, (scale, bias), self.feature_axes, mask, activation, mean=0)

@@ -10,7 +10,8 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from jax.typing import ArrayLike
 
 from jaxnorm._core.moments import as_array
-from jaxnorm._layers import StateOptions, feature_shape
+from jaxnorm._flax_rules import feature_shape
+from jaxnorm._layers import StateOptions
 from jaxnorm.kernels import centralize_kernel
 from jaxnorm.linen._call import Layer, call_function
 from jaxnorm.linen._in_front import in_front

@@ -8,9 +8,10 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
-from jaxnorm import _layers
+from jaxnorm import _flax_rules
 from jaxnorm._core.moments import as_array
-from jaxnorm._layers import Activation, Axes
+from jaxnorm._flax_rules import Axes
+from jaxnorm._layers import Activation
 from jaxnorm.nnx._call import NONE, Metadata, StatefulLayer, ones, promote_dtype, zeros
 
 
@@ -99,7 +100,7 @@ class BatchNorm(StatefulLayer):
         """Normalize x; `mask` broadcasts against x and says what counts, or how much, and
         `example_weight` is `inference.weigh_example`'s, with running statistics."""
         x = as_array(x)
-        shape = _layers.keep_axes(x, self.axis)
+        shape = _flax_rules.keep_axes(x, self.axis)
         flags = use_running_average, update_running_average
         weight = self._weight(example_weight, self._uses_running(use_running_average))
         running = self._running(x, (self.num_features,), shape, *flags, example_weight=weight)

@@ -13,7 +13,7 @@ from flax.typing import Dtype, Initializer
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm import _layers
+from jaxnorm import _flax_rules, _layers
 from jaxnorm._core.axes import Shape
 from jaxnorm._core.checks import check_flag
 from jaxnorm._core.devices import check_named
@@ -21,8 +21,9 @@ from jaxnorm._core.ghosts import GhostUpdate
 from jaxnorm._core.groups import Specification
 from jaxnorm._core.moments import Moments, as_array
 from jaxnorm._core.state import init_running, serving
+from jaxnorm._flax_rules import Axes
 from jaxnorm._frame import State
-from jaxnorm._layers import Activation, Axes, CallOptions, Running, StateOptions
+from jaxnorm._layers import Activation, CallOptions, Running, StateOptions
 from jaxnorm._population import POPULATION
 
 zeros, ones = initializers.zeros_init(), initializers.ones_init()
@@ -80,7 +81,7 @@ class Layer(nnx.Module):
             )
         if own is None:
             return None if given is None else jnp.asarray(given)
-        features = _layers.feature_shape(x, axes)
+        features = _flax_rules.feature_shape(x, axes)
         value = own[...]
         value = value + 1 if name == "scale" and self.unit_offset else value
         return value.reshape(features) if value.size == math.prod(features) else value
@@ -103,7 +104,7 @@ class Layer(nnx.Module):
         )
         old = () if running is None else (self.mean[...], self.var[...])
         if self.promote_dtype is promote_dtype:
-            dtype = _layers.output_dtype(x, *old, scale, bias, dtype=self.dtype)
+            dtype = _flax_rules.output_dtype(x, *old, scale, bias, dtype=self.dtype)
         else:
             affine = (scale, bias) if self.has_bias else (scale,)
             x, *promoted = self.promote_dtype((x, *old, *affine), dtype=self.dtype)
@@ -112,9 +113,9 @@ class Layer(nnx.Module):
                 running = running.with_values(
                     *(t.reshape(running.moments.mean.shape) for t in statistics)
                 )
-            dtype = _layers.output_dtype(x, scale, bias, dtype=self.dtype)
+            dtype = _flax_rules.output_dtype(x, scale, bias, dtype=self.dtype)
         y, new = _layers.apply(
-            _layers.wide_enough(x, dtype),
+            _flax_rules.wide_enough(x, dtype),
             groups,
             mean=mean,
             scale=scale,
@@ -281,7 +282,7 @@ class Function(StatefulLayer):
             for name in ("scale", "bias")
         )
         old = {name: getattr(self, name)[...] for name in self._state}
-        dtype = _layers.output_dtype(x, *old.values(), scale, bias, dtype=self.dtype)
+        dtype = _flax_rules.output_dtype(x, *old.values(), scale, bias, dtype=self.dtype)
         arguments = {
             "scale": scale,
             "bias": bias,
@@ -294,7 +295,7 @@ class Function(StatefulLayer):
             "batch_axis": self.batch_axis,
             "channel_axis": self.channel_axis,
         }
-        x = _layers.wide_enough(x, dtype)
+        x = _flax_rules.wide_enough(x, dtype)
         if not self._state:
             return function(x, **arguments)
         use = self._uses_running(use_running_average)

@@ -8,7 +8,8 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jaxnorm._core.moments import as_array
-from jaxnorm._layers import StateOptions, wide_enough
+from jaxnorm._flax_rules import wide_enough
+from jaxnorm._layers import StateOptions
 from jaxnorm.cross_iteration import cross_iteration_norm, init_cross_iteration
 from jaxnorm.nnx._call import Function
 from jaxnorm.nnx._in_front import check_in_front, in_front

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxnorm import _layers, _pairs, folding
+from jaxnorm import _flax_rules, _layers, _pairs, folding
 from jaxnorm._core.moments import Moments
 from jaxnorm._layers import Activation
 from jaxnorm.nnx._batch import BatchNorm
@@ -191,7 +191,7 @@ def _probe(module: Any, name: str, dtypes: dict[str, Any]) -> None:
         dtypes[name] = y.dtype
         return y
 
-    if of in (nnx.Conv, nnx.ConvTranspose, nnx.Linear) and _layers.is_plain(module):
+    if of in (nnx.Conv, nnx.ConvTranspose, nnx.Linear) and _flax_rules.is_plain(module):
         call = layer
     elif isinstance(module, nnx.BatchNorm | BatchNorm | Row) and isinstance(
         getattr(module, "mean", None), nnx.BatchStat

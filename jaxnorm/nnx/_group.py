@@ -8,9 +8,10 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
-from jaxnorm import _layers
+from jaxnorm import _flax_rules
 from jaxnorm._core.moments import as_array
-from jaxnorm._layers import Activation, Axes
+from jaxnorm._flax_rules import Axes
+from jaxnorm._layers import Activation
 from jaxnorm.nnx._call import NONE, Layer, Metadata, ones, promote_dtype, zeros
 
 
@@ -79,7 +80,7 @@ class GroupNorm(Layer):
         scale_metadata: Metadata = NONE,
         unit_offset: bool = False,
     ):
-        num_groups = _layers.number_of_groups(num_features, num_groups, group_size, "features")
+        num_groups = _flax_rules.number_of_groups(num_features, num_groups, group_size, "features")
         group_size = num_features // num_groups
         self.feature_axis = -1
         self._construct(locals())
@@ -100,7 +101,7 @@ class GroupNorm(Layer):
                 f"the layer has {self.num_features} features. Got x of shape {x.shape}; expected "
                 "as many channels, the last axis."
             )
-        shape = _layers.group_shape(x, self.num_groups, self.reduction_axes)
+        shape = _flax_rules.group_shape(x, self.num_groups, self.reduction_axes)
         return self._apply(x, shape, (scale, bias), -1, mask, activation)
 
 
@@ -178,5 +179,5 @@ class InstanceNorm(Layer):
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
         x = as_array(x)
-        shape = _layers.instance_shape(x, self.feature_axes)
+        shape = _flax_rules.instance_shape(x, self.feature_axes)
         return self._apply(x, shape, (scale, bias), self.feature_axes, mask, activation)

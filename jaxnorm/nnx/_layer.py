@@ -8,9 +8,10 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
-from jaxnorm import _layers
+from jaxnorm import _flax_rules
 from jaxnorm._core.moments import as_array
-from jaxnorm._layers import Activation, Axes
+from jaxnorm._flax_rules import Axes
+from jaxnorm._layers import Activation
 from jaxnorm.nnx._call import NONE, Layer, Metadata, ones, promote_dtype, zeros
 
 
@@ -87,7 +88,7 @@ class LayerNorm(Layer):
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
         x = as_array(x)
-        shape = _layers.pool_axes(x, self.reduction_axes)
+        shape = _flax_rules.pool_axes(x, self.reduction_axes)
         return self._apply(x, shape, (scale, bias), self.feature_axes, mask, activation)
 
 
@@ -159,5 +160,5 @@ class RMSNorm(Layer):
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
         x = as_array(x)
-        shape = _layers.pool_axes(x, self.reduction_axes)
+        shape = _flax_rules.pool_axes(x, self.reduction_axes)
         return self._apply(x, shape, (scale, bias), self.feature_axes, mask, activation, mean=0)
