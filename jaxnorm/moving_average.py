@@ -136,6 +136,7 @@ def moving_average_norm(
             below 1 or a negative step.
 
     Example: three steps of a dense layer's training.
+        >>> from jaxnorm.kernels import centralize_kernel
         >>> def loss(kernel, tap, state, x):
         ...     y, state = moving_average_norm(
         ...         x @ centralize_kernel(kernel), state, train=True, tap=tap

@@ -35,7 +35,7 @@ class CrossIterationNorm(Layer):
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from jaxnorm.cross_iteration import cross_iteration_window
+        >>> from jaxnorm.schedules import cross_iteration_window
         >>> layer = CrossIterationNorm(nn.Conv(16, (3, 3), use_bias=False))
         >>> x = jnp.ones((4, 8, 8, 3))
         >>> variables = layer.init(jax.random.key(0), x, use_running_average=True)

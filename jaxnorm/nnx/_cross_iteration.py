@@ -34,7 +34,7 @@ class CrossIterationNorm(Function):
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> from jaxnorm.cross_iteration import cross_iteration_window
+        >>> from jaxnorm.schedules import cross_iteration_window
         >>> rngs = nnx.Rngs(0)
         >>> layer = CrossIterationNorm(
         ...     nnx.Conv(3, 16, (3, 3), use_bias=False, rngs=rngs), rngs=rngs
