@@ -433,7 +433,11 @@ ORDERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("groups", [None, [[0, 1], [2, 3]]], ids=["all", "groups"])
+@pytest.mark.parametrize(
+    "groups",
+    [None, pytest.param([[0, 1], [2, 3]], marks=pytest.mark.slow)],
+    ids=["all", "groups"],
+)
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_order_of_gradient_jit_and_map(order, groups):
     """JAX may take the derivative when the map has been left: see `devices.axes_named`."""

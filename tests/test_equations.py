@@ -69,8 +69,18 @@ def agree(f, g, *args):
             np.testing.assert_allclose(s, t, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["none", "mask", "real", "real examples"])
-@pytest.mark.parametrize("row", CHOSEN, ids=str)
+KINDS = ["none", "mask", "real", "real examples"]
+# Each row with one kind of weights, by turns, and with the others among the slow tests.
+CASES = [
+    pytest.param(
+        row, kind, marks=() if i % len(KINDS) == k else pytest.mark.slow, id=f"{row}-{kind}"
+    )
+    for i, row in enumerate(CHOSEN)
+    for k, kind in enumerate(KINDS)
+]
+
+
+@pytest.mark.parametrize(("row", "kind"), CASES)
 def test_tuned_forms_are_the_equations(row, kind):
     channel_axis = -1 if CHOSEN.index(row) % 2 else 1
     shape = shape_of(3, channel_axis)

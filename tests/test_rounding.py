@@ -263,7 +263,16 @@ def test_float16_gradient_of_every_method(name):
     np.testing.assert_allclose(pull(x), wide, **tolerance)
 
 
-@pytest.mark.parametrize("name", sorted(CALLS))
+OF_EACH_KIND = {"batch_norm", "token_layer_norm", "batch_renorm", "evonorm_b0", "switchable_norm"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in OF_EACH_KIND else pytest.mark.slow)
+        for name in sorted(CALLS)
+    ],
+)
 def test_half_precision_second_derivatives(name):
     """As those of float32, but for rounding: functions that share x lose none of its parts."""
     rng = np.random.default_rng(0)

@@ -799,6 +799,7 @@ def test_goes_on_from_an_earlier_checkpoint_where_the_last_is_damaged(finished, 
     assert os.listdir(run / "damaged") == ["12"]
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_stops_the_run_and_is_not_saved(finished, cache, tmp_path):
     options = [*finished[0], "--learning-rate", "1e37", "--save-every", "1"]
     statuses, text = launch(cache, *options, "--output", tmp_path)
