@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, single_axis
 from jaxnorm._core.groups import Groups, Method
-from jaxnorm._core.moments import Moments
+from jaxnorm._core.moments import Moments, check_moments
 
 
 def running_shape(
@@ -141,8 +141,4 @@ def check_running(state: Any, name: str) -> None:
             else "Moments, such as init_running(shape)"
         )
         raise TypeError(f"{name} is a {type(state).__name__}; expected {hint}.")
-    if state.mean.shape != state.var.shape:
-        raise ValueError(
-            f"{name} has a mean of shape {state.mean.shape} and a var of shape {state.var.shape}. "
-            "Expected one number of each for a set: equal shapes, as init_running(shape) makes."
-        )
+    check_moments(state, name)
