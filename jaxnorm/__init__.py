@@ -74,28 +74,17 @@ share statistics; gamma is `scale`, beta `bias`. Two conventions to remember: `m
 weight of the OLD value, and variances are biased, divided by n.
 """
 
-from jaxnorm import batch_group as batch_group
-from jaxnorm import cross_iteration as cross_iteration
 from jaxnorm import domains as domains
-from jaxnorm import evonorm as evonorm
 from jaxnorm import folding as folding
-from jaxnorm import frn as frn
-from jaxnorm import group_plus as group_plus
 from jaxnorm import inference as inference
 from jaxnorm import kernels as kernels
-from jaxnorm import memorized as memorized
 from jaxnorm import methods as methods
-from jaxnorm import momentum as momentum
-from jaxnorm import moving_average as moving_average
 from jaxnorm import positional as positional
-from jaxnorm import proxy as proxy
-from jaxnorm import renorm as renorm
 from jaxnorm import schedules as schedules
-from jaxnorm import switchable as switchable
+from jaxnorm import training as training
 from jaxnorm._core.devices import device_groups as device_groups
 from jaxnorm._core.groups import EACH as EACH
 from jaxnorm._core.groups import Groups as Groups
-from jaxnorm._core.groups import Method as Method
 from jaxnorm._core.groups import Size as Size
 from jaxnorm._core.moments import Moments as Moments
 from jaxnorm._core.pooling import blend as blend
@@ -111,3 +100,5 @@ from jaxnorm._core.sync import sync_running as sync_running
 from jaxnorm._core.averages import update_averaged as update_averaged
 from jaxnorm._core.averages import update_cumulative as update_cumulative
 from jaxnorm._core.running import update_running as update_running
+from jaxnorm.methods import Method as Method
+from jaxnorm.methods import Row as Row

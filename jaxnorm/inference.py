@@ -15,12 +15,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import abs2
-from jaxnorm._core.axes import Shape, single_axis
+from jaxnorm._core.axes import Shape, axes_of, single_axis
 from jaxnorm._core.checks import check_number
 from jaxnorm._core.divisor import with_divisor
-from jaxnorm._core.groups import EACH, Groups, Method, Specification, check_divides, resolve
+from jaxnorm._core.groups import EACH, Groups, Specification, resolve
 from jaxnorm._core.moments import Moments, inexact, moments
-from jaxnorm._core.pooling import pool, toward
+from jaxnorm._core.pooling import toward
+from jaxnorm._core.state import pooled_to
 
 
 def weigh_example(
@@ -87,11 +88,10 @@ def weigh_example(
     """
     x = inexact(x)
     alpha = _as_weight(example_weight)
-    shape, fixed = resolve(
-        _groups_of_examples(groups, x.shape, batch_axis), x.shape, batch_axis, channel_axis
-    )
+    # The same sets inside each example; the batch may not split as in training.
+    shape, fixed = _inside_examples(groups, x.shape, batch_axis, channel_axis)
     own = moments(x, shape, weights=weights, mean=fixed, channel_axis=channel_axis)
-    known = _pooled_to(running, shape, batch_axis)
+    known = pooled_to(running, shape, batch_axis)
     if jnp.iscomplexobj(known.mean) and not jnp.iscomplexobj(own.mean):
         raise TypeError(
             f"running.mean is complex ({known.mean.dtype}) and x is {x.dtype}. Expected both real, "
@@ -161,7 +161,7 @@ def adapt_moments(
     if size is not None:
         check_number(size, "size", above=0)
     check_number(correction, "correction", at_least=0)
-    known = _pooled_to(running, batch.mean.shape, batch_axis)
+    known = pooled_to(running, batch.mean.shape, batch_axis)
     known = jax.tree.map(lambda t, u: jnp.broadcast_to(t.astype(u.dtype), u.shape), known, batch)
     source, target = (
         jnp.asarray(n, batch.var.dtype) for n in (source_size, 1 if size is None else size)
@@ -172,32 +172,21 @@ def adapt_moments(
     return Moments(batch.count, mean, var)
 
 
-def _groups_of_examples(
-    groups: Specification, x_shape: Shape, batch_axis: int = 0
-) -> Specification:
-    """The same sets inside each example."""
-    if isinstance(groups, Method):
-        return dataclasses.replace(groups, groups=dataclasses.replace(groups.groups, batch=EACH))
+def _inside_examples(
+    groups: Specification, x_shape: Shape, batch_axis: int, channel_axis: int | Sequence[int]
+) -> tuple[Shape, Any]:
+    """The statistic's shape with every example apart, and the fixed mean."""
+    fixed = None
+    if hasattr(groups, "row"):
+        channel = axes_of(channel_axis, x_shape)[-1]
+        row = groups.row(x_shape, batch_axis=batch_axis, channel_axis=channel)
+        groups, fixed = row.groups, row.mean
     if isinstance(groups, Groups):
-        return dataclasses.replace(groups, batch=EACH)
+        groups = dataclasses.replace(groups, batch=EACH)
+        return resolve(groups, x_shape, batch_axis, channel_axis)[0], fixed
     batch = single_axis(batch_axis, x_shape)
-    return tuple(x_shape[i] if i == batch else g for i, g in enumerate(groups))
-
-
-def _pooled_to(running: Moments, shape: Shape, batch_axis: int = 0) -> Moments:
-    """Running moments, pooled where they are finer than statistics of that shape; the batch axis
-    stays of size 1."""
-    if running.mean.ndim != len(shape) or running.mean.shape[single_axis(batch_axis, shape)] != 1:
-        raise ValueError(
-            f"running moments of shape {running.mean.shape} do not serve statistics of shape "
-            f"{shape}. Expected the statistic's shape with 1 for the batch, as "
-            "running_moments(state, groups, x.shape) returns."
-        )
-    batch = single_axis(batch_axis, shape)
-    coarse = tuple(1 if i == batch else g for i, g in enumerate(shape))
-    check_divides(coarse, running.mean.shape, "statistics")
-    known = dataclasses.replace(running, count=jnp.ones(running.var.shape, running.var.dtype))
-    return known if coarse == running.mean.shape else pool(known, coarse)
+    shape, _ = resolve(groups, x_shape, batch_axis, channel_axis)
+    return tuple(x_shape[i] if i == batch else g for i, g in enumerate(shape)), fixed
 
 
 def _as_weight(alpha: ArrayLike) -> jax.Array:

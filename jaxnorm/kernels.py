@@ -7,7 +7,6 @@ from jax.typing import ArrayLike
 from jaxnorm._core.divisor import with_divisor
 from jaxnorm._core.moments import inexact, moments
 from jaxnorm._core.normalize import normalize
-from jaxnorm.methods import weight_standardization
 
 
 def standardize_kernel(
@@ -63,7 +62,7 @@ def standardize_kernel(
             "each output channel, which standardizes to 0. Expected (..., inputs, outputs) with "
             "two or more weights an output; leave this layer out."
         )
-    m = moments(kernel, weight_standardization())
+    m = moments(kernel, (*(1,) * (kernel.ndim - 1), kernel.shape[-1]))
     m = with_divisor(m, epsilon, correction=correction, epsilon_outside=epsilon_outside)
     return normalize(
         kernel, m, scale=None if gain is None else jnp.asarray(gain) * fan_in**-0.5, epsilon=0.0

@@ -1,72 +1,73 @@
-"""Positional Normalization whose mean and standard deviation are handed to a later layer: the
-moment shortcut."""
+"""The moment shortcut: what Positional Normalization takes out of an early layer is given to a late
+one.
 
-from typing import Unpack
+    y, m = norm(x, methods.positional_norm())       # in the encoder
+    z = moment_shortcut(z, m)                       # in the decoder, at the same resolution
+"""
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm import methods
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import axes_of, single_axis
-from jaxnorm._core.divisor import with_divisor
-from jaxnorm._core.moments import Moments
+from jaxnorm._core.checks import check_epsilon
+from jaxnorm._core.moments import Moments, check_moments, inexact
 from jaxnorm._core.normalize import normalize
-from jaxnorm._frame import Options, applied, measured, real
-
-
-def positional_norm(
-    x: ArrayLike, *, epsilon: float = 1e-5, correction: int = 0, **options: Unpack[Options]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Standardize each position over its channels, and return what was taken out.
-
-        std = sqrt(var + epsilon),    y = (x - mean) / std * scale + bias
-
-    Without scale and bias, as in the paper, `moment_shortcut(y, mean, std)` is x. In a network with
-    an encoder and a decoder mean and std of an early layer shift and scale a late one of the same
-    resolution.
-
-    Args:
-        x: real floating array with examples and channels.
-        epsilon: added to the variance, in the unit of x squared.
-        correction: 1 divides the variance by C - 1, as the authors' torch code does; their
-            TensorFlow code divides by C.
-        **options: as `norm`.
-
-    Returns:
-        y, of x's shape; mean and std, of x's shape with one channel, float32 or wider.
-
-    Raises:
-        TypeError: x is complex or integer.
-
-    Example:
-        >>> y, mean, std = positional_norm(jnp.array([[[1.0, 3.0]]]), epsilon=0.0)
-        >>> y.tolist(), mean.tolist(), std.tolist()
-        ([[[-1.0, 1.0]]], [[[2.0]]], [[[1.0]]])
-
-    Reference:
-        Positional Normalization, 2019, arXiv:1907.04312. The definition was read in the authors'
-        code.
-    """
-    x = real(x, "positional_norm")
-    m = with_divisor(
-        measured(x, methods.positional_norm(), **options), epsilon, correction=correction
-    )
-    return applied(x, m, 0.0, **options), m.mean, jnp.sqrt(m.var)
+from jaxnorm._core.shared import shared
 
 
 def moment_shortcut(
-    x: ArrayLike, mean: ArrayLike, std: ArrayLike, *, channel_axis: int = -1
+    x: ArrayLike, m: Moments, *, epsilon: float = 1e-5, channel_axis: int = -1
 ) -> jax.Array:
-    """Give x the mean and standard deviation that `positional_norm` took out of an earlier layer.
+    """Give x the mean and standard deviation that a normalization took out of an earlier layer.
 
-        y = x * std + mean
+        y = x * sqrt(var + epsilon) + mean
+
+    Applied to the output of that normalization, without scale and bias, it returns its input. The
+    authors' torch code divides the variance by C - 1: there
+    `m = dataclasses.replace(m, var=m.var * C / (C - 1))` before m is used for either.
 
     Args:
         x: real floating array, as a rule of another layer; any number of channels.
-        mean: of x's shape, or with one channel.
-        std: likewise.
+        m: moments with one channel, as `norm` returns them for `methods.positional_norm()`, or of
+            x's shape.
+        epsilon: of that normalization, in the unit of its input squared.
+        channel_axis: axis of the channels.
+
+    Returns:
+        y, of x's shape and dtype.
+
+    Raises:
+        TypeError: x is complex or integer, m is not `Moments`.
+        ValueError: moments of another shape, an epsilon below 0.
+
+    Example:
+        >>> from jaxnorm import methods, norm
+        >>> x = jnp.array([[[1.0, 3.0]]])
+        >>> y, m = norm(x, methods.positional_norm(), epsilon=0.0)
+        >>> y.tolist(), moment_shortcut(y, m, epsilon=0.0).tolist()
+        ([[[-1.0, 1.0]]], [[[1.0, 3.0]]])
+
+    Reference:
+        Positional Normalization, 2019, arXiv:1907.04312.
+    """
+    check_moments(m, "m")
+    check_epsilon(epsilon)
+    return scale_and_shift(x, jnp.sqrt(m.var + epsilon), m.mean, channel_axis=channel_axis)
+
+
+def scale_and_shift(
+    x: ArrayLike, scale: ArrayLike, shift: ArrayLike, *, channel_axis: int = -1
+) -> jax.Array:
+    """Scale and shift each position by itself, as a network that reads moments may ask for.
+
+        y = x * scale + shift
+
+    Args:
+        x: real floating array.
+        scale: of x's shape, or with one channel.
+        shift: likewise.
         channel_axis: axis of the channels.
 
     Returns:
@@ -74,35 +75,37 @@ def moment_shortcut(
 
     Raises:
         TypeError: x is complex or integer.
-        ValueError: mean or std of another shape.
+        ValueError: scale or shift of another shape.
 
     Example:
-        >>> x = jnp.array([[[1.0, 3.0]]])
-        >>> moment_shortcut(*positional_norm(x, epsilon=0.0)).tolist()
-        [[[1.0, 3.0]]]
+        >>> scale_and_shift(jnp.ones((1, 2, 3)), jnp.full((1, 2, 1), 2.0), jnp.ones((1, 2, 1)))[0, 0]
+        Array([3., 3., 3.], dtype=float32)
 
     Reference:
-        Positional Normalization, 2019, arXiv:1907.04312.
+        Positional Normalization, 2019, arXiv:1907.04312, whose dynamic moment shortcut makes both
+        by convolutions.
     """
-    x = real(x, "moment_shortcut")
+    x = inexact(x)
+    if jnp.iscomplexobj(x):
+        raise TypeError(f"the moment shortcut is defined for real x. Got {x.dtype}.")
+    x = shared(x)
     channel = single_axis(channel_axis, x.shape)
     one_channel = tuple(1 if i == channel else n for i, n in enumerate(x.shape))
-    shapes = {"mean": jnp.shape(mean), "std": jnp.shape(std)}
-    if shapes["mean"] != shapes["std"] or shapes["mean"] not in (one_channel, x.shape):
+    shapes = {jnp.shape(scale), jnp.shape(shift)}
+    if len(shapes) > 1 or not shapes <= {one_channel, x.shape}:
         raise ValueError(
-            f"mean and std of shapes {shapes['mean']} and {shapes['std']} do not fit x of shape "
-            f"{x.shape}. Expected {one_channel} for both, or x's shape; they serve a layer of the "
-            "same resolution."
+            f"scale of shape {jnp.shape(scale)} and shift of shape {jnp.shape(shift)} do not fit x "
+            f"of shape {x.shape}. Expected {one_channel} for both, or x's shape; they serve a "
+            "layer of the same resolution."
         )
-    axes = [i for i in range(x.ndim) if i != channel or shapes["mean"] == x.shape]
+    axes = [i for i in range(x.ndim) if i != channel or x.shape in shapes]
     sizes = [x.shape[i] for i in axes_of(axes, x.shape)]
     one = jnp.ones((1,) * x.ndim, statistic_dtype(x.dtype))
-    scale, bias = (jnp.asarray(t).reshape(sizes) for t in (std, mean))
     return normalize(
         x,
         Moments(one, jnp.zeros_like(one), one),
-        scale=scale,
-        bias=bias,
+        scale=jnp.asarray(scale).reshape(sizes),
+        bias=jnp.asarray(shift).reshape(sizes),
         epsilon=0.0,
         channel_axis=axes,
     )

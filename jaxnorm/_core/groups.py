@@ -8,11 +8,12 @@ x, the numbers are the shape of the statistic.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, SupportsIndex
+from typing import Any, Literal, Protocol, SupportsIndex
 
 from jax.export import is_symbolic_dim
 
 from jaxnorm._core.axes import Shape, axes_of, single_axis
+from jaxnorm._core.picture import picture
 
 EACH = -1
 """Every index of the axis keeps its own statistic."""
@@ -43,6 +44,9 @@ class Size:
                 "least 1."
             )
         object.__setattr__(self, "n", self.n.__index__())
+
+    def __repr__(self) -> str:
+        return f"Size({self.n})"
 
 
 Split = int | Size
@@ -86,6 +90,16 @@ class Groups:
         for kind in ("batch", "channel"):
             object.__setattr__(self, kind, _split(kind, getattr(self, kind)))
 
+    def __repr__(self) -> str:
+        """As it is typed, with EACH by its name."""
+        return "Groups({})".format(
+            ", ".join(f"{f.name}={_typed(getattr(self, f.name))}" for f in dataclasses.fields(self))
+        )
+
+    def _repr_html_(self) -> str:
+        """A picture of the sets, for notebooks."""
+        return picture(self.batch, self.spatial, self.channel, repr(self))
+
     def shape(
         self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1
     ) -> Shape:
@@ -127,6 +141,12 @@ class Groups:
         kinds = {batch_axis: ("batch", self.batch), channel_axis: ("channel", self.channel)}
         kinds |= {axis: ("spatial", split) for axis, split in zip(places, spatial, strict=True)}
         return tuple(_count(*kinds[axis], axis, x_shape) for axis in range(len(x_shape)))
+
+
+def _typed(split: Split | tuple[Split, ...]) -> str:
+    if isinstance(split, tuple):
+        return f"({', '.join(map(_typed, split))}{',' * (len(split) == 1)})"
+    return "EACH" if split == EACH else repr(split)
 
 
 def _split(kind: str, split: object) -> Split:
@@ -174,66 +194,31 @@ def _count(kind: str, split: Split, axis: int, x_shape: Shape) -> int:
             f"Got x of shape {x_shape} and {kind}={split}; expected a divisor of {n}: "
             f"{', '.join(divisors)}."
         )
-        if kind == "channel" and k > n:
-            message += (
-                " For batch group norm with more groups than channels pass x_shape to "
-                "batch_group_norm."
-            )
     raise ValueError(message)
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A row of the table of methods: how axes are split, and whether the mean is fixed.
+class HasRow(Protocol):
+    """What a method is to the core: it says which row of the table it is for x of a shape."""
 
-    Args:
-        groups: the split of each axis.
-        mean: None standardizes with the mean of the set; 0 fixes the mean at zero (root mean
-            square).
-
-    Raises:
-        ValueError: `mean` is neither None nor 0.
-
-    Example:
-        >>> rms_norm = Method(Groups(batch=EACH, spatial=EACH, channel=1), mean=0)
-        >>> rms_norm.shape((8, 196, 768))
-        (8, 196, 1)
-    """
-
-    groups: Groups
-    mean: Literal[0] | None = None
-
-    def __post_init__(self):
-        if not isinstance(self.groups, Groups):
-            raise TypeError(
-                f"Method(groups) takes a Groups. Got {self.groups!r}; expected Groups(batch, "
-                "spatial, channel)."
-            )
-        check_mean(self.mean)
-
-    def shape(
-        self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1
-    ) -> Shape:
-        """The shape of the statistic: `Groups.shape`."""
-        return self.groups.shape(x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
-
-    @property
-    def pools_batch(self) -> bool:
-        """Whether examples share statistics, so that inference needs running statistics."""
-        return self.groups.batch != EACH
+    def row(self, x_shape: Shape, *, batch_axis: int = 0, channel_axis: int = -1) -> Any:
+        """The row, with `groups`, `mean` and `epsilon`; a TypeError where there is none."""
 
 
-Specification = Groups | Method | Sequence[int]
+Specification = Groups | HasRow | Sequence[int]
 
 
-def as_method(method: object) -> Method:
-    """The row of the table that an argument `method` is."""
-    if isinstance(method, Groups | Method):
-        return method if isinstance(method, Method) else Method(method)
-    raise TypeError(
-        f"method is a Method or a Groups. Got {method!r}; expected a call that makes one, for "
-        "example methods.layer_norm() or methods.group_norm(4)."
-    )
+def groups_of(
+    groups: Groups | HasRow, x_shape: Shape, *, batch_axis: int = 0, channel_axis: int = -1
+) -> Groups:
+    """The split of each axis that a method is for x of this shape."""
+    if hasattr(groups, "row"):
+        groups = groups.row(x_shape, batch_axis=batch_axis, channel_axis=channel_axis).groups
+    if not isinstance(groups, Groups):
+        raise TypeError(
+            f"expected a Groups, or a row of the table such as methods.group_norm(32). Got "
+            f"{groups!r}."
+        )
+    return groups
 
 
 def check_mean(mean: object) -> None:
@@ -252,8 +237,10 @@ def resolve(
     groups: Specification, x_shape: Shape, batch_axis: int, channel_axis: int | Sequence[int]
 ) -> tuple[Shape, Literal[0] | None]:
     """The statistic's shape and the fixed mean that `groups` asks for."""
-    if isinstance(groups, Method):
-        return resolve(groups.groups, x_shape, batch_axis, channel_axis)[0], groups.mean
+    if hasattr(groups, "row"):
+        channel = axes_of(channel_axis, x_shape)[-1]
+        row = groups.row(x_shape, batch_axis=batch_axis, channel_axis=channel)
+        return resolve(row.groups, x_shape, batch_axis, channel_axis)[0], row.mean
     if isinstance(groups, Groups):
         axes = axes_of(channel_axis, x_shape)
         if len(axes) != 1:
@@ -264,9 +251,9 @@ def resolve(
         return groups.shape(x_shape, batch_axis=batch_axis, channel_axis=axes[0]), None
     if not isinstance(groups, Sequence) or isinstance(groups, str):
         raise TypeError(
-            f"groups is a Groups, a Method or the statistic's shape. Got {groups!r}; expected for "
-            "example Groups(batch=EACH, spatial=1, channel=32), methods.group_norm(32) or (64, 1, "
-            "1, 32)."
+            f"groups is a Groups, a row of the table or the statistic's shape. Got {groups!r}; "
+            "expected for example Groups(batch=EACH, spatial=1, channel=32), "
+            "methods.group_norm(32) or (64, 1, 1, 32)."
         )
     if not all(isinstance(g, SupportsIndex) or is_symbolic_dim(g) for g in groups):
         raise TypeError(

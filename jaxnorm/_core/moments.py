@@ -85,8 +85,9 @@ def moments(
     standard deviation.
 
     Args:
-        x: floating or complex array; `Groups` and `Method` need a rank of 2 or more.
-        groups: which elements form a set: `Groups`, `Method` or the statistic's shape.
+        x: floating or complex array; `Groups` and rows need a rank of 2 or more.
+        groups: which elements form a set: `Groups`, a row of the table of methods or the statistic's
+            shape.
         weights: how much each element counts, 0 or more; anything that broadcasts against x.
             Booleans are a mask. Negative weights are refused where they are known: under `jit` and
             derivatives they cannot be seen, and give numbers that mean nothing.

@@ -170,7 +170,7 @@ def norm(
     *,
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
-    epsilon: float = 1e-5,
+    epsilon: float | None = None,
     weights: ArrayLike | None = None,
     mean: Literal[0] | None = None,
     center: ArrayLike | None = None,
@@ -185,10 +185,12 @@ def norm(
 
     Args:
         x: floating or complex array.
-        groups: which elements share statistics: `Groups`, `Method` or the statistic's shape.
+        groups: which elements share statistics: `Groups`, a row of the table of methods or the
+            statistic's shape.
         scale: gamma, (C,) or (N, C).
         bias: beta, (C,) or (N, C).
-        epsilon: added to the variance inside the root, in the unit of x squared.
+        epsilon: added to the variance inside the root, in the unit of x squared. None is the
+            row's, and 1e-5 where there is no row.
         weights: how much each element counts in the statistics; broadcasts against x.
         mean: 0 fixes the mean at zero.
         center: see `moments`.
@@ -213,6 +215,7 @@ def norm(
         ((8, 4, 4, 6), (8, 1, 1, 3))
     """
     x = shared(inexact(x))
+    epsilon = getattr(groups, "epsilon", 1e-5) if epsilon is None else epsilon
     m = moments(
         x,
         groups,

@@ -61,7 +61,7 @@ def pool(
 
     Args:
         m: moments of the finer sets.
-        groups: the coarser sets: `Groups` or `Method` applied to the shape of m, or the resulting
+        groups: the coarser sets: `Groups` or a row applied to the shape of m, or the resulting
             shape itself.
         axis_name: named axis or axes over which to pool as well.
         axis_index_groups: groups of indices of that axis.

@@ -17,17 +17,18 @@ from jax.typing import DTypeLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, single_axis
-from jaxnorm._core.groups import Groups, Method
+from jaxnorm._core.groups import Groups, HasRow, check_divides, groups_of
 from jaxnorm._core.moments import Moments, check_moments
+from jaxnorm._core.pooling import pool
 
 
 def running_shape(
-    groups: Groups | Method, x_shape: Shape, *, batch_axis: int = 0, channel_axis: int = -1
+    groups: Groups | HasRow, x_shape: Shape, *, batch_axis: int = 0, channel_axis: int = -1
 ) -> tuple[Shape, Shape]:
     """Shape of the running state, and the shape in which it serves x.
 
     Args:
-        groups: the method. Its batch number does not matter: running statistics are those of all
+        groups: `Groups`, or a row of the table. Its batch number does not matter: running statistics are those of all
             examples.
         x_shape: shape of x; the number of examples does not matter.
         batch_axis: axis of the examples.
@@ -44,12 +45,9 @@ def running_shape(
         >>> running_shape(Groups(batch=4, spatial=1, channel=EACH), (64, 8, 8, 256))
         ((256,), (1, 1, 1, 256))
     """
-    groups = groups.groups if isinstance(groups, Method) else groups
-    if not isinstance(groups, Groups):
-        raise TypeError(f"running statistics belong to a Groups or a Method. Got {groups!r}.")
-    statistic = dataclasses.replace(groups, batch=1).shape(
-        x_shape, batch_axis=batch_axis, channel_axis=channel_axis
-    )
+    axes = {"batch_axis": batch_axis, "channel_axis": channel_axis}
+    groups = groups_of(groups, x_shape, **axes)
+    statistic = dataclasses.replace(groups, batch=1).shape(x_shape, **axes)
     batch, channel = single_axis(batch_axis, x_shape), single_axis(channel_axis, x_shape)
     state = tuple(g for i, g in enumerate(statistic) if i == channel or (i != batch and g != 1))
     return state, statistic
@@ -84,7 +82,7 @@ def init_running(shape: Shape, *, dtype: DTypeLike = jnp.float32, counted: bool 
 
 def running_moments(
     state: Moments,
-    groups: Groups | Method,
+    groups: Groups | HasRow,
     x_shape: Shape,
     *,
     batch_axis: int = 0,
@@ -94,7 +92,7 @@ def running_moments(
 
     Args:
         state: running statistics.
-        groups: the method they belong to.
+        groups: `Groups`, or the row of the table they belong to.
         x_shape: shape of the x to normalize; any number of examples.
         batch_axis: axis of the examples.
         channel_axis: axis of the channels.
@@ -129,6 +127,22 @@ def serving(state: Moments, expected: Shape, statistic: Shape, x_shape: Shape) -
             "with which it was made; feed x of that size."
         )
     return jax.tree.map(lambda t: t.reshape(statistic), state)
+
+
+def pooled_to(running: Moments, shape: Shape, batch_axis: int = 0) -> Moments:
+    """Running moments, pooled where they are finer than statistics of that shape; the batch axis
+    stays of size 1."""
+    if running.mean.ndim != len(shape) or running.mean.shape[single_axis(batch_axis, shape)] != 1:
+        raise ValueError(
+            f"running moments of shape {running.mean.shape} do not serve statistics of shape "
+            f"{shape}. Expected the statistic's shape with 1 for the batch, as "
+            "running_moments(state, groups, x.shape) returns."
+        )
+    batch = single_axis(batch_axis, shape)
+    coarse = tuple(1 if i == batch else g for i, g in enumerate(shape))
+    check_divides(coarse, running.mean.shape, "statistics")
+    known = dataclasses.replace(running, count=jnp.ones(running.var.shape, running.var.dtype))
+    return known if coarse == running.mean.shape else pool(known, coarse)
 
 
 def check_running(state: Any, name: str) -> None:

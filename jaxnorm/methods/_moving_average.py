@@ -1,79 +1,37 @@
 """Moving Average Batch Normalization: no mean, and averages over steps both of the statistic and of
 its gradient."""
 
-from typing import SupportsIndex, Unpack
+import dataclasses
+from typing import Any, ClassVar, Unpack, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._core.checks import check_epsilon, check_flag, check_number
+from jaxnorm._core.checks import check_count, check_number
 from jaxnorm._core.devices import AxisName, device_count, device_groups_of, names_of, varying_like
-from jaxnorm._core.groups import Method
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.running import usable
 from jaxnorm._core.shared import own_and_wide
-from jaxnorm._frame import (
-    Options,
-    State,
+from jaxnorm.kernels import centralize_kernel
+from jaxnorm.methods._frame import (
     along_channels,
     applied,
     averaged,
     check_state,
     measured,
-    real,
     remembered,
 )
-from jaxnorm.methods import batch_norm
+from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._row import Row
+from jaxnorm.methods._table import batch_norm
 
 
-def init_moving_average(num_channels: int, *, window: int = 16) -> State:
-    """State before the first step.
-
-    Args:
-        num_channels: C.
-        window: K, batches over which to average: the batch size that one would like over the one
-            that there is.
-
-    Returns:
-        `mean_square`, (C,), of inference, 1; `past_mean_square` and `past_gradient`, (K, C), newest
-        first, 0; `step`, steps taken. float32.
-
-    Raises:
-        ValueError: a window below 1.
-
-    Example:
-        >>> {name: t.shape for name, t in init_moving_average(3, window=8).items()}
-        {'mean_square': (3,), 'past_mean_square': (8, 3), 'past_gradient': (8, 3), 'step': ()}
-    """
-    if not isinstance(window, SupportsIndex) or window.__index__() < 1:
-        raise ValueError(
-            f"window={window!r} averages over no batch. Expected an integer of 1 or more; 1 is the "
-            "batch alone."
-        )
-    past, one = jnp.zeros((window, num_channels), jnp.float32), jnp.ones(num_channels, jnp.float32)
-    return {
-        "mean_square": one,
-        "past_mean_square": past,
-        "past_gradient": past,
-        "step": jnp.zeros((), jnp.float32),
-    }
-
-
-def moving_average_norm(
-    x: ArrayLike,
-    state: State,
-    *,
-    train: bool,
-    tap: ArrayLike | None = None,
-    average_from: ArrayLike = 100,
-    correct_from: ArrayLike = 1001,
-    rmax: ArrayLike = 5.0,
-    momentum: ArrayLike = 0.98,
-    epsilon: float = 1e-5,
-    **options: Unpack[Options],
-) -> tuple[jax.Array, State]:
+@final
+@dataclasses.dataclass(frozen=True, repr=False)
+class moving_average_norm(Method):
     """Division by the root of a mean square that is averaged over the last K batches, forward and
     backward.
 
@@ -90,7 +48,7 @@ def moving_average_norm(
     The first steps, in which the batches before count little, use v = mean(x^2), Psi = psi, and r =
     1. With K = 1 and r = 1 gradients are the derivative of y; else they are not, on purpose: the
     past batches' psi enter also where the cotangent is 0. Nothing subtracts the mean: the
-    convolution in front takes `centralize_kernel` of its kernel.
+    convolution in front takes `kernels.centralize_kernel` of its kernel.
 
     The backward pass cannot write state. It returns psi as the gradient by `tap`, and the next step
     takes that as its tap:
@@ -111,40 +69,37 @@ def moving_average_norm(
     Without `axis_name` state and tap are a device's own.
 
     Args:
-        x: real floating array with examples and channels.
-        state: see `init_moving_average`.
-        train: use the batch and update the state, or use the state.
-        tap: in training, (C,): the gradient by it in the step before; zeros at first.
+        window: K, batches over which to average: the batch size that one would like over the one
+            that there is.
         average_from: number of the first step, from 1, that averages over the K batches, if K have
             been seen before it.
         correct_from: number of the first step that is corrected by r.
         rmax: bound of r, 1 or more.
         momentum: weight of the old running mean square per update.
         epsilon: added to the mean square, in the unit of x squared.
-        **options: as `norm`.
 
-    Returns:
-        y, of x's shape, and the new state. A batch with empty or non-finite sets leaves those
-        channels' statistics. `step` counts batches that some channel could use; a channel with
-        fewer than K of its own by the time of averaging has zeros in its window, which are averaged
-        in, so that its mean square is too small until they are pushed out.
+    State: `mean_square`, (C,), of inference; `past_mean_square` and `past_gradient`, (K, C), newest
+    first; `step`, batches that some channel could use. A batch with empty or non-finite sets leaves
+    those channels' statistics. A channel with fewer than K of its own by the time of averaging has
+    zeros in its window, which are averaged in, so that its mean square is too small until they are
+    pushed out.
+
+    Options of apply:
+        tap: in training, (C,): the gradient by it in the step before; zeros at first.
+        average_from, correct_from, rmax, momentum: in place of the fields.
 
     Raises:
-        TypeError: x is complex or integer. Forward-mode derivatives: JAX's error that a custom_vjp
-            function has none.
-        ValueError: state or tap of another number of channels, training without a tap, an rmax
-            below 1 or a negative step.
+        TypeError: forward-mode derivatives: JAX's error that a custom_vjp function has none.
+        ValueError: a window below 1, training without a tap, an rmax below 1 or a negative step.
 
     Example: three steps of a dense layer's training.
         >>> from jaxnorm.kernels import centralize_kernel
+        >>> method = moving_average_norm(window=2)
         >>> def loss(kernel, tap, state, x):
-        ...     y, state = moving_average_norm(
-        ...         x @ centralize_kernel(kernel), state, train=True, tap=tap
-        ...     )
+        ...     y, state = method.apply(x @ centralize_kernel(kernel), state, train=True, tap=tap)
         ...     return jnp.square(y - 1).mean(), state
         >>> step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-        >>> kernel, tap = jnp.array([[1.0], [0.0]]), jnp.zeros(1)
-        >>> state = init_moving_average(1, window=2)
+        >>> kernel, tap, state = jnp.array([[1.0], [0.0]]), jnp.zeros(1), method.init((2, 1))
         >>> for x in (jnp.array([[2.0, 1.0], [1.0, 0.0]]),) * 3:
         ...     (_, state), (gradient, tap) = step(kernel, tap, state, x)
         ...     kernel = kernel - 0.1 * gradient
@@ -161,67 +116,108 @@ def moving_average_norm(
         step 2 on and corrects from step 100 on. `average_from=1` and `correct_from=100` come
         closest: averages as soon as the window is full, of batches.
     """
-    check_flag(train, "train")
-    check_epsilon(epsilon)
-    x = real(x, "moving_average_norm")
-    channel_axis = options.get("channel_axis", -1)
-    check_state(state, "moving_average", mean_square=1, past_mean_square=2, past_gradient=2, step=0)
-    running = along_channels(state["mean_square"], x, channel_axis)
-    if not train:
-        return (
-            applied(
-                x,
-                Moments(jnp.ones_like(running), jnp.zeros_like(running), running),
-                epsilon,
-                **options,
-            ),
-            state,
-        )
-    if tap is None or jnp.shape(tap) != state["mean_square"].shape:
-        raise ValueError(
-            f"tap has shape {None if tap is None else jnp.shape(tap)}. Expected "
-            f"{state['mean_square'].shape}, one number a channel: zeros in the first step, then "
-            "the gradient by the tap in the step before."
-        )
-    for name, value in (("average_from", average_from), ("correct_from", correct_from)):
-        check_number(value, name, at_least=0)
-    check_number(rmax, "rmax", at_least=1)
-    tap = jnp.asarray(tap)
-    m = measured(x, Method(batch_norm().groups, mean=0), **options)
-    keep, (window, _) = usable(m), state["past_gradient"].shape
-    squares = _pushed(state["past_mean_square"], m.var, keep)
-    gradients = _pushed(state["past_gradient"], tap, jnp.isfinite(tap))
-    step = state["step"] + keep.any().astype(state["step"].dtype)
-    average_from, correct_from = (jnp.asarray(t, step.dtype) for t in (average_from, correct_from))
-    averaging = (step > window) & (step >= average_from)
 
-    square = jnp.where(
-        averaging, along_channels(squares, x, channel_axis).mean(0), lax.stop_gradient(m.var)
-    )
-    var, rmax = square + epsilon, jnp.asarray(rmax, square.dtype)
-    r = jnp.where(
-        step < correct_from, 1, jnp.clip(jnp.sqrt(var / (running + epsilon)), 1 / rmax, rmax)
-    )
-    past = jnp.where(averaging, along_channels(gradients[: window - 1].sum(0), x, channel_axis), 0)
-    share = jnp.where(averaging, jnp.asarray(1 / window, var.dtype), 1)
-    count = jnp.where(m.count > 0, m.count, 1)
-    axis_name, groups = options.get("axis_name"), options.get("axis_index_groups")
-    parts = device_count(axis_name, device_groups_of(axis_name, groups))
-    tap = along_channels(tap, x, channel_axis)
-    # In one array: their gradients are summed over devices, if at all, in one round.
-    like, _ = own_and_wide(x)
-    square_and_tap, var = (
-        _own(varying_like(t, like), axis_name) for t in (jnp.stack([m.var, tap]), var)
-    )
-    divided: jax.Array = _corrected(square_and_tap, var, r, past / parts, share, count)
-    y = applied(x, Moments(m.count, jnp.zeros_like(running), divided), 0.0, **options)
-    new = {
-        "mean_square": averaged(state["mean_square"], square, momentum, keep),
-        "past_mean_square": squares,
-        "past_gradient": gradients,
-        "step": lax.stop_gradient(step),
-    }
-    return y, new
+    overwritten_by_gradient: ClassVar[tuple[str, ...]] = ("tap",)
+
+    window: int = 16
+    average_from: int = 100
+    correct_from: int = 1001
+    rmax: float = 5.0
+    momentum: float = 0.98
+    epsilon: float = 1e-5
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_count(self.window, "window")
+
+    def first_state(self, num_channels: int) -> State:
+        past = jnp.zeros((self.window, num_channels), jnp.float32)
+        return {
+            "mean_square": jnp.ones(num_channels, jnp.float32),
+            "past_mean_square": past,
+            "past_gradient": past,
+            "step": jnp.zeros((), jnp.float32),
+        }
+
+    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+        return {"tap": np.zeros(num_channels, np.float32)}
+
+    def in_front(  # type: ignore[override]  # the hook that layers call
+        self, inputs: jax.Array, kernel: jax.Array, layer: Any
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """The output of the layer in front with a kernel that leaves no mean."""
+        return layer(inputs, centralize_kernel(kernel)), {}
+
+    def rule(
+        self,
+        x: jax.Array,
+        state: State,
+        *,
+        train: bool,
+        average_from: ArrayLike,
+        correct_from: ArrayLike,
+        rmax: ArrayLike,
+        momentum: ArrayLike,
+        tap: ArrayLike | None = None,
+        **options: Unpack[Options],
+    ) -> tuple[jax.Array, State]:
+        channel_axis = options.get("channel_axis", -1)
+        check_state(state, self, mean_square=1, past_mean_square=2, past_gradient=2, step=0)
+        running = along_channels(state["mean_square"], x, channel_axis)
+        if not train:
+            used = Moments(jnp.ones_like(running), jnp.zeros_like(running), running)
+            return applied(x, used, self.epsilon, **options), state
+        if tap is None or jnp.shape(tap) != state["mean_square"].shape:
+            raise ValueError(
+                f"tap has shape {None if tap is None else jnp.shape(tap)}. Expected "
+                f"{state['mean_square'].shape}, one number a channel: zeros in the first step, then "
+                "the gradient by the tap in the step before."
+            )
+        for name, value in (("average_from", average_from), ("correct_from", correct_from)):
+            check_number(value, name, at_least=0)
+        check_number(rmax, "rmax", at_least=1)
+        tap = jnp.asarray(tap)
+        m = measured(x, Row(batch_norm().groups, mean=0), **options)
+        keep, (window, _) = usable(m), state["past_gradient"].shape
+        squares = _pushed(state["past_mean_square"], m.var, keep)
+        gradients = _pushed(state["past_gradient"], tap, jnp.isfinite(tap))
+        step = state["step"] + keep.any().astype(state["step"].dtype)
+        average_from, correct_from = (
+            jnp.asarray(t, step.dtype) for t in (average_from, correct_from)
+        )
+        averaging = (step > window) & (step >= average_from)
+
+        square = jnp.where(
+            averaging, along_channels(squares, x, channel_axis).mean(0), lax.stop_gradient(m.var)
+        )
+        var, rmax = square + self.epsilon, jnp.asarray(rmax, square.dtype)
+        r = jnp.where(
+            step < correct_from,
+            1,
+            jnp.clip(jnp.sqrt(var / (running + self.epsilon)), 1 / rmax, rmax),
+        )
+        past = jnp.where(
+            averaging, along_channels(gradients[: window - 1].sum(0), x, channel_axis), 0
+        )
+        share = jnp.where(averaging, jnp.asarray(1 / window, var.dtype), 1)
+        count = jnp.where(m.count > 0, m.count, 1)
+        axis_name, groups = options.get("axis_name"), options.get("axis_index_groups")
+        parts = device_count(axis_name, device_groups_of(axis_name, groups))
+        tap = along_channels(tap, x, channel_axis)
+        # In one array: their gradients are summed over devices, if at all, in one round.
+        like, _ = own_and_wide(x)
+        square_and_tap, var = (
+            _own(varying_like(t, like), axis_name) for t in (jnp.stack([m.var, tap]), var)
+        )
+        divided: jax.Array = _corrected(square_and_tap, var, r, past / parts, share, count)
+        y = applied(x, Moments(m.count, jnp.zeros_like(running), divided), 0.0, **options)
+        new = {
+            "mean_square": averaged(state["mean_square"], square, momentum, keep),
+            "past_mean_square": squares,
+            "past_gradient": gradients,
+            "step": lax.stop_gradient(step),
+        }
+        return y, new
 
 
 def _pushed(old: jax.Array, new: jax.Array, keep: jax.Array) -> jax.Array:

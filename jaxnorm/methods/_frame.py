@@ -1,15 +1,14 @@
-"""What stands between `moments` and `normalize`: the frame of every method that is more than a row
-of the table.
+"""What the rules of methods share between `moments` and `normalize`.
 
-Such a method is a rule: from the moments of x, and what it remembers, to the moments to normalize
-with, and what it remembers next. The rule is ordinary JAX on small arrays, so its gradient is too,
-and schedules enter as numbers or traced scalars.
+A rule goes from the moments of x, and what the method remembers, to the moments to normalize with,
+and what it remembers next. It is ordinary JAX on small arrays, so its gradient is too, and
+schedules enter as numbers or traced scalars.
 
 State is a dict of arrays of fixed shapes, float32, with the channels last.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict, Unpack
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,62 +16,41 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._core.arithmetic import counts, statistic_dtype
 from jaxnorm._core.axes import axes_of, single_axis
-from jaxnorm._core.devices import AxisName, DeviceGroups, varying_like
+from jaxnorm._core.devices import varying_like
 from jaxnorm._core.groups import Specification
-from jaxnorm._core.meshes import in_explicit_meshes
-from jaxnorm._core.moments import Moments, as_weights, inexact, moments
+from jaxnorm._core.moments import Moments, as_weights, moments
 from jaxnorm._core.normalize import broadcast_parameter, normalize
 from jaxnorm._core.pooling import pool, toward
 from jaxnorm._core.running import rate_of, update_running, warn_of_half_precision
-from jaxnorm._core.shared import own_and_wide, shared
-
-State = dict[str, jax.Array]
-
-
-class Options(TypedDict, total=False):
-    """What every method takes as `norm` does; see there."""
-
-    scale: ArrayLike | None
-    bias: ArrayLike | None
-    weights: ArrayLike | None
-    activation: Callable[[jax.Array], jax.Array] | None
-    dtype: DTypeLike | None
-    axis_name: AxisName
-    axis_index_groups: DeviceGroups
-    batch_axis: int
-    channel_axis: int
+from jaxnorm._core.shared import own_and_wide
+from jaxnorm.methods._method import Method, Options, State
 
 
-def check_state(state: Any, method: str, optional: Sequence[str] = (), **axes: int) -> None:
-    """`state` is that of the method: a dict with arrays of these names, of so many axes."""
+def check_state(
+    state: Any, method: Method, optional: Sequence[str] = (), **axes: int | None
+) -> None:
+    """`state` is that of the method: a dict with arrays of these names, of so many axes, or of any
+    number where it is None."""
+    name = type(method).__name__
     if not isinstance(state, Mapping):
         error, got = TypeError, f"a {type(state).__name__}"
     else:
         error, shapes = ValueError, {name: jnp.shape(t) for name, t in state.items()}
         if set(axes) <= set(shapes) <= {*axes, *optional} and all(
-            len(shapes[name]) == n for name, n in axes.items()
+            n is None or len(shapes[name]) == n for name, n in axes.items()
         ):
             return
         got = ", ".join(f"{name} of shape {shapes[name]}" for name in sorted(shapes))
         got = f"a state with {got}" if got else "a state with nothing in it"
     expected = ", ".join(
-        f"{name} of {n} {'axis' if n == 1 else 'axes'}" for name, n in axes.items()
+        name if n is None else f"{name} of {n} {'axis' if n == 1 else 'axes'}"
+        for name, n in axes.items()
     )
+    expected = f"a dict with {expected}" if axes else "{}"
     raise error(
-        f"{method} got {got}. Expected its own state, a dict with {expected}, as "
-        f"init_{method} makes "
-        "it before the first step; that of another method means something else."
+        f"{name} got {got}. Expected its own state, {expected}, as its init makes before the first "
+        "step; that of another method means something else."
     )
-
-
-def real(x: ArrayLike, method: str) -> jax.Array:
-    """x as a real floating array, shared by what reads it."""
-    x = inexact(x)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        raise TypeError(
-            f"{method} is defined for real x. Got {x.dtype}, shape {x.shape}; norm takes complex x."
-        )
-    return shared(x)
 
 
 def measured(
@@ -80,13 +58,20 @@ def measured(
     groups: Specification,
     *,
     center: jax.Array | None = None,
+    two_pass: bool = False,
     **options: Unpack[Options],
 ) -> Moments:
-    """`moments` of x, with the options that concern them; over devices about `center`, which spares
-    a round of sums."""
-    center = None if options.get("axis_name") is None else center
+    """`moments` of x, with the options that concern them.
+
+    Over devices they are taken about `center`, which spares a round of sums; on one device a second
+    read of x, where it is needed, costs less. With `two_pass` it is the mean of a pass of its own.
+    """
     names = ("weights", "axis_name", "axis_index_groups", "batch_axis", "channel_axis")
-    return moments(x, groups, center=center, **select_options(options, *names))
+    sets = select_options(options, *names)
+    center = None if options.get("axis_name") is None else center
+    if two_pass:
+        center = jax.lax.stop_gradient(moments(x, groups, center=center, **sets).mean)
+    return moments(x, groups, center=center, **sets)
 
 
 def per_device(options: Options) -> Options:
@@ -111,11 +96,6 @@ def applied(x: jax.Array, m: Moments, epsilon: float, **options: Unpack[Options]
 
 def select_options(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """The options of these names that are given."""
-    if unknown := sorted(set(options) - set(Options.__annotations__)):
-        raise TypeError(
-            f"unexpected keyword argument {', '.join(unknown)}. Expected some of "
-            f"{', '.join(Options.__annotations__)}."
-        )
     return {name: options[name] for name in names if name in options}
 
 
@@ -138,7 +118,6 @@ def recalled(state: State, x: jax.Array, channel_axis: int = -1, prefix: str = "
     return Moments(jnp.ones_like(mean), mean, var)
 
 
-@in_explicit_meshes
 def remembered(old: jax.Array, new: jax.Array, keep: ArrayLike = True) -> jax.Array:
     """`new` in the shape and dtype of the state `old`, without a derivative; `old` where `keep` is
     false, or where what would be stored is not finite."""
@@ -147,7 +126,6 @@ def remembered(old: jax.Array, new: jax.Array, keep: ArrayLike = True) -> jax.Ar
     return jnp.where(jnp.isfinite(new), kept, old.reshape(new.shape)).reshape(old.shape)
 
 
-@in_explicit_meshes
 def averaged(
     old: jax.Array, new: jax.Array, momentum: ArrayLike, keep: ArrayLike = True
 ) -> jax.Array:

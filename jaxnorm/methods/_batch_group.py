@@ -1,0 +1,320 @@
+"""Batch Group Normalization with any number of groups, also where groups are no product over axes.
+
+Each example is flattened in the order channel, row, column and cut into G equal pieces. The
+flattening is done on moments, which have no examples: x is read and written as it lies.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Unpack, final
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm._core.arithmetic import statistic_dtype
+from jaxnorm._core.axes import Shape, single_axis
+from jaxnorm._core.checks import check_count
+from jaxnorm._core.groups import EACH, Groups
+from jaxnorm._core.moments import Moments
+from jaxnorm._core.pooling import pool
+from jaxnorm._core.state import init_running
+from jaxnorm.methods._frame import (
+    applied,
+    check_state,
+    measured,
+    per_device,
+    select_options,
+    updated,
+)
+from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._row import Row
+
+BATCH_ENOUGH = 16
+"""Number of examples from which `batch_group_count` keeps every channel apart, so that batch group
+norm is batch norm."""
+
+
+@final
+@dataclasses.dataclass(frozen=True, repr=False)
+class batch_group_norm(Method):
+    """Standardize each of G equal pieces of the flattened features over the whole batch.
+
+    With d = ((c H + h) W + w) the place of a feature in the order channel, row, column, S_g = {(n,
+    h, w, c): all n, floor(d G / (C H W)) = g}, and
+
+        y = (x - mean_S) / sqrt(var_S + epsilon) * scale_c + bias_c.
+
+    For G that divides C these are groups of channels, and the method is a row of the table, which
+    `norm` and `moments` take. It equals `batch_norm()` for G = C, and for a batch of one
+    `layer_norm()` (G = 1), `group_norm(G)` and `instance_norm()` (G = C). For other G the method
+    has a rule of its own, for real x: its result depends on the position, and its state belongs to
+    one image size. G = C k splits the positions of each channel into k parts, rows first;
+    G = C H W pools the examples alone. `batch_group_count` chooses G by the size of the batch.
+
+    Args:
+        num_groups: G, a divisor of C H W.
+        momentum: weight of the old running statistics per update, 0 to 1; None remembers none and
+            always uses the batch's.
+        epsilon: added to the variance, in the unit of x squared.
+        correction: 1 stores the unbiased variance, as PyTorch does.
+        debias: divide the initial 0 and 1 out of the running statistics; adds `count` to the state.
+
+    State: `mean` and `var`, (G,); and where G does not divide C `positions`, zeros of the image
+    size, (H, W): its shape says to which resolution the state belongs.
+
+    Options of apply:
+        momentum: in place of the field.
+        example_weight: as for rows of the table, where G divides C.
+
+    Raises:
+        ValueError: G does not divide C H W; state of another number of groups or of another image
+            size.
+
+    Example:
+        >>> batch_group_norm(32).shape((64, 8, 8, 256))
+        (1, 1, 1, 32)
+        >>> # two positions, three channels; flattened 0, 3, 1, 4, 2, 5
+        >>> x = jnp.arange(6.0).reshape(1, 2, 3)
+        >>> method = batch_group_norm(2, momentum=0.0)
+        >>> _, state = method.apply(x, method.init(x.shape), train=True)
+        >>> (3 * state["mean"]).tolist()
+        [4.0, 11.0]
+
+    Reference:
+        Batch Group Normalization, 2020, arXiv:2012.02782. The definition was read in the abstract
+        and in two independent implementations; running statistics are as in one of them.
+    """
+
+    takes_complex: ClassVar[bool] = True
+    also_in_state: ClassVar[tuple[str, ...]] = Row.also_in_state
+
+    num_groups: int
+    momentum: float | None = 0.99
+    epsilon: float = 1e-5
+    correction: int = 0
+    debias: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_count(self.num_groups, "num_groups")
+
+    def row(self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1) -> Row:
+        """The row of the table, for x whose channels G divides."""
+        channels = x_shape[single_axis(channel_axis, x_shape)]
+        if self.keeps_positions(channels):
+            raise ValueError(
+                f"{self} is no row of the table for x of shape {tuple(x_shape)}: groups of "
+                f"{channels} channels are a divisor of {channels}. Call its apply, which takes "
+                "every divisor of all features; whole parts of every channel are "
+                "Groups(batch=1, spatial=(parts, 1), channel=EACH)."
+            )
+        return self._row
+
+    @property
+    def _row(self) -> Row:
+        fields = ("epsilon", "momentum", "correction", "debias")
+        groups = Groups(batch=1, spatial=1, channel=self.num_groups)
+        return Row(groups, **{name: getattr(self, name) for name in fields})
+
+    def shape(
+        self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1
+    ) -> Shape:
+        """The shape of the statistic for x whose channels G divides: `Groups.shape`."""
+        axes = {"batch_axis": batch_axis, "channel_axis": channel_axis}
+        return self.row(x_shape, **axes).shape(x_shape, **axes)
+
+    def _repr_html_(self) -> str | None:
+        return self._row._repr_html_()
+
+    def keeps_positions(self, num_channels: int) -> bool:
+        return num_channels % self.num_groups != 0
+
+    def init(
+        self,
+        x_shape: Sequence[int],
+        *,
+        dtype: DTypeLike = jnp.float32,
+        kernel_shape: Sequence[int] | None = None,
+        feature_group_count: int = 1,
+        batch_axis: int = 0,
+        channel_axis: int = -1,
+    ) -> State:
+        channels, positions = _sizes(self.num_groups, x_shape, batch_axis, channel_axis)
+        if self.momentum is None:
+            return {}
+        first = init_running((self.num_groups,), dtype=dtype, counted=self.debias)
+        state = {"mean": first.mean, "var": first.var}
+        state |= {"count": first.count} if self.debias else {}
+        if not self.keeps_positions(channels):
+            return state
+        return state | {"positions": jnp.zeros(positions, jnp.float32)}
+
+    def apply(
+        self, x: ArrayLike, state: State, *, train: bool, **options: Any
+    ) -> tuple[jax.Array, State]:
+        channels = jnp.shape(x)[single_axis(options.get("channel_axis", -1), jnp.shape(x))]
+        if not self.keeps_positions(channels):
+            return self._row.apply(x, state, train=train, **options)
+        return super().apply(x, state, train=train, **options)
+
+    def rule(
+        self,
+        x: jax.Array,
+        state: State,
+        *,
+        train: bool,
+        momentum: ArrayLike | None = None,
+        example_weight: ArrayLike | None = None,
+        **options: Unpack[Options],
+    ) -> tuple[jax.Array, State]:
+        if example_weight is not None:
+            raise ValueError(
+                f"example_weight={example_weight} with groups that are not groups of channels. "
+                "Expected a number of groups that divides the channels; inference.weigh_example "
+                "takes any row of the table of methods."
+            )
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{self} is defined for real x where its groups do not divide the channels. Got "
+                f"{x.dtype}, shape {x.shape}; norm takes complex x."
+            )
+        batch = options.get("batch_axis", 0)
+        channel = single_axis(options.get("channel_axis", -1), x.shape)
+        _, positions = _sizes(self.num_groups, x.shape, batch, channel)
+        if self.momentum is None:
+            check_state(state, self)
+        else:
+            check_state(state, self, ("count",), mean=1, var=1, positions=len(positions))
+            self._check_fits(state, x.shape, positions)
+        grid = _grid(self.num_groups, x.shape, batch, channel)
+        if train or not state:
+            devices = select_options(options, "axis_name", "axis_index_groups")
+            features = jax.tree.map(
+                lambda t: _pieces(t, self.num_groups, channel),
+                measured(x, grid, **per_device(options)),
+            )
+            m = pool(features, (self.num_groups, 1), **devices)
+            state = updated(state, m, momentum, self.correction) if state else state  # type: ignore[arg-type]
+        else:
+            mean, var = (
+                state[name].reshape(-1, 1).astype(statistic_dtype(x.dtype))
+                for name in ("mean", "var")
+            )
+            m = Moments(jnp.ones_like(mean), mean, var)
+        used = jax.tree.map(lambda t: _at_features(t, grid, channel), m)
+        return applied(x, used, self.epsilon, **options), state
+
+    def _check_fits(self, state: State, x_shape: Shape, positions: Shape) -> None:
+        if not state["mean"].shape == state["var"].shape == (self.num_groups,):
+            raise ValueError(
+                f"state of {state['mean'].shape[0]} groups, with var of shape "
+                f"{state['var'].shape}, does not fit {self.num_groups} groups of x of shape "
+                f"{x_shape}. Expected {self}.init({x_shape})."
+            )
+        if state["positions"].shape != positions:
+            raise ValueError(
+                f"state that belongs to images of {state['positions'].shape} does not fit x of "
+                f"shape {x_shape}. With {self.num_groups} groups, which do not divide the "
+                "channels, statistics depend on the position; feed x of that size."
+            )
+
+    def inference_moments(
+        self,
+        state: State,
+        x_shape: Sequence[int],
+        *,
+        batch_axis: int = 0,
+        channel_axis: int = -1,
+    ) -> Moments | None:
+        axes = {"batch_axis": batch_axis, "channel_axis": channel_axis}
+        if self.keeps_positions(x_shape[single_axis(channel_axis, x_shape)]):
+            return None
+        return self._row.inference_moments(state, x_shape, **axes)
+
+
+def batch_group_count(batch_size: int, num_channels: int) -> int:
+    """A number of groups for `batch_group_norm`: the largest divisor of C up to C batch_size / 16.
+
+    A group then pools batch_size * C / G >= 16 pairs of an example and a channel, as many as batch
+    normalization pools from 16 examples. From 16 examples on, G = C and the method is batch
+    normalization. (Fewer than 16 pairs where C < 16 / batch_size: there G = 1.)
+
+    The rule is ours. The paper chooses G by the size of the batch too, by a rule that could not be
+    read.
+
+    Args:
+        batch_size: examples that are normalized together.
+        num_channels: C.
+
+    Returns:
+        G, a divisor of C.
+
+    Raises:
+        ValueError: less than one example or channel.
+
+    Example:
+        >>> [batch_group_count(batch_size, 48) for batch_size in (2, 4, 8, 16, 32)]
+        [6, 12, 24, 48, 48]
+
+    Reference:
+        For the method: Batch Group Normalization, 2020, arXiv:2012.02782.
+    """
+    check_count(batch_size, "batch_size")
+    check_count(num_channels, "num_channels")
+    limit = max(1, num_channels * min(batch_size, BATCH_ENOUGH) // BATCH_ENOUGH)
+    return max(count for count in range(1, limit + 1) if num_channels % count == 0)
+
+
+def _sizes(
+    num_groups: int, x_shape: Sequence[int], batch_axis: int, channel_axis: int
+) -> tuple[int, Shape]:
+    """C and the image size, once G is checked."""
+    batch, channel = single_axis(batch_axis, x_shape), single_axis(channel_axis, x_shape)
+    positions = tuple(n for i, n in enumerate(x_shape) if i not in (batch, channel))
+    features = x_shape[channel] * math.prod(positions)
+    if features % check_count(num_groups, "num_groups") != 0:
+        raise ValueError(
+            f"{num_groups} groups do not divide the features of x. Got x of shape "
+            f"{tuple(x_shape)}; expected a divisor of {features}, the product of its "
+            f"{x_shape[channel]} channels and positions {positions}."
+        )
+    return x_shape[channel], positions
+
+
+def _grid(num_groups: int, x_shape: Shape, batch_axis: int, channel_axis: int) -> Shape:
+    """The coarsest statistic at hand of which every piece is a union: the pieces themselves, or
+    each feature apart."""
+    channels, positions = _sizes(num_groups, x_shape, batch_axis, channel_axis)
+    parts = _parts_of_channels(num_groups, channels, positions) or EACH
+    groups = Groups(batch=1, spatial=parts, channel=EACH)
+    return groups.shape(x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
+
+
+def _parts_of_channels(num_groups: int, channels: int, positions: Shape) -> Shape | None:
+    """Into how many parts each spatial axis is split where pieces are parts of single channels,
+    rows first; None where they are not, or are no product over axes."""
+    parts, rest = divmod(num_groups, channels)
+    if rest:
+        return None
+    spatial = []
+    for size in positions:
+        # The rows are split until each stands apart, and only then the columns.
+        spatial.append(parts if size % parts == 0 else size)
+        if parts % spatial[-1]:
+            return None
+        parts = max(parts // spatial[-1], 1)
+    return tuple(spatial) if math.prod(spatial) * channels == num_groups else None
+
+
+def _pieces(t: jax.Array, num_groups: int, channel: int) -> jax.Array:
+    """A statistic without examples in pieces: (G, rest), in the order channel, row, column."""
+    return jnp.moveaxis(t, channel, 0).reshape(num_groups, -1)
+
+
+def _at_features(t: jax.Array, grid: Shape, channel: int) -> jax.Array:
+    """A statistic of the pieces, (G, 1), repeated for the features of each: of shape `grid`."""
+    order = (grid[channel], *(n for i, n in enumerate(grid) if i != channel))
+    t = jnp.broadcast_to(t, (t.shape[0], math.prod(grid) // t.shape[0]))
+    return jnp.moveaxis(t.reshape(order), 0, channel)

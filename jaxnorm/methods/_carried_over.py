@@ -1,0 +1,106 @@
+"""Statistics of past batches for the present kernel, to first order: what
+`cross_iteration_norm` remembers and how it is used."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxnorm._core.arithmetic import counts, statistic_dtype
+from jaxnorm._core.axes import single_axis
+from jaxnorm._core.devices import all_sum, device_groups_of, varying_like
+from jaxnorm._core.moments import Moments, as_weights
+from jaxnorm.methods._frame import along_channels
+from jaxnorm.methods._method import Options, State
+
+Linear = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def carried_over(
+    state: State,
+    kernel: jax.Array,
+    window: ArrayLike,
+    rho: ArrayLike,
+    y: jax.Array,
+    channel_axis: int,
+) -> Moments:
+    """The window's moments for the present kernel, (window, 1, 1, 1, C); the count of what is
+    outside of it is 0."""
+    wide = statistic_dtype(y.dtype)
+    count, mean, var, patch, slope = (
+        lax.stop_gradient(state[f"past_{name}"]).astype(wide)
+        for name in ("count", "mean", "var", "patch", "slope")
+    )
+    used = (count > 0) & (jnp.arange(len(count), dtype=wide) < jnp.asarray(window, wide))
+    kernel, rho = kernel.astype(wide), jnp.asarray(rho, wide)
+    by_group = kernel.reshape(-1, patch.shape[-1], kernel.shape[-1] // patch.shape[-1])
+    patch, slope = (
+        patch.reshape(len(count), *by_group.shape[:2]),
+        slope.reshape(len(count), -1, kernel.shape[-1]),
+    )
+    exact = lax.Precision.HIGHEST
+    d = jnp.einsum("krg,rgc->kgc", patch, by_group, precision=exact).reshape(mean.shape) - mean
+    e = (
+        jnp.einsum("kro,ro->ko", slope, kernel.reshape(-1, kernel.shape[-1]), precision=exact)
+        - 2 * var
+    )
+    mean, var = mean + rho * d, jnp.maximum(var + rho * e - jnp.square(rho * d), 0)
+    count = jnp.broadcast_to(jnp.where(used, count, 0)[:, None], mean.shape)
+    return Moments(*(along_channels(t, y, channel_axis) for t in (count, mean, var)))
+
+
+def derivatives(
+    y: jax.Array,
+    inputs: jax.Array,
+    kernel: jax.Array,
+    m: Moments,
+    layer: Linear,
+    groups: int,
+    options: Options,
+) -> tuple[jax.Array, jax.Array]:
+    """Derivatives by the kernel: of the mean, which is the mean input patch, the same for all
+    channels of a group; and of the variance, twice the mean of patch times centered y."""
+    axis_name, batch = options.get("axis_name"), single_axis(options.get("batch_axis", 0), y.shape)
+    channel, weights = single_axis(options.get("channel_axis", -1), y.shape), options.get("weights")
+    w = None if weights is None else as_weights(weights, y)
+    inputs, kernel = (t.astype(statistic_dtype(y.dtype)) for t in (inputs, kernel))
+    # else shard_map's check_vma=True sums over devices also without an axis_name
+    kernel = varying_like(kernel, y)
+    count = jnp.where(m.count > 0, m.count, 1)
+
+    centered = y.astype(m.mean.dtype) - m.mean
+    if w is not None:
+        centered = jnp.where(counts(w), centered, 0) * w.astype(centered.dtype)
+    centered = centered / count
+    slope = _by_kernel(layer, inputs, kernel, centered)
+
+    # The patches do not depend on the output channel: one for each group will do, and without
+    # weights the sum over examples is taken first.
+    share = (
+        jnp.full([1] * y.ndim, y.shape[batch], count.dtype) if w is None else w.astype(count.dtype)
+    )
+    share = share / lax.slice_in_dim(count, 0, 1, axis=channel)
+    inputs = inputs.mean(batch, keepdims=True) if w is None else inputs
+    patch = _by_kernel(layer, inputs, kernel[..., :: kernel.shape[-1] // groups], share)
+
+    # 0, but for the rounding of the mean
+    residual = centered.sum([i for i in range(y.ndim) if i != channel])
+    sums = all_sum(
+        (patch, slope, residual),
+        axis_name,
+        device_groups_of(axis_name, options.get("axis_index_groups")),
+    )
+    patch, slope, residual = sums
+    residual = residual.reshape([1] * (kernel.ndim - 1) + [-1])
+    return patch, 2 * (slope - residual * jnp.repeat(patch, kernel.shape[-1] // groups, axis=-1))
+
+
+def _by_kernel(
+    layer: Linear, inputs: jax.Array, kernel: jax.Array, cotangent: jax.Array
+) -> jax.Array:
+    """The derivative of <cotangent, layer(inputs, kernel)> by the kernel."""
+    out = jax.eval_shape(layer, inputs, kernel)
+    cotangent = jnp.broadcast_to(varying_like(cotangent, inputs), out.shape).astype(out.dtype)
+    return jax.linear_transpose(lambda k: layer(inputs, k), kernel)(cotangent)[0]

@@ -1,0 +1,248 @@
+"""Cross-Iteration Batch Normalization: statistics of a window of batches, each carried over to the
+present weights."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Unpack, final
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm._core.axes import single_axis
+from jaxnorm._core.checks import check_count, check_number
+from jaxnorm._core.moments import Moments, as_weights, inexact
+from jaxnorm._core.pooling import pool
+from jaxnorm._core.running import usable
+from jaxnorm._core.shared import own_and_wide
+from jaxnorm.methods._carried_over import Linear, carried_over, derivatives
+from jaxnorm.methods._frame import (
+    along_channels,
+    applied,
+    averaged,
+    check_state,
+    measured,
+    remembered,
+)
+from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._table import batch_norm
+
+
+@final
+@dataclasses.dataclass(frozen=True, repr=False)
+class cross_iteration_norm(Method):
+    """Batch normalization of y = layer(inputs, kernel) over this batch and the last ones, as if
+    with the present kernel.
+
+    With m and v the mean and variance of batch t in the window, W_t its kernel and W the present
+    one, the first-order change of m and of the mean square m^2 + v along rho (W - W_t) makes
+
+        d = <dm/dW, W - W_t>,    e = <dv/dW, W - W_t>
+        m' = m + rho d,    v' = max(v + rho e - (rho d)^2, 0)
+
+    These are pooled with those of the present batch, weighted by count:
+
+        mean = sum n m' / sum n,    var = sum n (v' + (m' - mean)^2) / sum n
+
+    Gradients flow through the present batch alone. No old kernel is kept: y is linear in W, so that
+    <dm/dW, W_t> = m and <dv/dW, W_t> = 2 v. d is exact for fixed inputs; v' is never more than what
+    the old inputs give under W.
+
+    With rho = 0 the old statistics are pooled as they are; with window = 0, which is how training
+    begins, this is batch normalization. While the kernel does not change, as in gradient
+    accumulation, both are exactly the statistics of the concatenated batches for any rho: window =
+    the number of the micro-batch within its step, from 0, is then Cross mini-Batch Normalization
+    (CmBN). Inference uses running statistics of the batches, each by itself, as batch
+    normalization.
+
+    Args:
+        window: most batches before the present one that are pooled with it.
+        rho: how far statistics are carried over, 0 to 1.
+        momentum: weight of the old running statistics per update.
+        epsilon: added to the variance, in the unit of y squared.
+
+    State: `mean` and `var`, (C,), of inference; and for each batch of the window, newest first,
+    `past_count` (window,), its elements or 0; `past_mean` and `past_var`, (window, C);
+    `past_patch`, (window, *kernel_shape[:-1], feature_group_count), the mean input patch; and
+    `past_slope`, (window, *kernel_shape), the derivative of its variance by the kernel. `init`
+    needs the `kernel_shape` of the layer in front, (*spatial, inputs, C), with outputs last and the
+    inputs of one group of features, as in Flax, and the `feature_group_count` of a grouped
+    convolution.
+
+    Options of apply, whose x is y, the output of the layer in front:
+        inputs: input of the layer in front, real, with y's batch and channel axes. With `weights`,
+            which may not differ between channels, inputs must be finite also where they do not
+            count, as for the kernel's gradient.
+        kernel: its weights, outputs last; no bias.
+        layer: the layer in front, `y = layer(inputs, kernel)`: linear in each, for any number of
+            examples, and of output channels that is a multiple of the groups. For example
+            `functools.partial(lax.conv_general_dilated, ...)`; a dense layer without one.
+            `axis_name` also sums one array of the kernel's size.
+        window: batches before this one to pool with, at most the field: a number or traced scalar,
+            see `schedules.cross_iteration_window`.
+        rho, momentum: in place of the fields.
+
+    Raises:
+        ValueError: a window below 1, state of another kernel, weights that differ between channels,
+            rho outside of 0 to 1.
+
+    Example:
+        >>> kernel, method = jnp.ones((1, 1)), cross_iteration_norm(epsilon=0.0)
+        >>> state = method.init((2, 1), kernel_shape=kernel.shape)
+        >>> for inputs in (jnp.array([[0.0], [2.0]]), jnp.array([[4.0], [6.0]])):
+        ...     z, state = method.apply(
+        ...         inputs @ kernel, state, train=True, inputs=inputs, kernel=kernel
+        ...     )
+        >>> (z * jnp.sqrt(5.0)).round(5).tolist()  # mean 3 and variance 5 of both batches
+        [[1.0], [3.0]]
+
+    Reference:
+        Cross-Iteration Batch Normalization, 2020, arXiv:2002.05712. The definition follows the
+        authors' code, except for these: the maximum in v', which is the paper's as cited by others,
+        where the code drops the entry; epsilon inside the root, which is a switch there; weights by
+        count, where every batch weighs the same there; biased variances, where the running ones and
+        those that normalize during burn-in are divided by n - 1 there. Their scale starts uniform
+        in [0, 1), ours at 1: `scale_init=jax.nn.initializers.uniform(1.0)` in the layers is theirs.
+        CmBN: AlexeyAB's darknet.
+    """
+
+    window: int = 3
+    rho: float = 1.0
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_count(self.window, "window")
+        check_number(self.rho, "rho", at_least=0, at_most=1)
+
+    def init(
+        self,
+        x_shape: Sequence[int],
+        *,
+        dtype: DTypeLike = jnp.float32,
+        kernel_shape: Sequence[int] | None = None,
+        feature_group_count: int = 1,
+        batch_axis: int = 0,
+        channel_axis: int = -1,
+    ) -> State:
+        shape = tuple(kernel_shape or ())
+        if len(shape) < 2 or feature_group_count < 1 or shape[-1] % feature_group_count:
+            raise ValueError(
+                f"Got kernel_shape={kernel_shape}, feature_group_count={feature_group_count}. "
+                "Expected the shape of the kernel in front, (..., inputs, C), and groups that "
+                "divide C; a layer knows them by Norm(method, layer=...)."
+            )
+        zeros = {
+            "past_count": (),
+            "past_mean": shape[-1:],
+            "past_var": shape[-1:],
+            "past_patch": (*shape[:-1], feature_group_count),
+            "past_slope": shape,
+        }
+        return {
+            "mean": jnp.zeros(shape[-1], jnp.float32),
+            "var": jnp.ones(shape[-1], jnp.float32),
+        } | {name: jnp.zeros((self.window, *t), jnp.float32) for name, t in zeros.items()}
+
+    def in_front(  # type: ignore[override]  # the hook that layers call
+        self, inputs: jax.Array, kernel: jax.Array, layer: Linear
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """The output of the layer in front, and what `apply` takes of it."""
+        return layer(inputs, kernel), {"inputs": inputs, "kernel": kernel, "layer": layer}
+
+    def rule(
+        self,
+        x: jax.Array,
+        state: State,
+        *,
+        train: bool,
+        inputs: ArrayLike,
+        kernel: ArrayLike,
+        window: ArrayLike,
+        rho: ArrayLike,
+        momentum: ArrayLike,
+        layer: Linear = jnp.matmul,
+        **options: Unpack[Options],
+    ) -> tuple[jax.Array, State]:
+        inputs, kernel = (own_and_wide(inexact(t))[0] for t in (inputs, kernel))
+        channel_axis = options.get("channel_axis", -1)
+        check_state(
+            state,
+            self,
+            mean=1,
+            var=1,
+            past_count=1,
+            past_mean=2,
+            past_var=2,
+            past_patch=kernel.ndim + 1,
+            past_slope=kernel.ndim + 1,
+        )
+        _check(state, x, inputs, kernel, channel_axis, options.get("weights"))
+        mean, var = (along_channels(state[name], x, channel_axis) for name in ("mean", "var"))
+        if not train:
+            return applied(
+                x, Moments(jnp.ones_like(mean), mean, var), self.epsilon, **options
+            ), state
+        check_number(rho, "rho", at_least=0, at_most=1)
+        check_number(window, "window", at_least=0)
+        present = measured(x, batch_norm(), **options)
+        past = carried_over(state, lax.stop_gradient(kernel), window, rho, x, channel_axis)
+        union = pool(
+            jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), present, past),
+            (1, *mean.shape),
+        )
+        z = applied(x, jax.tree.map(lambda t: t[0], union), self.epsilon, **options)
+
+        patch, slope = derivatives(
+            *lax.stop_gradient((own_and_wide(x)[0], inputs, kernel, present)),
+            layer,
+            state["past_patch"].shape[-1],
+            options,
+        )
+        keep = usable(present)
+        entry = {
+            "count": present.count.reshape(-1)[0],
+            "mean": present.mean,
+            "var": present.var,
+            "patch": patch,
+            "slope": slope,
+        }
+        finite = keep.all() & jnp.isfinite(patch).all() & jnp.isfinite(slope).all()
+        new = {"mean": averaged(state["mean"], present.mean, momentum, keep)}
+        new["var"] = averaged(state["var"], present.var, momentum, keep)
+        for name, value in entry.items():
+            old = state[f"past_{name}"]
+            pushed = jnp.concatenate([value.reshape(1, *old.shape[1:]).astype(old.dtype), old[:-1]])
+            new[f"past_{name}"] = remembered(old, pushed, finite)
+        return z, new
+
+
+def _check(
+    state: State,
+    y: jax.Array,
+    inputs: jax.Array,
+    kernel: jax.Array,
+    channel_axis: int,
+    weights: ArrayLike | None,
+) -> None:
+    shape, groups = state["past_slope"].shape[1:], state["past_patch"].shape[-1]
+    channel = single_axis(channel_axis, y.shape)
+    if (
+        kernel.shape != shape
+        or shape[-1] != y.shape[channel]
+        or shape[-2] * groups != inputs.shape[channel]
+    ):
+        raise ValueError(
+            f"state is that of a kernel of shape {shape} in {groups} groups: {shape[-2] * groups} "
+            f"channels in, {shape[-1]} out. Got a kernel of shape {kernel.shape}, inputs of shape "
+            f"{inputs.shape}, y of shape {y.shape} with channel_axis={channel_axis}. Expected the "
+            "state that init makes for this kernel."
+        )
+    if weights is not None and as_weights(weights, y).shape[channel] != 1:
+        raise ValueError(
+            f"weights of shape {jnp.shape(weights)} differ between the channels of y, shape "
+            f"{y.shape}. Expected size 1 on axis {channel_axis}: all channels of cross-iteration "
+            "statistics have the same input patches."
+        )

@@ -1,0 +1,192 @@
+"""EvoNorm B0 and S0: normalization and activation as one formula, found by search. x is not
+centered."""
+
+import dataclasses
+from typing import Unpack, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxnorm._core.axes import single_axis
+from jaxnorm._core.checks import check_count
+from jaxnorm._core.devices import varying_like
+from jaxnorm._core.moments import Moments
+from jaxnorm._core.pooling import pool
+from jaxnorm._core.running import usable
+from jaxnorm._core.shared import widened
+from jaxnorm.methods._frame import (
+    along_channels,
+    applied,
+    averaged,
+    check_state,
+    measured,
+    output_dtype,
+    parameter,
+    per_device,
+    select_options,
+    zero_masked,
+)
+from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._table import batch_norm, group_norm, instance_norm
+
+
+@final
+@dataclasses.dataclass(frozen=True, repr=False)
+class evonorm_b0(Method):
+    """Divide x by the larger of the batch's standard deviation and a line in x above the example's
+    own.
+
+        y = x / max(sqrt(var_nhw + epsilon), v x + sqrt(var_hw + epsilon)) * scale + bias
+
+    In inference the running variance stands for var_nhw; var_hw is the example's own always. For v
+    > 0 the output before scale and bias stays below 1 / v. x is read once for both variances.
+    Nonlinear in x by itself, so no activation follows. The variance of the batch is synchronized
+    over `axis_name`, that of each example is not.
+
+    Args:
+        momentum: weight of the old state per update, 0 to 1.
+        epsilon: added to the variances, in the unit of x squared.
+
+    State: `var`, (C,).
+
+    Options of apply:
+        v: learned, (C,), 1 at first; without a unit.
+        momentum: in place of the field.
+
+    Raises:
+        ValueError: v of another number of channels, a momentum outside 0 to 1.
+
+    Example:
+        >>> # the variance of the batch is 5, that of each example 1
+        >>> x = jnp.array([[[1.0], [3.0]], [[-1.0], [-3.0]]])
+        >>> method = evonorm_b0(momentum=0.5, epsilon=0.0)
+        >>> y, state = method.apply(x, method.init(x.shape), train=True, v=jnp.ones(1))
+        >>> y[0].tolist(), state["var"].tolist()  # 1 / sqrt(5) and 3 / 4
+        ([[0.447...], [0.75]], [3.0])
+
+    Reference:
+        Evolving Normalization-Activation Layers, 2020, arXiv:2004.02967. The definition was read in
+        the authors' code.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    def first_state(self, num_channels: int) -> State:
+        return {"var": jnp.ones(num_channels, jnp.float32)}
+
+    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+        return {"v": np.ones(num_channels, np.float32)}
+
+    def rule(
+        self,
+        x: jax.Array,
+        state: State,
+        *,
+        train: bool,
+        v: ArrayLike,
+        momentum: ArrayLike,
+        **options: Unpack[Options],
+    ) -> tuple[jax.Array, State]:
+        check_state(state, self, var=1)
+        own = measured(x, instance_norm(), **per_device(options))
+        var = along_channels(state["var"], x, options.get("channel_axis", -1))
+        if train:
+            axes = select_options(
+                options, "axis_name", "axis_index_groups", "batch_axis", "channel_axis"
+            )
+            m = pool(own, batch_norm(), **axes)
+            var, state = m.var, {"var": averaged(state["var"], m.var, momentum, usable(m))}
+
+        @jax.checkpoint
+        def divided(x: jax.Array, var: jax.Array, own_var: jax.Array) -> jax.Array:
+            dtype = output_dtype(x, options)
+            x = zero_masked(widened(x), options.get("weights"))
+            line = parameter(v, "v", x, options) * x + jnp.sqrt(own_var + self.epsilon)
+            x = x / jnp.maximum(varying_like(jnp.sqrt(var + self.epsilon), x), line)
+            out: Options = options | {"dtype": dtype}  # type: ignore[assignment]
+            return applied(x, _unit(x), 0.0, **out)
+
+        return divided(x, var, own.var), state
+
+
+@final
+@dataclasses.dataclass(frozen=True, repr=False)
+class evonorm_s0(Method):
+    """Divide x sigmoid(v x) by the standard deviation of x over positions and a group of channels.
+
+        y = x sigmoid(v x) / sqrt(var_hwg + epsilon) * scale + bias
+
+    With v = 0 it is half of x over its standard deviation, with large v relu(x) over it. Nothing
+    depends on other examples.
+
+    Args:
+        num_groups: G, a divisor of C. The authors' code lowers it until it divides.
+        epsilon: added to the variance, in the unit of x squared.
+
+    State: {}.
+
+    Options of apply:
+        v: learned, (C,), 1 at first; in the unit of 1 / x.
+
+    Raises:
+        ValueError: G does not divide C; v of another number of channels.
+
+    Example:
+        >>> x = jnp.array([[[1.0], [3.0]]])
+        >>> y, _ = evonorm_s0(1, epsilon=0.0).apply(x, {}, train=True, v=jnp.zeros(1))
+        >>> y.tolist()
+        [[[0.5], [1.5]]]
+
+    Reference:
+        Evolving Normalization-Activation Layers, 2020, arXiv:2004.02967. The definition was read in
+        the authors' code.
+    """
+
+    num_groups: int = 32
+    epsilon: float = 1e-5
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_count(self.num_groups, "num_groups")
+
+    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+        return {"v": np.ones(num_channels, np.float32)}
+
+    def rule(
+        self,
+        x: jax.Array,
+        state: State,
+        *,
+        train: bool,
+        v: ArrayLike,
+        **options: Unpack[Options],
+    ) -> tuple[jax.Array, State]:
+        check_state(state, self)
+        channels = x.shape[single_axis(options.get("channel_axis", -1), x.shape)]
+        if channels % self.num_groups != 0:
+            lower = max(n for n in range(1, self.num_groups) if channels % n == 0)
+            raise ValueError(
+                f"num_groups={self.num_groups} does not divide the {channels} channels of x, which has "
+                f"shape {x.shape}. Expected a divisor: pass num_groups={lower}, to which the authors' "
+                "code would lower it."
+            )
+        m = measured(x, group_norm(self.num_groups), **options)
+
+        @jax.checkpoint
+        def gated(x: jax.Array, m: Moments) -> jax.Array:
+            dtype = output_dtype(x, options)
+            x = zero_masked(widened(x), options.get("weights"))
+            x = x * jax.nn.sigmoid(parameter(v, "v", x, options) * x)
+            out: Options = options | {"dtype": dtype}  # type: ignore[assignment]
+            return applied(x, Moments(m.count, jnp.zeros_like(m.mean), m.var), self.epsilon, **out)
+
+        return gated(x, m), state
+
+
+def _unit(x: jax.Array) -> Moments:
+    """Moments that leave x as it is."""
+    one = jnp.ones((1,) * x.ndim, x.dtype)
+    return Moments(one, jnp.zeros_like(one), one)

@@ -1,0 +1,210 @@
+"""GN+: group normalization mixed with its own output standardized over the batch."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Unpack, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm._core.arithmetic import statistic_dtype
+from jaxnorm._core.axes import single_axis
+from jaxnorm._core.checks import check_count
+from jaxnorm._core.devices import varying_like
+from jaxnorm._core.divisor import with_divisor
+from jaxnorm._core.groups import EACH, Groups
+from jaxnorm._core.moments import Moments
+from jaxnorm._core.shared import own_and_wide
+from jaxnorm._core.state import init_running, running_shape, serving
+from jaxnorm.methods._frame import (
+    applied,
+    check_state,
+    measured,
+    output_dtype,
+    parameter,
+    per_device,
+    select_options,
+    updated,
+)
+from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._table import group_norm
+
+
+@final
+@dataclasses.dataclass(frozen=True, repr=False)
+class group_norm_plus(Method):
+    """Group normalization z, mixed with z standardized over the examples, each position and channel
+    apart.
+
+        z = (x - mean_(n,g)) / sqrt(var_(n,g) + epsilon)
+        u = (z - mean_(h,w,c)(z)) / sqrt(var_(h,w,c)(z) + epsilon)
+        y = (w z + (1 - w) u) * scale + bias,    w = sigmoid(mixture)
+
+    In inference running statistics of z stand for those of the second line, which is ours: the
+    authors' code has no state and takes those of the test batch (call it with train=True and drop
+    the state). For a large mixture y is group normalization; for a very negative one z standardized
+    over the batch, and with per_position=False Continual Normalization. Where one example alone is
+    standardized, without weights or under a mask, u is 0 and y = w z * scale + bias, exactly. Where
+    the z of few examples nearly agree, and where real weights leave one, u is a difference of
+    rounded z over a small number: its error is that of z, some 1e-7, times 1 / (std + epsilon), or
+    1 / sqrt(var + epsilon), as in the authors' code. The backward pass keeps x and z. The
+    statistics of the second branch are synchronized over `axis_name`, those of the first are not.
+
+    Args:
+        num_groups: G, a divisor of C.
+        per_position: batch statistics of each position apart, which ties the state to the image
+            size; False pools the positions in the second branch, which is our variant.
+        momentum: weight of the old state per update.
+        epsilon: added to both variances, in the unit of x squared and of 1.
+        correction: 1 divides both variances by n - 1, as the authors' code does.
+        epsilon_outside: add epsilon to both standard deviations instead, as that code does.
+
+    State: `mean` and `var` of the second branch: x's shape without its examples and without axes of
+    one position, or (C,).
+
+    Options of apply:
+        mixture: lambda, learned, the logit of the first branch's weight: a scalar, 1 at first.
+        momentum: in place of the field.
+
+    Raises:
+        ValueError: G does not divide C; state of another number of channels or image size.
+
+    Example:
+        >>> x = jnp.array([[0.0, 2.0], [6.0, 4.0]])
+        >>> method = group_norm_plus(1, momentum=0.5, epsilon=0.0)
+        >>> y, state = method.apply(x, method.init(x.shape), train=True)
+        >>> y.tolist(), state["var"].tolist()  # z is -1 and 1, then 1 and -1, and so is u
+        ([[-1.0, 1.0], [1.0, -1.0]], [1.0, 1.0])
+
+    Reference:
+        Understanding and Improving Group Normalization, 2022, arXiv:2207.01972. The definition was
+        read in the authors' code. Continual Normalization: Rethinking Batch Normalization for
+        Online Continual Learning, 2022, arXiv:2203.16102.
+    """
+
+    num_groups: int = 32
+    per_position: bool = True
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    correction: int = 0
+    epsilon_outside: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_count(self.num_groups, "num_groups")
+
+    @property
+    def _second_branch(self) -> Groups:
+        return Groups(batch=1, spatial=EACH if self.per_position else 1, channel=EACH)
+
+    def keeps_positions(self, num_channels: int) -> bool:
+        return self.per_position
+
+    def init(
+        self,
+        x_shape: Sequence[int],
+        *,
+        dtype: DTypeLike = jnp.float32,
+        kernel_shape: Sequence[int] | None = None,
+        feature_group_count: int = 1,
+        batch_axis: int = 0,
+        channel_axis: int = -1,
+    ) -> State:
+        axes = {"batch_axis": batch_axis, "channel_axis": channel_axis}
+        first = init_running(running_shape(self._second_branch, tuple(x_shape), **axes)[0])
+        return {"mean": first.mean, "var": first.var}
+
+    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+        return {"mixture": np.ones((), np.float32)}
+
+    def rule(
+        self,
+        x: jax.Array,
+        state: State,
+        *,
+        train: bool,
+        mixture: ArrayLike,
+        momentum: ArrayLike,
+        **options: Unpack[Options],
+    ) -> tuple[jax.Array, State]:
+        second = self._second_branch
+        axes = select_options(options, "batch_axis", "channel_axis")
+        wide = statistic_dtype(x.dtype)
+        shape, _ = shapes = running_shape(second, x.shape, **axes)
+        check_state(state, self, mean=len(shape), var=len(shape))
+        running = serving(
+            Moments(state["mean"], state["mean"], state["var"]),
+            *shapes,
+            x.shape,
+        )
+
+        def divisors(m: Moments) -> Moments:
+            return with_divisor(
+                m, self.epsilon, correction=self.correction, epsilon_outside=self.epsilon_outside
+            )
+
+        m = divisors(measured(x, group_norm(self.num_groups), **per_device(options)))
+        plain = {"scale": None, "bias": None, "activation": None, "dtype": wide}
+        bare: Options = options | plain  # type: ignore[assignment]
+        z = applied(x, m, 0.0, **bare)
+        weights = options.get("weights")
+        if weights is not None:  # what does not count must not come back as a number
+            z = jnp.where(jnp.isfinite(own_and_wide(x)[0]), z, jnp.nan)
+        several: jax.Array | bool = True
+        if train:
+            m = measured(z, second, **options)
+            state = updated(state, m, momentum, self.correction)
+            # u of one example is 0 whatever it is divided by. Divided by epsilon, the difference of
+            # two roundings of z would be seen, in y and in its gradient.
+            if weights is None or jnp.issubdtype(jnp.result_type(weights), jnp.bool_):
+                several = m.count > 1
+            m = divisors(m)
+        else:
+            running = Moments(
+                jnp.ones_like(running.mean, wide),
+                running.mean.astype(wide),
+                running.var.astype(wide),
+            )
+            m = with_divisor(running, self.epsilon, epsilon_outside=self.epsilon_outside)
+        w = jax.nn.sigmoid(jnp.asarray(mixture, wide))
+        r = jnp.where(several, jax.lax.rsqrt(jnp.where(several, m.var, 1)), 0)
+        # For one example a is w alone, and a^-2 and its derivative have to stay finite.
+        a = jnp.maximum(w + (1 - w) * r, 1e-12)
+        # y = (z - mean) a scale + shift, which takes the difference first
+        scale, bias = (
+            None if t is None else parameter(t, name, x, options)
+            for name, t in (("scale", options.get("scale")), ("bias", options.get("bias")))
+        )
+        shift = w * m.mean if scale is None else w * m.mean * scale
+        if bias is not None:
+            shift = shift + bias
+        if weights is not None:
+            shift = jnp.where(jnp.isfinite(z), shift, 0 if bias is None else bias)
+        m = jax.tree.map(lambda t: varying_like(t, z), Moments(m.count, m.mean, a**-2))
+        batch, channel = (
+            single_axis(options.get(name, default), x.shape)
+            for name, default in (("batch_axis", 0), ("channel_axis", -1))
+        )
+        features = [
+            i for i in range(x.ndim) if i == channel or (i != batch and m.mean.shape[i] > 1)
+        ]
+        if weights is not None:  # per element
+            features = [i for i in range(x.ndim) if i != batch]
+
+        def along(t: jax.Array) -> jax.Array:
+            """t, of x's rank, over the features, and before them the examples if it has them."""
+            examples = [batch] if t.shape[batch] > 1 else []
+            t = jnp.broadcast_to(
+                t, [n if i in features + examples else 1 for i, n in enumerate(x.shape)]
+            )
+            return jnp.moveaxis(t, batch, 0).reshape([x.shape[i] for i in examples + features])
+
+        out = {
+            "scale": None if scale is None else along(scale),
+            "bias": along(shift),
+            "channel_axis": features,
+            "dtype": output_dtype(x, options),
+        }
+        return applied(z, m, 0.0, **(options | out)), state  # type: ignore[arg-type]

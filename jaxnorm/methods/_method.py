@@ -1,0 +1,274 @@
+"""A method is a value: hyperparameters, and pure functions of x and of what the method remembers.
+
+state = method.init(x.shape)
+y, state = method.apply(x, state, train=True, scale=scale, bias=bias)
+"""
+
+import abc
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, SupportsIndex, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm._core.axes import single_axis
+from jaxnorm._core.checks import check_epsilon, check_flag, check_number
+from jaxnorm._core.devices import AxisName, DeviceGroups
+from jaxnorm._core.groups import Groups, Size
+from jaxnorm._core.meshes import in_explicit_meshes
+from jaxnorm._core.moments import Moments, inexact
+from jaxnorm._core.shared import shared
+
+State = dict[str, jax.Array]
+
+
+class Options(TypedDict, total=False):
+    """What every method takes at `apply`, as `norm` does; see there."""
+
+    scale: ArrayLike | None
+    bias: ArrayLike | None
+    weights: ArrayLike | None
+    activation: Callable[[jax.Array], jax.Array] | None
+    dtype: DTypeLike | None
+    axis_name: AxisName
+    axis_index_groups: DeviceGroups
+    batch_axis: int
+    channel_axis: int
+
+
+class Method(abc.ABC):
+    """A normalization with its hyperparameters: `init` makes what it remembers, `apply` normalizes.
+
+    Methods are frozen dataclasses of numbers, strings and other methods. They compare and hash by
+    their fields, print as they are typed, and are static under `jax.jit`. What a step changes or
+    traces, such as a schedule's value, is an option of `apply` and takes precedence there over the
+    field of the same name.
+
+    A method of your own is a frozen dataclass that subclasses this one and defines `rule`; if it
+    remembers or learns something it also defines `first_state` or `parameters`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxnorm import Moments, normalize
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Halve(Method):
+        ...     epsilon: float = 1e-5
+        ...
+        ...     def rule(self, x, state, *, train, factor=0.5, **options):
+        ...         return x * factor, state
+        >>> y, _ = Halve().apply(jnp.ones((1, 2)), {}, train=True, factor=0.25)
+        >>> y.tolist()
+        [[0.25, 0.25]]
+    """
+
+    takes_complex: ClassVar[bool] = False
+    """Whether x may be complex."""
+
+    also_in_state: ClassVar[tuple[str, ...]] = ()
+    """Names that state may have besides those that `init` gives it."""
+
+    overwritten_by_gradient: ClassVar[tuple[str, ...]] = ()
+    """Names of parameters that a training step replaces by their gradient."""
+
+    in_front: ClassVar[Callable[..., tuple[jax.Array, dict[str, Any]]] | None] = None
+    """Where a method works on the layer in front of it, `in_front(inputs, kernel, layer)`: x, and
+    the options of `apply` that describe the layer. `layer(inputs, kernel)` applies it."""
+
+    observe: ClassVar[Callable[..., State] | None] = None
+    """Where a method has more to say about x, `observe(x, state, ...)`: arrays by name, which
+    layers offer to store."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # all methods are dataclasses
+            what = f"{type(self).__name__}({field.name}=...)"
+            object.__setattr__(self, field.name, _static(getattr(self, field.name), what))
+        if hasattr(self, "epsilon"):
+            check_epsilon(self.epsilon)  # type: ignore[attr-defined]
+        if getattr(self, "momentum", None) is not None:
+            check_number(self.momentum, "momentum", at_least=0, at_most=1)  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        """As it is typed; fields with their default are left out."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        given = [(f, getattr(self, f.name)) for f in fields if getattr(self, f.name) != f.default]
+        typed = (
+            _typed(value) if f.default is dataclasses.MISSING else f"{f.name}={_typed(value)}"
+            for f, value in given
+        )
+        return f"{type(self).__name__}({', '.join(typed)})"
+
+    @abc.abstractmethod
+    def rule(
+        self, x: jax.Array, state: State, *, train: bool, **options: Any
+    ) -> tuple[jax.Array, State]:
+        """What `apply` does once its arguments are checked.
+
+        Its keyword arguments beside `train` are the options of this method. Options that are not
+        given are the fields of the same names, or the initial values of the parameters.
+        """
+
+    def apply(
+        self, x: ArrayLike, state: State, *, train: bool, **options: Any
+    ) -> tuple[jax.Array, State]:
+        """Normalize x.
+
+        Args:
+            x: floating array with examples and channels; complex for rows of the table alone.
+            state: as `init` makes it, or as the step before returned it.
+            train: use the batch and update the state, or use the state.
+            **options: as `norm`: scale, bias, weights, activation, dtype, axis_name,
+                axis_index_groups, batch_axis, channel_axis; and those of the method, which its
+                docstring lists, with what it learns by the names of `parameters`.
+
+        Returns:
+            y, of x's shape, and the new state, without a derivative. A batch with empty or
+            non-finite sets leaves the state of these sets.
+
+        Raises:
+            TypeError: an option of another name or one that is missing, x of another dtype.
+            ValueError: state of another method or size, parameters of another shape.
+        """
+        return _apply(self, x, state, train=train, **options)
+
+    def init(
+        self,
+        x_shape: Sequence[int],
+        *,
+        dtype: DTypeLike = jnp.float32,
+        kernel_shape: Sequence[int] | None = None,
+        feature_group_count: int = 1,
+        batch_axis: int = 0,
+        channel_axis: int = -1,
+    ) -> State:
+        """State before the first step.
+
+        Args:
+            x_shape: shape of x; any number of examples.
+            dtype: of the mean, complex for complex x; for rows of the table.
+            kernel_shape: of the layer in front, for methods that need to know it.
+            feature_group_count: of the layer in front, likewise.
+            batch_axis: axis of the examples.
+            channel_axis: axis of the channels.
+
+        Returns:
+            Arrays by name; {} where nothing is remembered.
+        """
+        x_shape = tuple(x_shape)
+        return self.first_state(x_shape[single_axis(channel_axis, x_shape)])
+
+    def first_state(self, num_channels: int) -> State:
+        """State before the first step, where it depends on the number of channels alone."""
+        return {}
+
+    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+        """What the method learns beside scale and bias: initial values by name, float32."""
+        return {}
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the options of `apply` that not every method has."""
+        return tuple(_options(type(self)))
+
+    def row(self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1) -> Any:
+        """The row of the table that the method is for x of this shape.
+
+        Raises:
+            TypeError: the method has a rule of its own.
+        """
+        raise TypeError(
+            f"{self} has a rule of its own: it is more than statistics of x and their use. Got it "
+            "where a row of the table is expected, such as methods.group_norm(32); call its apply."
+        )
+
+    def any_batch(self) -> "Method":
+        """The method for batches of any size, as a layer is initialized with."""
+        return self
+
+    def keeps_positions(self, num_channels: int) -> bool:
+        """Whether state belongs to one image size, so that `init` needs to know it."""
+        return False
+
+    def inference_moments(
+        self,
+        state: State,
+        x_shape: Sequence[int],
+        *,
+        batch_axis: int = 0,
+        channel_axis: int = -1,
+    ) -> Moments | None:
+        """The moments with which inference normalizes every x of this shape alike, or None."""
+        return None
+
+
+@in_explicit_meshes
+def _apply(
+    method: Method, x: Any, state: State, *, train: bool, **options: Any
+) -> tuple[jax.Array, State]:
+    name, own = type(method).__name__, _options(type(method))
+    check_flag(train, "train")
+    if unknown := sorted(set(options) - {*own, *Options.__annotations__}):
+        raise TypeError(
+            f"{name} got an unexpected option {', '.join(unknown)}. Expected some of "
+            f"{', '.join([*own, *Options.__annotations__])}."
+        )
+    x = inexact(x)
+    if not method.takes_complex and jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{name} is defined for real x. Got {x.dtype}, shape {x.shape}; rows of the table take "
+            "complex x."
+        )
+    channels = x.shape[single_axis(options.get("channel_axis", -1), x.shape)]
+    learned = method.parameters(channels)
+    for option in own:
+        if options.get(option) is None:
+            if option in learned and option not in method.overwritten_by_gradient:
+                options[option] = learned[option]
+            elif hasattr(method, option):
+                options[option] = getattr(method, option)
+    if missing := [n for n, needed in own.items() if needed and n not in options]:
+        raise TypeError(f"{name} needs {', '.join(missing)}; got {', '.join(sorted(options))}.")
+    return method.rule(shared(x), state, train=train, **options)
+
+
+@functools.cache
+def _options(method: type[Method]) -> dict[str, bool]:
+    """The options of a method's rule, and whether it needs them."""
+    return {
+        p.name: p.default is p.empty
+        for p in inspect.signature(method.rule).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name != "train"
+    }
+
+
+def _static(value: Any, what: str) -> Any:
+    """A hyperparameter as a hashable Python value."""
+    if isinstance(value, jax.Array | np.ndarray | Tracer):
+        raise TypeError(
+            f"{what} is an array of shape {value.shape}. Expected a Python number: methods are "
+            "static. Give what changes or is traced to apply."
+        )
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, tuple | list):
+        return tuple(_static(part, what) for part in value)
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"{what} is NaN. Expected a number.")
+    if value is None or isinstance(value, bool | int | float | str | Size | Groups | Method):
+        return value
+    if isinstance(value, SupportsIndex):
+        return value.__index__()
+    raise TypeError(
+        f"{what} is {value!r}. Expected a number, a string, None, a tuple, Size, Groups or a "
+        "method; functions and arrays are given to apply."
+    )
+
+
+def _typed(value: Any) -> str:
+    return f"float('{value}')" if isinstance(value, float) and math.isinf(value) else repr(value)

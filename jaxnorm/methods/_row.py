@@ -1,0 +1,272 @@
+"""A row of the table: the method whose rule is empty."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, TypedDict, Unpack, final
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm._core.axes import Shape
+from jaxnorm._core.checks import check_count, check_number
+from jaxnorm._core.ghosts import GhostUpdate, check_ghost_update
+from jaxnorm._core.groups import EACH, Groups, Size, check_mean, resolve
+from jaxnorm._core.moments import Moments
+from jaxnorm._core.running import update_running
+from jaxnorm._core.state import init_running, pooled_to, running_shape, serving
+from jaxnorm._population import POPULATION
+from jaxnorm.inference import weigh_example
+from jaxnorm.methods._frame import (
+    applied,
+    check_state,
+    measured,
+    per_device,
+    pooled,
+    select_options,
+)
+from jaxnorm.methods._method import Method, Options, State
+
+
+class RowFields(TypedDict, total=False):
+    """Fields of a row beside its sets, see `Row`."""
+
+    epsilon: float
+    momentum: float | None
+    correction: int
+    ghost_update: GhostUpdate
+    debias: bool
+    example_weight: float | Literal["share"]
+    two_pass: bool
+
+
+@final
+@dataclasses.dataclass(frozen=True, repr=False)
+class Row(Method):
+    """A row of the table of methods: how axes are split, and what is remembered for inference.
+
+        y = (x - mean_S) / sqrt(var_S + epsilon) * scale + bias
+
+    with S the sets that `groups` describes. Where examples share statistics, training normalizes
+    with those of the batch and inference with running ones.
+
+    Args:
+        groups: the split of each axis; or the statistic's shape, for x of one shape.
+        mean: None standardizes with the mean of the set; 0 fixes the mean at zero (root mean
+            square).
+        epsilon: added to the variance, in the unit of x squared.
+        momentum: weight of the old running statistics per update, 0 to 1; None remembers none and
+            always uses the batch's.
+        correction: 1 stores the unbiased variance, as PyTorch does; real weights must then count
+            elements, see `update_running`.
+        ghost_update: how several ghost batches enter the running statistics, see `update_running`.
+        debias: divide the initial 0 and 1 out of the running statistics; adds `count` to the state.
+        running: the sets of the running statistics, where they are finer than `groups`.
+        example_weight: of each example's own statistics at inference, see
+            `inference.weigh_example`; 0 uses the running ones alone. "share" is what an example has
+            of its set in training, 1 / n where the batch is split into groups of n examples.
+        two_pass: sum about the mean of a pass of its own always, and not only where rounding would
+            show.
+
+    State: `mean` and `var`, (C,) for batch norm and (G,) for batch group norm; {} where examples do
+    not share statistics.
+
+    Options of apply:
+        momentum: in place of the field; a number or traced scalar.
+        example_weight: in place of the field, at inference; a number or traced scalar.
+
+    Raises:
+        TypeError, ValueError: fields of another kind or beyond their bounds.
+
+    Example:
+        >>> rms_norm = Row(Groups(batch=EACH, spatial=EACH, channel=1), mean=0)
+        >>> rms_norm.shape((8, 196, 768))
+        (8, 196, 1)
+        >>> rms_norm
+        Row(Groups(batch=EACH, spatial=EACH, channel=1), mean=0)
+    """
+
+    takes_complex: ClassVar[bool] = True
+    also_in_state: ClassVar[tuple[str, ...]] = (*POPULATION, "calls")
+
+    groups: Groups | Shape
+    mean: Literal[0] | None = None
+    epsilon: float = 1e-5
+    momentum: float | None = 0.99
+    correction: int = 0
+    ghost_update: GhostUpdate = "pooled"
+    debias: bool = False
+    running: Groups | None = None
+    example_weight: float | Literal["share"] = 0.0
+    two_pass: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.groups, Groups | tuple):
+            raise TypeError(
+                f"Row(groups) takes a Groups. Got {self.groups!r}; expected Groups(batch, spatial, "
+                "channel)."
+            )
+        check_mean(self.mean)
+        check_count(self.correction, "correction", at_least=0)
+        check_ghost_update(self.ghost_update)
+        if self.example_weight != "share":
+            check_number(self.example_weight, "example_weight", at_least=0, at_most=1)
+
+    def shape(
+        self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1
+    ) -> Shape:
+        """The shape of the statistic for an x of shape `x_shape`: `Groups.shape`."""
+        return resolve(self.groups, tuple(x_shape), batch_axis, channel_axis)[0]
+
+    def row(self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1) -> "Row":
+        """This row."""
+        return self
+
+    @property
+    def pools_batch(self) -> bool:
+        """Whether examples share statistics, so that inference needs running ones."""
+        return not isinstance(self.groups, Groups) or self.groups.batch != EACH
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there are running statistics."""
+        return self.pools_batch and self.momentum is not None
+
+    def _repr_html_(self) -> str | None:
+        return self.groups._repr_html_() if isinstance(self.groups, Groups) else None
+
+    def any_batch(self) -> "Row":
+        if not isinstance(self.groups, Groups) or not self.pools_batch:
+            return self
+        return dataclasses.replace(self, groups=dataclasses.replace(self.groups, batch=1))
+
+    def keeps_positions(self, num_channels: int) -> bool:
+        return self.remembers and isinstance(self.groups, Groups) and self.groups.spatial != 1
+
+    def init(
+        self,
+        x_shape: Sequence[int],
+        *,
+        dtype: DTypeLike = jnp.float32,
+        kernel_shape: Sequence[int] | None = None,
+        feature_group_count: int = 1,
+        batch_axis: int = 0,
+        channel_axis: int = -1,
+    ) -> State:
+        if not self.remembers:
+            return {}
+        shape, _ = running_shape(
+            self.running or self.groups,  # type: ignore[arg-type]  # shapes have no state of their own
+            tuple(x_shape),
+            batch_axis=batch_axis,
+            channel_axis=channel_axis,
+        )
+        first = init_running(shape, dtype=dtype, counted=self.debias)
+        named = {"mean": first.mean, "var": first.var}
+        return named | ({"count": first.count} if self.debias else {})
+
+    def apply(
+        self, x: ArrayLike, state: State, *, train: bool, **options: Any
+    ) -> tuple[jax.Array, State]:
+        weight = options.get("example_weight")
+        if weight is not None and (train or not self.remembers):
+            raise ValueError(
+                f"example_weight={weight} weighs an example against running statistics. Got "
+                f"train={train} for {self}; expected train=False, and a method that shares "
+                "statistics between examples, with a momentum."
+            )
+        return super().apply(x, state, train=train, **options)
+
+    def rule(
+        self,
+        x: jax.Array,
+        state: State,
+        *,
+        train: bool,
+        momentum: ArrayLike | None = None,
+        example_weight: ArrayLike | Literal["share"] = 0.0,
+        **options: Unpack[Options],
+    ) -> tuple[jax.Array, State]:
+        if not self.remembers:
+            check_state(state, self)
+            m = measured(x, self, two_pass=self.two_pass, **options)
+            return applied(x, m, self.epsilon, **options), state
+        check_state(state, self, ("count", *self.also_in_state), mean=None, var=None)
+        batch_axis, channel_axis = options.get("batch_axis", 0), options.get("channel_axis", -1)
+        running = self._serving(state, x.shape, batch_axis, channel_axis)
+        if not train:
+            weight = self._share() if isinstance(example_weight, str) else example_weight
+            if isinstance(weight, int | float) and weight == 0:
+                used = self._pooled(running, x.shape, batch_axis, channel_axis)
+            else:
+                names = ("weights", "batch_axis", "channel_axis")
+                axes = select_options(options, *names)
+                used = weigh_example(x, running, self, example_weight=weight, **axes)
+            return applied(x, used, self.epsilon, **options), state
+        kept = self if self.running is None else Row(self.running, self.mean)
+        batch = measured(x, kept, center=running.mean, two_pass=self.two_pass, **options)
+        used = batch if self.running is None else pooled(batch, self, **per_device(options))
+        y = applied(x, used, self.epsilon, **options)
+        if (population := _population_in(state)) is not None:
+            new = POPULATION[population](running, batch, batch_axis=batch_axis)
+            state = state | {"calls": state["calls"] + 1}
+        else:
+            new = update_running(
+                running,
+                batch,
+                momentum=momentum,  # type: ignore[arg-type]  # not None where there is state
+                correction=self.correction,
+                ghost_update=self.ghost_update,
+                batch_axis=batch_axis,
+            )
+        values = {"mean": new.mean, "var": new.var, population or "count": new.count}
+        return y, state | {
+            name: t.reshape(state[name].shape) for name, t in values.items() if name in state
+        }
+
+    def inference_moments(
+        self,
+        state: State,
+        x_shape: Sequence[int],
+        *,
+        batch_axis: int = 0,
+        channel_axis: int = -1,
+    ) -> Moments | None:
+        if not self.remembers or self.example_weight != 0:
+            return None
+        axes = tuple(x_shape), batch_axis, channel_axis
+        return self._pooled(self._serving(state, *axes), *axes)
+
+    def _serving(self, state: State, x_shape: Shape, batch_axis: int, channel_axis: int) -> Moments:
+        """The running statistics in the shape that serves x, the batch pooled."""
+        old = Moments(state.get(_population_in(state) or "count"), state["mean"], state["var"])  # type: ignore[arg-type]  # None is no count
+        if not isinstance(self.groups, Groups):  # the statistic's numbers, in any arrangement
+            return serving(old, jnp.shape(old.mean), self.groups, x_shape)
+        kept = self.running or self.groups
+        shapes = running_shape(kept, x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
+        return serving(old, *shapes, x_shape)
+
+    def _pooled(
+        self, running: Moments, x_shape: Shape, batch_axis: int, channel_axis: int
+    ) -> Moments:
+        """Running statistics of finer sets as those of this row's."""
+        if self.running is None:
+            return running
+        coarse, _ = resolve(self.any_batch(), x_shape, batch_axis, channel_axis)
+        return pooled_to(running, coarse, batch_axis)
+
+    def _share(self) -> float:
+        """What an example has of its set in training."""
+        split = self.groups.batch if isinstance(self.groups, Groups) else None
+        if not isinstance(split, Size):
+            raise ValueError(
+                "an example's weight at inference is 1 / ghost_size by default. Got "
+                f"{self}, which does not tell the size; expected ghost_size, or an example_weight."
+            )
+        return 1 / split.n
+
+
+def _population_in(state: State) -> str | None:
+    """The count in a state whose update is that of a population, if there is one."""
+    return next((name for name in POPULATION if name in state), None)
