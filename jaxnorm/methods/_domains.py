@@ -5,7 +5,7 @@ placed among them by its own statistics: see `domains`.
 """
 
 import dataclasses
-from typing import Unpack, final
+from typing import Any, Unpack, final
 
 import jax
 import jax.numpy as jnp
@@ -151,10 +151,10 @@ class domain_batch_norm(Method):
         """
         x = inexact(x)
         check_state(state, self, mean=2, var=2)
-        axes: Options = {"batch_axis": batch_axis, "channel_axis": channel_axis}
-        bank = recalled(state, x, axes)
+        options: Any = {"batch_axis": batch_axis, "channel_axis": channel_axis}
+        bank = recalled(state, x, options)
         row = _rows(bank, _labels(domain, x, batch_axis), x, batch_axis)
-        m = measured(x, instance_norm(), weights=weights, **axes)
+        m = measured(x, instance_norm(), **options | {"weights": weights})
         squared = jnp.square(row.mean - m.mean) + jnp.square(_root(row.var) - _root(m.var))
         squared = jnp.where(m.count > 0, squared, 0)
         batch = single_axis(batch_axis, x.shape)
