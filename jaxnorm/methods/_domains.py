@@ -93,7 +93,7 @@ class domain_batch_norm(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
-        check_state(state, self, mean=2, var=2)
+        self._check_fits(state)
         batch_axis = options.get("batch_axis", 0)
         domain = _labels(domain, x, batch_axis)
         bank = recalled(state, x, options.get("channel_axis", -1))
@@ -107,6 +107,13 @@ class domain_batch_norm(Method):
             for name in ("mean", "var")
         }
         return applied(x, _rows(m, domain, x, batch_axis), self.epsilon, **options), new
+
+    def _check_fits(self, state: State) -> None:
+        check_state(state, self, mean=2, var=2)
+        if (count := len(state["mean"])) != self.num_domains:
+            raise ValueError(
+                f"state of {count} domains was given to {self}; expected {self.num_domains}."
+            )
 
     def observe(  # type: ignore[override]  # the hook that layers call
         self,
@@ -152,7 +159,7 @@ class domain_batch_norm(Method):
             is measured in, are our choice.
         """
         x = inexact(x)
-        check_state(state, self, mean=2, var=2)
+        self._check_fits(state)
         bank = recalled(state, x, channel_axis)
         row = _rows(bank, _labels(domain, x, batch_axis), x, batch_axis)
         axes = {"batch_axis": batch_axis, "channel_axis": channel_axis}
