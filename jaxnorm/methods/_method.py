@@ -10,15 +10,16 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, SupportsIndex, TypedDict
+from typing import Any, ClassVar, SupportsIndex, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._core.axes import single_axis
+from jaxnorm._core.axes import axes_of, single_axis
 from jaxnorm._core.checks import check_epsilon, check_flag, check_number
 from jaxnorm._core.devices import AxisName, DeviceGroups
 from jaxnorm._core.groups import Groups, Size
@@ -39,6 +40,16 @@ class Options(TypedDict, total=False):
     dtype: DTypeLike | None
     axis_name: AxisName
     axis_index_groups: DeviceGroups
+    batch_axis: int
+    channel_axis: int
+
+
+class InitOptions(TypedDict, total=False):
+    """What every method takes at `init`."""
+
+    dtype: DTypeLike
+    kernel_shape: Sequence[int]
+    feature_group_count: int
     batch_axis: int
     channel_axis: int
 
@@ -137,31 +148,20 @@ class Method(abc.ABC):
         """
         return _apply(self, x, state, train=train, **options)
 
-    def init(
-        self,
-        x_shape: Sequence[int],
-        *,
-        dtype: DTypeLike = jnp.float32,
-        kernel_shape: Sequence[int] | None = None,
-        feature_group_count: int = 1,
-        batch_axis: int = 0,
-        channel_axis: int = -1,
-    ) -> State:
+    def init(self, x_shape: Sequence[int], **options: Unpack[InitOptions]) -> State:
         """State before the first step.
 
         Args:
             x_shape: shape of x; any number of examples.
-            dtype: of the mean, complex for complex x; for rows of the table.
-            kernel_shape: of the layer in front, for methods that need to know it.
-            feature_group_count: of the layer in front, likewise.
-            batch_axis: axis of the examples.
-            channel_axis: axis of the channels.
+            **options: `batch_axis` and `channel_axis`, 0 and -1 by default; `dtype` of the mean,
+                for rows of the table: complex for complex x; `kernel_shape` and
+                `feature_group_count` of the layer in front, for methods that need to know it.
 
         Returns:
-            Arrays by name; {} where nothing is remembered.
+            Arrays by name, float32; {} where nothing is remembered.
         """
         x_shape = tuple(x_shape)
-        return self.first_state(x_shape[single_axis(channel_axis, x_shape)])
+        return self.first_state(x_shape[single_axis(options.get("channel_axis", -1), x_shape)])
 
     def first_state(self, num_channels: int) -> State:
         """State before the first step, where it depends on the number of channels alone."""
@@ -174,7 +174,7 @@ class Method(abc.ABC):
     @property
     def options(self) -> tuple[str, ...]:
         """Names of the options of `apply` that not every method has."""
-        return tuple(_options(type(self)))
+        return tuple(options_of(type(self).rule))
 
     def row(self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1) -> Any:
         """The row of the table that the method is for x of this shape.
@@ -196,12 +196,7 @@ class Method(abc.ABC):
         return False
 
     def inference_moments(
-        self,
-        state: State,
-        x_shape: Sequence[int],
-        *,
-        batch_axis: int = 0,
-        channel_axis: int = -1,
+        self, state: State, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1
     ) -> Moments | None:
         """The moments with which inference normalizes every x of this shape alike, or None."""
         return None
@@ -211,21 +206,21 @@ class Method(abc.ABC):
 def _apply(
     method: Method, x: Any, state: State, *, train: bool, **options: Any
 ) -> tuple[jax.Array, State]:
-    name, own = type(method).__name__, _options(type(method))
+    name, own = type(method).__name__, options_of(type(method).rule)
     check_flag(train, "train")
     if unknown := sorted(set(options) - {*own, *Options.__annotations__}):
         raise TypeError(
             f"{name} got an unexpected option {', '.join(unknown)}. Expected some of "
             f"{', '.join([*own, *Options.__annotations__])}."
         )
-    x = inexact(x)
+    x, options = inexact(x), {"batch_axis": 0, "channel_axis": -1} | options
     if not method.takes_complex and jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(
             f"{name} is defined for real x. Got {x.dtype}, shape {x.shape}; rows of the table take "
             "complex x."
         )
-    channels = x.shape[single_axis(options.get("channel_axis", -1), x.shape)]
-    learned = method.parameters(channels)
+    features = axes_of(options["channel_axis"], x.shape)
+    learned = method.parameters(math.prod(x.shape[i] for i in features))
     for option in own:
         if options.get(option) is None:
             if option in learned and option not in method.overwritten_by_gradient:
@@ -238,12 +233,12 @@ def _apply(
 
 
 @functools.cache
-def _options(method: type[Method]) -> dict[str, bool]:
-    """The options of a method's rule, and whether it needs them."""
+def options_of(function: Callable[..., Any]) -> dict[str, bool]:
+    """The options of a rule beside those of every method, and whether it needs them."""
     return {
         p.name: p.default is p.empty
-        for p in inspect.signature(method.rule).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name != "train"
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name not in {"train", *Options.__annotations__}
     }
 
 
@@ -261,6 +256,8 @@ def _static(value: Any, what: str) -> Any:
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"{what} is NaN. Expected a number.")
     if value is None or isinstance(value, bool | int | float | str | Size | Groups | Method):
+        return value
+    if is_symbolic_dim(value):  # in a statistic's shape, while a program is exported
         return value
     if isinstance(value, SupportsIndex):
         return value.__index__()
