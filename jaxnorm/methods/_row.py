@@ -190,9 +190,11 @@ class Row(Method):
                 more = select_options(options, "weights", "batch_axis", "channel_axis")
                 used = weigh_example(x, running, self, example_weight=weight, **more)
             return applied(x, used, self.epsilon, **options), state
-        kept = self if self.running is None else Row(self.running, self.mean)
-        batch = measured(x, kept, center=running.mean, two_pass=self.two_pass, **options)
-        used = batch if self.running is None else pooled(batch, self, **per_device(options))
+        batch = measured(x, self._measured, center=running.mean, two_pass=self.two_pass, **options)
+        used = batch
+        if self.running is not None:  # synchronized already
+            coarse, _ = resolve(self, x.shape, batch_axis, channel_axis)
+            used = pooled(batch, coarse, **per_device(options))
         y = applied(x, used, self.epsilon, **options)
         if (population := _population_in(state)) is not None:
             new = POPULATION[population](running, batch, batch_axis=batch_axis)
@@ -219,6 +221,13 @@ class Row(Method):
             return None
         axes = tuple(x_shape), batch_axis, channel_axis
         return self._pooled(self._serving(state, *axes), *axes)
+
+    @property
+    def _measured(self) -> "Row":
+        """The sets that training measures: those of the running statistics, in each ghost batch."""
+        if self.running is None or not isinstance(self.groups, Groups):
+            return self
+        return Row(dataclasses.replace(self.running, batch=self.groups.batch), self.mean)
 
     def _serving(self, state: State, x_shape: Shape, batch_axis: int, channel_axis: int) -> Moments:
         """The running statistics in the shape that serves x, the batch pooled."""
