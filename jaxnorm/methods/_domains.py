@@ -94,7 +94,7 @@ class domain_batch_norm(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
-        check_state(state, self, mean=2, var=2)
+        self._check_fits(state)
         batch_axis = options["batch_axis"]
         domain = _labels(domain, x, batch_axis)
         bank = recalled(state, x, options)
@@ -104,6 +104,13 @@ class domain_batch_norm(Method):
         m = _of_each_domain(x, domain, bank.mean.shape, options)
         new = averages(state, momentum, usable(m), mean=m.mean, var=m.var)
         return applied(x, _rows(m, domain, x, batch_axis), self.epsilon, **options), new
+
+    def _check_fits(self, state: State) -> None:
+        check_state(state, self, mean=2, var=2)
+        if (count := len(state["mean"])) != self.num_domains:
+            raise ValueError(
+                f"state of {count} domains was given to {self}; expected {self.num_domains}."
+            )
 
     @in_explicit_meshes
     def observe(  # type: ignore[override]  # the hook that layers call
@@ -150,7 +157,7 @@ class domain_batch_norm(Method):
             is measured in, are our choice.
         """
         x = inexact(x)
-        check_state(state, self, mean=2, var=2)
+        self._check_fits(state)
         options: Any = {"batch_axis": batch_axis, "channel_axis": channel_axis}
         bank = recalled(state, x, options)
         row = _rows(bank, _labels(domain, x, batch_axis), x, batch_axis)
