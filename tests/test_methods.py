@@ -1,5 +1,5 @@
-"""Every row of the table, and some of one's own, at every rank and in both layouts, against sums over
-their index sets."""
+"""Every row of the table, and some of one's own, at every rank and in both layouts, against sums
+over their index sets."""
 
 from functools import cache
 
