@@ -152,7 +152,7 @@ def test_errors():
         batch_group_norm(4).apply(x, batch_group_norm(9).init(SHAPE), train=True)
     with pytest.raises(ValueError, match="Expected its own state, a dict with mean, var,"):
         batch_group_norm(3).apply(x, batch_group_norm(4).init(SHAPE), train=True)
-    with pytest.raises(ValueError, match="x_shape"):
+    with pytest.raises(ValueError, match="keep positions apart. Got x_shape=None"):
         nnx_layers.Norm(6, batch_group_norm(4), rngs=nnx.Rngs(0))
 
 
