@@ -204,9 +204,12 @@ class Row(Method):
                 axes = select_options(options, *names)
                 used = weigh_example(x, running, self, example_weight=weight, **axes)
             return applied(x, used, self.epsilon, **options), state
-        kept = self if self.running is None else Row(self.running, self.mean)
+        kept = self if self.running is None else Row(self._measured(self.running), self.mean)
         batch = measured(x, kept, center=running.mean, two_pass=self.two_pass, **options)
-        used = batch if self.running is None else pooled(batch, self, **per_device(options))
+        used = batch
+        if self.running is not None:
+            shape, _ = resolve(self, x.shape, batch_axis, channel_axis)
+            used = pooled(batch, shape, **per_device(options))
         y = applied(x, used, self.epsilon, **options)
         if (population := _population_in(state)) is not None:
             new = POPULATION[population](running, batch, batch_axis=batch_axis)
@@ -255,6 +258,13 @@ class Row(Method):
             return running
         coarse, _ = resolve(self.any_batch(), x_shape, batch_axis, channel_axis)
         return pooled_to(running, coarse, batch_axis)
+
+    def _measured(self, running: Groups) -> Groups:
+        """The sets of the running statistics, of each ghost batch: this row's are pooled from them,
+        and `ghost_update` tells the ghosts apart."""
+        if not isinstance(self.groups, Groups):
+            return running
+        return dataclasses.replace(running, batch=self.groups.batch)
 
     def _share(self) -> float:
         """What an example has of its set in training."""
