@@ -49,6 +49,14 @@ class Entry:
         return self.name.split(",")[0]
 
     @property
+    def is_row(self) -> bool:
+        """Whether it is a row of the table for x of these tests."""
+        try:
+            return bool(self.method.row(SHAPE))
+        except (TypeError, ValueError):
+            return False
+
+    @property
     def needs_kernel(self) -> bool:
         """Whether it works on the layer in front of it: x is then that layer's input."""
         return "kernel" in self.method.options
@@ -83,7 +91,9 @@ class Entry:
             name: np.asarray(t) + rng.uniform(0.1, 0.5, t.shape)
             for name, t in self.init(x_shape).items()
         }
-        counts = {name: np.full(state[name].shape, n) for name, n in COUNTS.items() if name in state}
+        counts = {
+            name: np.full(state[name].shape, n) for name, n in COUNTS.items() if name in state
+        }
         return {name: t.astype(dtype) for name, t in (state | counts).items()}
 
     def __call__(self, x, state, train=True, **options):
@@ -144,21 +154,15 @@ REGISTRY = (
     Entry("positional_norm", methods.positional_norm(epsilon=1e-3), **TOKENS),
     Entry("rms_norm", methods.rms_norm(), **TOKENS),
     Entry("instance_rms_norm", methods.instance_rms_norm(), **PER_EXAMPLE),
-    Entry(
-        "batch_renorm", methods.batch_renorm(rmax=1.1, dmax=0.2, momentum=0.7), **EACH_CHANNEL
-    ),
+    Entry("batch_renorm", methods.batch_renorm(rmax=1.1, dmax=0.2, momentum=0.7), **EACH_CHANNEL),
     Entry(
         "momentum_batch_norm",
         methods.momentum_batch_norm(momentum=0.7),
         options={"train_momentum": 0.4},
         **EACH_CHANNEL,
     ),
-    Entry(
-        "memorized_batch_norm", methods.memorized_batch_norm((0.2, 0.3, 0.5)), **EACH_CHANNEL
-    ),
-    Entry(
-        "cross_iteration_norm", methods.cross_iteration_norm(window=2, rho=0.5, momentum=0.7)
-    ),
+    Entry("memorized_batch_norm", methods.memorized_batch_norm((0.2, 0.3, 0.5)), **EACH_CHANNEL),
+    Entry("cross_iteration_norm", methods.cross_iteration_norm(window=2, rho=0.5, momentum=0.7)),
     Entry(
         "moving_average_norm",
         methods.moving_average_norm(window=2, average_from=1, correct_from=1, momentum=0.7),
