@@ -7,10 +7,11 @@ import jax
 from flax import core
 from flax import linen as nn
 
-from jaxnorm import _flax_rules, _layers, _pairs, folding
-from jaxnorm._core.moments import Moments
-from jaxnorm.linen._batch import BatchNorm
-from jaxnorm.linen._rows import Row
+from jaxnorm import _flax_rules, _layers, _pairs, folding, methods
+from jaxnorm.linen._flax_batch_norm import BatchNorm
+from jaxnorm.linen._norm import Norm
+from jaxnorm.methods import Method
+from jaxnorm.methods._row import as_method
 
 Path = tuple[str, ...]
 
@@ -71,7 +72,6 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
     tree = core.unfreeze(dict(variables))
     layers: dict[str, dict[str, Any]] = {}
     norms: dict[str, dict[str, Any]] = {}
-    running: set[str] = set()
 
     def trace(tree: Any, *inputs: Any) -> Any:
         def interceptor(
@@ -89,13 +89,13 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
             if _is_norm(module, *args, **kwargs) and all(
                 _owns(module, tree, name) for name in ("params", "batch_stats")
             ):
-                if name in running:  # the call of its base class
-                    return call(*args, **kwargs)
-                running.add(name)
                 y = call(_pairs.mark(args[0], _pairs.NORM, name), *args[1:], **kwargs)
-                running.discard(name)
-                offset = getattr(module, "unit_offset", False)
-                norms[name] = {"epsilon": module.epsilon, "unit_offset": offset, "dtype": y.dtype}
+                norms[name] = {
+                    "method": _method(module),
+                    "x_shape": y.shape,
+                    "unit_offset": getattr(module, "unit_offset", False),
+                    "dtype": y.dtype,
+                }
                 return y
             return call(*args, **kwargs)
 
@@ -115,14 +115,14 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
         parameters, affine, statistics = nn.meta.unbox(
             (boxed, _get(tree["params"], of), _get(tree["batch_stats"], of))
         )
-        scale = affine.get("scale")
+        scale, method = affine.get("scale"), options["method"]
         kernel, bias = folding.fold(
             parameters["kernel"],
             parameters.get("bias"),
-            Moments(None, statistics["mean"], statistics["var"]),  # type: ignore[arg-type]
+            _layers.moments_to_fold(method, statistics, options["x_shape"]),
             scale=scale + 1 if scale is not None and options["unit_offset"] else scale,
             shift=affine.get("bias"),
-            epsilon=options["epsilon"],
+            epsilon=method.epsilon,
             **layers[layer],
         )
         tree["params"] = _without(tree["params"], of)
@@ -171,24 +171,23 @@ def _is_layer(module: Any) -> bool:
     return type(module) in (nn.Conv, nn.ConvTranspose, nn.Dense) and _flax_rules.is_plain(module)
 
 
+def _method(module: Any) -> Method:
+    """The method of a norm, Flax's own among them."""
+    if isinstance(module, Norm):
+        return as_method(module.method)
+    return methods.batch_norm(epsilon=module.epsilon)
+
+
 def _is_norm(module: Any, x: Any, use_running_average: bool | None = None, **options: Any) -> bool:
     """Whether this call multiplies and shifts each channel by constants of the variables."""
-    use = (
-        getattr(module, "use_running_average", None)
-        if use_running_average is None
-        else use_running_average
-    )
-    if isinstance(module, Row):
-        row = module.row(x.shape) if module.momentum is not None else None
-        kept = row is not None and row.pools_batch and module.measured(row) == row
-        return (
-            kept
-            and _layers.is_constant(x, module.channel_axis, use, options)
-            and folding.fits(module.get_variable("batch_stats", "mean").shape, x.shape[-1])
-        )
-    if isinstance(module, nn.BatchNorm | BatchNorm):
-        return _layers.is_constant(x, module.axis, use, options)
-    return False
+    if not isinstance(module, nn.BatchNorm | BatchNorm | Norm):
+        return False
+    use = module.use_running_average if use_running_average is None else use_running_average
+    axis = module.channel_axis if isinstance(module, Norm) else module.axis
+    if not _layers.is_constant(x, axis, use, options) or "batch_stats" not in module.variables:
+        return False
+    statistics = nn.meta.unbox(module.variables["batch_stats"])
+    return _layers.moments_to_fold(_method(module), statistics, x.shape) is not None
 
 
 def _owns(module: Any, tree: Any, collection: str) -> bool:

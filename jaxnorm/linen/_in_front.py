@@ -1,17 +1,20 @@
-"""The layer in front of a normalization that needs its kernel."""
+"""The layer in front of a normalization that works on it."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import linen as nn
 
+from jaxnorm._layers import check_works_on_layers
+from jaxnorm.methods import Method
+
 
 def in_front(
-    layer: Any, x: jax.Array
-) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], jax.Array]]:
-    """The kernel of a submodule like `nn.Conv` and `nn.Dense`, and the layer as a function of input
-    and kernel."""
+    method: Method, layer: Any, inputs: jax.Array
+) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
+    """What a method makes of a submodule like `nn.Conv` and `nn.Dense`: its x, the options of
+    `apply` and those of `init`."""
+    check_works_on_layers(method)
     if (
         not isinstance(layer, nn.Module)
         or getattr(layer, "use_bias", True)
@@ -23,10 +26,13 @@ def in_front(
             "use_bias=False)."
         )
     if not layer.has_variable("params", "kernel"):
-        layer(x)  # makes it
+        layer(inputs)  # makes it
     alone: Any = layer.clone(parent=None, name=None)
 
     def function(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         return alone.clone(features=kernel.shape[-1]).apply({"params": {"kernel": kernel}}, inputs)
 
-    return nn.meta.unbox(layer.variables["params"]["kernel"]), function
+    kernel = nn.meta.unbox(layer.variables["params"]["kernel"])
+    groups = inputs.shape[-1] // kernel.shape[-2]
+    x, options = method.in_front(inputs, kernel, function)  # type: ignore[misc]
+    return x, options, {"kernel_shape": kernel.shape, "feature_group_count": groups}

@@ -7,8 +7,8 @@ from flax.linen import initializers
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
-from jaxnorm._core.moments import as_array
-from jaxnorm.positional import moment_shortcut
+from jaxnorm._core.moments import Moments, as_array, check_moments
+from jaxnorm.positional import scale_and_shift
 
 
 class DynamicMomentShortcut(nn.Module):
@@ -30,6 +30,7 @@ class DynamicMomentShortcut(nn.Module):
             convolution starts as the first does.
         dtype: of the convolutions; None promotes their input and parameters.
         param_dtype: of the parameters.
+        epsilon: of the normalization that the moments come from, in the unit of its input squared.
         channel_axis: axis of the channels: -1 for NHWC, 1 for NCHW.
 
     Raises:
@@ -37,10 +38,10 @@ class DynamicMomentShortcut(nn.Module):
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from jaxnorm.positional import positional_norm
+        >>> from jaxnorm import methods, norm
         >>> x = jax.random.normal(jax.random.key(0), (4, 8, 8, 6))
-        >>> moments = positional_norm(x)[1:]  # of a layer in the encoder
-        >>> DynamicMomentShortcut().init_with_output(jax.random.key(1), x, *moments)[0].shape
+        >>> y, m = norm(x, methods.positional_norm())  # of a layer in the encoder
+        >>> DynamicMomentShortcut().init_with_output(jax.random.key(1), x, m)[0].shape
         (4, 8, 8, 6)
 
     Reference:
@@ -48,7 +49,7 @@ class DynamicMomentShortcut(nn.Module):
         convolutions of the concatenated mean and standard deviation, with as many channels between
         them as x has, and y = x * f + g. Its first convolution is a transposed one of stride 2 with
         a normalization behind it, its second ends in a ReLU, and shift comes before scale. For
-        these, or any other network, hand what it makes to `positional.moment_shortcut`. 64 channels
+        these, or any other network, hand what it makes to `positional.scale_and_shift`. 64 channels
         between the convolutions are what applications use.
     """
 
@@ -57,25 +58,22 @@ class DynamicMomentShortcut(nn.Module):
     residual: bool = True
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
+    epsilon: float = 1e-5
     channel_axis: int = -1
 
     @nn.compact
-    def __call__(self, x: ArrayLike, mean: ArrayLike, std: ArrayLike) -> jax.Array:
-        """Scale and shift x; mean and std are those of `positional_norm`, with one channel."""
+    def __call__(self, x: ArrayLike, m: Moments) -> jax.Array:
+        """Scale and shift x; m has one channel, as `norm` returns it for `positional_norm`."""
         x = as_array(x)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        t = jnp.concatenate(
-            [jnp.moveaxis(jnp.asarray(m), self.channel_axis, -1) for m in (mean, std)], axis=-1
-        )
+        check_moments(m, "m")
+        mean, std = m.mean, jnp.sqrt(m.var + self.epsilon)
+        t = jnp.concatenate([jnp.moveaxis(t, self.channel_axis, -1) for t in (mean, std)], axis=-1)
         t = nn.relu(nn.Conv(self.hidden_features, self.kernel_size, **dtypes)(t))
         channels = x.shape[self.channel_axis]
         init = initializers.zeros if self.residual else initializers.lecun_normal()
         t = nn.Conv(2 * channels, self.kernel_size, kernel_init=init, **dtypes)(t)
         scale, shift = (jnp.moveaxis(m, -1, self.channel_axis) for m in jnp.split(t, 2, axis=-1))
-        if not self.residual:
-            return moment_shortcut(x, shift, scale, channel_axis=self.channel_axis)
-        mean, std = (
-            jnp.asarray(m) + more.astype(jnp.result_type(m))
-            for m, more in ((mean, shift), (std, scale))
-        )
-        return moment_shortcut(x, mean, std, channel_axis=self.channel_axis)
+        if self.residual:
+            scale, shift = std + scale.astype(std.dtype), mean + shift.astype(mean.dtype)
+        return scale_and_shift(x, scale, shift, channel_axis=self.channel_axis)

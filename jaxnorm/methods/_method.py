@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._core.axes import single_axis
+from jaxnorm._core.axes import axes_of, single_axis
 from jaxnorm._core.checks import check_epsilon, check_flag, check_number
 from jaxnorm._core.devices import AxisName, DeviceGroups
 from jaxnorm._core.groups import Groups, Size
@@ -174,7 +175,7 @@ class Method(abc.ABC):
     @property
     def options(self) -> tuple[str, ...]:
         """Names of the options of `apply` that not every method has."""
-        return tuple(_options(type(self)))
+        return tuple(options_of(type(self).rule))
 
     def row(self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1) -> Any:
         """The row of the table that the method is for x of this shape.
@@ -211,7 +212,7 @@ class Method(abc.ABC):
 def _apply(
     method: Method, x: Any, state: State, *, train: bool, **options: Any
 ) -> tuple[jax.Array, State]:
-    name, own = type(method).__name__, _options(type(method))
+    name, own = type(method).__name__, options_of(type(method).rule)
     check_flag(train, "train")
     if unknown := sorted(set(options) - {*own, *Options.__annotations__}):
         raise TypeError(
@@ -224,8 +225,8 @@ def _apply(
             f"{name} is defined for real x. Got {x.dtype}, shape {x.shape}; rows of the table take "
             "complex x."
         )
-    channels = x.shape[single_axis(options.get("channel_axis", -1), x.shape)]
-    learned = method.parameters(channels)
+    features = axes_of(options.get("channel_axis", -1), x.shape)
+    learned = method.parameters(math.prod(x.shape[i] for i in features))
     for option in own:
         if options.get(option) is None:
             if option in learned and option not in method.overwritten_by_gradient:
@@ -238,12 +239,12 @@ def _apply(
 
 
 @functools.cache
-def _options(method: type[Method]) -> dict[str, bool]:
-    """The options of a method's rule, and whether it needs them."""
+def options_of(function: Callable[..., Any]) -> dict[str, bool]:
+    """The options of a rule beside those of every method, and whether it needs them."""
     return {
         p.name: p.default is p.empty
-        for p in inspect.signature(method.rule).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name != "train"
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name not in {"train", *Options.__annotations__}
     }
 
 
@@ -261,6 +262,8 @@ def _static(value: Any, what: str) -> Any:
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"{what} is NaN. Expected a number.")
     if value is None or isinstance(value, bool | int | float | str | Size | Groups | Method):
+        return value
+    if is_symbolic_dim(value):  # in a statistic's shape, while a program is exported
         return value
     if isinstance(value, SupportsIndex):
         return value.__index__()

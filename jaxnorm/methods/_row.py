@@ -277,6 +277,18 @@ class Row(Method):
         return 1 / split.n
 
 
+def as_method(method: object) -> Method:
+    """The method that an argument `method` is; `Groups` stand for their row."""
+    if isinstance(method, Groups):
+        return Row(method)
+    if isinstance(method, Method):
+        return method
+    raise TypeError(
+        f"method is a value of jaxnorm.methods or a Groups. Got {method!r}; expected for example "
+        "methods.layer_norm() or methods.group_norm(4)."
+    )
+
+
 def _population_in(state: State) -> str | None:
     """The count in a state whose update is that of a population, if there is one."""
     return next((name for name in POPULATION if name in state), None)

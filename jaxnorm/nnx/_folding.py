@@ -9,11 +9,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxnorm import _flax_rules, _layers, _pairs, folding
-from jaxnorm._core.moments import Moments
+from jaxnorm import _flax_rules, _layers, _pairs, folding, methods
+from jaxnorm._core.axes import Shape
 from jaxnorm._layers import Activation
-from jaxnorm.nnx._batch import BatchNorm
-from jaxnorm.nnx._rows import Row
+from jaxnorm.methods import Method
+from jaxnorm.nnx._flax_batch_norm import BatchNorm
+from jaxnorm.nnx._norm import Norm
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -72,9 +73,9 @@ def fold_norms(model: Model, *example: Any, forward: Callable[..., Any] | None =
         See `folding.fold`.
     """
     run = forward or (lambda model, *inputs: model(*inputs))
-    probe, dtypes = nnx.clone(model), {}
+    probe, outputs = nnx.clone(model), {}
     for path, module in _modules(probe).items():
-        _probe(module, path, dtypes)
+        _probe(module, path, outputs)
     graph, state = nnx.split(probe)
 
     def trace(state: Any, *inputs: Any) -> Any:
@@ -102,7 +103,7 @@ def fold_norms(model: Model, *example: Any, forward: Callable[..., Any] | None =
         if all(holders[id(t)] == 1 for t in own) and all(
             n <= 1 for n in _values(uses[layer]).values()
         ):
-            _fold(modules[layer], modules[norm], dtypes[norm])
+            _fold(modules[layer], modules[norm], *outputs[norm])
     return copy
 
 
@@ -111,8 +112,9 @@ def _modules(model: Any) -> dict[str, Any]:
     return {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
 
 
-def _fold(layer: Any, norm: Any, dtype: Any) -> None:
+def _fold(layer: Any, norm: Any, x_shape: Shape, dtype: Any) -> None:
     """Change a layer and its norm in place."""
+    method = _method(norm)
     output_axis = -2 if getattr(layer, "transpose_kernel", False) else -1
     scale, shift, bias = (
         None if t is None else t[...] for t in (norm.scale, norm.bias, layer.bias)
@@ -120,10 +122,10 @@ def _fold(layer: Any, norm: Any, dtype: Any) -> None:
     kernel, bias = folding.fold(
         layer.kernel[...],
         bias,
-        Moments(None, norm.mean[...], norm.var[...]),  # type: ignore[reportArgumentType]
+        _layers.moments_to_fold(method, _statistics(norm), x_shape),
         scale=scale + 1 if scale is not None and getattr(norm, "unit_offset", False) else scale,
         shift=shift,
-        epsilon=norm.epsilon,
+        epsilon=method.epsilon,
         output_axis=output_axis,
     )
     layer.kernel[...] = kernel
@@ -176,7 +178,7 @@ class _Probe:
         )
 
 
-def _probe(module: Any, name: str, dtypes: dict[str, Any]) -> None:
+def _probe(module: Any, name: str, outputs: dict[str, Any]) -> None:
     """Let a module that can be of a pair mark what it takes or gives."""
     of = type(module)
 
@@ -188,12 +190,12 @@ def _probe(module: Any, name: str, dtypes: dict[str, Any]) -> None:
         if _is_constant(self, x, *args, **kwargs) and self._is_own():
             x = _pairs.mark(x, _pairs.NORM, name)
         y = of.__call__(self, x, *args, **kwargs)
-        dtypes[name] = y.dtype
+        outputs[name] = y.shape, y.dtype
         return y
 
     if of in (nnx.Conv, nnx.ConvTranspose, nnx.Linear) and _flax_rules.is_plain(module):
         call = layer
-    elif isinstance(module, nnx.BatchNorm | BatchNorm | Row) and isinstance(
+    elif isinstance(module, nnx.BatchNorm | BatchNorm | Norm) and isinstance(
         getattr(module, "mean", None), nnx.BatchStat
     ):
         call = norm
@@ -218,11 +220,18 @@ def _is_constant(
         name: getattr(module, name, None) for name in ("update_running_average", "example_weight")
     }
     options = set_options | {name: value for name, value in options.items() if value is not None}
-    if isinstance(module, Row):
-        row = module._row(x.shape)
-        return (
-            module._measured(row) == row
-            and _layers.is_constant(x, module.channel_axis, use, options)
-            and folding.fits(module.mean.shape, x.shape[-1])
-        )
-    return _layers.is_constant(x, module.axis, use, options)
+    axis = module.channel_axis if isinstance(module, Norm) else module.axis
+    if not _layers.is_constant(x, axis, use, options):
+        return False
+    method = _method(module)
+    return _layers.moments_to_fold(method, _statistics(module), x.shape) is not None
+
+
+def _method(norm: Any) -> Method:
+    """The method of a norm, Flax's own among them."""
+    return norm.method if isinstance(norm, Norm) else methods.batch_norm(epsilon=norm.epsilon)
+
+
+def _statistics(norm: Any) -> dict[str, jax.Array]:
+    names = ("mean", "var") if not isinstance(norm, Norm) else norm._names
+    return {name: getattr(norm, name)[...] for name in names}

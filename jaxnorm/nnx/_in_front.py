@@ -1,16 +1,17 @@
-"""The layer in front of a normalization that needs its kernel."""
+"""The layer in front of a normalization that works on it."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
+from jaxnorm._layers import check_works_on_layers
+from jaxnorm.methods import Method
 
-def in_front(layer: Any) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], jax.Array]]:
-    """The kernel of a layer like `nnx.Conv` and `nnx.Linear`, and the layer as a function of input
-    and kernel."""
-    check_in_front(layer)
+
+def in_front(method: Method, layer: Any, inputs: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    """What a method makes of a layer like `nnx.Conv` and `nnx.Linear`: its x, and the options of
+    `apply`."""
 
     def function(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         parts: tuple[Any, Any] = nnx.split(layer)
@@ -19,10 +20,12 @@ def in_front(layer: Any) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], ja
         copy: Any = nnx.merge(definition, state)
         return copy(inputs)
 
-    return layer.kernel[...], function
+    return method.in_front(inputs, layer.kernel[...], function)  # type: ignore[misc]
 
 
-def check_in_front(layer: Any) -> None:
+def check_in_front(method: Method, layer: Any, num_features: int) -> dict[str, Any]:
+    """The options of `init` that describe the layer, once it is known to be one."""
+    check_works_on_layers(method)
     if (
         not isinstance(layer, nnx.Module)
         or not hasattr(layer, "kernel")
@@ -33,3 +36,11 @@ def check_in_front(layer: Any) -> None:
             "expected for example nnx.Conv(3, 64, (3, 3), use_bias=False, rngs=rngs) or "
             "nnx.Linear(3, 64, use_bias=False, rngs=rngs)."
         )
+    shape = layer.kernel.shape
+    if shape[-1] != num_features:
+        raise ValueError(
+            f"num_features={num_features} and a layer in front with {shape[-1]} outputs, whose "
+            f"kernel has shape {shape}. Expected as many."
+        )
+    groups = getattr(layer, "feature_group_count", 1)
+    return {"kernel_shape": shape, "feature_group_count": groups}

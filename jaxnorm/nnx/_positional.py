@@ -7,8 +7,8 @@ from flax.nnx.nn import initializers
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
-from jaxnorm._core.moments import as_array
-from jaxnorm.positional import moment_shortcut
+from jaxnorm._core.moments import Moments, as_array, check_moments
+from jaxnorm.positional import scale_and_shift
 
 
 class DynamicMomentShortcut(nnx.Module):
@@ -31,6 +31,7 @@ class DynamicMomentShortcut(nnx.Module):
             convolution starts as the first does.
         dtype: of the convolutions; None promotes their input and parameters.
         param_dtype: of the parameters.
+        epsilon: of the normalization that the moments come from, in the unit of its input squared.
         channel_axis: axis of the channels: -1 for NHWC, 1 for NCHW.
         rngs: random number streams for the initializers.
 
@@ -40,10 +41,10 @@ class DynamicMomentShortcut(nnx.Module):
     Example:
         >>> import jax
         >>> from flax import nnx
-        >>> from jaxnorm.positional import positional_norm
+        >>> from jaxnorm import methods, norm
         >>> x = jax.random.normal(jax.random.key(0), (4, 8, 8, 6))
-        >>> moments = positional_norm(x)[1:]  # of a layer in the encoder
-        >>> DynamicMomentShortcut(6, rngs=nnx.Rngs(0))(x, *moments).shape
+        >>> y, m = norm(x, methods.positional_norm())  # of a layer in the encoder
+        >>> DynamicMomentShortcut(6, rngs=nnx.Rngs(0))(x, m).shape
         (4, 8, 8, 6)
 
     Reference:
@@ -51,7 +52,7 @@ class DynamicMomentShortcut(nnx.Module):
         convolutions of the concatenated mean and standard deviation, with as many channels between
         them as x has, and y = x * f + g. Its first convolution is a transposed one of stride 2 with
         a normalization behind it, its second ends in a ReLU, and shift comes before scale. For
-        these, or any other network, hand what it makes to `positional.moment_shortcut`. 64 channels
+        these, or any other network, hand what it makes to `positional.scale_and_shift`. 64 channels
         between the convolutions are what applications use.
     """
 
@@ -64,10 +65,11 @@ class DynamicMomentShortcut(nnx.Module):
         residual: bool = True,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
+        epsilon: float = 1e-5,
         channel_axis: int = -1,
         rngs: nnx.Rngs,
     ):
-        self.channel_axis, self.residual = channel_axis, residual
+        self.channel_axis, self.residual, self.epsilon = channel_axis, residual, epsilon
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         init = initializers.zeros_init() if residual else initializers.lecun_normal()
         self.first = nnx.Conv(2, hidden_features, kernel_size, rngs=rngs, **dtypes)
@@ -75,17 +77,13 @@ class DynamicMomentShortcut(nnx.Module):
             hidden_features, 2 * num_features, kernel_size, kernel_init=init, rngs=rngs, **dtypes
         )
 
-    def __call__(self, x: ArrayLike, mean: ArrayLike, std: ArrayLike) -> jax.Array:
-        """Scale and shift x; mean and std are those of `positional_norm`, with one channel."""
-        t = jnp.concatenate(
-            [jnp.moveaxis(jnp.asarray(m), self.channel_axis, -1) for m in (mean, std)], axis=-1
-        )
+    def __call__(self, x: ArrayLike, m: Moments) -> jax.Array:
+        """Scale and shift x; m has one channel, as `norm` returns it for `positional_norm`."""
+        check_moments(m, "m")
+        mean, std = m.mean, jnp.sqrt(m.var + self.epsilon)
+        t = jnp.concatenate([jnp.moveaxis(t, self.channel_axis, -1) for t in (mean, std)], axis=-1)
         t = self.second(nnx.relu(self.first(t)))
         scale, shift = (jnp.moveaxis(m, -1, self.channel_axis) for m in jnp.split(t, 2, axis=-1))
-        if not self.residual:
-            return moment_shortcut(as_array(x), shift, scale, channel_axis=self.channel_axis)
-        mean, std = (
-            jnp.asarray(m) + more.astype(jnp.result_type(m))
-            for m, more in ((mean, shift), (std, scale))
-        )
-        return moment_shortcut(as_array(x), mean, std, channel_axis=self.channel_axis)
+        if self.residual:
+            scale, shift = std + scale.astype(std.dtype), mean + shift.astype(mean.dtype)
+        return scale_and_shift(as_array(x), scale, shift, channel_axis=self.channel_axis)

@@ -8,11 +8,13 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
-from jaxnorm import _flax_rules
+from jaxnorm import _flax_rules, _layers
+from jaxnorm._core.checks import check_number
 from jaxnorm._core.moments import as_array
+from jaxnorm._core.state import init_running
 from jaxnorm._flax_rules import Axes
 from jaxnorm._layers import Activation
-from jaxnorm.nnx._call import NONE, Metadata, StatefulLayer, ones, promote_dtype, zeros
+from jaxnorm.nnx._variables import NONE, Metadata, StatefulLayer, ones, promote_dtype, zeros
 
 
 class BatchNorm(StatefulLayer):
@@ -48,8 +50,6 @@ class BatchNorm(StatefulLayer):
             momentum outside 0 to 1.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
         >>> layer = BatchNorm(3, rngs=nnx.Rngs(0))
         >>> layer(jnp.ones((4, 8, 8, 3))).shape, layer.mean.shape
         ((4, 8, 8, 3), (3,))
@@ -83,7 +83,9 @@ class BatchNorm(StatefulLayer):
         unit_offset: bool = False,
     ):
         self._construct(locals())
-        self._make_running((num_features,))
+        is_complex = dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating)
+        first = init_running((num_features,), dtype=jnp.complex64 if is_complex else jnp.float32)
+        self.mean, self.var = nnx.BatchStat(first.mean), nnx.BatchStat(first.var)
 
     def __call__(
         self,
@@ -99,9 +101,21 @@ class BatchNorm(StatefulLayer):
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much, and
         `example_weight` is `inference.weigh_example`'s, with running statistics."""
+        check_number(self.momentum, "momentum", at_least=0, at_most=1)
         x = as_array(x)
-        shape = _flax_rules.keep_axes(x, self.axis)
-        flags = use_running_average, update_running_average
-        weight = self._weight(example_weight, self._uses_running(use_running_average))
-        running = self._running(x, (self.num_features,), shape, *flags, example_weight=weight)
-        return self._apply(x, shape, (scale, bias), self.axis, mask, activation, running=running)
+        row = _layers.flax_row(_flax_rules.keep_axes(x, self.axis), self, momentum=0.99)
+        use, update = self._flags(use_running_average, update_running_average)
+        return self._call(
+            row,
+            x,
+            self.axis,
+            state=self._state(row, ("mean", "var")),
+            use=use,
+            update=update,
+            momentum=self.momentum,
+            example_weight=self._weight(example_weight, use),
+            mask=mask,
+            scale=scale,
+            bias=bias,
+            activation=activation,
+        )

@@ -39,7 +39,7 @@ def population_statistics(
     Raises:
         ValueError: no batches or nothing updated, another reducer, a layer that is called twice in
             a batch, a layer with another rule of update, such as Flax's own, or with other
-            statistics, such as `BatchRenorm`.
+            statistics, such as those of `batch_renorm`.
 
     Example:
         >>> import jax.numpy as jnp

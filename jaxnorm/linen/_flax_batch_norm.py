@@ -8,11 +8,13 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jaxnorm import _flax_rules
+from jaxnorm import _flax_rules, _layers
+from jaxnorm._core.checks import check_number
 from jaxnorm._core.moments import as_array
+from jaxnorm._core.state import init_running
 from jaxnorm._flax_rules import Axes
 from jaxnorm._layers import Activation
-from jaxnorm.linen._call import State, call, ones, uses_running, zeros
+from jaxnorm.linen._variables import call, ones, state_dtype, zeros
 
 
 class BatchNorm(nn.Module):
@@ -95,11 +97,23 @@ class BatchNorm(nn.Module):
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much, and
         `example_weight` is `inference.weigh_example`'s, with running statistics."""
-        use = uses_running(self, use_running_average)
+        check_number(self.momentum, "momentum", at_least=0, at_most=1)
         x = as_array(x)
-        shape = _flax_rules.keep_axes(x, self.axis)
-        state = State(self, x, _flax_rules.feature_shape(x, self.axis), shape)
-        running = state.running(use, update_running_average, example_weight=example_weight)
+        row = _layers.flax_row(_flax_rules.keep_axes(x, self.axis), self, momentum=0.99)
+        dtype = state_dtype(self, x)
+        first = init_running(_flax_rules.feature_shape(x, self.axis), dtype=dtype)
         return call(
-            self, x, shape, (scale, bias), self.axis, mask, activation, state=state, running=running
+            self,
+            row,
+            x,
+            self.axis,
+            first={"mean": first.mean, "var": first.var},
+            mask=mask,
+            use_running_average=use_running_average,
+            update_running_average=update_running_average,
+            momentum=self.momentum,
+            example_weight=example_weight,
+            scale=scale,
+            bias=bias,
+            activation=activation,
         )

@@ -1,0 +1,130 @@
+"""The variables of a linen layer, and one call of its method with them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import initializers
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from jax.typing import ArrayLike
+
+from jaxnorm import _flax_rules, _layers
+from jaxnorm._core.axes import Shape
+from jaxnorm._core.checks import check_flag
+from jaxnorm._core.devices import check_named
+from jaxnorm._flax_rules import Axes
+from jaxnorm.methods import Method
+from jaxnorm.methods._method import State
+
+zeros, ones = initializers.zeros, initializers.ones
+
+
+def uses_running(module: Any, given: bool | None) -> bool:
+    """Whether to normalize with the running statistics: said by the layer or by the call."""
+    name = "use_running_average"
+    return check_flag(nn.merge_param(name, module.use_running_average, given), name)
+
+
+def call(
+    module: Any,
+    method: Method,
+    x: jax.Array,
+    feature_axes: Axes,
+    *,
+    first: State | None = None,
+    mask: ArrayLike | None = None,
+    use_running_average: bool | None = None,
+    update_running_average: bool | None = None,
+    **options: Any,
+) -> jax.Array:
+    """What every layer does: its variables, the dtype of the output, and the method.
+
+    `first` is the state before the first step; its arrays are variables of the collection
+    batch_stats.
+    """
+    dtype, options = _affine(module, x, feature_axes, options)
+    x = _flax_rules.wide_enough(x, dtype)
+    options |= {"weights": mask, "dtype": dtype, "channel_axis": feature_axes}
+    options |= {"batch_axis": getattr(module, "batch_axis", 0)}
+    check_named(module.axis_name, module.axis_index_groups)
+    if not module.is_initializing():  # which happens outside of the map that has the named axis
+        names = ("axis_name", "axis_index_groups")
+        options |= {name: getattr(module, name) for name in names}
+    if not first:
+        return method.apply(x, {}, train=True, **options)[0]
+    use = uses_running(module, use_running_average)
+    update = _layers.whether_to_update(use, update_running_average)
+    update = update and not module.is_initializing()
+    variables = {
+        name: module.variable("batch_stats", name, lambda t=t: t) for name, t in first.items()
+    }
+    variables |= {
+        name: module.variable("batch_stats", name)
+        for name in method.also_in_state
+        if name not in first and module.has_variable("batch_stats", name)
+    }
+    old = {name: variable.value for name, variable in variables.items()}
+    y, new = _layers.run(method, x, old, use, update, options)
+    if update:
+        for name, variable in variables.items():
+            variable.value = new[name]
+    return y
+
+
+def _affine(
+    module: Any, x: jax.Array, feature_axes: Axes, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The dtype of the output, and the options with the scale and bias to use."""
+    features = _flax_rules.feature_shape(x, feature_axes)
+    scale = _scale_or_bias(module, "scale", options.get("scale"), features)
+    bias = _scale_or_bias(module, "bias", options.get("bias"), features)
+    dtype = _flax_rules.output_dtype(x, scale, bias, dtype=module.dtype)
+    return dtype, options | {"scale": scale, "bias": bias}
+
+
+def _scale_or_bias(
+    module: Any, name: str, given: ArrayLike | None, shape: Shape
+) -> jax.Array | None:
+    """The layer's own, or what was given in its place at the call."""
+    own = getattr(module, f"use_{name}", False)
+    if given is not None:
+        if own:
+            raise ValueError(
+                f"{name} was given at the call, but the layer has its own. Expected one of the "
+                f"two: construct it with use_{name}=False."
+            )
+        return jnp.asarray(given)
+    if not own:
+        return None
+    init = getattr(module, f"{name}_init")
+    if name == "scale" and module.unit_offset:
+        return 1 + module.param(name, lambda *args: init(*args) - 1, shape, module.param_dtype)
+    return module.param(name, init, shape, module.param_dtype)
+
+
+def learned(module: Any, method: Method, num_channels: int) -> dict[str, jax.Array]:
+    """What a method learns beside scale and bias: parameters of the layer."""
+    inits: Mapping[str, Any] = module.inits or {}
+    first = method.parameters(num_channels)
+    _layers.check_inits(method, inits, first)
+    values = {}
+    for name, value in first.items():
+        init = inits.get(name, lambda _, shape, dtype, value=value: jnp.asarray(value, dtype))
+        if name not in method.overwritten_by_gradient:
+            values[name] = module.param(name, init, value.shape, module.param_dtype)
+        # At inference the collection may be left out.
+        elif module.is_initializing() or module.has_variable(OVERWRITE_WITH_GRADIENT, name):
+            values[name] = module.variable(OVERWRITE_WITH_GRADIENT, name, jnp.asarray, value).value
+    return values
+
+
+def state_dtype(module: Any, x: jax.Array) -> Any:
+    """The dtype of running means: complex where x or the output is, else float32, or what Flax's
+    field says."""
+    if jnp.iscomplexobj(x) or jnp.issubdtype(
+        jnp.dtype(module.dtype or x.dtype), jnp.complexfloating
+    ):
+        return jnp.complex64
+    return jnp.float32 if getattr(module, "force_float32_reductions", True) else module.param_dtype

@@ -1,0 +1,212 @@
+"""One layer for every method."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
+from jax.typing import ArrayLike
+
+from jaxnorm import _flax_rules, _layers
+from jaxnorm._core.axes import Shape
+from jaxnorm._core.groups import Groups
+from jaxnorm._core.moments import as_array
+from jaxnorm._layers import Activation
+from jaxnorm.methods import Method
+from jaxnorm.methods._method import State
+from jaxnorm.methods._row import as_method
+from jaxnorm.nnx._in_front import check_in_front, in_front
+from jaxnorm.nnx._variables import NONE, Metadata, StatefulLayer, ones, promote_dtype, zeros
+
+
+class Tap(nnx.Variable):
+    """A variable to differentiate by, and to replace by its gradient: see
+    `methods.moving_average_norm`."""
+
+
+class Observation(nnx.Intermediate):
+    """What a layer stores of its method's observations under `nnx.capture(model, Observation)`:
+    for `methods.domain_batch_norm` the `distance` of each example from the domain, (N,)."""
+
+
+class Norm(StatefulLayer):
+    """Any method as a layer.
+
+        y, state = method.apply(x, state, ...)
+
+    The layer holds what the method remembers in variables `nnx.BatchStat` of the names of its
+    state, such as `mean` and `var`, (C,), for batch norm; and what it learns in `nnx.Param`:
+    `scale` and `bias`, (C,), and the parameters of the method by their names. Methods that remember
+    nothing ignore `use_running_average`. The epsilon and the momentum are the method's.
+
+    At the call the layer also takes the options of its method: `rmax=` of `batch_renorm`, `domain=`
+    of `domain_batch_norm`, `example_weight=` of rows of the table at inference. Under
+    `nnx.capture(model, Observation)` it stores what the method observes. A parameter that is
+    replaced by its gradient is a `Tap`, as in the second example.
+
+    Args:
+        num_features: channels, the size of scale and bias.
+        method: a value of `jaxnorm.methods`, such as `methods.group_norm(32)`, or `Groups`.
+        layer: the layer in front, for methods that work on it (`cross_iteration_norm` and, with a
+            centralized kernel, `moving_average_norm`): `nnx.Conv` or `nnx.Linear` with
+            use_bias=False and num_features outputs.
+        use_running_average: normalize with the running statistics; the call takes precedence.
+        dtype: of the output; None promotes input, statistics and parameters.
+        param_dtype: of the parameters.
+        use_bias: add a learned bias.
+        use_scale: multiply by a learned scale.
+        bias_init: initializer of the bias.
+        scale_init: initializer of the scale.
+        inits: initializers of what the method learns, by name.
+        axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
+        axis_index_groups: groups of indices of that axis that share statistics.
+        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
+            statistics here.
+        unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
+        batch_axis: axis of the examples.
+        channel_axis: axis of the channels: -1 for NHWC, 1 for NCHW.
+        x_shape: shape of an input, where the state belongs to one image size; any number of
+            examples.
+        rngs: random number streams for the initializers.
+        bias_metadata: for the bias variable.
+        scale_metadata: for the scale variable.
+
+    Raises:
+        TypeError: an option that the method does not take.
+        ValueError: axes that do not split, running statistics of another shape, `x_shape` missing,
+            a layer in front with a bias or for a method that does not work on it, `inits` of
+            another name.
+
+    Example:
+        >>> from jaxnorm import methods
+        >>> layer = Norm(16, methods.batch_group_norm(4), rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 8, 8, 16))).shape, layer.mean.shape
+        ((2, 8, 8, 16), (4,))
+
+    Example: a step of training with a tap.
+        >>> import optax
+        >>> rngs = nnx.Rngs(0)
+        >>> conv = nnx.Conv(3, 16, (3, 3), use_bias=False, rngs=rngs)
+        >>> layer = Norm(16, methods.moving_average_norm(), layer=conv, rngs=rngs)
+        >>> optimizer = nnx.Optimizer(layer, optax.sgd(0.1), wrt=nnx.Param)
+        >>> @nnx.jit
+        ... def step(layer, optimizer, x):
+        ...     loss = lambda layer: jnp.sin(layer(x)).sum()
+        ...     gradients = nnx.grad(loss, argnums=nnx.DiffState(0, (nnx.Param, Tap)))(layer)
+        ...     params, taps = nnx.split_state(gradients, nnx.Param, Tap)
+        ...     optimizer.update(layer, params)
+        ...     nnx.update(layer, taps)
+        >>> step(layer, optimizer, jax.random.normal(jax.random.key(1), (4, 8, 8, 3)))
+        >>> layer.tap.shape, int(layer.step[...])
+        ((16,), 1)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        method: Method | Groups,
+        *,
+        layer: nnx.Module | None = None,
+        use_running_average: bool | None = False,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        inits: Mapping[str, Initializer] = NONE,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        promote_dtype: PromoteDtypeFn = promote_dtype,
+        unit_offset: bool = False,
+        batch_axis: int = 0,
+        channel_axis: int = -1,
+        x_shape: Shape | None = None,
+        rngs: nnx.Rngs,
+        bias_metadata: Metadata = NONE,
+        scale_metadata: Metadata = NONE,
+    ):
+        self._construct(locals(), leave_out=("inits", "x_shape"))
+        self.method = as_method(method)
+        first = self._first_state(x_shape)
+        self._names = tuple(first)
+        for name, value in first.items():
+            setattr(self, name, nnx.BatchStat(value))
+        learned = self.method.parameters(num_features)
+        _layers.check_inits(self.method, inits, learned)
+        for name, value in learned.items():
+            value = jnp.asarray(value)
+            if name in inits:
+                value = inits[name](rngs.params(), value.shape, param_dtype)
+            is_tap = name in self.method.overwritten_by_gradient
+            setattr(self, name, Tap(value) if is_tap else nnx.Param(value.astype(param_dtype)))
+
+    def _first_state(self, x_shape: Shape | None) -> State:
+        method, front = self.method, {}
+        if self.layer is not None:
+            front = check_in_front(method, self.layer, self.num_features)
+        is_complex = self.dtype is not None and jnp.issubdtype(self.dtype, jnp.complexfloating)
+        dtype = jnp.complex64 if is_complex else jnp.float32
+        if x_shape is not None:
+            axes = {"batch_axis": self.batch_axis, "channel_axis": self.channel_axis}
+            return method.any_batch().init(x_shape, dtype=dtype, **axes, **front)
+        if method.keeps_positions(self.num_features):
+            raise ValueError(
+                f"running statistics of {method} keep positions apart. Got x_shape=None; expected "
+                "the shape of an input, any number of examples."
+            )
+        return method.any_batch().init((1, self.num_features), dtype=dtype, **front)
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        update_running_average: bool | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+        activation: Activation | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """Normalize x.
+
+        Args:
+            x: with examples and channels; input of the layer in front where there is one.
+            use_running_average: normalize with the running statistics.
+            mask: broadcasts against x and says what counts, or how much.
+            update_running_average: update the state; None does where it is not used.
+            scale: in place of the layer's own, (C,) or (N, C), with `use_scale=False`.
+            bias: likewise.
+            activation: applied to the output, and recomputed in the backward pass.
+            **options: of the method.
+        """
+        method, x = self.method, as_array(x)
+        learned = method.parameters(self.num_features)
+        _layers.check_call(method, options, learned)
+        options |= {name: getattr(self, name)[...] for name in learned}
+        if self.layer is not None:
+            x, more = in_front(method, self.layer, _flax_rules.wide_enough(x, x.dtype))
+            options |= more
+        options |= {"mask": mask, "scale": scale, "bias": bias, "activation": activation}
+        if not self._names:
+            y = self._call(method, x, self.channel_axis, state={}, **options)
+        else:
+            use, update = self._flags(use_running_average, update_running_average)
+            weight = self._weight(options.pop("example_weight", None), use)
+            _layers.check_weighs_examples(method, weight)
+            options |= {} if weight is None else {"example_weight": weight}
+            flags = {"use": use, "update": update}
+            state = self._state(method, self._names)
+            y = self._call(method, x, self.channel_axis, state=state, **flags, **options)
+        # Elsewhere nnx would keep what it is given, and warn.
+        if method.observe is not None and hasattr(self, "__captures__"):
+            axes = {"batch_axis": self.batch_axis, "channel_axis": self.channel_axis}
+            state = self._state(method, self._names)
+            wide = _flax_rules.wide_enough(x, jnp.float32)
+            seen = _layers.observations(method, wide, state, options | axes | {"weights": mask})
+            for name, value in seen.items():
+                self.sow(Observation, name, value)
+        return y

@@ -1,0 +1,173 @@
+"""The variables of an nnx layer, and one call of its method with them."""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes, initializers
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxnorm import _flax_rules, _layers
+from jaxnorm._core.checks import check_flag
+from jaxnorm._core.devices import check_named
+from jaxnorm._flax_rules import Axes
+from jaxnorm.methods import Method
+from jaxnorm.methods._method import State
+
+zeros, ones = initializers.zeros_init(), initializers.ones_init()
+promote_dtype = dtypes.promote_dtype
+Metadata = Mapping[str, Any]
+NONE: Metadata = MappingProxyType({})
+
+
+class Layer(nnx.Module):
+    """Scale and bias of a layer, and one call of its method."""
+
+    if TYPE_CHECKING:  # attributes are the arguments of a constructor, see _construct
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    # what a class has no option for
+    has_bias: bool = True
+    use_bias: bool = False
+    batch_axis: int = 0
+
+    def _construct(self, options: dict[str, Any], leave_out: tuple[str, ...] = ()) -> None:
+        """Keep a constructor's arguments as attributes and make scale and bias, in this order, as
+        Flax does."""
+        leave_out = ("self", "__class__", *leave_out)
+        options = {name: value for name, value in options.items() if name not in leave_out}
+        rngs = options.pop("rngs")
+        made = {
+            name: (options.pop(f"{name}_init", zeros), options.pop(f"{name}_metadata", NONE))
+            for name in ("scale", "bias")
+        }
+        for name, value in options.items():
+            setattr(self, name, value)
+        check_named(self.axis_name, self.axis_index_groups)
+        for name, (init, metadata) in made.items():
+            if not getattr(self, f"use_{name}"):
+                setattr(self, name, nnx.data(None))
+                continue
+            value = init(rngs.params(), (self.num_features,), self.param_dtype)
+            value = value - 1 if name == "scale" and self.unit_offset else value
+            setattr(self, name, nnx.Param(value, **metadata))
+
+    def _scale_or_bias(
+        self, name: str, given: ArrayLike | None, x: jax.Array, axes: Axes
+    ) -> jax.Array | None:
+        """The layer's own, or what was given in its place at the call."""
+        own = getattr(self, name, None)
+        if given is not None and own is not None:
+            raise ValueError(
+                f"{name} was given at the call, but the layer has its own. Expected one of the "
+                f"two: construct it with use_{name}=False."
+            )
+        if own is None:
+            return None if given is None else jnp.asarray(given)
+        features = _flax_rules.feature_shape(x, axes)
+        value = own[...]
+        value = value + 1 if name == "scale" and self.unit_offset else value
+        return value.reshape(features) if value.size == math.prod(features) else value
+
+    def _call(
+        self,
+        method: Method,
+        x: jax.Array,
+        feature_axes: Axes,
+        *,
+        state: State,
+        use: bool = False,
+        update: bool = False,
+        mask: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """What every layer does: the dtype of the output, the method, and what it remembers."""
+        scale = self._scale_or_bias("scale", scale, x, feature_axes)
+        bias = self._scale_or_bias("bias", bias, x, feature_axes)
+        if self.promote_dtype is promote_dtype:
+            dtype = _flax_rules.output_dtype(x, *state.values(), scale, bias, dtype=self.dtype)
+        else:
+            affine = (scale, bias) if self.has_bias else (scale,)
+            x, *promoted = self.promote_dtype((x, *state.values(), *affine), dtype=self.dtype)
+            statistics, (scale, bias) = promoted[: len(state)], (*promoted[len(state) :], bias)[:2]
+            if use and not update:
+                state = dict(zip(state, statistics, strict=True))
+            dtype = _flax_rules.output_dtype(x, scale, bias, dtype=self.dtype)
+        options |= {
+            "scale": scale,
+            "bias": bias,
+            "weights": mask,
+            "dtype": dtype,
+            "axis_name": self.axis_name,
+            "axis_index_groups": self.axis_index_groups,
+            "batch_axis": self.batch_axis,
+            "channel_axis": feature_axes,
+        }
+        x = _flax_rules.wide_enough(x, dtype)
+        y, new = _layers.run(method, x, state, use, update, options)
+        for name in state if update else ():
+            variable = getattr(self, name)
+            # A variable may be a reference shared with the outside, which must not keep a tracer
+            # of a derivative.
+            variable[...] = lax.stop_gradient(new[name].astype(variable.dtype))
+        return y
+
+
+class StatefulLayer(Layer):
+    """A layer that may remember."""
+
+    # what nnx.view sets
+    update_running_average: bool | None = None
+    example_weight: ArrayLike | None = None
+
+    def _state(self, method: Method, names: tuple[str, ...]) -> State:
+        """What the layer remembers, by these names and those that its state may have beside."""
+        more = (n for n in method.also_in_state if n not in names and hasattr(self, n))
+        return {name: getattr(self, name)[...] for name in (*names, *more)}
+
+    def _flags(self, use: bool | None, update: bool | None) -> tuple[bool, bool]:
+        """Whether this call uses the state, and whether it updates it."""
+        use = self.use_running_average if use is None else use
+        if use is None:
+            raise ValueError(
+                f"No `use_running_average` argument was provided to {type(self).__name__}. Got "
+                "None from the constructor and at the call; expected True or False from one of "
+                "them, or from nnx.view(model, use_running_average=...)."
+            )
+        use = check_flag(use, "use_running_average")
+        update = self.update_running_average if update is None else update
+        return use, _layers.whether_to_update(use, update)
+
+    def _weight(self, given: ArrayLike | None, use: bool) -> ArrayLike | None:
+        """Of an example at inference: from the call, or the layer's."""
+        return self.example_weight if given is None and use else given
+
+    def set_view(
+        self,
+        use_running_average: bool | None = None,
+        update_running_average: bool | None = None,
+        example_weight: ArrayLike | None = None,
+    ) -> None:
+        """What `nnx.view` calls.
+
+        Args:
+            use_running_average: as at the call.
+            update_running_average: as at the call.
+            example_weight: as at the call, wherever running statistics are used.
+        """
+        options = {
+            "use_running_average": use_running_average,
+            "update_running_average": update_running_average,
+            "example_weight": example_weight,
+        }
+        for name, value in options.items():
+            if value is not None:
+                setattr(self, name, value)
