@@ -1,14 +1,18 @@
 """Every method, once: its value, and what a step of training needs beside x."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from flax import linen as fnn
+from flax import nnx as fnnx
 
-from jaxnorm import methods
+from jaxnorm import linen, methods, nnx
 from jaxnorm.methods import Method
 
 SHAPE = (8, 8, 3, 8)
@@ -95,6 +99,20 @@ class Entry:
             name: np.full(state[name].shape, n) for name, n in COUNTS.items() if name in state
         }
         return {name: t.astype(dtype) for name, t in (state | counts).items()}
+
+    def in_linen(self, **fields) -> linen.Norm:
+        """The layer of the method."""
+        front = fnn.Dense(C, use_bias=False) if self.needs_kernel else None
+        return linen.Norm(self.method, layer=front, **fields)
+
+    def in_nnx(self, x_shape=SHAPE, **fields) -> nnx.Norm:
+        """The layer of the method, with Flax's nnx."""
+        front, rngs = None, fields.pop("rngs", fnnx.Rngs(0))
+        if self.needs_kernel:
+            front = fnnx.Linear(C, C, use_bias=False, rngs=rngs)
+        if self.method.keeps_positions(C):
+            fields["x_shape"] = x_shape
+        return nnx.Norm(C, self.method, layer=front, **fields, rngs=rngs)
 
     def __call__(self, x, state, train=True, **options):
         options = self.options | self.learned | options
@@ -202,4 +220,19 @@ REGISTRY = (
     ),
 )
 NAMES = tuple(dict.fromkeys(entry.constructor for entry in REGISTRY))
+TURNS = itertools.count()
 STATEFUL = tuple(entry for entry in REGISTRY if entry.init(SHAPE))
+
+
+def by_turns(entries=REGISTRY):
+    """Every fifth entry, from another one in each test; the others in the slow run."""
+    turn = next(TURNS)
+    return pytest.mark.parametrize(
+        "entry",
+        [
+            pytest.param(
+                entry, id=str(entry), marks=[] if (i + turn) % 5 == 0 else pytest.mark.slow
+            )
+            for i, entry in enumerate(entries)
+        ],
+    )

@@ -5,7 +5,6 @@ What each of them computes is tested in the file of its own name.
 """
 
 import dataclasses
-import itertools
 import pathlib
 import re
 from functools import partial
@@ -19,28 +18,13 @@ from compiled import jit
 from helpers import close, data
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from registry import NAMES, REGISTRY, SHAPE, STATEFUL, C, labels
+from registry import NAMES, REGISTRY, SHAPE, STATEFUL, C, by_turns, labels
 
 import jaxnorm
 from jaxnorm import init_running, methods, norm, normalize
 from jaxnorm.methods._frame import averaged, remembered
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
-TURNS = itertools.count()
-
-
-def by_turns(entries=REGISTRY):
-    """Every fifth entry, from another one in each test; the others in the slow run."""
-    turn = next(TURNS)
-    return pytest.mark.parametrize(
-        "entry",
-        [
-            pytest.param(
-                entry, id=str(entry), marks=[] if (i + turn) % 5 == 0 else pytest.mark.slow
-            )
-            for i, entry in enumerate(entries)
-        ],
-    )
 
 
 def every(entries=REGISTRY):
