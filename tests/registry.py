@@ -61,6 +61,11 @@ class Entry:
             return False
 
     @property
+    def has_ghosts(self) -> bool:
+        """Whether the examples have to split: by 2 or by 4."""
+        return self.method != self.method.any_batch()
+
+    @property
     def needs_kernel(self) -> bool:
         """Whether it works on the layer in front of it: x is then that layer's input."""
         return "kernel" in self.method.options

@@ -111,7 +111,7 @@ def test_use_and_update_are_apart(entry):
 @pytest.mark.parametrize("entry", REGISTRY, ids=str)
 def test_layers_refuse_options_of_other_names(entry):
     x, flags = jax.ShapeDtypeStruct(SHAPE, "f4"), {"use_running_average": True, "weights": 1}
-    message = "unexpected keyword argument weights at the call of a layer with .* Expected some of mask, update"
+    message = "argument weights at the call of a layer with .* Expected some of mask, update"
     with pytest.raises(TypeError, match=message):
         jax.eval_shape(partial(entry.in_linen().init, **flags), jax.random.key(0), x)
     with pytest.raises(TypeError, match=message):
@@ -131,10 +131,25 @@ def test_batch_norm_checks_its_momentum(momentum):
             call()
 
 
-def test_nnx_layers_promote_running_statistics_and_take_a_hook_for_channels():
-    """As Flax's; a hook that would not be called is refused."""
+def test_nnx_layers_promote_running_statistics():
     x, options = jnp.ones((6, C), jnp.bfloat16), {"use_scale": False, "use_bias": False}
     options["rngs"] = fnnx.Rngs(0)
     for method in (methods.batch_norm(), methods.batch_renorm()):
         assert nnx.Norm(C, method, **options)(x).dtype == jnp.float32
         assert nnx.Norm(C, method, dtype=jnp.bfloat16, **options)(x).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("entry", REGISTRY, ids=str)
+def test_nnx_layers_call_the_hook(entry):
+    """With input, state and affine parameters, whatever the method."""
+    given = []
+
+    def hook(arrays, dtype):
+        given.append((*map(jnp.shape, arrays), dtype))
+        return arrays
+
+    layer = entry.in_nnx(promote_dtype=hook, dtype=jnp.float32)
+    call = entry.options | entry.by_example(8)
+    jax.eval_shape(lambda x: layer(x, use_running_average=True, **call), jnp.ones(SHAPE))
+    state = [t.shape for t in entry.init(SHAPE).values()]
+    assert given == [(SHAPE, *state, (C,), (C,), jnp.float32)]

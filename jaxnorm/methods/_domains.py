@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm._core.axes import single_axis
 from jaxnorm._core.checks import check_count
+from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, inexact
 from jaxnorm._core.running import usable
 from jaxnorm.methods._frame import (
@@ -104,6 +105,7 @@ class domain_batch_norm(Method):
         new = averages(state, momentum, usable(m), mean=m.mean, var=m.var)
         return applied(x, _rows(m, domain, x, batch_axis), self.epsilon, **options), new
 
+    @in_explicit_meshes
     def observe(  # type: ignore[override]  # the hook that layers call
         self,
         x: ArrayLike,

@@ -190,12 +190,11 @@ class Row(Method):
                 more = select_options(options, "weights", "batch_axis", "channel_axis")
                 used = weigh_example(x, running, self, example_weight=weight, **more)
             return applied(x, used, self.epsilon, **options), state
-        kept = self if self.running is None else Row(self._measured(self.running), self.mean)
-        batch = measured(x, kept, center=running.mean, two_pass=self.two_pass, **options)
+        batch = measured(x, self._measured, center=running.mean, two_pass=self.two_pass, **options)
         used = batch
-        if self.running is not None:
-            shape, _ = resolve(self, x.shape, batch_axis, channel_axis)
-            used = pooled(batch, shape, **per_device(options))
+        if self.running is not None:  # synchronized already
+            coarse, _ = resolve(self, x.shape, batch_axis, channel_axis)
+            used = pooled(batch, coarse, **per_device(options))
         y = applied(x, used, self.epsilon, **options)
         if (population := _population_in(state)) is not None:
             new = POPULATION[population](running, batch, batch_axis=batch_axis)
@@ -222,6 +221,13 @@ class Row(Method):
         axes = tuple(x_shape), batch_axis, channel_axis
         return self._pooled(self._serving(state, *axes), *axes)
 
+    @property
+    def _measured(self) -> "Row":
+        """The sets that training measures: those of the running statistics, in each ghost batch."""
+        if self.running is None or not isinstance(self.groups, Groups):
+            return self
+        return Row(dataclasses.replace(self.running, batch=self.groups.batch), self.mean)
+
     def _serving(self, state: State, x_shape: Shape, batch_axis: int, channel_axis: int) -> Moments:
         """The running statistics in the shape that serves x, the batch pooled."""
         old = Moments(state.get(_population_in(state) or "count"), state["mean"], state["var"])  # type: ignore[arg-type]  # None is no count
@@ -239,13 +245,6 @@ class Row(Method):
             return running
         coarse, _ = resolve(self.any_batch(), x_shape, batch_axis, channel_axis)
         return pooled_to(running, coarse, batch_axis)
-
-    def _measured(self, running: Groups) -> Groups:
-        """The sets of the running statistics, of each ghost batch: this row's are pooled from them,
-        and `ghost_update` tells the ghosts apart."""
-        if not isinstance(self.groups, Groups):
-            return running
-        return dataclasses.replace(running, batch=self.groups.batch)
 
     def _share(self) -> float:
         """What an example has of its set in training."""
