@@ -190,7 +190,7 @@ class Row(Method):
                 more = select_options(options, "weights", "batch_axis", "channel_axis")
                 used = weigh_example(x, running, self, example_weight=weight, **more)
             return applied(x, used, self.epsilon, **options), state
-        kept = self if self.running is None else Row(self.running, self.mean)
+        kept = self if self.running is None else Row(self._finer(), self.mean)
         batch = measured(x, kept, center=running.mean, two_pass=self.two_pass, **options)
         used = batch if self.running is None else pooled(batch, self, **per_device(options))
         y = applied(x, used, self.epsilon, **options)
@@ -236,6 +236,10 @@ class Row(Method):
             return running
         coarse, _ = resolve(self.any_batch(), x_shape, batch_axis, channel_axis)
         return pooled_to(running, coarse, batch_axis)
+
+    def _finer(self) -> Groups:
+        """The sets of the running statistics inside those of the batch: in each ghost batch."""
+        return dataclasses.replace(self.running, batch=self.groups.batch)  # type: ignore[type-var,union-attr]  # both are Groups here
 
     def _share(self) -> float:
         """What an example has of its set in training."""
