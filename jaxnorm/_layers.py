@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, axes_of
 from jaxnorm._core.checks import check_flag, known
 from jaxnorm._core.moments import Moments
@@ -69,11 +70,18 @@ def run(
     method: Method, x: jax.Array, state: State, use: bool, update: bool, options: dict[str, Any]
 ) -> tuple[jax.Array, State]:
     """One call of a method: y, and the new state where it is to be updated."""
+    if not update:  # half precision matters where an average is stored, and warns
+        y, _ = method.apply(x, jax.tree.map(_wide, state), train=not use, **options)
+        return y, state
     y, new = method.apply(x, state, train=not use, **options)
-    if update and use:
+    if use:
         options = {name: t for name, t in options.items() if name != "example_weight"}
         new = method.apply(x, state, train=True, **options)[1]
-    return y, new if update else state
+    return y, new
+
+
+def _wide(t: jax.Array) -> jax.Array:
+    return t.astype(statistic_dtype(t.dtype)) if jnp.issubdtype(t.dtype, jnp.inexact) else t
 
 
 def observations(
