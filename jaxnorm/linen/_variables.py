@@ -121,8 +121,10 @@ def learned(module: Any, method: Method, num_channels: int) -> dict[str, jax.Arr
 
 
 def state_dtype(module: Any, x: jax.Array) -> Any:
-    """The dtype of running means: complex where x or the output is, else float32, or what Flax's
-    field says."""
+    """The dtype of running means.
+
+    It is complex where x or the output is, else float32, or what Flax's field says.
+    """
     if jnp.iscomplexobj(x) or jnp.issubdtype(
         jnp.dtype(module.dtype or x.dtype), jnp.complexfloating
     ):
