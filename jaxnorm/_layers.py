@@ -112,8 +112,10 @@ def flax_row(
 
 
 def check_weighs_examples(method: Method, example_weight: ArrayLike | None) -> None:
-    """A state of another kind than the moments that normalize has no rule for weighing an
-    example."""
+    """An example is weighed against moments, which rows of the table have.
+
+    A state of another kind has no rule for it.
+    """
     if example_weight is not None and "example_weight" not in method.options:
         raise ValueError(
             f"example_weight={example_weight} for {method}, which is no row of the table of "
@@ -123,15 +125,19 @@ def check_weighs_examples(method: Method, example_weight: ArrayLike | None) -> N
 
 
 def is_constant(x: jax.Array, axis: Axes, use: bool | None, options: Mapping[str, Any]) -> bool:
-    """Whether a norm with running statistics, called so, does the same to every element of a
-    channel, the last axis."""
+    """Whether a norm, called so, does the same to every element of a channel, the last axis.
+
+    The norm has running statistics.
+    """
     given = {name for name, value in options.items() if value is not None and value is not False}
     return bool(use) and given <= {"activation"} and axes_of(axis, x.shape) == (x.ndim - 1,)
 
 
 def moments_to_fold(method: Any, state: State, x_shape: Shape) -> Any:
-    """The moments with which inference normalizes each channel, (C,) or (G,), of channels last;
-    None where they depend on x or on the position."""
+    """The moments with which inference normalizes each channel, (C,) or (G,).
+
+    Channels are last. None where the moments depend on x or on the position.
+    """
     m = method.inference_moments(state, x_shape)
     if m is None or m.mean.size != m.mean.shape[-1] or not fits(m.mean.shape[-1:], x_shape[-1]):
         return None

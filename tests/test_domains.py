@@ -142,7 +142,7 @@ def test_weights_of_domains():
         np.array([[1.0, 1.0], [0.0, 0.0]]),
     )
     close(domains.domain_weights(np.array([[0.0], [2.0], [0.0]])), np.array([[0.5], [0.0], [0.5]]))
-    with pytest.raises(ValueError, match="there are no distances.*'distances' is mutable"):
+    with pytest.raises(ValueError, match="there are no distances.*observe measures"):
         domains.domain_weights({})
 
 
