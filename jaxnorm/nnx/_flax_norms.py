@@ -28,8 +28,8 @@ class _Norm(Layer):
     def __call__(
         self,
         x: ArrayLike,
-        *,
         mask: ArrayLike | None = None,
+        *,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
         activation: Activation | None = None,
@@ -296,15 +296,3 @@ class RMSNorm(_Norm):
 
     def _sets(self, x: jax.Array) -> Sets:
         return _flax_rules.pool_axes(x, self.reduction_axes), self.feature_axes, 0
-
-    def __call__(
-        self,
-        x: ArrayLike,
-        mask: ArrayLike | None = None,
-        *,
-        scale: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
-        activation: Activation | None = None,
-    ) -> jax.Array:
-        """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
-        return super().__call__(x, mask=mask, scale=scale, bias=bias, activation=activation)
