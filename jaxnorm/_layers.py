@@ -4,7 +4,7 @@ A layer holds parameters and state; everything it computes is the `apply` of its
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,18 @@ from jaxnorm.methods._method import State, options_of
 
 Activation = Callable[[jax.Array], jax.Array]
 
-OF_LAYERS = (
-    "mask",
-    "update_running_average",
-    "scale",
-    "bias",
-    "activation",
-)
+
+class CallOptions(TypedDict, total=False):
+    """What every layer takes at the call beside its mask: `scale` and `bias` in place of its own,
+    also one for each example, and an activation that is applied to the output and recomputed in
+    the backward pass."""
+
+    scale: ArrayLike | None
+    bias: ArrayLike | None
+    activation: Activation | None
+
+
+OF_LAYERS = ("mask", "update_running_average", *CallOptions.__annotations__)
 """What every layer takes at the call; the rest are options of its method."""
 IN_FRONT = ("inputs", "kernel", "layer")
 """What a method that looks at the layer in front takes; its layer gives it."""
