@@ -46,7 +46,7 @@ def domain_weights(distances: Any, *, exponent: ArrayLike = 1.0) -> jax.Array:
     if not leaves:
         raise ValueError(
             "there are no distances. Expected an array (D, N) or a tree of them, such as the "
-            "layers store when the collection 'distances' is mutable."
+            "layers store when the collection 'observations' is mutable."
         )
     total = functools.reduce(operator.add, leaves)
     nearest = total.min(0, keepdims=True)
