@@ -1,8 +1,9 @@
-"""The moment shortcut: what Positional Normalization takes out of an early layer is given to a late
-one.
+"""The moment shortcut: a late layer is given the moments taken out of an early one.
+
+Both layers have the same resolution:
 
     y, m = norm(x, methods.positional_norm())       # in the encoder
-    z = moment_shortcut(z, m)                       # in the decoder, at the same resolution
+    z = moment_shortcut(z, m)                       # in the decoder
 """
 
 import jax
@@ -12,11 +13,13 @@ from jax.typing import ArrayLike
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import axes_of, single_axis
 from jaxnorm._core.checks import check_epsilon
+from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, check_moments, inexact
 from jaxnorm._core.normalize import normalize
 from jaxnorm._core.shared import shared
 
 
+@in_explicit_meshes
 def moment_shortcut(
     x: ArrayLike, m: Moments, *, epsilon: float = 1e-5, channel_axis: int = -1
 ) -> jax.Array:
@@ -57,6 +60,7 @@ def moment_shortcut(
     return scale_and_shift(x, jnp.sqrt(m.var + epsilon), m.mean, channel_axis=channel_axis)
 
 
+@in_explicit_meshes
 def scale_and_shift(
     x: ArrayLike, scale: ArrayLike, shift: ArrayLike, *, channel_axis: int = -1
 ) -> jax.Array:
@@ -78,8 +82,9 @@ def scale_and_shift(
         ValueError: scale or shift of another shape.
 
     Example:
-        >>> scale_and_shift(jnp.ones((1, 2, 3)), jnp.full((1, 2, 1), 2.0), jnp.ones((1, 2, 1)))[0, 0]
-        Array([3., 3., 3.], dtype=float32)
+        >>> x, scale, shift = (jnp.full((1, 2, n), 2.0) for n in (3, 1, 1))
+        >>> scale_and_shift(x, scale, shift)[0, 0].tolist()
+        [6.0, 6.0, 6.0]
 
     Reference:
         Positional Normalization, 2019, arXiv:1907.04312, whose dynamic moment shortcut makes both
