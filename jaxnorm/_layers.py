@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, axes_of
 from jaxnorm._core.checks import check_flag, known
 from jaxnorm._core.moments import Moments
@@ -69,11 +70,18 @@ def run(
     method: Method, x: jax.Array, state: State, use: bool, update: bool, options: dict[str, Any]
 ) -> tuple[jax.Array, State]:
     """One call of a method: y, and the new state where it is to be updated."""
+    if not update:  # half precision matters where an average is stored, and warns
+        y, _ = method.apply(x, jax.tree.map(_wide, state), train=not use, **options)
+        return y, state
     y, new = method.apply(x, state, train=not use, **options)
-    if update and use:
+    if use:
         options = {name: t for name, t in options.items() if name != "example_weight"}
         new = method.apply(x, state, train=True, **options)[1]
-    return y, new if update else state
+    return y, new
+
+
+def _wide(t: jax.Array) -> jax.Array:
+    return t.astype(statistic_dtype(t.dtype)) if jnp.issubdtype(t.dtype, jnp.inexact) else t
 
 
 def observations(
@@ -121,7 +129,7 @@ def is_constant(x: jax.Array, axis: Axes, use: bool | None, options: Mapping[str
     return bool(use) and given <= {"activation"} and axes_of(axis, x.shape) == (x.ndim - 1,)
 
 
-def moments_to_fold(method: Method, state: State, x_shape: Shape) -> Moments | None:
+def moments_to_fold(method: Any, state: State, x_shape: Shape) -> Any:
     """The moments with which inference normalizes each channel, (C,) or (G,), of channels last;
     None where they depend on x or on the position."""
     m = method.inference_moments(state, x_shape)

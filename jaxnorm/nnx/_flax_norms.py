@@ -309,3 +309,15 @@ class RMSNorm(_Norm):
     def _sets(self, x: jax.Array) -> Sets:
         shape = _flax_rules.pool_axes(x, self.reduction_axes)
         return shape, self.feature_axes, 0
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = None,
+        *,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+        activation: Activation | None = None,
+    ) -> jax.Array:
+        """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
+        return super().__call__(x, mask=mask, scale=scale, bias=bias, activation=activation)
