@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, axes_of
 from jaxnorm._core.checks import check_flag, known
 from jaxnorm._core.moments import Moments
@@ -69,11 +70,18 @@ def run(
     method: Method, x: jax.Array, state: State, use: bool, update: bool, options: dict[str, Any]
 ) -> tuple[jax.Array, State]:
     """One call of a method: y, and the new state where it is to be updated."""
+    if not update:  # half precision matters where an average is stored, and warns
+        y, _ = method.apply(x, jax.tree.map(_wide, state), train=not use, **options)
+        return y, state
     y, new = method.apply(x, state, train=not use, **options)
-    if update and use:
+    if use:
         options = {name: t for name, t in options.items() if name != "example_weight"}
         new = method.apply(x, state, train=True, **options)[1]
-    return y, new if update else state
+    return y, new
+
+
+def _wide(t: jax.Array) -> jax.Array:
+    return t.astype(statistic_dtype(t.dtype)) if jnp.issubdtype(t.dtype, jnp.inexact) else t
 
 
 def observations(
@@ -104,8 +112,10 @@ def flax_row(
 
 
 def check_weighs_examples(method: Method, example_weight: ArrayLike | None) -> None:
-    """A state of another kind than the moments that normalize has no rule for weighing an
-    example."""
+    """An example is weighed against moments, which rows of the table have.
+
+    A state of another kind has no rule for it.
+    """
     if example_weight is not None and "example_weight" not in method.options:
         raise ValueError(
             f"example_weight={example_weight} for {method}, which is no row of the table of "
@@ -115,15 +125,19 @@ def check_weighs_examples(method: Method, example_weight: ArrayLike | None) -> N
 
 
 def is_constant(x: jax.Array, axis: Axes, use: bool | None, options: Mapping[str, Any]) -> bool:
-    """Whether a norm with running statistics, called so, does the same to every element of a
-    channel, the last axis."""
+    """Whether a norm, called so, does the same to every element of a channel, the last axis.
+
+    The norm has running statistics.
+    """
     given = {name for name, value in options.items() if value is not None and value is not False}
     return bool(use) and given <= {"activation"} and axes_of(axis, x.shape) == (x.ndim - 1,)
 
 
-def moments_to_fold(method: Method, state: State, x_shape: Shape) -> Moments | None:
-    """The moments with which inference normalizes each channel, (C,) or (G,), of channels last;
-    None where they depend on x or on the position."""
+def moments_to_fold(method: Any, state: State, x_shape: Shape) -> Any:
+    """The moments with which inference normalizes each channel, (C,) or (G,).
+
+    Channels are last. None where the moments depend on x or on the position.
+    """
     m = method.inference_moments(state, x_shape)
     if m is None or m.mean.size != m.mean.shape[-1] or not fits(m.mean.shape[-1:], x_shape[-1]):
         return None

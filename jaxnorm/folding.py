@@ -95,6 +95,8 @@ def fold(
 
 
 def fits(shape: Shape, channels: int) -> bool:
-    """Whether running statistics of this shape are those of channels or of groups of channels:
-    others depend on the position, which a kernel cannot."""
+    """Whether running statistics of this shape are those of channels or groups of channels.
+
+    Others depend on the position, which a kernel cannot.
+    """
     return len(shape) == 1 and channels % max(shape[0], 1) == 0

@@ -92,8 +92,10 @@ def _explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:
 
 
 def _spec(shape: tuple[int, ...], x: Any) -> PartitionSpec:
-    """The sharding of a statistic of x, or of y: x's on every axis whose groups are whole on each
-    device, else replicated."""
+    """The sharding of a statistic of x, or of y.
+
+    It is x's on every axis whose groups are whole on each device, and replicated on the others.
+    """
     if len(shape) != x.ndim:
         return PartitionSpec()
     entries: list[Any] = []

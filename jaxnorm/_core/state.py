@@ -28,8 +28,8 @@ def running_shape(
     """Shape of the running state, and the shape in which it serves x.
 
     Args:
-        groups: `Groups`, or a row of the table. Its batch number does not matter: running statistics are those of all
-            examples.
+        groups: `Groups`, or a row of the table. Its batch number does not matter: running
+            statistics are those of all examples.
         x_shape: shape of x; the number of examples does not matter.
         batch_axis: axis of the examples.
         channel_axis: axis of the channels.
@@ -130,8 +130,10 @@ def serving(state: Moments, expected: Shape, statistic: Shape, x_shape: Shape) -
 
 
 def pooled_to(running: Moments, shape: Shape, batch_axis: int = 0) -> Moments:
-    """Running moments, pooled where they are finer than statistics of that shape; the batch axis
-    stays of size 1."""
+    """Running moments, pooled where they are finer than statistics of that shape.
+
+    The batch axis stays of size 1.
+    """
     if running.mean.ndim != len(shape) or running.mean.shape[single_axis(batch_axis, shape)] != 1:
         raise ValueError(
             f"running moments of shape {running.mean.shape} do not serve statistics of shape "

@@ -18,7 +18,7 @@ from jaxnorm.linen._variables import call, ones, state_dtype, zeros
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization, a drop-in replacement for `flax.linen.BatchNorm`: `methods.batch_norm`.
+    """Batch normalization, a drop-in for `flax.linen.BatchNorm`: `methods.batch_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -95,8 +95,11 @@ class BatchNorm(nn.Module):
         bias: ArrayLike | None = None,
         activation: Activation | None = None,
     ) -> jax.Array:
-        """Normalize x; `mask` broadcasts against x and says what counts, or how much, and
-        `example_weight` is `inference.weigh_example`'s, with running statistics."""
+        """Normalize x.
+
+        `mask` broadcasts against x and says what counts, or how much. `example_weight` is that of
+        `inference.weigh_example`, with running statistics.
+        """
         check_number(self.momentum, "momentum", at_least=0, at_most=1)
         x = as_array(x)
         row = _layers.flax_row(_flax_rules.keep_axes(x, self.axis), self, momentum=0.99)

@@ -44,7 +44,7 @@ class _Norm(nn.Module):
 
 
 class GroupNorm(_Norm):
-    """Group normalization, a drop-in replacement for `flax.linen.GroupNorm`: `methods.group_norm`.
+    """Group normalization, a drop-in for `flax.linen.GroupNorm`: `methods.group_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -61,8 +61,7 @@ class GroupNorm(_Norm):
         reduction_axes: axes that are pooled, the last among them; None pools all but the first.
         axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding
-            would show.
+        use_fast_variance: False always takes a second pass; True where rounding would show.
         force_float32_reductions: accepted for Flax; statistics are float32 or wider always.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
@@ -103,8 +102,7 @@ class GroupNorm(_Norm):
 
 
 class InstanceNorm(_Norm):
-    """Instance normalization, a drop-in replacement for `flax.linen.InstanceNorm`:
-    `methods.instance_norm`.
+    """Instance normalization, a drop-in for `flax.linen.InstanceNorm`: `methods.instance_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -119,8 +117,7 @@ class InstanceNorm(_Norm):
         feature_axes: axes of scale and bias; they and the first are not pooled.
         axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding
-            would show.
+        use_fast_variance: False always takes a second pass; True where rounding would show.
         force_float32_reductions: accepted for Flax; statistics are float32 or wider always.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
@@ -151,13 +148,11 @@ class InstanceNorm(_Norm):
     unit_offset: bool = False
 
     def _sets(self, x: jax.Array) -> Sets:
-        shape = _flax_rules.instance_shape(x, self.feature_axes)
-        return shape, self.feature_axes, None
+        return _flax_rules.instance_shape(x, self.feature_axes), self.feature_axes, None
 
 
 class LayerNorm(_Norm):
-    """Layer normalization, a drop-in replacement for `flax.linen.LayerNorm`:
-    `methods.token_layer_norm` by default.
+    """Layer normalization, a drop-in for `flax.linen.LayerNorm`: `methods.token_layer_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -173,8 +168,7 @@ class LayerNorm(_Norm):
         feature_axes: axes of scale and bias.
         axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding
-            would show.
+        use_fast_variance: False always takes a second pass; True where rounding would show.
         force_float32_reductions: accepted for Flax; statistics are float32 or wider always.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
@@ -203,13 +197,11 @@ class LayerNorm(_Norm):
     unit_offset: bool = False
 
     def _sets(self, x: jax.Array) -> Sets:
-        shape = _flax_rules.pool_axes(x, self.reduction_axes)
-        return shape, self.feature_axes, None
+        return _flax_rules.pool_axes(x, self.reduction_axes), self.feature_axes, None
 
 
 class RMSNorm(_Norm):
-    """Root mean square normalization, a drop-in replacement for `flax.linen.RMSNorm`:
-    `methods.rms_norm`.
+    """Root mean square normalization, a drop-in for `flax.linen.RMSNorm`: `methods.rms_norm`.
 
         y = x / sqrt(mean(x^2) + epsilon) * scale
 
@@ -250,5 +242,4 @@ class RMSNorm(_Norm):
     unit_offset: bool = False
 
     def _sets(self, x: jax.Array) -> Sets:
-        shape = _flax_rules.pool_axes(x, self.reduction_axes)
-        return shape, self.feature_axes, 0
+        return _flax_rules.pool_axes(x, self.reduction_axes), self.feature_axes, 0

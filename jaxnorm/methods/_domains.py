@@ -5,7 +5,7 @@ placed among them by its own statistics: see `domains`.
 """
 
 import dataclasses
-from typing import Unpack, final
+from typing import Any, Unpack, final
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ class domain_batch_norm(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
-        check_state(state, self, mean=2, var=2)
+        self._check_fits(state)
         batch_axis = options["batch_axis"]
         domain = _labels(domain, x, batch_axis)
         bank = recalled(state, x, options)
@@ -104,6 +104,13 @@ class domain_batch_norm(Method):
         m = _of_each_domain(x, domain, bank.mean.shape, options)
         new = averages(state, momentum, usable(m), mean=m.mean, var=m.var)
         return applied(x, _rows(m, domain, x, batch_axis), self.epsilon, **options), new
+
+    def _check_fits(self, state: State) -> None:
+        check_state(state, self, mean=2, var=2)
+        if (count := len(state["mean"])) != self.num_domains:
+            raise ValueError(
+                f"state of {count} domains was given to {self}; expected {self.num_domains}."
+            )
 
     @in_explicit_meshes
     def observe(  # type: ignore[override]  # the hook that layers call
@@ -116,20 +123,21 @@ class domain_batch_norm(Method):
         batch_axis: int = 0,
         channel_axis: int = -1,
     ) -> State:
-        """How far each example's own statistics are from a domain's: the squared 2-Wasserstein distance
-        of normal distributions.
+        """How far each example's own statistics are from a domain's.
+
+        The distance is the squared 2-Wasserstein distance of normal distributions:
 
             distance_n = sum_c (mean_dc - mean_nc)^2 + (sqrt(var_dc) - sqrt(var_nc))^2
 
-        with the mean and variance of example n over its positions. Sums over layers are the distance of
-        the network's statistics.
+        with the mean and variance of example n over its positions. Sums over layers are the
+        distance of the network's statistics.
 
         Args:
-            x: input of the layer, in the network that normalizes with the statistics of this domain.
+            x: input of the layer, in the network that normalizes with this domain's statistics.
             state: of the method.
             domain: integer from 0 to D - 1, or (N,), one for each example.
-            weights: how much each element counts; broadcasts against x. Channels of an example without
-                weight count 0.
+            weights: how much each element counts; broadcasts against x. Channels of an example
+                without weight count 0.
             batch_axis: axis of the examples.
             channel_axis: axis of the channels.
 
@@ -141,20 +149,21 @@ class domain_batch_norm(Method):
             ValueError: domain of another shape, state of another number of channels.
 
         Example:
-            >>> method, state = domain_batch_norm(2), {"mean": jnp.array([[0.0], [3.0]]), "var": jnp.ones((2, 1))}
-            >>> method.observe(jnp.array([[[-1.0], [1.0]]]), state, domain=1)["distance"].tolist()
+            >>> state = {"mean": jnp.array([[0.0], [3.0]]), "var": jnp.ones((2, 1))}
+            >>> x = jnp.array([[[-1.0], [1.0]]])
+            >>> domain_batch_norm(2).observe(x, state, domain=1)["distance"].tolist()
             [9.0]
 
         Reference:
-            arXiv:2011.12672; see the class. That the distance is squared, and which pass it
-            is measured in, are our choice.
+            Batch Normalization Embeddings for Deep Domain Generalization, 2020, arXiv:2011.12672.
+            That the distance is squared, and which pass it is measured in, are our choice.
         """
         x = inexact(x)
-        check_state(state, self, mean=2, var=2)
-        axes: Options = {"batch_axis": batch_axis, "channel_axis": channel_axis}
-        bank = recalled(state, x, axes)
+        self._check_fits(state)
+        options: Any = {"batch_axis": batch_axis, "channel_axis": channel_axis}
+        bank = recalled(state, x, options)
         row = _rows(bank, _labels(domain, x, batch_axis), x, batch_axis)
-        m = measured(x, instance_norm(), weights=weights, **axes)
+        m = measured(x, instance_norm(), **options | {"weights": weights})
         squared = jnp.square(row.mean - m.mean) + jnp.square(_root(row.var) - _root(m.var))
         squared = jnp.where(m.count > 0, squared, 0)
         batch = single_axis(batch_axis, x.shape)
@@ -179,8 +188,10 @@ def _labels(domain: ArrayLike, x: jax.Array, batch_axis: int) -> jax.Array:
 
 
 def _rows(bank: Moments, domain: jax.Array, x: jax.Array, batch_axis: int) -> Moments:
-    """Of moments with a row for each domain, those that serve x: of its domain, or of each
-    example's."""
+    """Of moments with a row for each domain, those that serve x.
+
+    They are the row of x's domain, or one row for each example.
+    """
 
     def row(t: jax.Array) -> jax.Array:
         t = t.at[domain].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
@@ -196,8 +207,10 @@ def _rows(bank: Moments, domain: jax.Array, x: jax.Array, batch_axis: int) -> Mo
 def _of_each_domain(
     x: jax.Array, domain: jax.Array, shape: tuple[int, ...], options: Options
 ) -> Moments:
-    """Moments of the batch's examples of each domain, with a row for each, empty where the domain
-    is absent."""
+    """Moments of the batch's examples of each domain, with a row for each.
+
+    The row of an absent domain is empty.
+    """
     domains = jnp.arange(shape[0], dtype=domain.dtype)
     if domain.ndim == 0:
         m = measured(x, batch_norm(), **options)

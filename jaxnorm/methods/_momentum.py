@@ -1,5 +1,4 @@
-"""Momentum Batch Normalization: training normalizes with running statistics that the batch has just
-entered."""
+"""Momentum Batch Normalization: the batch enters running statistics, which then normalize it."""
 
 import dataclasses
 from typing import Unpack, final
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from jaxnorm._core.checks import check_number
 from jaxnorm._core.pooling import toward
 from jaxnorm._core.running import rate_of, usable
 from jaxnorm.methods._frame import applied, averages, check_state, measured, recalled
@@ -19,8 +19,9 @@ from jaxnorm.methods._table import batch_norm
 @final
 @dataclasses.dataclass(frozen=True, repr=False)
 class momentum_batch_norm(Method):
-    """Batch normalization with the batch blended into the running statistics first, so that small
-    batches vary less.
+    """Batch normalization with the batch blended into the running statistics first.
+
+    Statistics of small batches then vary less:
 
         train_mean <- lambda train_mean + (1 - lambda) mean
         train_var <- lambda train_var + (1 - lambda) var
@@ -65,6 +66,11 @@ class momentum_batch_norm(Method):
     train_momentum: float | None = None
     momentum: float = 0.99
     epsilon: float = 1e-5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.train_momentum is not None:
+            check_number(self.train_momentum, "train_momentum", at_least=0, at_most=1)
 
     def first_state(self, num_channels: int) -> State:
         zeros, ones = jnp.zeros(num_channels, jnp.float32), jnp.ones(num_channels, jnp.float32)

@@ -1,5 +1,7 @@
-"""Moving Average Batch Normalization: no mean, and averages over steps both of the statistic and of
-its gradient."""
+"""Moving Average Batch Normalization: the statistic and its gradient, averaged over steps.
+
+No mean is subtracted.
+"""
 
 import dataclasses
 from typing import Any, ClassVar, Unpack, final
@@ -32,8 +34,9 @@ from jaxnorm.methods._table import batch_norm
 @final
 @dataclasses.dataclass(frozen=True, repr=False)
 class moving_average_norm(Method):
-    """Division by the root of a mean square that is averaged over the last K batches, forward and
-    backward.
+    """Division by the root of a mean square that is averaged over the last K batches.
+
+    It is averaged forward and backward:
 
         v = mean over K of mean(x^2),    z = x / sqrt(v + epsilon),    y = r z * scale + bias
         r = clip(sqrt((v + epsilon) / (running + epsilon)), 1 / rmax, rmax)
@@ -169,8 +172,8 @@ class moving_average_norm(Method):
         if tap is None or jnp.shape(tap) != state["mean_square"].shape:
             raise ValueError(
                 f"tap has shape {None if tap is None else jnp.shape(tap)}. Expected "
-                f"{state['mean_square'].shape}, one number a channel: zeros in the first step, then "
-                "the gradient by the tap in the step before."
+                f"{state['mean_square'].shape}, one number a channel: zeros in the first step, "
+                "then the gradient by the tap in the step before."
             )
         for name, value in (("average_from", average_from), ("correct_from", correct_from)):
             check_number(value, name, at_least=0)
@@ -244,8 +247,9 @@ def _corrected(
     share: jax.Array,
     count: jax.Array,
 ) -> jax.Array:
-    """What x is divided by, squared. Backward, the gradient by the mean square is that of the
-    window.
+    """What x is divided by, squared.
+
+    Backward, the gradient by the mean square is that of the window.
 
     All are a device's own, `past` its part of the sum of the past psi: on the way to x the gradient
     by the mean square is summed over devices.

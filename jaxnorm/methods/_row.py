@@ -208,6 +208,7 @@ class Row(Method):
                 ghost_update=self.ghost_update,
                 batch_axis=batch_axis,
             )
+        new = jax.lax.stop_gradient(new)
         values = {"mean": new.mean, "var": new.var, population or "count": new.count}
         return y, state | {
             name: t.reshape(state[name].shape) for name, t in values.items() if name in state

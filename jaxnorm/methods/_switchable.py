@@ -104,7 +104,7 @@ class switchable_norm(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
-        check_state(state, self, **dict.fromkeys(self.first_state(1), 1))
+        check_state(state, self, (), **dict.fromkeys(self.first_state(1), 1))
         instance = measured(x, instance_norm(), **per_device(options))
         dtype = instance.var.dtype
         shares = [jax.nn.softmax(jnp.asarray(t, dtype)) for t in (mean_logits, var_logits)]
@@ -131,7 +131,9 @@ class switchable_norm(Method):
 
 
 def _mixture(values: Sequence[jax.Array], shares: jax.Array) -> jax.Array:
-    """sum_k share_k value_k, by differences: the shares add up to 1 but for rounding, which would
-    show where all values are large and equal."""
+    """sum_k share_k value_k, by differences.
+
+    The shares add up to 1 but for rounding, which would show where all values are large and equal.
+    """
     first, *rest = values
     return first + sum(share * (t - first) for t, share in zip(rest, shares[1:], strict=True))

@@ -1,5 +1,4 @@
-"""Flax nnx layers: `Norm(features, method)` for every method, and drop-in replacements for Flax's
-own.
+"""Flax nnx layers: `Norm(features, method)` for every method, and Flax's own replaced.
 
 `BatchNorm`, `GroupNorm`, `LayerNorm`, `InstanceNorm` and `RMSNorm` take the arguments of `flax.nnx`
 and hold the same variables under the same names; the docstring of `jaxnorm.linen` says what else

@@ -18,7 +18,7 @@ from jaxnorm.nnx._variables import NONE, Metadata, StatefulLayer, ones, promote_
 
 
 class BatchNorm(StatefulLayer):
-    """Batch normalization, a drop-in replacement for `flax.nnx.BatchNorm`: `methods.batch_norm`.
+    """Batch normalization, a drop-in for `flax.nnx.BatchNorm`: `methods.batch_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -99,8 +99,11 @@ class BatchNorm(StatefulLayer):
         bias: ArrayLike | None = None,
         activation: Activation | None = None,
     ) -> jax.Array:
-        """Normalize x; `mask` broadcasts against x and says what counts, or how much, and
-        `example_weight` is `inference.weigh_example`'s, with running statistics."""
+        """Normalize x.
+
+        `mask` broadcasts against x and says what counts, or how much. `example_weight` is that of
+        `inference.weigh_example`, with running statistics.
+        """
         check_number(self.momentum, "momentum", at_least=0, at_most=1)
         x = as_array(x)
         row = _layers.flax_row(_flax_rules.keep_axes(x, self.axis), self, momentum=0.99)

@@ -28,8 +28,8 @@ class _Norm(Layer):
     def __call__(
         self,
         x: ArrayLike,
-        *,
         mask: ArrayLike | None = None,
+        *,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
         activation: Activation | None = None,
@@ -43,7 +43,7 @@ class _Norm(Layer):
 
 
 class GroupNorm(_Norm):
-    """Group normalization, a drop-in replacement for `flax.nnx.GroupNorm`: `methods.group_norm`.
+    """Group normalization, a drop-in for `flax.nnx.GroupNorm`: `methods.group_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -61,10 +61,8 @@ class GroupNorm(_Norm):
         reduction_axes: axes that are pooled, the last among them; None pools all but the first.
         axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding
-            would show.
-        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
-            statistics here.
+        use_fast_variance: False always takes a second pass; True where rounding would show.
+        promote_dtype: Flax's hook for casts; its default changes no statistics here.
         rngs: random number streams for the initializers.
         bias_metadata: for the bias variable.
         scale_metadata: for the scale variable.
@@ -121,8 +119,7 @@ class GroupNorm(_Norm):
 
 
 class InstanceNorm(_Norm):
-    """Instance normalization, a drop-in replacement for `flax.nnx.InstanceNorm`:
-    `methods.instance_norm`.
+    """Instance normalization, a drop-in for `flax.nnx.InstanceNorm`: `methods.instance_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -138,10 +135,8 @@ class InstanceNorm(_Norm):
         feature_axes: axes of scale and bias.
         axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding
-            would show.
-        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
-            statistics here.
+        use_fast_variance: False always takes a second pass; True where rounding would show.
+        promote_dtype: Flax's hook for casts; its default changes no statistics here.
         rngs: random number streams for the initializers.
         bias_metadata: for the bias variable.
         scale_metadata: for the scale variable.
@@ -182,13 +177,11 @@ class InstanceNorm(_Norm):
         self._construct(locals())
 
     def _sets(self, x: jax.Array) -> Sets:
-        shape = _flax_rules.instance_shape(x, self.feature_axes)
-        return shape, self.feature_axes, None
+        return _flax_rules.instance_shape(x, self.feature_axes), self.feature_axes, None
 
 
 class LayerNorm(_Norm):
-    """Layer normalization, a drop-in replacement for `flax.nnx.LayerNorm`:
-    `methods.token_layer_norm` by default.
+    """Layer normalization, a drop-in for `flax.nnx.LayerNorm`: `methods.token_layer_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -205,10 +198,8 @@ class LayerNorm(_Norm):
         feature_axes: axes of scale and bias.
         axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding
-            would show.
-        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
-            statistics here.
+        use_fast_variance: False always takes a second pass; True where rounding would show.
+        promote_dtype: Flax's hook for casts; its default changes no statistics here.
         rngs: random number streams for the initializers.
         bias_metadata: for the bias variable.
         scale_metadata: for the scale variable.
@@ -247,13 +238,11 @@ class LayerNorm(_Norm):
         self._construct(locals())
 
     def _sets(self, x: jax.Array) -> Sets:
-        shape = _flax_rules.pool_axes(x, self.reduction_axes)
-        return shape, self.feature_axes, None
+        return _flax_rules.pool_axes(x, self.reduction_axes), self.feature_axes, None
 
 
 class RMSNorm(_Norm):
-    """Root mean square normalization, a drop-in replacement for `flax.nnx.RMSNorm`:
-    `methods.rms_norm`.
+    """Root mean square normalization, a drop-in for `flax.nnx.RMSNorm`: `methods.rms_norm`.
 
         y = x / sqrt(mean(x^2) + epsilon) * scale
 
@@ -269,8 +258,7 @@ class RMSNorm(_Norm):
         axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
         use_fast_variance: accepted for Flax; the mean square needs one pass.
-        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
-            statistics here.
+        promote_dtype: Flax's hook for casts; its default changes no statistics here.
         rngs: random number streams for the initializers.
         scale_metadata: for the scale variable.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
@@ -307,5 +295,4 @@ class RMSNorm(_Norm):
         self._construct(locals())
 
     def _sets(self, x: jax.Array) -> Sets:
-        shape = _flax_rules.pool_axes(x, self.reduction_axes)
-        return shape, self.feature_axes, 0
+        return _flax_rules.pool_axes(x, self.reduction_axes), self.feature_axes, 0
