@@ -141,7 +141,10 @@ class Row(Method):
     def any_batch(self) -> "Row":
         if not isinstance(self.groups, Groups) or not self.pools_batch:
             return self
-        return dataclasses.replace(self, groups=dataclasses.replace(self.groups, batch=1))
+        groups, weight = dataclasses.replace(self.groups, batch=1), self.example_weight
+        if weight == "share" and isinstance(self.groups.batch, Size):
+            weight = self._share()
+        return dataclasses.replace(self, groups=groups, example_weight=weight)
 
     def keeps_positions(self, num_channels: int) -> bool:
         return self.remembers and isinstance(self.groups, Groups) and self.groups.spatial != 1
@@ -192,7 +195,10 @@ class Row(Method):
             return applied(x, used, self.epsilon, **options), state
         kept = self if self.running is None else Row(self._finer(), self.mean)
         batch = measured(x, kept, center=running.mean, two_pass=self.two_pass, **options)
-        used = batch if self.running is None else pooled(batch, self, **per_device(options))
+        used = batch
+        if self.running is not None:  # the size of a ghost is that in x, not in its statistics
+            coarse, _ = resolve(self, x.shape, batch_axis, channel_axis)
+            used = pooled(batch, coarse, **per_device(options))
         y = applied(x, used, self.epsilon, **options)
         if (population := _population_in(state)) is not None:
             new = POPULATION[population](running, batch, batch_axis=batch_axis)
