@@ -129,7 +129,7 @@ def is_constant(x: jax.Array, axis: Axes, use: bool | None, options: Mapping[str
     return bool(use) and given <= {"activation"} and axes_of(axis, x.shape) == (x.ndim - 1,)
 
 
-def moments_to_fold(method: Method, state: State, x_shape: Shape) -> Moments | None:
+def moments_to_fold(method: Any, state: State, x_shape: Shape) -> Any:
     """The moments with which inference normalizes each channel, (C,) or (G,), of channels last;
     None where they depend on x or on the position."""
     m = method.inference_moments(state, x_shape)

@@ -15,13 +15,11 @@ from jaxnorm._core.axes import Shape, axes_of, single_axis
 from jaxnorm._core.checks import check_epsilon
 from jaxnorm._core.devices import AxisName, DeviceGroups, varying_like
 from jaxnorm._core.groups import Specification, check_divides
-from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, as_weights, check_moments, inexact, moments
 from jaxnorm._core.shared import own_and_wide, shared
 from jaxnorm._core.standardize import standardized
 
 
-@in_explicit_meshes
 def normalize(
     x: ArrayLike,
     m: Moments,
@@ -163,7 +161,6 @@ def broadcast_parameter(
     return t.reshape([n if i in axes else 1 for i, n in enumerate(x.shape)])
 
 
-@in_explicit_meshes
 def norm(
     x: ArrayLike,
     groups: Specification,
@@ -215,7 +212,6 @@ def norm(
         ((8, 4, 4, 6), (8, 1, 1, 3))
     """
     x = shared(inexact(x))
-    epsilon = getattr(groups, "epsilon", 1e-5) if epsilon is None else epsilon
     m = moments(
         x,
         groups,
@@ -232,7 +228,7 @@ def norm(
         m,
         scale=scale,
         bias=bias,
-        epsilon=epsilon,
+        epsilon=getattr(groups, "epsilon", 1e-5) if epsilon is None else epsilon,
         weights=weights,
         activation=activation,
         dtype=dtype,

@@ -193,10 +193,9 @@ class Row(Method):
                 more = select_options(options, "weights", "batch_axis", "channel_axis")
                 used = weigh_example(x, running, self, example_weight=weight, **more)
             return applied(x, used, self.epsilon, **options), state
-        kept = self if self.running is None else Row(self._finer(), self.mean)
-        batch = measured(x, kept, center=running.mean, two_pass=self.two_pass, **options)
+        batch = measured(x, self._measured, center=running.mean, two_pass=self.two_pass, **options)
         used = batch
-        if self.running is not None:  # the size of a ghost is that in x, not in its statistics
+        if self.running is not None:  # synchronized already
             coarse, _ = resolve(self, x.shape, batch_axis, channel_axis)
             used = pooled(batch, coarse, **per_device(options))
         y = applied(x, used, self.epsilon, **options)
@@ -212,6 +211,7 @@ class Row(Method):
                 ghost_update=self.ghost_update,
                 batch_axis=batch_axis,
             )
+        new = jax.lax.stop_gradient(new)
         values = {"mean": new.mean, "var": new.var, population or "count": new.count}
         return y, state | {
             name: t.reshape(state[name].shape) for name, t in values.items() if name in state
@@ -224,6 +224,13 @@ class Row(Method):
             return None
         axes = tuple(x_shape), batch_axis, channel_axis
         return self._pooled(self._serving(state, *axes), *axes)
+
+    @property
+    def _measured(self) -> "Row":
+        """The sets that training measures: those of the running statistics, in each ghost batch."""
+        if self.running is None or not isinstance(self.groups, Groups):
+            return self
+        return Row(dataclasses.replace(self.running, batch=self.groups.batch), self.mean)
 
     def _serving(self, state: State, x_shape: Shape, batch_axis: int, channel_axis: int) -> Moments:
         """The running statistics in the shape that serves x, the batch pooled."""
@@ -242,10 +249,6 @@ class Row(Method):
             return running
         coarse, _ = resolve(self.any_batch(), x_shape, batch_axis, channel_axis)
         return pooled_to(running, coarse, batch_axis)
-
-    def _finer(self) -> Groups:
-        """The sets of the running statistics inside those of the batch: in each ghost batch."""
-        return dataclasses.replace(self.running, batch=self.groups.batch)  # type: ignore[type-var,union-attr]  # both are Groups here
 
     def _share(self) -> float:
         """What an example has of its set in training."""
