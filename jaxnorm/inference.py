@@ -19,11 +19,13 @@ from jaxnorm._core.axes import Shape, axes_of, single_axis
 from jaxnorm._core.checks import check_number
 from jaxnorm._core.divisor import with_divisor
 from jaxnorm._core.groups import EACH, Groups, Specification, resolve
+from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, inexact, moments
 from jaxnorm._core.pooling import toward
 from jaxnorm._core.state import pooled_to
 
 
+@in_explicit_meshes
 def weigh_example(
     x: ArrayLike,
     running: Moments,
@@ -108,6 +110,7 @@ def weigh_example(
     )
 
 
+@in_explicit_meshes
 def adapt_moments(
     running: Moments,
     batch: Moments,

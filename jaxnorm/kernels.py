@@ -5,10 +5,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm._core.divisor import with_divisor
+from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import inexact, moments
 from jaxnorm._core.normalize import normalize
 
 
+@in_explicit_meshes
 def standardize_kernel(
     kernel: ArrayLike,
     *,

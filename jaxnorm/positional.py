@@ -13,11 +13,13 @@ from jax.typing import ArrayLike
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import axes_of, single_axis
 from jaxnorm._core.checks import check_epsilon
+from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, check_moments, inexact
 from jaxnorm._core.normalize import normalize
 from jaxnorm._core.shared import shared
 
 
+@in_explicit_meshes
 def moment_shortcut(
     x: ArrayLike, m: Moments, *, epsilon: float = 1e-5, channel_axis: int = -1
 ) -> jax.Array:
@@ -58,6 +60,7 @@ def moment_shortcut(
     return scale_and_shift(x, jnp.sqrt(m.var + epsilon), m.mean, channel_axis=channel_axis)
 
 
+@in_explicit_meshes
 def scale_and_shift(
     x: ArrayLike, scale: ArrayLike, shift: ArrayLike, *, channel_axis: int = -1
 ) -> jax.Array:

@@ -4,14 +4,12 @@ import jax.numpy as jnp
 
 from jaxnorm._core.arithmetic import abs2
 from jaxnorm._core.divisor import corrected
-from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.pooling import toward
 from jaxnorm._core.running import _alike, _as_state, _stored, warn_of_half_precision
 from jaxnorm._core.state import check_running
 
 
-@in_explicit_meshes
 def update_cumulative(state: Moments, m: Moments, *, batch_axis: int = 0) -> Moments:
     """Moments of all elements seen so far, the variance between batches included.
 
@@ -63,7 +61,6 @@ def update_cumulative(state: Moments, m: Moments, *, batch_axis: int = 0) -> Mom
     return _stored(state, m, mean, var, total)
 
 
-@in_explicit_meshes
 def update_averaged(state: Moments, m: Moments, *, batch_axis: int = 0) -> Moments:
     """Averages of the batches' means and unbiased variances, each batch counting alike.
 

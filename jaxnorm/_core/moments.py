@@ -25,7 +25,6 @@ from jaxnorm._core.devices import (
 )
 from jaxnorm._core.groups import Specification, check_mean, resolve
 from jaxnorm._core.mean_var import SYNCED, Sets, mean_var
-from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.shared import Shared, own_and_wide
 
 
@@ -59,7 +58,6 @@ register_pytree_node_serialization(
 )
 
 
-@in_explicit_meshes
 def moments(
     x: ArrayLike,
     groups: Specification,

@@ -15,13 +15,11 @@ from jaxnorm._core.axes import Shape, axes_of, single_axis
 from jaxnorm._core.checks import check_epsilon
 from jaxnorm._core.devices import AxisName, DeviceGroups, varying_like
 from jaxnorm._core.groups import Specification, check_divides
-from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, as_weights, check_moments, inexact, moments
 from jaxnorm._core.shared import own_and_wide, shared
 from jaxnorm._core.standardize import standardized
 
 
-@in_explicit_meshes
 def normalize(
     x: ArrayLike,
     m: Moments,
@@ -163,7 +161,6 @@ def broadcast_parameter(
     return t.reshape([n if i in axes else 1 for i, n in enumerate(x.shape)])
 
 
-@in_explicit_meshes
 def norm(
     x: ArrayLike,
     groups: Specification,

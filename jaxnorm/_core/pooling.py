@@ -19,7 +19,6 @@ from jaxnorm._core.blocks import block_sum, spread
 from jaxnorm._core.devices import AxisName, DeviceGroups, all_sum, device_groups_of
 from jaxnorm._core.groups import Specification, resolve
 from jaxnorm._core.mean_var import SYNCED
-from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments
 
 
@@ -37,7 +36,6 @@ def _divide(total: jax.Array, count: jax.Array) -> jax.Array:
     return divide(total, jnp.where(count > 0, count, 1))
 
 
-@in_explicit_meshes
 def pool(
     m: Moments,
     groups: Specification,

@@ -15,13 +15,11 @@ from jaxnorm._core.axes import single_axis
 from jaxnorm._core.checks import check_number, known
 from jaxnorm._core.divisor import corrected
 from jaxnorm._core.ghosts import GhostUpdate, check_ghost_update, one_update
-from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.pooling import pool, toward
 from jaxnorm._core.state import check_running
 
 
-@in_explicit_meshes
 def update_running(
     state: Moments,
     m: Moments,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Unpack, final
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, single_axis
@@ -17,16 +17,17 @@ from jaxnorm._core.checks import check_count
 from jaxnorm._core.groups import Groups
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.pooling import pool
-from jaxnorm._core.state import init_running
 from jaxnorm.methods._frame import (
     applied,
+    axes_in,
     check_state,
+    first_running,
     measured,
     per_device,
     select_options,
     updated,
 )
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._method import InitOptions, Method, Options, State
 from jaxnorm.methods._pieces import at_features, checked_sizes, grid_of, in_pieces
 from jaxnorm.methods._row import Row
 
@@ -130,24 +131,12 @@ class batch_group_norm(Method):
     def keeps_positions(self, num_channels: int) -> bool:
         return num_channels % self.num_groups != 0
 
-    def init(
-        self,
-        x_shape: Sequence[int],
-        *,
-        dtype: DTypeLike = jnp.float32,
-        kernel_shape: Sequence[int] | None = None,
-        feature_group_count: int = 1,
-        batch_axis: int = 0,
-        channel_axis: int = -1,
-    ) -> State:
-        channels, positions = checked_sizes(self.num_groups, x_shape, batch_axis, channel_axis)
-        if self.momentum is None:
-            return {}
-        first = init_running((self.num_groups,), dtype=dtype, counted=self.debias)
-        state = {"mean": first.mean, "var": first.var}
-        state |= {"count": first.count} if self.debias else {}
-        if not self.keeps_positions(channels):
-            return state
+    def init(self, x_shape: Sequence[int], **options: Unpack[InitOptions]) -> State:
+        axes = {"batch_axis": 0, "channel_axis": -1} | axes_in(options)
+        channels, positions = checked_sizes(self.num_groups, x_shape, **axes)
+        if not self.keeps_positions(channels) or self.momentum is None:
+            return self._row.init(x_shape, **options)
+        state = first_running((self.num_groups,), counted=self.debias)
         return state | {"positions": jnp.zeros(positions, jnp.float32)}
 
     def apply(
@@ -179,8 +168,7 @@ class batch_group_norm(Method):
                 f"{self} is defined for real x where its groups do not divide the channels. Got "
                 f"{x.dtype}, shape {x.shape}; norm takes complex x."
             )
-        batch = options.get("batch_axis", 0)
-        channel = single_axis(options.get("channel_axis", -1), x.shape)
+        batch, channel = (single_axis(axis, x.shape) for axis in axes_in(options).values())
         _, positions = checked_sizes(self.num_groups, x.shape, batch, channel)
         if self.momentum is None:
             check_state(state, self)
@@ -220,12 +208,7 @@ class batch_group_norm(Method):
             )
 
     def inference_moments(
-        self,
-        state: State,
-        x_shape: Sequence[int],
-        *,
-        batch_axis: int = 0,
-        channel_axis: int = -1,
+        self, state: State, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1
     ) -> Moments | None:
         axes = {"batch_axis": batch_axis, "channel_axis": channel_axis}
         if self.keeps_positions(x_shape[single_axis(channel_axis, x_shape)]):

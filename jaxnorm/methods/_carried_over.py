@@ -26,7 +26,7 @@ def carried_over(
     window: ArrayLike,
     rho: ArrayLike,
     y: jax.Array,
-    channel_axis: int,
+    options: Options,
 ) -> Moments:
     """The window's moments for the present kernel, (window, 1, 1, 1, C).
 
@@ -52,7 +52,7 @@ def carried_over(
     )
     mean, var = mean + rho * d, jnp.maximum(var + rho * e - jnp.square(rho * d), 0)
     count = jnp.broadcast_to(jnp.where(used, count, 0)[:, None], mean.shape)
-    return Moments(*(along_channels(t, y, channel_axis) for t in (count, mean, var)))
+    return Moments(*(along_channels(t, y, options) for t in (count, mean, var)))
 
 
 def derivatives(
@@ -69,8 +69,8 @@ def derivatives(
     That of the mean is the mean input patch, the same for all channels of a group; that of the
     variance is twice the mean of patch times centered y.
     """
-    axis_name, batch = options.get("axis_name"), single_axis(options.get("batch_axis", 0), y.shape)
-    channel, weights = single_axis(options.get("channel_axis", -1), y.shape), options.get("weights")
+    axis_name, batch = options.get("axis_name"), single_axis(options["batch_axis"], y.shape)
+    channel, weights = single_axis(options["channel_axis"], y.shape), options.get("weights")
     w = None if weights is None else as_weights(weights, y)
     inputs, kernel = (t.astype(statistic_dtype(y.dtype)) for t in (inputs, kernel))
     # else shard_map's check_vma=True sums over devices also without an axis_name

@@ -10,7 +10,7 @@ from typing import Any, Unpack, final
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from jaxnorm._core.axes import single_axis
 from jaxnorm._core.checks import check_count, check_number
@@ -22,12 +22,12 @@ from jaxnorm.methods._carried_over import Linear, carried_over, derivatives
 from jaxnorm.methods._frame import (
     along_channels,
     applied,
-    averaged,
+    averages,
     check_state,
     measured,
     remembered,
 )
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._method import InitOptions, Method, Options, State
 from jaxnorm.methods._table import batch_norm
 
 
@@ -120,20 +120,14 @@ class cross_iteration_norm(Method):
         check_count(self.window, "window")
         check_number(self.rho, "rho", at_least=0, at_most=1)
 
-    def init(
-        self,
-        x_shape: Sequence[int],
-        *,
-        dtype: DTypeLike = jnp.float32,
-        kernel_shape: Sequence[int] | None = None,
-        feature_group_count: int = 1,
-        batch_axis: int = 0,
-        channel_axis: int = -1,
-    ) -> State:
-        shape = tuple(kernel_shape or ())
-        if len(shape) < 2 or feature_group_count < 1 or shape[-1] % feature_group_count:
+    def init(self, x_shape: Sequence[int], **options: Unpack[InitOptions]) -> State:
+        shape, groups = (
+            tuple(options.get("kernel_shape", ())),
+            options.get("feature_group_count", 1),
+        )
+        if len(shape) < 2 or groups < 1 or shape[-1] % groups:
             raise ValueError(
-                f"Got kernel_shape={kernel_shape}, feature_group_count={feature_group_count}. "
+                f"Got a kernel_shape of {shape} and a feature_group_count of {groups}. "
                 "Expected the shape of the kernel in front, (..., inputs, C), and groups that "
                 "divide C; a layer knows them by Norm(method, layer=...)."
             )
@@ -141,7 +135,7 @@ class cross_iteration_norm(Method):
             "past_count": (),
             "past_mean": shape[-1:],
             "past_var": shape[-1:],
-            "past_patch": (*shape[:-1], feature_group_count),
+            "past_patch": (*shape[:-1], groups),
             "past_slope": shape,
         }
         return {
@@ -170,7 +164,7 @@ class cross_iteration_norm(Method):
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
         inputs, kernel = (own_and_wide(inexact(t))[0] for t in (inputs, kernel))
-        channel_axis = options.get("channel_axis", -1)
+        channel_axis = options["channel_axis"]
         check_state(
             state,
             self,
@@ -183,7 +177,7 @@ class cross_iteration_norm(Method):
             past_slope=kernel.ndim + 1,
         )
         _check(state, x, inputs, kernel, channel_axis, options.get("weights"))
-        mean, var = (along_channels(state[name], x, channel_axis) for name in ("mean", "var"))
+        mean, var = (along_channels(state[name], x, options) for name in ("mean", "var"))
         if not train:
             return applied(
                 x, Moments(jnp.ones_like(mean), mean, var), self.epsilon, **options
@@ -191,7 +185,7 @@ class cross_iteration_norm(Method):
         check_number(rho, "rho", at_least=0, at_most=1)
         check_number(window, "window", at_least=0)
         present = measured(x, batch_norm(), **options)
-        past = carried_over(state, lax.stop_gradient(kernel), window, rho, x, channel_axis)
+        past = carried_over(state, lax.stop_gradient(kernel), window, rho, x, options)
         union = pool(
             jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), present, past),
             (1, *mean.shape),
@@ -213,8 +207,7 @@ class cross_iteration_norm(Method):
             "slope": slope,
         }
         finite = keep.all() & jnp.isfinite(patch).all() & jnp.isfinite(slope).all()
-        new = {"mean": averaged(state["mean"], present.mean, momentum, keep)}
-        new["var"] = averaged(state["var"], present.var, momentum, keep)
+        new = averages(state, momentum, keep, mean=present.mean, var=present.var)
         for name, value in entry.items():
             old = state[f"past_{name}"]
             pushed = jnp.concatenate([value.reshape(1, *old.shape[1:]).astype(old.dtype), old[:-1]])

@@ -13,11 +13,12 @@ from jax.typing import ArrayLike
 
 from jaxnorm._core.axes import single_axis
 from jaxnorm._core.checks import check_count
+from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, inexact
 from jaxnorm._core.running import usable
 from jaxnorm.methods._frame import (
     applied,
-    averaged,
+    averages,
     check_state,
     measured,
     per_device,
@@ -94,20 +95,17 @@ class domain_batch_norm(Method):
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
         check_state(state, self, mean=2, var=2)
-        batch_axis = options.get("batch_axis", 0)
+        batch_axis = options["batch_axis"]
         domain = _labels(domain, x, batch_axis)
-        bank = recalled(state, x, options.get("channel_axis", -1))
+        bank = recalled(state, x, options)
         if not train:
             used = _rows(bank, domain, x, batch_axis)
             return applied(x, used, self.epsilon, **options), state
         m = _of_each_domain(x, domain, bank.mean.shape, options)
-        keep = usable(m)
-        new = {
-            name: averaged(state[name], getattr(m, name), momentum, keep)
-            for name in ("mean", "var")
-        }
+        new = averages(state, momentum, usable(m), mean=m.mean, var=m.var)
         return applied(x, _rows(m, domain, x, batch_axis), self.epsilon, **options), new
 
+    @in_explicit_meshes
     def observe(  # type: ignore[override]  # the hook that layers call
         self,
         x: ArrayLike,
@@ -155,9 +153,9 @@ class domain_batch_norm(Method):
         """
         x = inexact(x)
         check_state(state, self, mean=2, var=2)
-        bank = recalled(state, x, channel_axis)
+        axes: Options = {"batch_axis": batch_axis, "channel_axis": channel_axis}
+        bank = recalled(state, x, axes)
         row = _rows(bank, _labels(domain, x, batch_axis), x, batch_axis)
-        axes = {"batch_axis": batch_axis, "channel_axis": channel_axis}
         m = measured(x, instance_norm(), weights=weights, **axes)
         squared = jnp.square(row.mean - m.mean) + jnp.square(_root(row.var) - _root(m.var))
         squared = jnp.where(m.count > 0, squared, 0)
@@ -212,7 +210,7 @@ def _of_each_domain(
         mean, var = (jnp.broadcast_to(t, shape) for t in (m.mean, m.var))
         return Moments(jax.vmap(lambda d: jnp.where(d == domain, m.count, 0))(domains), mean, var)
     instance = measured(x, instance_norm(), **per_device(options))
-    batch = single_axis(options.get("batch_axis", 0), x.shape)
+    batch = single_axis(options["batch_axis"], x.shape)
     domain = domain.reshape([-1 if i == batch else 1 for i in range(x.ndim)])
 
     def of(d: jax.Array) -> Moments:

@@ -15,19 +15,18 @@ from jaxnorm._core.axes import single_axis
 from jaxnorm._core.checks import check_count
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.pooling import pool
 from jaxnorm._core.running import usable
 from jaxnorm._core.shared import widened
 from jaxnorm.methods._frame import (
     along_channels,
     applied,
-    averaged,
+    averages,
     check_state,
     measured,
     output_dtype,
     parameter,
     per_device,
-    select_options,
+    pooled,
     zero_masked,
 )
 from jaxnorm.methods._method import Method, Options, State
@@ -95,13 +94,10 @@ class evonorm_b0(Method):
     ) -> tuple[jax.Array, State]:
         check_state(state, self, var=1)
         own = measured(x, instance_norm(), **per_device(options))
-        var = along_channels(state["var"], x, options.get("channel_axis", -1))
+        var = along_channels(state["var"], x, options)
         if train:
-            axes = select_options(
-                options, "axis_name", "axis_index_groups", "batch_axis", "channel_axis"
-            )
-            m = pool(own, batch_norm(), **axes)
-            var, state = m.var, {"var": averaged(state["var"], m.var, momentum, usable(m))}
+            m = pooled(own, batch_norm(), **options)
+            var, state = m.var, averages(state, momentum, usable(m), var=m.var)
 
         @jax.checkpoint
         def divided(x: jax.Array, var: jax.Array, own_var: jax.Array) -> jax.Array:
@@ -168,7 +164,7 @@ class evonorm_s0(Method):
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
         check_state(state, self)
-        channels = x.shape[single_axis(options.get("channel_axis", -1), x.shape)]
+        channels = x.shape[single_axis(options["channel_axis"], x.shape)]
         if channels % self.num_groups != 0:
             lower = max(n for n in range(1, self.num_groups) if channels % n == 0)
             raise ValueError(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._core.arithmetic import counts, statistic_dtype
-from jaxnorm._core.axes import axes_of, single_axis
+from jaxnorm._core.axes import Shape, axes_of, single_axis
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.groups import Specification
 from jaxnorm._core.moments import Moments, as_weights, moments
@@ -23,6 +23,7 @@ from jaxnorm._core.normalize import broadcast_parameter, normalize
 from jaxnorm._core.pooling import pool, toward
 from jaxnorm._core.running import rate_of, update_running, warn_of_half_precision
 from jaxnorm._core.shared import own_and_wide
+from jaxnorm._core.state import init_running
 from jaxnorm.methods._method import Method, Options, State
 
 
@@ -101,9 +102,20 @@ def select_options(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: options[name] for name in names if name in options}
 
 
-def along_channels(t: ArrayLike, x: jax.Array, channel_axis: int = -1) -> jax.Array:
+def axes_in(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The axes among the options, the batch's first."""
+    return select_options(options, "batch_axis", "channel_axis")
+
+
+def first_running(shape: Shape, dtype: DTypeLike = jnp.float32, *, counted: bool = False) -> State:
+    """`init_running` as the state of a method."""
+    first = init_running(shape, dtype=dtype, counted=counted)
+    return {"mean": first.mean, "var": first.var} | ({"count": first.count} if counted else {})
+
+
+def along_channels(t: ArrayLike, x: jax.Array, options: Options) -> jax.Array:
     """State t, (..., C), in the shape and dtype of statistics that serve x: (..., 1, 1, 1, C)."""
-    t, channel = jnp.asarray(t), single_axis(channel_axis, x.shape)
+    t, channel = jnp.asarray(t), single_axis(options["channel_axis"], x.shape)
     if t.shape[-1] != x.shape[channel]:
         raise ValueError(
             f"state of shape {t.shape} has {t.shape[-1]} channels, x of shape {x.shape} has "
@@ -114,9 +126,9 @@ def along_channels(t: ArrayLike, x: jax.Array, channel_axis: int = -1) -> jax.Ar
     return t.reshape(*t.shape[:-1], *sizes).astype(statistic_dtype(x.dtype))
 
 
-def recalled(state: State, x: jax.Array, channel_axis: int = -1, prefix: str = "") -> Moments:
+def recalled(state: State, x: jax.Array, options: Options, prefix: str = "") -> Moments:
     """The state's mean and variance as moments that serve x."""
-    mean, var = (along_channels(state[prefix + name], x, channel_axis) for name in ("mean", "var"))
+    mean, var = (along_channels(state[prefix + name], x, options) for name in ("mean", "var"))
     return Moments(jnp.ones_like(mean), mean, var)
 
 
@@ -143,6 +155,11 @@ def averaged(
     return remembered(old, toward(wide, new, rate), keep)
 
 
+def averages(state: State, momentum: ArrayLike, keep: ArrayLike, **new: jax.Array) -> State:
+    """`averaged` for these names of the state."""
+    return {name: averaged(state[name], value, momentum, keep) for name, value in new.items()}
+
+
 def updated(state: State, m: Moments, momentum: ArrayLike, correction: int = 0) -> State:
     """State of `mean`, `var` and perhaps `count` after a batch with moments m, of as many sets.
 
@@ -163,10 +180,9 @@ def output_dtype(x: jax.Array, options: Options) -> DTypeLike:
 def parameter(t: ArrayLike, name: str, x: jax.Array, options: Options) -> jax.Array:
     """A parameter of shape (C,), or (N, C), in the shape and dtype in which it meets x."""
     x, _ = own_and_wide(x)
-    channel_axis = options.get("channel_axis", -1)
-    out = broadcast_parameter(
-        t, name, x, options.get("batch_axis", 0), axes_of(channel_axis, x.shape), channel_axis
-    )
+    channel_axis = options["channel_axis"]
+    features = axes_of(channel_axis, x.shape)
+    out = broadcast_parameter(t, name, x, options["batch_axis"], features, channel_axis)
     assert out is not None
     return varying_like(out, x)
 

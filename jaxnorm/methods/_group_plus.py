@@ -7,7 +7,7 @@ from typing import Unpack, final
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import single_axis
@@ -17,18 +17,19 @@ from jaxnorm._core.divisor import with_divisor
 from jaxnorm._core.groups import EACH, Groups
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.shared import own_and_wide
-from jaxnorm._core.state import init_running, running_shape, serving
+from jaxnorm._core.state import running_shape, serving
 from jaxnorm.methods._frame import (
     applied,
+    axes_in,
     check_state,
+    first_running,
     measured,
     output_dtype,
     parameter,
     per_device,
-    select_options,
     updated,
 )
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._method import InitOptions, Method, Options, State
 from jaxnorm.methods._table import group_norm
 
 
@@ -103,19 +104,9 @@ class group_norm_plus(Method):
     def keeps_positions(self, num_channels: int) -> bool:
         return self.per_position
 
-    def init(
-        self,
-        x_shape: Sequence[int],
-        *,
-        dtype: DTypeLike = jnp.float32,
-        kernel_shape: Sequence[int] | None = None,
-        feature_group_count: int = 1,
-        batch_axis: int = 0,
-        channel_axis: int = -1,
-    ) -> State:
-        axes = {"batch_axis": batch_axis, "channel_axis": channel_axis}
-        first = init_running(running_shape(self._second_branch, tuple(x_shape), **axes)[0])
-        return {"mean": first.mean, "var": first.var}
+    def init(self, x_shape: Sequence[int], **options: Unpack[InitOptions]) -> State:
+        shape, _ = running_shape(self._second_branch, tuple(x_shape), **axes_in(options))
+        return first_running(shape)
 
     def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
         return {"mixture": np.ones((), np.float32)}
@@ -131,9 +122,8 @@ class group_norm_plus(Method):
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
         second = self._second_branch
-        axes = select_options(options, "batch_axis", "channel_axis")
         wide = statistic_dtype(x.dtype)
-        shape, _ = shapes = running_shape(second, x.shape, **axes)
+        shape, _ = shapes = running_shape(second, x.shape, **axes_in(options))
         check_state(state, self, mean=len(shape), var=len(shape))
         running = serving(
             Moments(state["mean"], state["mean"], state["var"]),
@@ -184,10 +174,7 @@ class group_norm_plus(Method):
         if weights is not None:
             shift = jnp.where(jnp.isfinite(z), shift, 0 if bias is None else bias)
         m = jax.tree.map(lambda t: varying_like(t, z), Moments(m.count, m.mean, a**-2))
-        batch, channel = (
-            single_axis(options.get(name, default), x.shape)
-            for name, default in (("batch_axis", 0), ("channel_axis", -1))
-        )
+        batch, channel = (single_axis(axis, x.shape) for axis in axes_in(options).values())
         features = [
             i for i in range(x.ndim) if i == channel or (i != batch and m.mean.shape[i] > 1)
         ]

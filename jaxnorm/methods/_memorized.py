@@ -107,9 +107,8 @@ class memorized_batch_norm(Method):
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
         check_state(state, self, mean=2, var=2, count=1)
-        channel_axis = options.get("channel_axis", -1)
         mean, var, count = (
-            lax.stop_gradient(along_channels(state[n], x, channel_axis))
+            lax.stop_gradient(along_channels(state[n], x, options))
             for n in ("mean", "var", "count")
         )
         size = mean.shape[0]

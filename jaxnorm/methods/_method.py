@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, SupportsIndex, TypedDict
+from typing import Any, ClassVar, SupportsIndex, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,16 @@ class Options(TypedDict, total=False):
     dtype: DTypeLike | None
     axis_name: AxisName
     axis_index_groups: DeviceGroups
+    batch_axis: int
+    channel_axis: int
+
+
+class InitOptions(TypedDict, total=False):
+    """What every method takes at `init`."""
+
+    dtype: DTypeLike
+    kernel_shape: Sequence[int]
+    feature_group_count: int
     batch_axis: int
     channel_axis: int
 
@@ -138,31 +148,20 @@ class Method(abc.ABC):
         """
         return _apply(self, x, state, train=train, **options)
 
-    def init(
-        self,
-        x_shape: Sequence[int],
-        *,
-        dtype: DTypeLike = jnp.float32,
-        kernel_shape: Sequence[int] | None = None,
-        feature_group_count: int = 1,
-        batch_axis: int = 0,
-        channel_axis: int = -1,
-    ) -> State:
+    def init(self, x_shape: Sequence[int], **options: Unpack[InitOptions]) -> State:
         """State before the first step.
 
         Args:
             x_shape: shape of x; any number of examples.
-            dtype: of the mean, complex for complex x; for rows of the table.
-            kernel_shape: of the layer in front, for methods that need to know it.
-            feature_group_count: of the layer in front, likewise.
-            batch_axis: axis of the examples.
-            channel_axis: axis of the channels.
+            **options: `batch_axis` and `channel_axis`, 0 and -1 by default; `dtype` of the mean,
+                for rows of the table: complex for complex x; `kernel_shape` and
+                `feature_group_count` of the layer in front, for methods that need to know it.
 
         Returns:
-            Arrays by name; {} where nothing is remembered.
+            Arrays by name, float32; {} where nothing is remembered.
         """
         x_shape = tuple(x_shape)
-        return self.first_state(x_shape[single_axis(channel_axis, x_shape)])
+        return self.first_state(x_shape[single_axis(options.get("channel_axis", -1), x_shape)])
 
     def first_state(self, num_channels: int) -> State:
         """State before the first step, where it depends on the number of channels alone."""
@@ -197,12 +196,7 @@ class Method(abc.ABC):
         return False
 
     def inference_moments(
-        self,
-        state: State,
-        x_shape: Sequence[int],
-        *,
-        batch_axis: int = 0,
-        channel_axis: int = -1,
+        self, state: State, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1
     ) -> Moments | None:
         """The moments with which inference normalizes every x of this shape alike, or None."""
         return None
@@ -219,13 +213,13 @@ def _apply(
             f"{name} got an unexpected option {', '.join(unknown)}. Expected some of "
             f"{', '.join([*own, *Options.__annotations__])}."
         )
-    x = inexact(x)
+    x, options = inexact(x), {"batch_axis": 0, "channel_axis": -1} | options
     if not method.takes_complex and jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(
             f"{name} is defined for real x. Got {x.dtype}, shape {x.shape}; rows of the table take "
             "complex x."
         )
-    features = axes_of(options.get("channel_axis", -1), x.shape)
+    features = axes_of(options["channel_axis"], x.shape)
     learned = method.parameters(math.prod(x.shape[i] for i in features))
     for option in own:
         if options.get(option) is None:

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm._core.pooling import toward
 from jaxnorm._core.running import rate_of, usable
-from jaxnorm.methods._frame import applied, averaged, check_state, measured, recalled
+from jaxnorm.methods._frame import applied, averages, check_state, measured, recalled
 from jaxnorm.methods._method import Method, Options, State
 from jaxnorm.methods._table import batch_norm
 
@@ -81,24 +81,19 @@ class momentum_batch_norm(Method):
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
         check_state(state, self, train_mean=1, train_var=1, mean=1, var=1)
-        channel_axis = options.get("channel_axis", -1)
         if not train:
-            return applied(x, recalled(state, x, channel_axis), self.epsilon, **options), state
+            return applied(x, recalled(state, x, options), self.epsilon, **options), state
         if train_momentum is None:
             raise ValueError(
                 "training needs the weight of the old training statistics. Got "
                 "train_momentum=None; expected 0 (batch normalization) to 1, for example "
                 "schedules.train_momentum_schedule(epoch, epochs=200, batch_size=4)."
             )
-        old = lax.stop_gradient(recalled(state, x, channel_axis, "train_"))
+        old = lax.stop_gradient(recalled(state, x, options, "train_"))
         m = measured(x, batch_norm(), center=old.mean, **options)
         rate = rate_of(train_momentum, old.var.dtype, "train_momentum")
         used = jax.tree.map(lambda t, new: jnp.where(m.count > 0, toward(t, new, rate), t), old, m)
         keep = usable(m)
-        new = {
-            "train_mean": averaged(state["train_mean"], m.mean, train_momentum, keep),
-            "train_var": averaged(state["train_var"], m.var, train_momentum, keep),
-            "mean": averaged(state["mean"], m.mean, momentum, keep),
-            "var": averaged(state["var"], m.var, momentum, keep),
-        }
+        new = averages(state, train_momentum, keep, train_mean=m.mean, train_var=m.var)
+        new |= averages(state, momentum, keep, mean=m.mean, var=m.var)
         return applied(x, used, self.epsilon, **options), new

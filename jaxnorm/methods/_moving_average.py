@@ -164,9 +164,8 @@ class moving_average_norm(Method):
         tap: ArrayLike | None = None,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
-        channel_axis = options.get("channel_axis", -1)
         check_state(state, self, mean_square=1, past_mean_square=2, past_gradient=2, step=0)
-        running = along_channels(state["mean_square"], x, channel_axis)
+        running = along_channels(state["mean_square"], x, options)
         if not train:
             used = Moments(jnp.ones_like(running), jnp.zeros_like(running), running)
             return applied(x, used, self.epsilon, **options), state
@@ -191,7 +190,7 @@ class moving_average_norm(Method):
         averaging = (step > window) & (step >= average_from)
 
         square = jnp.where(
-            averaging, along_channels(squares, x, channel_axis).mean(0), lax.stop_gradient(m.var)
+            averaging, along_channels(squares, x, options).mean(0), lax.stop_gradient(m.var)
         )
         var, rmax = square + self.epsilon, jnp.asarray(rmax, square.dtype)
         r = jnp.where(
@@ -199,14 +198,12 @@ class moving_average_norm(Method):
             1,
             jnp.clip(jnp.sqrt(var / (running + self.epsilon)), 1 / rmax, rmax),
         )
-        past = jnp.where(
-            averaging, along_channels(gradients[: window - 1].sum(0), x, channel_axis), 0
-        )
+        past = jnp.where(averaging, along_channels(gradients[: window - 1].sum(0), x, options), 0)
         share = jnp.where(averaging, jnp.asarray(1 / window, var.dtype), 1)
         count = jnp.where(m.count > 0, m.count, 1)
         axis_name, groups = options.get("axis_name"), options.get("axis_index_groups")
         parts = device_count(axis_name, device_groups_of(axis_name, groups))
-        tap = along_channels(tap, x, channel_axis)
+        tap = along_channels(tap, x, options)
         # In one array: their gradients are summed over devices, if at all, in one round.
         like, _ = own_and_wide(x)
         square_and_tap, var = (

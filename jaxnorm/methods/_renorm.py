@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxnorm._core.checks import check_number
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.running import usable
-from jaxnorm.methods._frame import along_channels, applied, averaged, check_state, measured
+from jaxnorm.methods._frame import along_channels, applied, averages, check_state, measured
 from jaxnorm.methods._method import Method, Options, State
 from jaxnorm.methods._table import batch_norm
 
@@ -87,8 +87,7 @@ class batch_renorm(Method):
         check_state(state, self, mean=1, std=1)
         check_number(rmax, "rmax", at_least=1)
         check_number(dmax, "dmax", at_least=0)
-        channel_axis = options.get("channel_axis", -1)
-        mean, std = (along_channels(state[name], x, channel_axis) for name in ("mean", "std"))
+        mean, std = (along_channels(state[name], x, options) for name in ("mean", "std"))
         # An epsilon larger than the one that the state was made with still bounds the division.
         std = jnp.maximum(std, jnp.sqrt(jnp.asarray(self.epsilon, std.dtype)))
         if not train:
@@ -104,9 +103,5 @@ class batch_renorm(Method):
         # (x - mean) / std * r + d as one standardization: about mean - d std / r, by std / r.
         corrected = batch_std / r
         used = Moments(m.count, m.mean - d * corrected, jnp.square(corrected))
-        keep = usable(m)
-        new = {
-            "mean": averaged(state["mean"], m.mean, momentum, keep),
-            "std": averaged(state["std"], batch_std, momentum, keep),
-        }
+        new = averages(state, momentum, usable(m), mean=m.mean, std=batch_std)
         return applied(x, used, 0.0, **options), new

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, TypedDict, Unpack, final
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from jaxnorm._core.axes import Shape
 from jaxnorm._core.checks import check_count, check_number
@@ -14,18 +14,20 @@ from jaxnorm._core.ghosts import GhostUpdate, check_ghost_update
 from jaxnorm._core.groups import EACH, Groups, Size, check_mean, resolve
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.running import update_running
-from jaxnorm._core.state import init_running, pooled_to, running_shape, serving
+from jaxnorm._core.state import pooled_to, running_shape, serving
 from jaxnorm._population import POPULATION
 from jaxnorm.inference import weigh_example
 from jaxnorm.methods._frame import (
     applied,
+    axes_in,
     check_state,
+    first_running,
     measured,
     per_device,
     pooled,
     select_options,
 )
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._method import InitOptions, Method, Options, State
 
 
 class RowFields(TypedDict, total=False):
@@ -144,27 +146,12 @@ class Row(Method):
     def keeps_positions(self, num_channels: int) -> bool:
         return self.remembers and isinstance(self.groups, Groups) and self.groups.spatial != 1
 
-    def init(
-        self,
-        x_shape: Sequence[int],
-        *,
-        dtype: DTypeLike = jnp.float32,
-        kernel_shape: Sequence[int] | None = None,
-        feature_group_count: int = 1,
-        batch_axis: int = 0,
-        channel_axis: int = -1,
-    ) -> State:
+    def init(self, x_shape: Sequence[int], **options: Unpack[InitOptions]) -> State:
         if not self.remembers:
             return {}
-        shape, _ = running_shape(
-            self.running or self.groups,  # type: ignore[arg-type]  # shapes have no state of their own
-            tuple(x_shape),
-            batch_axis=batch_axis,
-            channel_axis=channel_axis,
-        )
-        first = init_running(shape, dtype=dtype, counted=self.debias)
-        named = {"mean": first.mean, "var": first.var}
-        return named | ({"count": first.count} if self.debias else {})
+        kept: Any = self.running or self.groups  # a shape has no state of its own
+        shape, _ = running_shape(kept, tuple(x_shape), **axes_in(options))
+        return first_running(shape, options.get("dtype", jnp.float32), counted=self.debias)
 
     def apply(
         self, x: ArrayLike, state: State, *, train: bool, **options: Any
@@ -193,20 +180,21 @@ class Row(Method):
             m = measured(x, self, two_pass=self.two_pass, **options)
             return applied(x, m, self.epsilon, **options), state
         check_state(state, self, ("count", *self.also_in_state), mean=None, var=None)
-        batch_axis, channel_axis = options.get("batch_axis", 0), options.get("channel_axis", -1)
+        batch_axis, channel_axis = axes_in(options).values()
         running = self._serving(state, x.shape, batch_axis, channel_axis)
         if not train:
             weight = self._share() if isinstance(example_weight, str) else example_weight
             if isinstance(weight, int | float) and weight == 0:
                 used = self._pooled(running, x.shape, batch_axis, channel_axis)
             else:
-                names = ("weights", "batch_axis", "channel_axis")
-                axes = select_options(options, *names)
-                used = weigh_example(x, running, self, example_weight=weight, **axes)
+                more = select_options(options, "weights", "batch_axis", "channel_axis")
+                used = weigh_example(x, running, self, example_weight=weight, **more)
             return applied(x, used, self.epsilon, **options), state
-        kept = self if self.running is None else Row(self.running, self.mean)
-        batch = measured(x, kept, center=running.mean, two_pass=self.two_pass, **options)
-        used = batch if self.running is None else pooled(batch, self, **per_device(options))
+        batch = measured(x, self._measured, center=running.mean, two_pass=self.two_pass, **options)
+        used = batch
+        if self.running is not None:  # synchronized already
+            coarse, _ = resolve(self, x.shape, batch_axis, channel_axis)
+            used = pooled(batch, coarse, **per_device(options))
         y = applied(x, used, self.epsilon, **options)
         if (population := _population_in(state)) is not None:
             new = POPULATION[population](running, batch, batch_axis=batch_axis)
@@ -226,17 +214,19 @@ class Row(Method):
         }
 
     def inference_moments(
-        self,
-        state: State,
-        x_shape: Sequence[int],
-        *,
-        batch_axis: int = 0,
-        channel_axis: int = -1,
+        self, state: State, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1
     ) -> Moments | None:
         if not self.remembers or self.example_weight != 0:
             return None
         axes = tuple(x_shape), batch_axis, channel_axis
         return self._pooled(self._serving(state, *axes), *axes)
+
+    @property
+    def _measured(self) -> "Row":
+        """The sets that training measures: those of the running statistics, in each ghost batch."""
+        if self.running is None or not isinstance(self.groups, Groups):
+            return self
+        return Row(dataclasses.replace(self.running, batch=self.groups.batch), self.mean)
 
     def _serving(self, state: State, x_shape: Shape, batch_axis: int, channel_axis: int) -> Moments:
         """The running statistics in the shape that serves x, the batch pooled."""

@@ -13,7 +13,7 @@ from jaxnorm._core.moments import Moments
 from jaxnorm._core.running import usable
 from jaxnorm.methods._frame import (
     applied,
-    averaged,
+    averages,
     check_state,
     measured,
     per_device,
@@ -104,7 +104,7 @@ class switchable_norm(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
-        check_state(state, self, **(dict(mean=1, var=1) if self.use_batch else {}))
+        check_state(state, self, **dict.fromkeys(self.first_state(1), 1))
         instance = measured(x, instance_norm(), **per_device(options))
         dtype = instance.var.dtype
         shares = [jax.nn.softmax(jnp.asarray(t, dtype)) for t in (mean_logits, var_logits)]
@@ -118,14 +118,10 @@ class switchable_norm(Method):
         if self.use_instance:
             parts = [instance, *parts]
         if self.use_batch:
-            m = recalled(state, x, options.get("channel_axis", -1))
+            m = recalled(state, x, options)
             if train:
                 m = pooled(instance, batch_norm(), **options)
-                keep = usable(m)
-                state = {
-                    name: averaged(state[name], getattr(m, name), momentum, keep)
-                    for name in ("mean", "var")
-                }
+                state = averages(state, momentum, usable(m), mean=m.mean, var=m.var)
             parts.append(m)
         shape = instance.mean.shape
         parts = [jax.tree.map(lambda t: jnp.broadcast_to(t, shape), m) for m in parts]
