@@ -4,12 +4,13 @@ A layer holds parameters and state; everything it computes is the `apply` of its
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, axes_of
 from jaxnorm._core.checks import check_flag, known
 from jaxnorm._core.moments import Moments
@@ -20,13 +21,18 @@ from jaxnorm.methods._method import State, options_of
 
 Activation = Callable[[jax.Array], jax.Array]
 
-OF_LAYERS = (
-    "mask",
-    "update_running_average",
-    "scale",
-    "bias",
-    "activation",
-)
+
+class CallOptions(TypedDict, total=False):
+    """What every layer takes at the call beside its mask: `scale` and `bias` in place of its own,
+    also one for each example, and an activation that is applied to the output and recomputed in
+    the backward pass."""
+
+    scale: ArrayLike | None
+    bias: ArrayLike | None
+    activation: Activation | None
+
+
+OF_LAYERS = ("mask", "update_running_average", *CallOptions.__annotations__)
 """What every layer takes at the call; the rest are options of its method."""
 IN_FRONT = ("inputs", "kernel", "layer")
 """What a method that looks at the layer in front takes; its layer gives it."""
@@ -69,11 +75,18 @@ def run(
     method: Method, x: jax.Array, state: State, use: bool, update: bool, options: dict[str, Any]
 ) -> tuple[jax.Array, State]:
     """One call of a method: y, and the new state where it is to be updated."""
+    if not update:  # half precision matters where an average is stored, and warns
+        y, _ = method.apply(x, jax.tree.map(_wide, state), train=not use, **options)
+        return y, state
     y, new = method.apply(x, state, train=not use, **options)
-    if update and use:
+    if use:
         options = {name: t for name, t in options.items() if name != "example_weight"}
         new = method.apply(x, state, train=True, **options)[1]
-    return y, new if update else state
+    return y, new
+
+
+def _wide(t: jax.Array) -> jax.Array:
+    return t.astype(statistic_dtype(t.dtype)) if jnp.issubdtype(t.dtype, jnp.inexact) else t
 
 
 def observations(
@@ -125,7 +138,7 @@ def is_constant(x: jax.Array, axis: Axes, use: bool | None, options: Mapping[str
     return bool(use) and given <= {"activation"} and axes_of(axis, x.shape) == (x.ndim - 1,)
 
 
-def moments_to_fold(method: Method, state: State, x_shape: Shape) -> Moments | None:
+def moments_to_fold(method: Any, state: State, x_shape: Shape) -> Any:
     """The moments with which inference normalizes each channel, (C,) or (G,).
 
     Channels are last. None where the moments depend on x or on the position.

@@ -15,10 +15,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import abs2
-from jaxnorm._core.axes import Shape, axes_of, single_axis
+from jaxnorm._core.axes import Shape, single_axis
 from jaxnorm._core.checks import check_number
 from jaxnorm._core.divisor import with_divisor
-from jaxnorm._core.groups import EACH, Groups, Specification, resolve
+from jaxnorm._core.groups import EACH, Groups, Specification, resolve, row_of
 from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, inexact, moments
 from jaxnorm._core.pooling import toward
@@ -177,11 +177,7 @@ def _inside_examples(
     groups: Specification, x_shape: Shape, batch_axis: int, channel_axis: int | Sequence[int]
 ) -> tuple[Shape, Any]:
     """The statistic's shape with every example apart, and the fixed mean."""
-    fixed = None
-    if hasattr(groups, "row"):
-        channel = axes_of(channel_axis, x_shape)[-1]
-        row = groups.row(x_shape, batch_axis=batch_axis, channel_axis=channel)
-        groups, fixed = row.groups, row.mean
+    groups, fixed = row_of(groups, x_shape, batch_axis, channel_axis)
     if isinstance(groups, Groups):
         groups = dataclasses.replace(groups, batch=EACH)
         return resolve(groups, x_shape, batch_axis, channel_axis)[0], fixed

@@ -1,5 +1,5 @@
-"""The table of methods under test: for each the call, and the label of the index that the paper
-gives."""
+"""The table of methods under test, and rows of one's own: for each the call, and the label of the
+index that the paper gives, or that the row should have."""
 
 import dataclasses
 import math
@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxnorm import Method, methods
+import jaxnorm
+from jaxnorm import EACH, Groups, methods
 
 PLACES = {2: (), 3: (4,), 4: (4, 6), 5: (2, 4, 3)}
 N, C = 4, 6
@@ -15,10 +16,10 @@ N, C = 4, 6
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One method: `call(x_shape, channel_axis)` and `label(n, p, c, N, P, C)`."""
+    """One row: `call(x_shape, channel_axis)` and `label(n, p, c, N, P, C)`."""
 
     name: str
-    call: Callable[[Sequence[int], int], Method]
+    call: Callable[[Sequence[int], int], jaxnorm.Row | methods.batch_group_norm]
     label: Callable[..., tuple]
     mean: int | None = None
     ranks: tuple[int, ...] = (2, 3, 4, 5)
@@ -29,8 +30,18 @@ class Row:
 
     @property
     def method_name(self) -> str:
-        """The function of methods.py that the row stands for."""
+        """The name in `methods` that the row stands for."""
         return self.function or self.name
+
+
+def parts_of_channels(parts: int, x_shape: Sequence[int], channel_axis: int) -> Groups:
+    """The positions of each channel in equal parts, rows first."""
+    places, spatial = list(x_shape[1:]), []
+    del places[channel_axis - 1 if channel_axis > 0 else channel_axis]
+    for size in places:
+        spatial.append(math.gcd(parts, size))
+        parts //= spatial[-1]
+    return Groups(batch=1, spatial=tuple(spatial), channel=EACH)
 
 
 def pieces(parts: int):
@@ -76,8 +87,8 @@ ROWS = (
     ),
     Row("rms_norm", lambda s, a: methods.rms_norm(), lambda n, p, c, N, P, C: (n, *p), mean=0),
     Row(
-        "filter_response_norm",
-        lambda s, a: methods.filter_response_norm(),
+        "instance_rms_norm",
+        lambda s, a: methods.instance_rms_norm(),
         lambda n, p, c, N, P, C: (n, c),
         mean=0,
     ),
@@ -87,18 +98,18 @@ ROWS = (
         lambda n, p, c, N, P, C: (c * 3 // C,),
     ),
     Row(
-        "batch_group_norm_rows",
-        lambda s, a: methods.batch_group_norm(2 * C, s, channel_axis=a),
+        "parts_of_channels_rows",
+        lambda s, a: methods.Row(parts_of_channels(2, s, a)),
         pieces(2),
         ranks=(3, 4, 5),
-        function="batch_group_norm",
+        function="Row",
     ),
     Row(
-        "batch_group_norm_columns",
-        lambda s, a: methods.batch_group_norm(8 * C, s, channel_axis=a),
+        "parts_of_channels_columns",
+        lambda s, a: methods.Row(parts_of_channels(8, s, a)),
         pieces(8),
         ranks=(4, 5),
-        function="batch_group_norm",
+        function="Row",
     ),
     Row(
         "batch_and_group_norm",
@@ -110,11 +121,6 @@ ROWS = (
         lambda s, a: methods.batch_and_group_norm(ghost_size=1, group_size=3),
         lambda n, p, c, N, P, C: (n, c // 3),
         function="batch_and_group_norm",
-    ),
-    Row(
-        "weight_standardization",
-        lambda s, a: methods.weight_standardization(),
-        lambda n, p, c, N, P, C: (c,),
     ),
 )
 

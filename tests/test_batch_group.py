@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxnorm import batch_group, linen, methods, norm
+from jaxnorm import EACH, Groups, Row, linen, methods, norm
 from jaxnorm import nnx as nnx_layers
+from jaxnorm.methods import batch_group_norm
 
 SHAPE = (4, 2, 6, 6)  # 72 features
 KEY = jax.random.key(0)
@@ -48,11 +49,11 @@ def draw():
 )
 def test_any_number_of_groups_is_the_flat_definition(groups):
     """Output, gradients, state, and inference by it."""
-    args, first = draw(), batch_group.init_batch_group_norm(groups, SHAPE)
+    args, method = draw(), batch_group_norm(groups, momentum=0.5)
+    first = method.init(SHAPE)
 
     def ours(x, scale, bias, state=first, train=True):
-        options = {"num_groups": groups, "momentum": 0.5, "scale": scale, "bias": bias}
-        return batch_group.batch_group_norm(x, state, train=train, **options)
+        return method.apply(x, state, train=train, scale=scale, bias=bias)
 
     y, gradients, state = differentiated(ours)(*args)
     expected, (mean, var) = flat(np, *args, groups)
@@ -79,20 +80,31 @@ def test_any_number_of_groups_is_the_flat_definition(groups):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "groups, method",
+    "groups, row",
     [
         (6, methods.batch_norm()),
-        (3, methods.batch_group_norm(3)),
-        (12, methods.batch_group_norm(12, SHAPE)),
+        (3, batch_group_norm(3)),
+        (3, Row(Groups(batch=1, spatial=1, channel=3))),
+        (12, Row(Groups(batch=1, spatial=(2, 1), channel=EACH))),
+        (36, Row(Groups(batch=1, spatial=(2, 3), channel=EACH))),
+        (72, Row(Groups(batch=1, spatial=EACH, channel=EACH))),
     ],
+    ids=str,
 )
-def test_where_groups_are_a_row_it_is_that_row(groups, method):
-    x = jnp.asarray(draw()[0])
-    state = batch_group.init_batch_group_norm(groups, SHAPE)
-    ours = differentiated(
-        lambda x: batch_group.batch_group_norm(x, state, train=True, num_groups=groups)
-    )
-    close(ours(x)[:2], differentiated(lambda x: norm(x, method))(x)[:2])
+def test_where_groups_are_a_row_it_is_that_row(groups, row):
+    x, method = jnp.asarray(draw()[0]), batch_group_norm(groups)
+    ours = differentiated(lambda x: method.apply(x, method.init(SHAPE), train=True))
+    close(ours(x)[:2], differentiated(lambda x: norm(x, row))(x)[:2])
+
+
+def test_only_groups_of_channels_are_a_row():
+    x = jnp.ones(SHAPE)
+    for groups in (1, 2, 3, 6):
+        assert norm(x, batch_group_norm(groups))[1].mean.shape == (1, 1, 1, groups)
+        assert batch_group_norm(groups).shape(SHAPE) == (1, 1, 1, groups)
+    for groups in (4, 12, 72):
+        with pytest.raises(ValueError, match="no row of the table for x of shape .4, 2, 6, 6."):
+            norm(x, batch_group_norm(groups))
 
 
 @pytest.mark.usefixtures("x64")
@@ -100,35 +112,29 @@ def test_it_depends_on_the_position():
     """Where G does not divide C; where it does, permuted positions give permuted outputs."""
     x = jnp.asarray(draw()[0])
     for groups, equivariant in ((3, True), (4, False)):
-        state = batch_group.init_batch_group_norm(groups, SHAPE)
-        run = jax.jit(
-            lambda x, s=state, g=groups: batch_group.batch_group_norm(
-                x, s, train=True, num_groups=g
-            )[0]
-        )
+        method = batch_group_norm(groups)
+        run = jax.jit(lambda x, m=method: m.apply(x, m.init(SHAPE), train=True)[0])
         assert (np.abs(run(x[:, ::-1]) - run(x)[:, ::-1]).max() < 1e-12) == equivariant
 
 
 def test_another_image_size_is_refused_also_under_jit():
-    state = batch_group.init_batch_group_norm(4, SHAPE)
+    method = batch_group_norm(4)
     x = jnp.ones((2, 6, 2, 6))  # as many features
     for train in (True, False):
-        run = jax.jit(
-            lambda x, state, t=train: batch_group.batch_group_norm(x, state, train=t, num_groups=4)
-        )
+        run = jax.jit(partial(method.apply, train=train))
         with pytest.raises(
             ValueError,
             match=r"belongs to images of \(2, 6\) does not fit x of shape \(2, 6, 2, 6\)",
         ):
-            run(x, state)
-    layer = linen.BatchGroupNorm(4, use_running_average=True)
+            run(x, method.init(SHAPE))
+    layer = linen.Norm(method, use_running_average=True)
     variables = layer.init(KEY, jnp.ones(SHAPE))
     with pytest.raises(ValueError, match=r"belongs to images of \(2, 6\)"):
         layer.apply(variables, x)
     with pytest.raises(ValueError, match=r"belongs to images of \(2, 6\)"):
-        nnx_layers.BatchGroupNorm(6, 4, x_shape=SHAPE, rngs=nnx.Rngs(0))(x)
+        nnx_layers.Norm(6, method, x_shape=SHAPE, rngs=nnx.Rngs(0))(x)
     for layer_groups in (3, 6):  # groups of channels serve any size
-        layer = linen.BatchGroupNorm(layer_groups, use_running_average=True)
+        layer = linen.Norm(batch_group_norm(layer_groups), use_running_average=True)
         assert layer.apply(layer.init(KEY, jnp.ones(SHAPE)), x).shape == x.shape
 
 
@@ -137,27 +143,27 @@ def test_errors():
     with pytest.raises(
         ValueError, match="5 groups do not divide the features of x.*a divisor of 72"
     ):
-        batch_group.init_batch_group_norm(5, SHAPE)
+        batch_group_norm(5).init(SHAPE)
+    with pytest.raises(ValueError, match="positions of 2 axes"):
+        batch_group_norm(4).apply(x, batch_group_norm(3).init(SHAPE), train=True)
     with pytest.raises(
-        ValueError,
-        match="state of 3 groups, with var of shape .3,. and without positions, does not fit 4",
+        ValueError, match="state of 9 groups, with var of shape .9,., does not fit 4 groups"
     ):
-        batch_group.batch_group_norm(
-            x, batch_group.init_batch_group_norm(3, SHAPE), train=True, num_groups=4
-        )
-    with pytest.raises(ValueError, match="4 groups of 6 channels and x_shape=None"):
-        nnx_layers.BatchGroupNorm(6, 4, rngs=nnx.Rngs(0))
+        batch_group_norm(4).apply(x, batch_group_norm(9).init(SHAPE), train=True)
+    with pytest.raises(ValueError, match="Expected its own state, a dict with mean, var,"):
+        batch_group_norm(3).apply(x, batch_group_norm(4).init(SHAPE), train=True)
+    with pytest.raises(ValueError, match="keep positions apart. Got x_shape=None"):
+        nnx_layers.Norm(6, batch_group_norm(4), rngs=nnx.Rngs(0))
 
 
 def test_layers_debias_correct_and_keep_no_state():
     x = jnp.asarray(draw()[0], "f4")
     _, (mean, var) = flat(np, np.asarray(x, "f8"), 1, 0, 4)
-    layer = linen.BatchGroupNorm(4, debias=True, correction=1)
+    method = batch_group_norm(4, debias=True, correction=1)
+    layer = linen.Norm(method)
     variables = layer.init(KEY, x, use_running_average=False)
     _, new = layer.apply(variables, x, use_running_average=False, mutable="batch_stats")
-    twin = nnx_layers.BatchGroupNorm(
-        6, 4, debias=True, correction=1, x_shape=SHAPE, rngs=nnx.Rngs(0)
-    )
+    twin = nnx_layers.Norm(6, method, x_shape=SHAPE, rngs=nnx.Rngs(0))
     twin(x)
     for stats in (
         new["batch_stats"],
@@ -165,10 +171,11 @@ def test_layers_debias_correct_and_keep_no_state():
     ):
         close((stats["mean"], stats["var"]), (mean, var * 72 / 71), atol=1e-4)
         close(stats["count"], np.full(4, 0.01), atol=1e-6)
-    bare = linen.BatchGroupNorm(4, momentum=None)
+    method = batch_group_norm(4, momentum=None)
+    bare = linen.Norm(method)
     y, variables = bare.init_with_output(KEY, x)
     assert set(variables) == {"params"}
-    twin = nnx_layers.BatchGroupNorm(6, 4, momentum=None, x_shape=SHAPE, rngs=nnx.Rngs(0))
+    twin = nnx_layers.Norm(6, method, x_shape=SHAPE, rngs=nnx.Rngs(0))
     assert not hasattr(twin, "mean")
     close((y, twin(x)), (flat(np, np.asarray(x, "f8"), 1, 0, 4)[0],) * 2, atol=1e-5)
 

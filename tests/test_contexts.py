@@ -102,7 +102,7 @@ def check(row, context, cut, weighted, synced=True, reverse=False):
 def splits(row, cut):
     """Whether the method divides a part: parts of 3 or 6 positions do not hold every number of
     groups of positions."""
-    return "H" not in cut or not row.name.startswith("batch_group_norm_")
+    return "H" not in cut or not row.name.startswith("parts_of_channels_")
 
 
 CASES: list = []

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import jaxnorm
 from jaxnorm import linen, methods
 from jaxnorm import nnx as jnnx
-from jaxnorm.cross_iteration import cross_iteration_norm, init_cross_iteration
+from jaxnorm.methods import cross_iteration_norm
 from jaxnorm.schedules import cross_iteration_window
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -64,17 +64,23 @@ def double(state):
     return jax.tree.map(lambda t: t.astype(jnp.float64), state)
 
 
+def init(kernel_shape, window=3, **options):
+    """The state before the first step, for any y that the kernel makes."""
+    method = cross_iteration_norm(window=window)
+    return method.init((1, kernel_shape[-1]), kernel_shape=kernel_shape, **options)
+
+
 def first_state(name, window=3):
     _, kernel, _, groups = LAYERS[name]
-    return double(init_cross_iteration(kernel, window=window, feature_group_count=groups))
+    return double(init(kernel, window=window, feature_group_count=groups))
 
 
-@partial(jax.jit, static_argnames=("name", "axis_name", "axis_index_groups"))
+@partial(jax.jit, static_argnames=("name", "axis_name", "axis_index_groups", "epsilon"))
 def step(name, state, x, kernel, rho=1.0, window=3, epsilon=1e-5, **options):
     layer = LAYERS[name][0]
-    options |= {"rho": rho, "window": window, "epsilon": epsilon}
-    return cross_iteration_norm(
-        layer(x, kernel), state, train=True, inputs=x, kernel=kernel, layer=layer, **options
+    options |= {"inputs": x, "kernel": kernel, "layer": layer, "rho": rho, "window": window}
+    return cross_iteration_norm(epsilon=epsilon).apply(
+        layer(x, kernel), state, train=True, **options
     )
 
 
@@ -235,7 +241,8 @@ def test_gradient_in_closed_form():
     y, weight = xs[-1] @ ws[-1], jnp.asarray(np.random.default_rng(3).normal(size=(7, 6)))
 
     def loss(y, x, w, state):
-        return (cross_iteration_norm(y, state, train=True, inputs=x, kernel=w)[0] * weight).sum()
+        z, _ = cross_iteration_norm().apply(y, state, train=True, inputs=x, kernel=w)
+        return (z * weight).sum()
 
     value, *rest = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(y, xs[-1], ws[-1], state)
     mean, var = pooled(taylor("dense", xs, ws, 1.0))
@@ -315,7 +322,9 @@ def test_authors_code():
     ours = (np.asarray(state["var"]) - 0.9**8) * n / (n - 1) + 0.9**8
     np.testing.assert_allclose(ours, running[1], atol=1e-12)
     y = layer(xs[0], ws[0])
-    z, same = cross_iteration_norm(y, state, train=False, inputs=xs[0], kernel=ws[0], layer=layer)
+    z, same = cross_iteration_norm().apply(
+        y, state, train=False, inputs=xs[0], kernel=ws[0], layer=layer
+    )
     np.testing.assert_allclose(z, normalized(y, state["mean"], state["var"]), atol=1e-12)
     assert same is state
 
@@ -341,11 +350,14 @@ def test_window_schedule():
 
 
 def test_numbers_are_checked():
-    y, state = jnp.ones((4, 3)), init_cross_iteration((2, 3))
+    y, state = jnp.ones((4, 3)), init((2, 3))
     for name, value in (("rho", 1.5), ("rho", -0.1), ("window", -1)):
         options = {"inputs": jnp.ones((4, 2)), "kernel": jnp.ones((2, 3)), name: value}
         with pytest.raises(ValueError, match=f"{name} is {value}; expected a number"):
-            cross_iteration_norm(y, state, train=True, **options)
+            cross_iteration_norm().apply(y, state, train=True, **options)
+    for value in (1.5, -0.1):
+        with pytest.raises(ValueError, match=f"rho is {value}; expected a number"):
+            cross_iteration_norm(rho=value)
 
 
 def test_schedule_in_a_scan_traces_once():
@@ -359,7 +371,7 @@ def test_schedule_in_a_scan_traces_once():
         def body(state, t):
             window = cross_iteration_window(t, burn_in=2)
             y = layer(x, w)
-            z, state = cross_iteration_norm(
+            z, state = cross_iteration_norm().apply(
                 y, state, train=True, inputs=x, kernel=w, layer=layer, window=window, rho=rho
             )
             return state, z
@@ -367,7 +379,7 @@ def test_schedule_in_a_scan_traces_once():
         return lax.scan(body, state, jnp.arange(4))
 
     x, w = batches(inputs)[0].astype(jnp.float32), kernels(shape)[0].astype(jnp.float32)
-    state = init_cross_iteration(shape, feature_group_count=2)
+    state = init(shape, feature_group_count=2)
     new, z = run(state, x, w, 0.0)
     run(state, x, w, 1.0)
     assert len(traces) == 1 and jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
@@ -377,12 +389,12 @@ def test_schedule_in_a_scan_traces_once():
 def test_half_precision():
     layer, shape, inputs, _ = LAYERS["grouped"]
     x, w = batches(inputs)[0].astype(jnp.bfloat16), kernels(shape)[0].astype(jnp.bfloat16)
-    y, state = layer(x, w), init_cross_iteration(shape, feature_group_count=2)
-    run = jax.jit(partial(cross_iteration_norm, train=True, layer=layer))
+    y, state = layer(x, w), init(shape, feature_group_count=2)
+    run = jax.jit(partial(cross_iteration_norm().apply, train=True, layer=layer))
     z, state = run(y, state, inputs=x, kernel=w)
     assert z.dtype == jnp.bfloat16 and all(t.dtype == jnp.float32 for t in state.values())
     y, x, w = (t.astype(jnp.float32) for t in (y, x, w))
-    _, exact = run(y, init_cross_iteration(shape, feature_group_count=2), inputs=x, kernel=w)
+    _, exact = run(y, init(shape, feature_group_count=2), inputs=x, kernel=w)
     np.testing.assert_allclose(state["past_slope"][0], exact["past_slope"][0], atol=1e-5)
 
 
@@ -395,7 +407,7 @@ def test_channels_first_vmap_and_forward_mode():
     x, w = xs[-1], ws[-1]
     z, new = step("grouped", state, x, w)
     t = jnp.moveaxis(x, -1, 1)
-    run = jax.jit(partial(cross_iteration_norm, train=True, layer=first, channel_axis=1))
+    run = jax.jit(partial(cross_iteration_norm().apply, train=True, layer=first, channel_axis=1))
     z_first, new_first = run(first(t, w), state, inputs=t, kernel=w)
     np.testing.assert_allclose(jnp.moveaxis(z_first, 1, -1), z, atol=1e-12)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), new_first, new)
@@ -464,36 +476,36 @@ def test_bad_batches_leave_the_state():
 
 def test_errors():
     x, w = jnp.ones((4, 5)), jnp.ones((5, 6))
-    state = init_cross_iteration((5, 6))
+    state, method = init((5, 6)), cross_iteration_norm()
 
     def call(y=x @ w, state=state, **options):
-        return cross_iteration_norm(y, state, **{"train": True, "inputs": x, "kernel": w} | options)
+        return method.apply(y, state, **{"train": True, "inputs": x, "kernel": w} | options)
 
-    for options in (
-        {"kernel": w[:3]},
-        {"inputs": x[:, :3]},
-        {"y": x},
-        {"state": init_cross_iteration((6, 5))},
-    ):
-        with pytest.raises(
-            ValueError, match="Expected the state that init_cross_iteration makes for this kernel"
-        ):
+    for options in ({"kernel": w[:3]}, {"inputs": x[:, :3]}, {"y": x}, {"state": init((6, 5))}):
+        with pytest.raises(ValueError, match="Expected the state that init makes for this kernel"):
             call(**options)
     with pytest.raises(ValueError, match="differ between the channels"):
         call(weights=jnp.ones((4, 6)))
     with pytest.raises(TypeError, match="defined for real x"):
         call(y=(x @ w).astype(jnp.complex64))
-    for shape, options in (
-        ((5, 6), {"window": 0}),
-        ((6,), {}),
-        ((5, 6), {"feature_group_count": 4}),
+    with pytest.raises(TypeError, match="cross_iteration_norm needs inputs, kernel"):
+        method.apply(x @ w, state, train=True)
+    with pytest.raises(ValueError, match="window is 0; expected an integer of at least 1"):
+        cross_iteration_norm(window=0)
+    for options in (
+        {"kernel_shape": (6,)},
+        {"kernel_shape": (5, 6), "feature_group_count": 4},
+        {},
     ):
-        with pytest.raises(ValueError, match="Expected a window of 1 or more, a kernel"):
-            init_cross_iteration(shape, **options)
+        with pytest.raises(
+            ValueError, match="Expected the shape of the kernel in front, .* groups that divide C"
+        ):
+            method.init((4, 6), **options)
     with pytest.raises(ValueError, match="without a bias"):
-        linen.CrossIterationNorm(nn.Dense(3)).init(jax.random.key(0), x, use_running_average=True)
+        linen.Norm(method, layer=nn.Dense(3)).init(jax.random.key(0), x, use_running_average=True)
     with pytest.raises(ValueError, match="without a bias"):
-        jnnx.CrossIterationNorm(nnx.Linear(5, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+        layer = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+        jnnx.Norm(3, method, layer=layer, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("kind", [pytest.param("conv", marks=pytest.mark.slow), "dense"])
@@ -515,15 +527,16 @@ def test_layers_equal_the_function(kind):
     else:
         front, front_nnx = nn.Dense(6, use_bias=False), nnx.Linear(4, 6, use_bias=False, rngs=rngs)
         xs = [x.astype(jnp.float32) for x in batches((4, 3, 4))]
+    method = cross_iteration_norm(window=2)
     layer, other = (
-        linen.CrossIterationNorm(front, window=2),
-        jnnx.CrossIterationNorm(front_nnx, window=2, rngs=rngs),
+        linen.Norm(method, layer=front),
+        jnnx.Norm(6, method, layer=front_nnx, rngs=rngs),
     )
     variables = jax.jit(partial(layer.init, use_running_average=False))(jax.random.key(0), xs[0])
     kernel = variables["params"]["layer"]["kernel"]
     assert variables["params"].keys() == {"layer", "scale", "bias"}
     groups = 2 if kind == "conv" else 1
-    state = init_cross_iteration(kernel.shape, window=2, feature_group_count=groups)
+    state = init(kernel.shape, window=2, feature_group_count=groups)
     jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"], state)
     other.layer.kernel[...] = kernel
 
@@ -540,7 +553,7 @@ def test_layers_equal_the_function(kind):
 
         return jax.grad(loss, has_aux=True)(variables["params"])
 
-    function = jax.jit(partial(cross_iteration_norm, train=True, layer=plain))
+    function = jax.jit(partial(method.apply, train=True, layer=plain))
     train_nnx = nnx.jit(nnx.value_and_grad(lambda model, x: jnp.sin(model(x)).sum()))
     for x in xs:
         gradients, (y, updates) = train(variables, x)
@@ -579,4 +592,4 @@ def test_layers_equal_the_function(kind):
 
 @pytest.mark.usefixtures("x64")
 def test_state_is_float32():
-    assert {t.dtype for t in init_cross_iteration((3, 3, 2, 4)).values()} == {jnp.dtype("float32")}
+    assert {t.dtype for t in init((3, 3, 2, 4)).values()} == {jnp.dtype("float32")}

@@ -12,7 +12,7 @@ from compiled import jit
 from flax import linen as nn
 from flax import nnx
 
-from jaxnorm import domains, linen
+from jaxnorm import domains, linen, methods
 from jaxnorm import nnx as layers
 
 SHAPE, D, E = (6, 3, 4), 3, 1e-3
@@ -32,17 +32,16 @@ def bank(count=D, dtype="f8"):
     }
 
 
-distance = partial(jit, static_argnames=("batch_axis", "channel_axis"))(domains.domain_distance)
+@partial(jit, static_argnames=("batch_axis", "channel_axis"))
+def distance(x, state, **options):
+    return methods.domain_batch_norm(len(state["mean"])).observe(x, state, **options)["distance"]
 
 
 @partial(jit, static_argnames="train")
 def differentiated(x, gy, state, domain, train=True):
+    method = methods.domain_batch_norm(len(state["mean"]), momentum=0.7, epsilon=E)
     y, pull, new = jax.vjp(
-        lambda x: domains.domain_batch_norm(
-            x, state, train=train, domain=domain, momentum=0.7, epsilon=E
-        ),
-        x,
-        has_aux=True,
+        lambda x: method.apply(x, state, train=train, domain=domain), x, has_aux=True
     )
     return y, pull(gy)[0], new
 
@@ -121,7 +120,8 @@ def test_distance_is_wasserstein():
     padded = distance(x, state, domain=DOMAIN, weights=np.arange(6).reshape(6, 1, 1) < 4)
     close(padded, np.where(np.arange(6) < 4, mixed, 0))
     # one position: variance 0
-    flat = jit(jax.grad(lambda x: domains.domain_distance(x, state, domain=0).sum()))(x[:, 0])
+    observe = methods.domain_batch_norm(D).observe
+    flat = jit(jax.grad(lambda x: observe(x, state, domain=0)["distance"].sum()))(x[:, 0])
     close(flat, 2 * (x[:, 0] - state["mean"][0]))
 
 
@@ -152,9 +152,7 @@ class Network(nn.Module):
     @nn.compact
     def __call__(self, x, domain):
         for _ in range(2):
-            x = linen.DomainSpecificBatchNorm(num_domains=D)(
-                x, use_running_average=True, domain=domain
-            )
+            x = linen.Norm(methods.domain_batch_norm(D))(x, use_running_average=True, domain=domain)
             x = jnp.tanh(nn.Dense(4)(x))
         return x.mean(1)
 
@@ -168,7 +166,7 @@ def test_prediction_for_an_unknown_domain():
     )
     network = Network()
     variables = jit(network.init)(jax.random.key(0), x, 0)
-    stats = {f"DomainSpecificBatchNorm_{i}": state for i, state in enumerate(states)}
+    stats = {f"Norm_{i}": state for i, state in enumerate(states)}
     variables = {"params": variables["params"], "batch_stats": stats}
 
     def forward(domain):
@@ -184,7 +182,7 @@ def test_prediction_for_an_unknown_domain():
         predicted, sum(w[:, None] * p for w, p in zip(weights, outputs, strict=True)), rtol=1e-5
     )
 
-    layer = layers.DomainSpecificBatchNorm(4, num_domains=D, rngs=nnx.Rngs(0))
+    layer = layers.Norm(4, methods.domain_batch_norm(D), rngs=nnx.Rngs(0))
     layer.mean[...], layer.var[...] = (jnp.asarray(states[0][name]) for name in ("mean", "var"))
     layer.eval()
     y, stored = nnx.capture(layer, layers.DomainDistance)(x, domain=1)
@@ -207,12 +205,23 @@ def test_errors():
         TypeError, match="forward returns int32. Expected floating or complex outputs"
     ):
         domains.domain_ensemble(lambda domain: (jnp.full(6, domain, jnp.int32), jnp.ones(6)), D)
-    x, state = jnp.ones((6, 4)), domains.init_domain_batch_norm(4, D)
+    x, method = jnp.ones((6, 4)), methods.domain_batch_norm(D)
+    state = method.init(x.shape)
     with pytest.raises(TypeError, match=r"Got float32, shape \(\); expected integers"):
-        domains.domain_batch_norm(x, state, train=True, domain=1.0)
+        method.apply(x, state, train=True, domain=1.0)
     with pytest.raises(
         ValueError, match=r"domain has shape \(3,\), and x of shape \(6, 4\) has 6 examples.*\(6,\)"
     ):
-        domains.domain_batch_norm(x, state, train=False, domain=jnp.zeros(3, int))
+        method.apply(x, state, train=False, domain=jnp.zeros(3, int))
+    with pytest.raises(TypeError, match="domain_batch_norm needs domain"):
+        method.apply(x, state, train=True)
+    fewer = methods.domain_batch_norm(D - 1)
+    for call in (
+        partial(fewer.apply, train=True),
+        partial(fewer.apply, train=False),
+        fewer.observe,
+    ):
+        with pytest.raises(ValueError, match="state of 3 domains.*expected 2"):
+            call(x, state, domain=0)
     with pytest.raises(ValueError, match="num_domains is 0; expected an integer of at least 1"):
-        domains.init_domain_batch_norm(4, 0)
+        methods.domain_batch_norm(0)

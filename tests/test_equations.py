@@ -48,9 +48,9 @@ def tuned(row, channel_axis, axis_name, x, w, scale, bias):
 
 def written(row, channel_axis, axis_name, x, w, scale, bias):
     shape = row.shape(x.shape, channel_axis=channel_axis)
-    one = jnp.ones((), x.dtype)
+    one, fixed = jnp.ones((), x.dtype), row.row(x.shape, channel_axis=channel_axis).mean
     count, mean, var = equations.mean_and_variance(
-        x, one if w is None else w, shape, mean=row.mean, axis_name=axis_name
+        x, one if w is None else w, shape, mean=fixed, axis_name=axis_name
     )
     along = [-1 if i == channel_axis % x.ndim else 1 for i in range(x.ndim)]
     affine = (scale.reshape(along), bias.reshape(along))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnorm import evonorm, methods, moments
+from jaxnorm import methods, moments
 
 SHAPE = (4, 2, 3, 6)
 pytestmark = pytest.mark.usefixtures("x64")
@@ -53,7 +53,8 @@ def test_b0():
     state = {"var": jnp.asarray(np.random.default_rng(1).uniform(0.5, 2, 6), jnp.float32)}
 
     def ours(x, v, scale, bias, train=True):
-        return evonorm.evonorm_b0(x, state, train=train, v=v, scale=scale, bias=bias)
+        options = {"v": v, "scale": scale, "bias": bias}
+        return methods.evonorm_b0().apply(x, state, train=train, **options)
 
     y, gradients, new = differentiated(flat(ours))(*args)
     close(y, b0(np, *args))
@@ -75,7 +76,8 @@ def test_s0():
     args = draw()
 
     def ours(x, v, scale, bias):
-        return evonorm.evonorm_s0(x, v=v, num_groups=3, scale=scale, bias=bias), None
+        options = {"v": v, "scale": scale, "bias": bias}
+        return methods.evonorm_s0(3).apply(x, {}, train=True, **options)[0], None
 
     y, gradients, _ = differentiated(flat(ours))(*args)
     close(y, s0(np, *args))
@@ -85,9 +87,16 @@ def test_s0():
 def test_limits_and_bounds():
     x, v, *_ = draw()
     x, v = jnp.asarray(x), jnp.abs(jnp.asarray(v).ravel())
-    first = evonorm.init_evonorm_b0(6)
-    batch = jax.jit(lambda x, v: evonorm.evonorm_b0(x, first, train=True, v=v, epsilon=0.0)[0])
-    sample = jax.jit(lambda x, v: evonorm.evonorm_s0(x, v=v, num_groups=3, epsilon=0.0))
+    first, exact = methods.evonorm_b0().init(SHAPE), {"epsilon": 0.0}
+
+    @jax.jit
+    def batch(x, v):
+        return methods.evonorm_b0(**exact).apply(x, first, train=True, v=v)[0]
+
+    @jax.jit
+    def sample(x, v):
+        return methods.evonorm_s0(3, **exact).apply(x, {}, train=True, v=v)[0]
+
     std, own, group = (
         jnp.sqrt(moments(x, m()).var)
         for m in (methods.batch_norm, methods.instance_norm, partial(methods.group_norm, 3))
@@ -105,27 +114,23 @@ def test_limits_and_bounds():
 
 def test_they_keep_x_alone():
     x, v = jnp.ones((16, 8, 8, 64), jnp.bfloat16), jnp.ones(64, jnp.float32)
-    for f in (
-        lambda x, v: evonorm.evonorm_s0(x, v=v, scale=v),
-        lambda x, v: evonorm.evonorm_b0(x, evonorm.init_evonorm_b0(64), train=True, v=v, scale=v)[
-            0
-        ],
-    ):
-        kept = [
-            t
-            for t in jax.tree.leaves(jax.eval_shape(lambda x, v, f=f: jax.vjp(f, x, v)[1], x, v))
-            if t.size >= x.size
-        ]
+    for method in (methods.evonorm_s0(), methods.evonorm_b0()):
+
+        def f(x, v, method=method):
+            return method.apply(x, method.init(x.shape), train=True, v=v, scale=v)[0]
+
+        pull = jax.eval_shape(lambda x, v, f=f: jax.vjp(f, x, v)[1], x, v)
+        kept = [t for t in jax.tree.leaves(pull) if t.size >= x.size]
         assert {(t.shape, t.dtype) for t in kept} == {(x.shape, x.dtype)}
 
 
 def test_errors():
-    x, first = jnp.ones(SHAPE), evonorm.init_evonorm_b0(6)
+    x, method = jnp.ones(SHAPE), methods.evonorm_b0()
     with pytest.raises(
         ValueError, match="num_groups=32 does not divide the 6 channels of x.* pass num_groups=6"
     ):
-        evonorm.evonorm_s0(x, v=jnp.ones(6))
+        methods.evonorm_s0().apply(x, {}, train=True, v=jnp.ones(6))
     with pytest.raises(ValueError, match="v has shape \\(4,\\).*Expected \\(6,\\)"):
-        evonorm.evonorm_b0(x, first, train=True, v=jnp.ones(4))
+        method.apply(x, method.init(SHAPE), train=True, v=jnp.ones(4))
     with pytest.raises(ValueError, match="state of shape \\(4,\\) has 4 channels"):
-        evonorm.evonorm_b0(x, evonorm.init_evonorm_b0(4), train=False, v=jnp.ones(6))
+        method.apply(x, method.init((1, 4)), train=False, v=jnp.ones(6))

@@ -104,7 +104,7 @@ def test_state_is_a_carry_with_its_own_sharding():
 def test_linen_layers(cut, set_mesh):
     layers = [
         linen.BatchNorm(use_running_average=False),
-        linen.GhostBatchNorm(4, use_running_average=False),
+        linen.Norm(methods.ghost_batch_norm(4), use_running_average=False),
     ]
     layers += [linen.GroupNorm(3)]
 

@@ -17,60 +17,32 @@ import pytest
 from flax import linen as fnn
 from flax import nnx as fnnx
 from jax import export
+from registry import REGISTRY, STATEFUL, C
 
 import jaxnorm
-from jaxnorm import domains, inference, linen, methods, nnx, norm
+from jaxnorm import inference, linen, methods, nnx, norm
 
-C = 8
 SIZES = {"b": 3, "h": 5, "w": 4}  # with which the exported programs are called
-BATCH, IMAGE, GHOSTS = ("b", 4, 4), ("b", "h", "w"), ("2*b", "h", "w")
 
 
 class Layer(NamedTuple):
-    """A class of linen and nnx: its arguments, those of its call, and how x is sized."""
+    """A layer that is not `Norm`: its options, and how its channels come first."""
 
-    args: tuple = ()
     options: dict = {}
-    sizes: tuple = IMAGE
+    last: str = ""  # the options that say where the channels are; "" where they are last
     remembers: bool = False
-    call: dict = {}  # of training
-    last: str = (
-        "channel_axis"  # the option that says where the channels are; "" where they are last
-    )
-    name: str = ""
 
 
-STATE = {"remembers": True}
-WINDOW = {"sizes": BATCH, "last": "", **STATE}
 LAYERS = {
-    "BatchNorm": Layer(last="axis", **STATE),
+    "BatchNorm": Layer(last="axis", remembers=True),
     "LayerNorm": Layer(last="reduction_axes feature_axes"),
     "RMSNorm": Layer(last="reduction_axes feature_axes"),
-    "GroupNorm": Layer((), {"num_groups": 4}, last=""),
+    "GroupNorm": Layer({"num_groups": 4}),
     "InstanceNorm": Layer(last="feature_axes"),
-    "Norm": Layer((methods.batch_group_norm(16, (1, 4, 4, C)),), **WINDOW),
-    "GhostBatchNorm": Layer((2,), {"ghost_update": "sequential divided"}, GHOSTS, **STATE),
-    "BatchGroupNorm": Layer((4,), **STATE),
-    "BatchGroupNorm, positions": Layer((16,), **WINDOW, name="BatchGroupNorm"),
-    "BatchAndGroupNorm": Layer((), {"ghost_size": 2, "num_groups": 4}, GHOSTS, **STATE),
-    "PositionalNorm": Layer(),
-    "BatchRenorm": Layer(call={"rmax": 1.5, "dmax": 0.5}, **STATE),
-    "MomentumBatchNorm": Layer(call={"train_momentum": 0.5}, **STATE),
-    "MemorizedBatchNorm": Layer((), {"memory_weights": (0.2, 0.3, 0.5)}, **STATE),
-    "SwitchableNorm": Layer(**STATE),
-    "GroupNormPlus": Layer((4,), **WINDOW),
-    "MovingAverageNorm": Layer(**STATE),
-    "CrossIterationNorm": Layer(last="", **STATE),
-    "DomainSpecificBatchNorm": Layer((), {"num_domains": 2}, **STATE),
-    "FilterResponseNorm": Layer((), {"use_slope": True, "use_learned_epsilon": True}),
-    "EvoNormB0": Layer(**STATE),
-    "EvoNormS0": Layer((), {"num_groups": 4}),
-    "ProxyNorm": Layer((methods.layer_norm(),)),
-    "DynamicMomentShortcut": Layer(last=""),
-    "WSConv": Layer((), {"kernel_size": (3, 3)}, last=""),
-    "WSDense": Layer(last=""),
+    "DynamicMomentShortcut": Layer(),
+    "WSConv": Layer({"kernel_size": (3, 3)}),
+    "WSDense": Layer(),
 }
-WITH_POSITIONS = ("Norm", "BatchGroupNorm, positions", "GroupNormPlus")
 
 
 class Program(NamedTuple):
@@ -103,53 +75,66 @@ def values(tree, seed=0):
     return jax.tree.map(value, tree)
 
 
-def layer_program(library, key, train, channels_first):
+def sizes_of(entry):
+    """A symbolic shape of x: batches that ghosts divide, and images of one size where the state
+    belongs to it."""
+    batch = "4*b" if entry.has_ghosts else "b"
+    return (batch, 4, 3, C) if entry.method.keeps_positions(C) else (batch, "h", "w", C)
+
+
+def norm_program(library, entry, train, channels_first):
+    """`Norm` of a method, with what a step of it needs."""
+    sizes = sizes_of(entry)
+    options = {"channel_axis": 1} if channels_first else {}
+    sizes = (sizes[0], C, *sizes[1:3]) if channels_first else sizes
+    make = entry.in_linen if library is linen else partial(entry.in_nnx, concrete(sizes))
+    call = dict(entry.options) | ({"use_running_average": not train} if entry in STATEFUL else {})
+
+    def by_example(x):
+        return {"domain": jnp.arange(x.shape[0], dtype="i4") % 3} if entry.has_labels else {}
+
+    return program(library, partial(make, **options), (sizes,), train, call, by_example)
+
+
+def layer_program(library, name, train, channels_first):
+    """Another layer."""
+    layer, sizes = LAYERS[name], ("b", "h", "w", C)
+    options = dict(layer.options)
+    if channels_first:
+        sizes = ("b", C, "h", "w")
+        options |= dict.fromkeys(layer.last.split(), 1)
+    others = [(*sizes[:-1], 1)] * 2 if name == "DynamicMomentShortcut" else []
+    features = (C, C) if name.startswith("WS") else (C,)
+    make = getattr(library, name)
+    if library is nnx:
+        make = partial(make, *features)
+    elif name.startswith("WS"):
+        make = partial(make, C)
+    call = {"use_running_average": not train} if layer.remembers else {}
+    return program(library, partial(make, **options), (sizes, *others), train, call)
+
+
+def program(library, make, sizes, train, call, by_example=lambda x: {}):
     """A layer as a function of its variables and x: what it returns and remembers; in training also
     the gradient of a loss."""
-    layer = LAYERS[key]
-    args, options = list(layer.args), dict(layer.options)
-    sizes = (*layer.sizes, C)
-    if channels_first and layer.last:
-        sizes = (layer.sizes[0], C, *layer.sizes[1:])
-        options |= dict.fromkeys(layer.last.split(), 1)
-    call = dict(layer.call if train else {})
-    if layer.remembers:
-        call["use_running_average"] = not train
-    if key == "DomainSpecificBatchNorm":
-        call["domain"] = 1
-    name = layer.name or key
-    others = [(*sizes[:-1], 1)] * 2 if name == "DynamicMomentShortcut" else []
-    if key.startswith("WS"):
-        options |= {"features": C} if library is linen else {}
-        args = args if library is linen else [C, C]
-    elif library is nnx and name != "CrossIterationNorm":
-        args = [C, *args]
-    if name == "CrossIterationNorm":
-        conv = partial(fnn.Conv) if library is linen else partial(fnnx.Conv, C, rngs=fnnx.Rngs(0))
-        args = [conv(C, (3, 3), use_bias=False)]
-    if library is nnx and key in WITH_POSITIONS:
-        options["x_shape"] = (1, *concrete(sizes)[1:])
-
-    first = [jnp.zeros(concrete(s)) for s in (sizes, *others)]
+    first = [jnp.zeros(concrete(s)) for s in sizes]
     if library is linen:
-        module = getattr(linen, name)(*args, **options)
-        known = jax.eval_shape(partial(module.init, **call), jax.random.key(0), *first)
+        module = make()
+        init = partial(module.init, **call, **by_example(first[0]))
+        known = jax.eval_shape(init, jax.random.key(0), *first)
         mutable = [collection for collection in known if collection != "params"]
 
         def run(variables, *xs):
-            return module.apply(variables, *xs, mutable=mutable, **call)
+            return module.apply(variables, *xs, mutable=mutable, **call, **by_example(xs[0]))
     else:
-        make = getattr(nnx, name)
-        graph, state = fnnx.split(
-            fnnx.eval_shape(lambda: make(*args, rngs=fnnx.Rngs(0), **options))
-        )
+        graph, state = fnnx.split(fnnx.eval_shape(lambda: make(rngs=fnnx.Rngs(0))))
         known = fnnx.to_pure_dict(state)
 
         def run(variables, *xs):
             new = jax.tree.map(lambda t: t, state)
             fnnx.replace_by_pure_dict(new, variables)
             module = fnnx.merge(graph, new)
-            y = module(*xs, **call)
+            y = module(*xs, **call, **by_example(xs[0]))
             return y, fnnx.to_pure_dict(fnnx.state(module))
 
     def step(variables, *xs):
@@ -159,20 +144,22 @@ def layer_program(library, key, train, channels_first):
 
         return jax.value_and_grad(loss, has_aux=True)(xs[0])
 
-    return Program(step if train else run, values(known), (sizes, *others))
+    return Program(step if train else run, values(known), sizes)
 
 
 def functions():
     """What is behind no layer, or has moments for arguments and results."""
     state = {"mean": np.ones((2, C), "f4"), "var": np.full((2, C), 2, "f4")}
+    method = methods.domain_batch_norm(2)
     first = jaxnorm.init_running((C,), counted=True)
-    x = (*IMAGE, C)
+    image = ("b", "h", "w")
+    x = (*image, C)
 
     def masked(_, x, mask):
         return norm(x, methods.group_norm(4), weights=mask)[0]
 
     def distances(state, x):
-        return domains.domain_distance(x, state, domain=1)
+        return method.observe(x, state, domain=1)
 
     def by_example(running, x):
         running = jaxnorm.running_moments(running, methods.batch_norm(), x.shape)
@@ -184,7 +171,7 @@ def functions():
         pooled = jaxnorm.merge(*[jaxnorm.pool(m, methods.batch_norm())] * 2)
         return jaxnorm.update_running(running, pooled), jaxnorm.update_cumulative(running, m)
 
-    yield "mask", Program(masked, (), (x, (*IMAGE, 1)))
+    yield "mask", Program(masked, (), (x, (*image, 1)))
     yield "distance", Program(distances, state, (x,))
     yield "example weight", Program(by_example, first, (x,))
     yield "moments", Program(update, first, (x,))
@@ -193,16 +180,29 @@ def functions():
 def cases():
     """Each layer in both libraries, both layouts, in training and at inference; by default one of
     these for each."""
-    for i, (key, layer) in enumerate(LAYERS.items()):
-        layouts = (False, True) if layer.last else (False,)
-        trains = (True, False) if layer.remembers else (False,)
+    norms = [
+        (
+            f"Norm, {entry}",
+            partial(norm_program, entry=entry),
+            not entry.needs_kernel,
+            entry in STATEFUL,
+        )
+        for entry in REGISTRY
+    ]
+    others = [
+        (name, partial(layer_program, name=name), bool(layer.last), layer.remembers)
+        for name, layer in LAYERS.items()
+    ]
+    for i, (name, make, any_layout, remembers) in enumerate(norms + others):
+        layouts = (False, True) if any_layout else (False,)
+        trains = (True, False) if remembers else (False,)
         all_of_it = list(itertools.product((linen, nnx), layouts, trains))
         for j, (library, first, train) in enumerate(all_of_it):
-            name = f"{library.__name__}, {key}" + ", training" * train + ", NCHW" * first
+            title = f"{library.__name__}, {name}" + ", training" * train + ", NCHW" * first
             often = j == 3 * i % len(all_of_it)
-            yield name, partial(layer_program, library, key, train, first), often
-    for name, program in functions():
-        yield name, (lambda program=program: program), True
+            yield title, partial(make, library, train=train, channels_first=first), often
+    for name, example in functions():
+        yield name, (lambda example=example: example), True
 
 
 LOADER = """
@@ -240,10 +240,10 @@ def check(programs, folder):
         differentiable = "training" not in name  # which is a gradient already
         fixed = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype), known)
         free = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes(*sizes)]
-        program = export.export(jax.jit(function))(fixed, *free)
+        exported = export.export(jax.jit(function))(fixed, *free)
         rng = np.random.default_rng(1)
         xs = [rng.uniform(0.1, 2, concrete(s)).astype("f4") for s in sizes]
-        data = program.serialize(vjp_order=1 if differentiable else 0)
+        data = exported.serialize(vjp_order=1 if differentiable else 0)
         stored.append((name, bytes(data), jax.tree.leaves((known, xs)), differentiable))
 
         def both(known, x, *others, function=function, differentiable=differentiable):
@@ -287,7 +287,7 @@ def test_every_layer_is_exported(library):
         for name, t in vars(library).items()
         if isinstance(t, type) and issubclass(t, fnn.Module | fnnx.Module)
     }
-    assert public - {"FoldedNorm"} == {layer.name or key for key, layer in LAYERS.items()}
+    assert public - {"FoldedNorm"} == {"Norm", *LAYERS}
 
 
 def test_a_batch_that_may_not_split_says_so():

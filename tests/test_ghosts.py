@@ -123,14 +123,11 @@ def test_ghosts_on_another_axis():
 def test_layers_take_the_convention(convention):
     x = jnp.asarray(data(), "f4")
     want = update_running(init_running((4,)), ghosts(x), momentum=D, ghost_update=convention)
-    ours = linen.GhostBatchNorm(
-        ghost_size=SIZE, ghost_update=convention, momentum=D, use_running_average=False
-    )
+    method = methods.ghost_batch_norm(ghost_size=SIZE, ghost_update=convention, momentum=D)
+    ours = linen.Norm(method, use_running_average=False)
     variables = jit(ours.init)(jax.random.key(0), x[:1])
     new = jit(lambda x: ours.apply(variables, x, mutable="batch_stats"))(x)
-    theirs = layers.GhostBatchNorm(
-        4, ghost_size=SIZE, ghost_update=convention, momentum=D, rngs=nnx.Rngs(0)
-    )
+    theirs = layers.Norm(4, method, rngs=nnx.Rngs(0))
     nnx.jit(lambda layer, x: layer(x))(theirs, x)
     for got in (new[1]["batch_stats"]["var"], theirs.var[...]):
         np.testing.assert_allclose(got, want.var, rtol=1e-5)

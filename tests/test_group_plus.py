@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx as fnnx
 
-from jaxnorm import group_plus, linen, methods, nnx, norm
+from jaxnorm import EACH, Groups, Row, linen, methods, nnx, norm
+from jaxnorm.methods import group_norm_plus
 
 SHAPE, GROUPS = (4, 2, 3, 6), 3
 pytestmark = pytest.mark.usefixtures("x64")
@@ -35,19 +36,11 @@ def draw(shape=SHAPE):
     return rng.normal(1, 2, shape), *rng.normal(size=(2, 1, 1, 1, 6)), np.float64(0.3)
 
 
-def ours(x, scale, bias, mixture, state=None, train=True, per_position=True, **options):
-    state = (
-        group_plus.init_group_norm_plus(x.shape, per_position=per_position)
-        if state is None
-        else state
-    )
-    options |= {
-        "scale": scale.reshape(-1),
-        "bias": bias.reshape(-1),
-        "per_position": per_position,
-        "num_groups": GROUPS,
-    }
-    return group_plus.group_norm_plus(x, state, train=train, mixture=mixture, **options)
+def ours(x, scale, bias, mixture, state=None, train=True, weights=None, **fields):
+    method = group_norm_plus(GROUPS, **fields)
+    state = method.init(x.shape) if state is None else state
+    options = {"scale": scale.reshape(-1), "bias": bias.reshape(-1), "weights": weights}
+    return method.apply(x, state, train=train, mixture=mixture, **options)
 
 
 def differentiated(f):
@@ -113,26 +106,17 @@ def test_limits_of_the_mixture():
     to their ratios."""
     x = draw()[0]
 
-    def between(logit, x, **options):
-        state = group_plus.init_group_norm_plus(
-            x.shape, per_position=options.get("per_position", True)
-        )
-        return (
-            group_plus.group_norm_plus(
-                x, state, train=True, mixture=logit, num_groups=GROUPS, **options
-            )[0],
-            None,
-        )
+    def between(logit, x, **fields):
+        method = group_norm_plus(GROUPS, **fields)
+        return method.apply(x, method.init(x.shape), train=True, mixture=logit)[0], None
 
     def second(x, method):
         return norm(norm(x, methods.group_norm(GROUPS))[0], method)[0], None
 
     gn = differentiated(lambda x: (norm(x, methods.group_norm(GROUPS))[0], None))(x)[:2]
     close(differentiated(partial(between, 40.0))(x)[:2], gn)
-    for per_position, method in (
-        (True, methods.batch_group_norm(36, SHAPE)),
-        (False, methods.batch_norm()),
-    ):
+    each_position = Row(Groups(batch=1, spatial=EACH, channel=EACH))
+    for per_position, method in ((True, each_position), (False, methods.batch_norm())):
         limit = differentiated(lambda x, p=per_position: between(-1e3, x, per_position=p))(x)[:2]
         close(limit, differentiated(partial(second, method=method))(x)[:2])
     released = {"correction": 1, "epsilon_outside": True, "epsilon": 1e-12}
@@ -193,12 +177,11 @@ def test_rounding(examples, outside):
     args = (x, *rng.normal(size=(2, 1, 1, 1, 6)), np.float64(1.0))
     args = jax.tree.map(lambda t: np.asarray(t, "f4").astype("f8"), args)
     cotangent = rng.normal(size=x.shape)
-    state = group_plus.init_group_norm_plus(x.shape)
     for epsilon in (1e-5, 1e-3):
 
         def run(*args, epsilon=epsilon):
-            options = {"epsilon": epsilon, "epsilon_outside": outside}
-            y, pull = jax.vjp(lambda *args: ours(*args, state=state, **options)[0], *args)
+            fields = {"epsilon": epsilon, "epsilon_outside": outside}
+            y, pull = jax.vjp(lambda *args: ours(*args, **fields)[0], *args)
             return y, *pull(jnp.asarray(cotangent, y.dtype))
 
         expected = jax.jit(run)(*args)
@@ -215,8 +198,7 @@ def test_one_example_under_a_mask():
     mask = (jnp.arange(3) == 1).reshape(3, 1, 1, 1)
     z = definition(np, x, 1.0, 0.0, np.float64(40), running=(0.0, 1.0), outside=True)
     with jax.enable_x64(False):
-        state = group_plus.init_group_norm_plus(x.shape)
-        run = jax.jit(partial(ours, epsilon_outside=True, weights=mask, state=state))
+        run = jax.jit(partial(ours, epsilon_outside=True, weights=mask))
         x, rest = jnp.asarray(x, "f4"), (jnp.ones(6), jnp.full(6, 7.0), jnp.asarray(0.3))
         y, masked = run(x, *rest)[0], run(x.at[0].set(jnp.nan), *rest)[0]
     close(y[1], z[1] / (1 + np.exp(-0.3)) + 7, atol=1e-5)
@@ -234,8 +216,7 @@ def test_gradient_of_one_example_by_its_mixture(mixture):
     )
     with jax.enable_x64(False):
         x, rest = jnp.asarray(x, "f4"), (jnp.ones(6), jnp.zeros(6))
-        state = group_plus.init_group_norm_plus(x.shape)
-        loss = lambda mixture: jnp.abs(ours(x, *rest, mixture, state=state)[0]).sum()  # noqa: E731
+        loss = lambda mixture: jnp.abs(ours(x, *rest, mixture)[0]).sum()  # noqa: E731
         found = jax.grad(loss)(jnp.float32(mixture))
     close(found, w * (1 - w) * np.abs(z).sum(), atol=1e-10)
 
@@ -243,22 +224,20 @@ def test_gradient_of_one_example_by_its_mixture(mixture):
 @pytest.mark.parametrize("per_position", (True, False))
 def test_scale_and_bias_of_each_example(per_position):
     x, (scale, bias) = draw()[0], np.random.default_rng(2).normal(size=(2, 4, 6))
-    state = group_plus.init_group_norm_plus(SHAPE, per_position=per_position)
-    options = {"num_groups": GROUPS, "per_position": per_position, "mixture": 0.3, "train": True}
-    run = jax.jit(partial(group_plus.group_norm_plus, state=state, **options))
+    method = group_norm_plus(GROUPS, per_position=per_position)
+    apply = partial(method.apply, state=method.init(SHAPE), mixture=0.3, train=True)
+    run = jax.jit(apply)
     y = run(x, scale=scale, bias=bias)[0]
     cut = (t.reshape(4, 1, 1, 6) for t in (scale, bias))
     close(y, definition(np, x, *cut, np.float64(0.3), per_position=per_position))
-    first = partial(
-        group_plus.group_norm_plus, state=state, channel_axis=2, batch_axis=3, **options
-    )
+    first = partial(apply, channel_axis=2, batch_axis=3)
     turned = np.moveaxis(x, (0, 3), (3, 2))
     close(np.moveaxis(first(turned, scale=scale, bias=bias)[0], (3, 2), (0, 3)), y)
 
 
 def test_state_is_tied_to_the_image_size():
-    state = group_plus.init_group_norm_plus((1, 4, 4, 6))
-    x = jnp.ones((2, 4, 8, 6))
+    method, x = group_norm_plus(3), jnp.ones((2, 4, 8, 6))
+    state = method.init((1, 4, 4, 6))
     for train in (True, False):
         with pytest.raises(
             ValueError,
@@ -266,20 +245,19 @@ def test_state_is_tied_to_the_image_size():
                 "running statistics of shape \\(4, 4, 6\\) do not fit x of shape \\(2, 4, 8, 6\\)"
             ),
         ):
-            jax.eval_shape(
-                lambda x, t=train: group_plus.group_norm_plus(x, state, train=t, num_groups=3), x
-            )
-    channels = group_plus.init_group_norm_plus((1, 4, 4, 6), per_position=False)
-    y, _ = group_plus.group_norm_plus(x, channels, train=False, num_groups=3, per_position=False)
+            jax.eval_shape(lambda x, t=train: method.apply(x, state, train=t), x)
+    method = group_norm_plus(3, per_position=False)
+    y, _ = method.apply(x, method.init((1, 4, 4, 6)), train=False)
     assert y.shape == x.shape
 
 
 def test_layers_have_the_switches_of_the_released_code():
-    x, switches = (
+    x, method = (
         jnp.asarray(draw()[0]),
-        {"correction": 1, "epsilon_outside": True, "use_running_average": False},
+        group_norm_plus(GROUPS, correction=1, epsilon_outside=True),
     )
     expected = definition(np, np.asarray(x), 1.0, 0.0, 1.0, ddof=1, outside=True)
-    y, _ = linen.GroupNormPlus(GROUPS, **switches).init_with_output(jax.random.key(0), x)
+    layer = linen.Norm(method, use_running_average=False)
+    y, _ = layer.init_with_output(jax.random.key(0), x)
     close(y, expected)
-    close(nnx.GroupNormPlus(6, GROUPS, x_shape=SHAPE, **switches, rngs=fnnx.Rngs(0))(x), expected)
+    close(nnx.Norm(6, method, x_shape=SHAPE, rngs=fnnx.Rngs(0))(x), expected)

@@ -18,21 +18,10 @@ from compiled import jit
 from jax import lax
 from scipy import special
 
-from jaxnorm import Groups, Method, Moments, kernels, methods, norm, normalize
-from jaxnorm.batch_group import batch_group_norm, init_batch_group_norm
-from jaxnorm.cross_iteration import cross_iteration_norm, init_cross_iteration
-from jaxnorm.domains import domain_batch_norm, init_domain_batch_norm
-from jaxnorm.evonorm import evonorm_b0, evonorm_s0
-from jaxnorm.frn import filter_response_norm
-from jaxnorm.group_plus import group_norm_plus, init_group_norm_plus
+import jaxnorm
+from jaxnorm import EACH, Groups, Method, Moments, kernels, methods, norm, normalize
 from jaxnorm.kernels import centralize_kernel
-from jaxnorm.memorized import init_memorized_batch_norm, memorized_batch_norm
-from jaxnorm.momentum import momentum_batch_norm
-from jaxnorm.moving_average import init_moving_average, moving_average_norm
-from jaxnorm.positional import moment_shortcut, positional_norm
-from jaxnorm.proxy import proxy_norm
-from jaxnorm.renorm import batch_renorm
-from jaxnorm.switchable import switchable_norm
+from jaxnorm.positional import moment_shortcut
 
 X = (4, 4, 2, 6)
 N, H, W, C = X
@@ -54,7 +43,7 @@ class Row:
         return self.claim
 
 
-def table(method: Method | tuple[int, ...], epsilon: float = E) -> Function:
+def table(method: Method | Groups | tuple[int, ...], epsilon: float = E) -> Function:
     """A row of the table of methods, of x and perhaps scale and bias."""
     return lambda x, *affine: norm(x, method, epsilon=epsilon, **named(affine))[0]
 
@@ -68,15 +57,14 @@ def wide(state):
     return jax.tree.map(lambda t: jnp.asarray(t, jnp.float64), state)
 
 
-def stateful(function: Function, state, train=True, **options) -> Function:
-    """A method with state as a function of x, and perhaps scale and bias."""
-    return lambda x, *affine: function(
-        x, wide(state), train=train, epsilon=E, **options, **named(affine)
-    )[0]
+def applied(method: Method, state=None, train=True, **options) -> Function:
+    """A method, by default before its first step, as a function of x and perhaps scale and bias."""
 
+    def f(x, *affine):
+        before = method.init(x.shape) if state is None else state
+        return method.apply(x, wide(before), train=train, **options, **named(affine))[0]
 
-def stateless(function: Function, **options) -> Function:
-    return lambda x, *affine: function(x, epsilon=E, **options, **named(affine))
+    return f
 
 
 def of_parts(function: Function, count: int, **names) -> Function:
@@ -102,6 +90,7 @@ def product(x, kernel):
 
 m, BGN, BAG = methods, methods.batch_group_norm, methods.batch_and_group_norm
 bn = table(m.batch_norm())
+EACH_FEATURE = Groups(batch=1, spatial=EACH, channel=EACH)
 ONE, VECTORS = (1, H, W, C), (N, C)
 
 REDUCTIONS = [
@@ -121,7 +110,7 @@ REDUCTIONS = [
         ("one batch group of one example is layer norm", BGN(1), m.layer_norm(), ONE),
         ("batch groups of one example are group norm", BGN(3), m.group_norm(3), ONE),
         ("C batch groups of one example are instance norm", BGN(C), m.instance_norm(), ONE),
-        ("D batch groups pool the batch alone", BGN(H * W * C, X), (1, H, W, C), X),
+        ("each feature apart pools the batch alone", EACH_FEATURE, (1, H, W, C), X),
         ("one batch group is the whole tensor", BGN(1), (1, 1, 1, 1), X),
         ("(B, G) = (N, C) is batch norm", BAG(ghost_size=N, num_groups=C), m.batch_norm(), X),
         ("(B, C) is ghost batch norm", BAG(2, C), m.ghost_batch_norm(2), X),
@@ -199,10 +188,18 @@ RESHAPED = [
     *(
         Row(
             f"{parts} C batch groups are the flat pieces",
-            table(BGN(parts * C, X)),
+            applied(BGN(parts * C, epsilon=E)),
             flat_pieces(parts),
         )
         for parts in (1, 2, 4, 8)
+    ),
+    *(
+        Row(
+            f"{parts} C batch groups are a row of parts",
+            applied(BGN(parts * C, epsilon=E)),
+            table(Groups(batch=1, spatial=spatial, channel=EACH)),
+        )
+        for parts, spatial in ((2, (2, 1)), (4, (4, 1)), (8, (4, 2)))
     ),
 ]
 
@@ -233,17 +230,16 @@ def crossed(window, rho=1.0, size=3):
     """Cross-iteration norm of a dense layer, after its first batches with another kernel."""
 
     def f(x, kernel, *affine):
-        state = wide(init_cross_iteration((C, C), window=size))
+        method = m.cross_iteration_norm(window=size, epsilon=E)
+        state = wide(method.init(X, kernel_shape=(C, C)))
         rng = np.random.default_rng(11)
         for _ in range(2):
             inputs, old = jnp.asarray(rng.normal(1, 2, X)), jnp.asarray(rng.normal(size=(C, C)))
-            _, state = cross_iteration_norm(
+            _, state = method.apply(
                 product(inputs, old), state, train=True, inputs=inputs, kernel=old
             )
-        options = {"inputs": x, "kernel": kernel, "window": window, "rho": rho, "epsilon": E}
-        return cross_iteration_norm(
-            product(x, kernel), state, train=True, **options, **named(affine)
-        )[0]
+        options = {"inputs": x, "kernel": kernel, "window": window, "rho": rho}
+        return method.apply(product(x, kernel), state, train=True, **options, **named(affine))[0]
 
     return f
 
@@ -252,66 +248,84 @@ def of_dense(function):
     return lambda x, kernel, *affine: function(product(x, kernel), *affine)
 
 
+CROSS = m.cross_iteration_norm(epsilon=E)
+FIRST_CROSS = CROSS.init(X, kernel_shape=(C, C))
+
+
+def cross(state, train=True, **options):
+    """Cross-iteration norm of a dense layer."""
+
+    def f(x, kernel, *affine):
+        in_front = {"inputs": x, "kernel": kernel}
+        return applied(CROSS, state, train, **in_front, **options)(product(x, kernel), *affine)
+
+    return f
+
+
 DENSE = (X, (C, C), (C,), (C,))
 BACKBONE = [
     Row(f"{name} is batch norm", left, bn)
     for name, left in {
-        "renorm(1, 0)": stateful(
-            batch_renorm, {"mean": past(1), "std": past(2)}, rmax=1.0, dmax=0.0
+        "renorm(1, 0)": applied(
+            m.batch_renorm(rmax=1.0, dmax=0.0, epsilon=E), {"mean": past(1), "std": past(2)}
         ),
-        "momentum(0)": stateful(momentum_batch_norm, RUNNING | TRAINING, train_momentum=0.0),
-        "memorized, all weight on the batch": stateful(
-            memorized_batch_norm, REMEMBERED, memory_weights=(0, 0, 1)
+        "momentum(0)": applied(
+            m.momentum_batch_norm(epsilon=E), RUNNING | TRAINING, train_momentum=0.0
         ),
-        "memorized, blended, all weight on the batch": stateful(
-            memorized_batch_norm, REMEMBERED, memory_weights=(0, 0, 1), variance="blend"
+        "memorized, all weight on the batch": applied(
+            m.memorized_batch_norm((0, 0, 1), epsilon=E), REMEMBERED
         ),
-        "memorized, nothing yet": stateful(
-            memorized_batch_norm, init_memorized_batch_norm(C, 2), memory_weights=(0.3, 0.2, 0.5)
+        "memorized, blended, all weight on the batch": applied(
+            m.memorized_batch_norm((0, 0, 1), variance="blend", epsilon=E), REMEMBERED
         ),
-        "switchable, batch alone": stateful(
-            switchable_norm, RUNNING, mean_logits=ALONE, var_logits=ALONE
+        "memorized, nothing yet": applied(m.memorized_batch_norm((0.3, 0.2, 0.5), epsilon=E)),
+        "switchable, batch alone": applied(
+            m.switchable_norm(epsilon=E), RUNNING, mean_logits=ALONE, var_logits=ALONE
         ),
-        "domain of one": stateful(domain_batch_norm, init_domain_batch_norm(C, 1), domain=0),
-        "domain of several": stateful(domain_batch_norm, BANK, domain=np.full(N, 2, "i4")),
-        "batch group(C)": stateful(batch_group_norm, init_batch_group_norm(C, X), num_groups=C),
+        "domain of one": applied(m.domain_batch_norm(1, epsilon=E), domain=0),
+        "domain of several": applied(
+            m.domain_batch_norm(3, epsilon=E), BANK, domain=np.full(N, 2, "i4")
+        ),
+        "batch group(C)": applied(BGN(C, epsilon=E)),
     }.items()
 ] + [
     Row("cross-iteration of no window is batch norm", crossed(0), of_dense(bn), DENSE),
     Row(
         "cross-iteration, nothing yet, is batch norm",
-        lambda x, kernel, *affine: stateful(
-            cross_iteration_norm, init_cross_iteration((C, C)), inputs=x, kernel=kernel, rho=0.5
-        )(product(x, kernel), *affine),
+        cross(FIRST_CROSS, rho=0.5),
         of_dense(bn),
         DENSE,
     ),
 ]
 
 SERVED = {
-    "momentum(1)": stateful(
-        momentum_batch_norm, TRAINING | {"mean": past(9), "var": past(10)}, train_momentum=1.0
+    "momentum(1)": applied(
+        m.momentum_batch_norm(epsilon=E),
+        TRAINING | {"mean": past(9), "var": past(10)},
+        train_momentum=1.0,
     ),
-    "momentum, served,": stateful(momentum_batch_norm, TRAINING | RUNNING, train=False),
-    "renorm": stateful(
-        batch_renorm, {"mean": RUNNING["mean"], "std": np.sqrt(RUNNING["var"] + E)}, train=False
+    "momentum, served,": applied(m.momentum_batch_norm(epsilon=E), TRAINING | RUNNING, train=False),
+    "renorm": applied(
+        m.batch_renorm(epsilon=E),
+        {"mean": RUNNING["mean"], "std": np.sqrt(RUNNING["var"] + E)},
+        train=False,
     ),
-    "switchable, batch alone,": stateful(
-        switchable_norm, RUNNING, train=False, mean_logits=ALONE, var_logits=ALONE
+    "switchable, batch alone,": applied(
+        m.switchable_norm(epsilon=E), RUNNING, train=False, mean_logits=ALONE, var_logits=ALONE
     ),
-    "memorized, one batch,": stateful(
-        memorized_batch_norm,
+    "memorized, one batch,": applied(
+        m.memorized_batch_norm((0.3, 0.7), epsilon=E),
         {name: t[None] for name, t in RUNNING.items()} | {"count": np.ones(C)},
         train=False,
-        memory_weights=(0.3, 0.7),
     ),
-    "domain": stateful(
-        domain_batch_norm,
+    "domain": applied(
+        m.domain_batch_norm(2, epsilon=E),
         {name: np.stack([2 * t, t]) for name, t in RUNNING.items()},
         train=False,
         domain=1,
     ),
-    "batch group(C)": stateful(batch_group_norm, RUNNING, train=False, num_groups=C),
+    "batch norm": applied(m.batch_norm(epsilon=E), RUNNING, train=False),
+    "batch group(C)": applied(BGN(C, epsilon=E), RUNNING, train=False),
 }
 INFERENCE = [
     Row(
@@ -323,13 +337,7 @@ INFERENCE = [
 ] + [
     Row(
         "cross-iteration is inference by the state",
-        lambda x, kernel, *affine: stateful(
-            cross_iteration_norm,
-            init_cross_iteration((C, C)) | RUNNING,
-            train=False,
-            inputs=x,
-            kernel=kernel,
-        )(product(x, kernel), *affine),
+        cross(FIRST_CROSS | RUNNING, train=False),
         of_dense(served),
         DENSE,
     ),
@@ -345,22 +353,20 @@ def last_of(function):
 
 
 def memorized_halves(x, *affine):
-    state, options = (
-        wide(init_memorized_batch_norm(C, 1)),
-        {"memory_weights": (0.5, 0.5), "epsilon": E, "train": True},
-    )
-    _, state = memorized_batch_norm(x[: N // 2], state, **options)
-    return memorized_batch_norm(x[N // 2 :], state, **options, **named(affine))[0]
+    method = m.memorized_batch_norm((0.5, 0.5), epsilon=E)
+    _, state = method.apply(x[: N // 2], wide(method.init(X)), train=True)
+    return method.apply(x[N // 2 :], state, train=True, **named(affine))[0]
 
 
 def crossed_halves(rho):
     def f(x, kernel, *affine):
-        state, y = wide(init_cross_iteration((C, C), window=1)), product(x, kernel)
-        options = {"kernel": kernel, "rho": rho, "epsilon": E, "train": True}
-        _, state = cross_iteration_norm(y[: N // 2], state, inputs=x[: N // 2], **options)
-        return cross_iteration_norm(
-            y[N // 2 :], state, inputs=x[N // 2 :], **options, **named(affine)
-        )[0]
+        method, y = m.cross_iteration_norm(window=1, rho=rho, epsilon=E), product(x, kernel)
+        state, options = (
+            wide(method.init(X, kernel_shape=(C, C))),
+            {"kernel": kernel, "train": True},
+        )
+        _, state = method.apply(y[: N // 2], state, inputs=x[: N // 2], **options)
+        return method.apply(y[N // 2 :], state, inputs=x[N // 2 :], **options, **named(affine))[0]
 
     return f
 
@@ -380,7 +386,7 @@ CONCATENATED = [
     ),
     Row(
         "domains by turns are ghosts",
-        stateful(domain_batch_norm, BANK, domain=np.array([0, 0, 1, 1], "i4")),
+        applied(m.domain_batch_norm(3, epsilon=E), BANK, domain=np.array([0, 0, 1, 1], "i4")),
         table(m.ghost_batch_norm(2)),
     ),
 ]
@@ -389,20 +395,20 @@ CONCATENATED = [
 def moving(window=3, late=True):
     """Moving average norm with r = 1, as long as it uses the batch alone: late with a window of
     one, or early."""
-    state = init_moving_average(C, window=window) | {
+    method = m.moving_average_norm(window, average_from=0, correct_from=100, epsilon=E)
+    state = method.init(X) | {
         "step": np.array(10.0 if late else 1.0),
         "mean_square": past(1),
     }
-    return stateful(moving_average_norm, state, tap=np.zeros(C), average_from=0, correct_from=100)
+    return applied(method, state, tap=np.zeros(C))
 
 
-MEAN_SQUARE = table(Method(Groups(batch=1, spatial=1, channel=-1), mean=0))
+MEAN_SQUARE = table(jaxnorm.Row(Groups(batch=1, spatial=1, channel=-1), mean=0))
 Q = np.sqrt(2) * special.erfinv(2 * (np.arange(200) + 0.5) / 200 - 1)
 
 
-def group_plus(mixture, **options):
-    state = init_group_norm_plus(X, per_position=options.get("per_position", True))
-    return stateful(group_norm_plus, state, mixture=mixture, num_groups=3, **options)
+def group_plus(mixture, **fields):
+    return applied(m.group_norm_plus(3, epsilon=E, **fields), mixture=mixture)
 
 
 def after_group_norm(method):
@@ -423,19 +429,19 @@ def proxy_of_identity(x, scale, bias):
 
 
 def s0(v, num_groups=3):
-    return stateless(evonorm_s0, v=np.full(C, v), num_groups=num_groups)
+    return applied(m.evonorm_s0(num_groups, epsilon=E), v=np.full(C, v))
 
 
 def b0(v, train=True):
-    return stateful(evonorm_b0, {"var": past(2)}, train=train, v=np.full(C, v))
+    return applied(m.evonorm_b0(epsilon=E), {"var": past(2)}, train, v=np.full(C, v))
 
 
 def switched(**shares):
     """Switchable norm by its shares of instance, layer and, if given, batch statistics."""
     logits = np.array([-np.inf if share == 0 else np.log(share) for share in shares.values()])
-    return stateful(
-        switchable_norm, RUNNING if "batch" in shares else {}, mean_logits=logits, var_logits=logits
-    )
+    method = m.switchable_norm(use_batch="batch" in shares, epsilon=E)
+    state = RUNNING if "batch" in shares else {}
+    return applied(method, state, mean_logits=logits, var_logits=logits)
 
 
 def less_mean_of_groups(x):
@@ -447,14 +453,15 @@ def affine(y, scale, bias):
     return y * scale[None, None, None] + bias[None, None, None]
 
 
-def grouped(num_groups, shape=X):
-    return stateful(
-        batch_group_norm, init_batch_group_norm(num_groups, shape), num_groups=num_groups
-    )
-
-
 SINGLE = (ONE, (C,), (C,))
-frn, frn_row = stateless(filter_response_norm), table(m.filter_response_norm())
+FRN = m.filter_response_norm(use_threshold=False, epsilon=E)
+frn, frn_row = applied(FRN), table(m.instance_rms_norm())
+
+
+def thresholded(threshold):
+    return applied(m.filter_response_norm(epsilon=E), threshold=threshold)
+
+
 OTHERS = [
     Row(*row)
     for row in (
@@ -475,11 +482,10 @@ OTHERS = [
             switched(instance=0.5, layer=0.3, batch=0.2),
             SINGLE,
         ),
-        ("batch group function in groups of channels is the row", grouped(3), table(BGN(3))),
-        ("batch group function in groups of rows is the row", grouped(2 * C), table(BGN(2 * C, X))),
+        ("batch group norm in training is its row", applied(BGN(3, epsilon=E)), table(BGN(3))),
         (
-            "batch group function in one group of one example is layer norm",
-            grouped(1, ONE),
+            "one batch group of one example in training is layer norm",
+            applied(BGN(1, epsilon=E)),
             table(m.layer_norm()),
             SINGLE,
         ),
@@ -504,29 +510,35 @@ OTHERS = [
         ),
         (
             "a threshold of 0 is relu",
-            stateless(filter_response_norm, threshold=np.zeros(C)),
+            thresholded(np.zeros(C)),
             lambda *args: jax.nn.relu(frn_row(*args)),
         ),
         (
             "no threshold is minus infinity",
-            stateless(filter_response_norm, threshold=np.full(C, -np.inf)),
+            thresholded(np.full(C, -np.inf)),
             frn_row,
         ),
         (
             "learned epsilon adds up",
-            lambda x, *affine: filter_response_norm(
-                x, learned_epsilon=-E / 2, epsilon=E / 2, **named(affine)
+            applied(
+                m.filter_response_norm(
+                    use_threshold=False, use_learned_epsilon=True, epsilon=E / 2
+                ),
+                learned_epsilon=-E / 2,
             ),
             frn_row,
         ),
         (
-            "positional function is its row",
-            lambda *args: stateless(positional_norm)(*args)[0],
+            "positional norm in training is its row",
+            applied(m.positional_norm(epsilon=E)),
             table(m.positional_norm()),
         ),
         (
             "the shortcut undoes positional norm",
-            lambda x: moment_shortcut(*positional_norm(x, epsilon=E)),
+            lambda x: moment_shortcut(
+                *norm(x, m.positional_norm(epsilon=E)),
+                epsilon=E,
+            ),
             lambda x: x,
             (X,),
         ),
@@ -534,7 +546,7 @@ OTHERS = [
         (
             "GN+ of a very negative mixture pools the batch",
             group_plus(-1e3),
-            after_group_norm(BGN(H * W * C, X)),
+            after_group_norm(EACH_FEATURE),
         ),
         (
             "so it does by channels",
@@ -549,7 +561,7 @@ OTHERS = [
         ),
         (
             "proxy norm without activation is scaled",
-            stateless(proxy_norm, method=m.group_norm(3)),
+            applied(m.proxy_norm(m.group_norm(3), epsilon=E)),
             proxy_of_identity,
         ),
         (
@@ -695,17 +707,15 @@ GRADIENTS = [
         ("inference", served, lambda x, g: g / jnp.sqrt(along(RUNNING["var"]) + E)),
         (
             "momentum",
-            stateful(momentum_batch_norm, TRAINING | RUNNING, train_momentum=0.4),
+            applied(m.momentum_batch_norm(epsilon=E), TRAINING | RUNNING, train_momentum=0.4),
             of_momentum(0.4),
         ),
         *(
             (
                 f"memorized, {variance}",
-                stateful(
-                    memorized_batch_norm,
+                applied(
+                    m.memorized_batch_norm((0.2, 0.3, 0.5), variance=variance, epsilon=E),
                     REMEMBERED,
-                    memory_weights=(0.2, 0.3, 0.5),
-                    variance=variance,
                 ),
                 of_memory(variance),
             )
@@ -713,7 +723,9 @@ GRADIENTS = [
         ),
         (
             "renorm without bounds",
-            stateful(batch_renorm, {"mean": past(1), "std": past(2)}, rmax=1e6, dmax=1e6),
+            applied(
+                m.batch_renorm(rmax=1e6, dmax=1e6, epsilon=E), {"mean": past(1), "std": past(2)}
+            ),
             of_renorm,
         ),
     )

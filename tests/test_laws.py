@@ -8,7 +8,6 @@ also where it must not hold.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,35 +17,11 @@ import pytest
 from compiled import jit
 from rows import ROWS
 
-from jaxnorm import (
-    init_running,
-    kernels,
-    methods,
-    norm,
-    normalize,
-    running_moments,
-    running_shape,
-    update_running,
-)
-from jaxnorm.batch_group import batch_group_norm, init_batch_group_norm
-from jaxnorm.cross_iteration import cross_iteration_norm, init_cross_iteration
-from jaxnorm.domains import domain_batch_norm, init_domain_batch_norm
-from jaxnorm.evonorm import evonorm_b0, evonorm_s0, init_evonorm_b0
-from jaxnorm.frn import filter_response_norm
-from jaxnorm.group_plus import group_norm_plus, init_group_norm_plus
-from jaxnorm.inference import weigh_example
-from jaxnorm.memorized import init_memorized_batch_norm, memorized_batch_norm
-from jaxnorm.momentum import init_momentum_batch_norm, momentum_batch_norm
-from jaxnorm.moving_average import init_moving_average, moving_average_norm
-from jaxnorm.positional import positional_norm
-from jaxnorm.proxy import proxy_norm
-from jaxnorm.renorm import batch_renorm, init_batch_renorm
-from jaxnorm.switchable import init_switchable_norm, switchable_norm
+from jaxnorm import Method, kernels, methods
 
 SHAPE = (4, 4, 2, 6)
 N, H, W, C = SHAPE
 DOMAIN = np.array([0, 0, 1, 1], "i4")
-EYE = np.eye(C)
 LOGITS = {"mean_logits": np.array([0.3, -0.2, 0.5]), "var_logits": np.array([-0.4, 0.1, 0.7])}
 
 Label = Callable[..., tuple]
@@ -64,17 +39,18 @@ ALL: Label = lambda n, p, c, *_: (0 * n,)  # noqa: E731
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A method, `function(x, state, train=, epsilon=, scale=, bias=, **options)`, and what its
-    definition says of sets.
+    """A method, and what its definition says of sets.
 
     Attributes:
+        method: with a momentum of 0; its epsilon is that of the test.
         labels: sets whose elements share statistics.
         shift: sets on which a constant may be added to x, now and in the past; None where the mean
             is not taken out.
-        first: state before the first step; the state of the test is that after one step on other
-            data.
-        options: of the function; those named in `per_unit` are in the unit of 1 / x.
-        begin: other options in the first step.
+        options: of `apply`; those named in `per_unit` are in the unit of 1 / x.
+        begin: other options in the first step, on other data, after which the test begins.
+        at_inference: options of inference alone.
+        first: state before the first step, where it is not that of `init`.
+        kernel: of a dense layer in front.
         meeting: labels of what is still shared in inference; None for methods that are tested in
             training alone.
         trains: whether training is tested; else another row does.
@@ -85,13 +61,15 @@ class Row:
     """
 
     name: str
-    function: Callable[..., Any]
+    method: Method
     labels: tuple[Label, ...]
     shift: Label | None
-    first: Callable[[], dict] = dict
     options: dict = dataclasses.field(default_factory=dict)
     per_unit: tuple[str, ...] = ()
     begin: dict = dataclasses.field(default_factory=dict)
+    at_inference: dict = dataclasses.field(default_factory=dict)
+    first: dict = dataclasses.field(default_factory=dict)
+    kernel: np.ndarray | None = None
     meeting: tuple[Label, ...] | None = None
     trains: bool = True
     blends: bool = False
@@ -101,97 +79,78 @@ class Row:
     def __str__(self):
         return self.name
 
+    def init(self, dtype):
+        """State before the first step."""
+        shape = None if self.kernel is None else self.kernel.shape
+        state = self.method.init(SHAPE, kernel_shape=shape) | self.first
+        return {name: jnp.asarray(t, dtype) for name, t in state.items()}
 
-def of_table(method, example_weight=None):
-    """A row of the table with running statistics, mixed with the example's own at inference."""
-
-    def f(x, state, *, train, epsilon, **affine):
+    def apply(self, x, state, *, train, epsilon, **options):
+        if self.kernel is not None:
+            options |= {"inputs": x, "kernel": self.kernel}
         if not train:
-            m = running_moments(state, method, x.shape)
-            m = (
-                m
-                if example_weight is None
-                else weigh_example(x, m, method, example_weight=example_weight)
-            )
-            return normalize(x, m, epsilon=epsilon, **affine), state
-        y, m = norm(x, method, epsilon=epsilon, **affine)
-        state = (
-            update_running(state, jax.lax.stop_gradient(m), momentum=0.0)
-            if method.pools_batch
-            else state
-        )
-        return y, state
-
-    return f
+            options |= self.at_inference
+        method = dataclasses.replace(self.method, epsilon=epsilon)
+        return method.apply(x, state, train=train, **options)
 
 
-def first_of(method):
-    return lambda: init_running(running_shape(method, SHAPE)[0])
+@dataclasses.dataclass(frozen=True, repr=False)
+class weight_standardization(Method):
+    """`standardize_kernel` of x as a method."""
 
+    epsilon: float = 1e-5
 
-def stateless(function):
-    return lambda x, state, *, train, **options: (function(x, **options), state)
-
-
-def dense(x, state, **options):
-    """Cross-iteration norm after a layer that does nothing."""
-    return cross_iteration_norm(x, state, inputs=x, kernel=EYE, **options)
-
-
-def kernel(x, *, scale, bias, epsilon):
-    y = kernels.standardize_kernel(x, gain=scale * (x.size // C) ** 0.5, epsilon=epsilon)
-    return y + bias[None, None, None]
+    def rule(self, x, state, *, train, scale, bias):
+        gain = scale * (x.size // C) ** 0.5
+        y = kernels.standardize_kernel(x, gain=gain, epsilon=self.epsilon)
+        return y + bias[None, None, None], state
 
 
 def table_rows():
     for row in ROWS:
-        method = row.call(SHAPE, -1)
+        method = dataclasses.replace(row.call(SHAPE, -1), momentum=0.0)
         ghosts = "ghost" in row.name or "and_group" in row.name
-        first = first_of(method) if method.pools_batch else dict
-        options: dict[str, Any] = {"standardizes": True, "first": first}
-        options |= {} if ghosts or not method.pools_batch else {"meeting": ()}
+        remembers = bool(method.init(SHAPE))
         yield Row(
             row.name,
-            of_table(method),
+            method,
             (row.label,),
             None if row.mean == 0 else row.label,
-            **options,
+            meeting=() if remembers and not ghosts else None,
+            standardizes=True,
         )
 
 
-MOMENTUM = {"momentum": 0.0}
 BEYOND = (
-    *(
-        Row(
-            f"weighed examples of {name}",
-            of_table(method, 0.25),
-            (label,),
-            label,
-            first_of(method),
-            meeting=(own,),
-            trains=False,
-        )
-        for name, method, label, own in (
-            ("batch norm", methods.batch_norm(), CHANNEL, INSTANCE),
-            ("batch group norm", methods.batch_group_norm(3), BATCH_GROUP, GROUP),
-        )
+    Row(
+        "weighed examples of batch norm",
+        methods.batch_norm(momentum=0.0, example_weight=0.25),
+        (CHANNEL,),
+        CHANNEL,
+        meeting=(INSTANCE,),
+        trains=False,
+    ),
+    Row(
+        "weighed examples of batch group norm",
+        methods.batch_group_norm(3, momentum=0.0),
+        (BATCH_GROUP,),
+        BATCH_GROUP,
+        at_inference={"example_weight": 0.25},
+        meeting=(GROUP,),
+        trains=False,
     ),
     Row(
         "batch_renorm",
-        batch_renorm,
+        methods.batch_renorm(rmax=1.05, dmax=0.1, momentum=0.0),
         (CHANNEL,),
         CHANNEL,
-        lambda: init_batch_renorm(C),
-        MOMENTUM | {"rmax": 1.05, "dmax": 0.1},
         meeting=(),
     ),
     Row(
         "momentum_batch_norm",
-        momentum_batch_norm,
+        methods.momentum_batch_norm(0.4, momentum=0.0),
         (CHANNEL,),
         CHANNEL,
-        lambda: init_momentum_batch_norm(C),
-        MOMENTUM | {"train_momentum": 0.4},
         begin={"train_momentum": 0.0},
         blends=True,
         meeting=(),
@@ -199,11 +158,9 @@ BEYOND = (
     *(
         Row(
             f"memorized_batch_norm, {variance}",
-            memorized_batch_norm,
+            methods.memorized_batch_norm((0.2, 0.3, 0.5), variance),
             (CHANNEL,),
             CHANNEL,
-            lambda: init_memorized_batch_norm(C, 2),
-            {"memory_weights": np.array([0.2, 0.3, 0.5]), "variance": variance},
             blends=True,
             meeting=(),
         )
@@ -211,120 +168,101 @@ BEYOND = (
     ),
     Row(
         "switchable_norm",
-        switchable_norm,
+        methods.switchable_norm(momentum=0.0),
         (INSTANCE, EXAMPLE, CHANNEL),
         ALL,
-        lambda: init_switchable_norm(C),
-        MOMENTUM | LOGITS,
+        LOGITS,
         meeting=(INSTANCE, EXAMPLE),
     ),
     Row(
         "switchable_norm without batch",
-        switchable_norm,
+        methods.switchable_norm(use_batch=False),
         (INSTANCE, EXAMPLE),
         EXAMPLE,
-        options={name: t[:2] for name, t in LOGITS.items()},
+        {name: t[:2] for name, t in LOGITS.items()},
     ),
     Row(
         "domain_batch_norm",
-        domain_batch_norm,
+        methods.domain_batch_norm(2, momentum=0.0),
         (OWN_DOMAIN,),
         OWN_DOMAIN,
-        lambda: init_domain_batch_norm(C, 2),
-        MOMENTUM | {"domain": DOMAIN},
+        {"domain": DOMAIN},
         meeting=(),
         standardizes=True,
     ),
     Row(
         "filter_response_norm",
-        stateless(filter_response_norm),
+        methods.filter_response_norm(use_slope=True),
         (INSTANCE,),
         None,
-        options={"threshold": np.full(C, -0.7), "slope": np.full(C, 0.2)},
+        {"threshold": np.full(C, -0.7), "slope": np.full(C, 0.2)},
     ),
     Row(
         "evonorm_b0",
-        evonorm_b0,
+        methods.evonorm_b0(momentum=0.0),
         (CHANNEL, INSTANCE),
         None,
-        lambda: init_evonorm_b0(C),
-        MOMENTUM | {"v": np.full(C, 0.3)},
+        {"v": np.full(C, 0.3)},
         meeting=(INSTANCE,),
     ),
     Row(
         "evonorm_s0",
-        stateless(partial(evonorm_s0, num_groups=3)),
+        methods.evonorm_s0(3),
         (GROUP,),
         None,
-        options={"v": np.full(C, 0.7)},
+        {"v": np.full(C, 0.7)},
         per_unit=("v",),
     ),
     Row(
         "proxy_norm",
-        stateless(partial(proxy_norm, method=methods.group_norm(3), activation=jax.nn.silu)),
+        methods.proxy_norm(methods.group_norm(3)),
         (GROUP,),
         GROUP,
+        {"activation": jax.nn.silu},
     ),
     Row(
         "group_norm_plus",
-        group_norm_plus,
+        methods.group_norm_plus(3, momentum=0.0),
         (GROUP, FEATURE),
         GROUP,
-        lambda: init_group_norm_plus(SHAPE),
-        MOMENTUM | {"num_groups": 3},
         meeting=(GROUP,),
         epsilon=0.0,
     ),
     Row(
         "group_norm_plus by channels",
-        group_norm_plus,
+        methods.group_norm_plus(3, per_position=False, momentum=0.0),
         (GROUP, CHANNEL),
         GROUP,
-        lambda: init_group_norm_plus(SHAPE, per_position=False),
-        MOMENTUM | {"num_groups": 3, "per_position": False},
         meeting=(GROUP,),
         epsilon=0.0,
     ),
     Row(
-        "positional_norm with moments",
-        stateless(lambda x, **options: positional_norm(x, **options)[0]),
-        (POSITION,),
-        POSITION,
+        "batch_group_norm of pieces",
+        methods.batch_group_norm(4, momentum=0.0),
+        (QUARTER,),
+        QUARTER,
+        meeting=(),
         standardizes=True,
     ),
-    *(
-        Row(
-            f"batch_group_norm({groups}) as a function",
-            batch_group_norm,
-            (label,),
-            label,
-            partial(init_batch_group_norm, groups, SHAPE),
-            MOMENTUM | {"num_groups": groups},
-            meeting=(),
-            standardizes=True,
-        )
-        for groups, label in ((4, QUARTER), (3, BATCH_GROUP))
-    ),
     Row(
-        "cross_iteration_norm",
-        dense,
+        "cross_iteration_norm after a layer that does nothing",
+        methods.cross_iteration_norm(window=2, momentum=0.0),
         (CHANNEL,),
         CHANNEL,
-        lambda: init_cross_iteration((C, C), window=2),
-        MOMENTUM,
+        kernel=np.eye(C),
         blends=True,
         meeting=(),
     ),
     Row(
         "moving_average_norm",
-        moving_average_norm,
+        methods.moving_average_norm(window=2, average_from=0, correct_from=0, momentum=0.0),
         (CHANNEL,),
         None,
-        lambda: init_moving_average(C, window=2) | {"step": jnp.full((), 2.0)},
-        MOMENTUM | {"tap": np.linspace(0.1, 0.1, C), "average_from": 0, "correct_from": 0},
+        {"tap": np.full(C, 0.1)},
+        first={"step": 2.0},
         meeting=(),
     ),
-    Row("standardize_kernel", stateless(kernel), (CHANNEL,), CHANNEL, standardizes=True),
+    Row("standardize_kernel", weight_standardization(), (CHANNEL,), CHANNEL, standardizes=True),
 )
 METHODS = (*table_rows(), *BEYOND)
 
@@ -354,13 +292,14 @@ def compiled(row, train):
 
     def call(x, state, unit, options, train=True, **rest):
         options = options | {name: options[name] / unit for name in row.per_unit}
-        return row.function(x, state, train=train, **options, **rest)
+        return row.apply(x, state, train=train, **options, **rest)
 
-    @jit
+    @partial(jit, static_argnames="epsilon")
     def run(x, past, gy, scale, bias, epsilon, unit):
         affine = {"scale": scale, "bias": bias}
-        first = jax.tree.map(lambda t: t.astype(x.dtype), row.first())
-        _, state = call(past, first, unit, row.options | row.begin, epsilon=epsilon, **affine)
+        _, state = call(
+            past, row.init(x.dtype), unit, row.options | row.begin, epsilon=epsilon, **affine
+        )
 
         def f(x, state, scale, bias):
             return call(x, state, unit, row.options, train, epsilon=epsilon, scale=scale, bias=bias)
@@ -478,7 +417,7 @@ def test_laws(row, train):
     if row.standardizes and train:
         standardized(row, run, data)
     for x in (np.zeros(SHAPE), np.full(SHAPE, 3.0)):  # nothing to divide by but epsilon
-        out = run(dataclasses.replace(data, x=x, epsilon=1e-5))
+        out = run(dataclasses.replace(data, x=x, epsilon=1e-14))
         assert all(np.isfinite(t).all() for t in jax.tree.leaves(out))
 
 

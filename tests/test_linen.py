@@ -1,6 +1,7 @@
 """The linen layers for any row of the table: state, training, evaluation, and Flax's
 transformations."""
 
+import dataclasses
 import functools
 
 import chex
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jaxnorm import EACH, Groups, Method, Size, methods, moments, normalize
+from jaxnorm import EACH, Groups, Row, Size, methods, moments, normalize
 from jaxnorm import linen as layers
 
 KEY = jax.random.key(0)
 SHAPE = (4, 4, 6, 6)
-PARTS = Method(Groups(batch=1, spatial=(2, 1), channel=EACH))
+PARTS = Row(Groups(batch=1, spatial=(2, 1), channel=EACH))
 
 # Each row with the shape of its state for SHAPE, None where it needs none.
 ROWS = {
@@ -24,11 +25,9 @@ ROWS = {
     "ghost_batch_norm_size": (methods.ghost_batch_norm(ghost_size=2), (6,)),
     "batch_group_norm": (methods.batch_group_norm(3), (3,)),
     "batch_group_norm_one": (methods.batch_group_norm(1), (1,)),
-    "batch_group_norm_rows": (methods.batch_group_norm(12, SHAPE), (2, 6)),
-    "batch_group_norm_columns": (methods.batch_group_norm(48, SHAPE), (4, 2, 6)),
-    "batch_and_group_norm": (methods.batch_and_group_norm(2, 3), (3,)),
-    "weight_standardization": (methods.weight_standardization(), (6,)),
+    "batch_and_group_norm": (methods.batch_and_group_norm(2, 3, example_weight=0), (6,)),
     "parts": (PARTS, (2, 6)),
+    "parts_of_columns": (Row(Groups(batch=1, spatial=(4, 2), channel=EACH)), (4, 2, 6)),
     "instance_norm": (methods.instance_norm(), None),
     "group_norm": (methods.group_norm(3), None),
     "layer_norm": (methods.layer_norm(), None),
@@ -68,8 +67,7 @@ def same(a, b, **tolerance):
 
 MORE = (
     "ghost_batch_norm_size",
-    "batch_group_norm_columns",
-    "weight_standardization",
+    "parts_of_columns",
     "layer_norm",
     "positional_norm",
 )
@@ -80,7 +78,8 @@ MORE = (
 )
 def test_a_row_is_initialized_by_one_example_trained_and_evaluated_with_any_batch(row):
     method, state = ROWS[row]
-    layer = layers.Norm(method, momentum=0.0)
+    method = dataclasses.replace(method, momentum=0.0)
+    layer = layers.Norm(method)
     variables = initial(layer, (1, *SHAPE[1:]))
     shapes = jax.tree.map(jnp.shape, variables)
     assert shapes.get("batch_stats", {}) == ({} if state is None else {"mean": state, "var": state})
@@ -96,7 +95,8 @@ def test_a_row_is_initialized_by_one_example_trained_and_evaluated_with_any_batc
     if state is None:
         same(evaluated, normalize(few, moments(few, method)))
         return
-    pooled = Method(Groups(1, method.groups.spatial, method.groups.channel), method.mean)
+    groups = method.row(SHAPE).groups
+    pooled = Row(Groups(1, groups.spatial, groups.channel))
     same(evaluated, normalize(few, moments(x, pooled)))
     chex.assert_trees_all_equal(unchanged, stats)
 
@@ -114,7 +114,7 @@ def test_a_batch_that_ghosts_do_not_divide_is_an_error_in_training_only(method):
 
 def test_use_and_update_are_apart():
     """Four combinations: what normalizes, and whether the batch enters the running statistics."""
-    layer = layers.Norm(methods.batch_norm(), momentum=0.5)
+    layer = layers.Norm(methods.batch_norm(momentum=0.5))
     variables = initial(layer)
     variables["batch_stats"] = {"mean": jnp.full(6, 3.0), "var": jnp.full(6, 9.0)}
     x = data()
@@ -145,14 +145,14 @@ def test_flags_are_given_exactly_once():
 
 
 def test_without_momentum_there_is_no_state():
-    layer = layers.Norm(methods.batch_norm(), momentum=None)
+    layer = layers.Norm(methods.batch_norm(momentum=None))
     variables = layer.init(KEY, data())
     assert variables.keys() == {"params"}
     same(layer.apply(variables, data()), normalize(data(), moments(data(), methods.batch_norm())))
 
 
 def test_debiased_statistics_are_those_of_the_batches_alone():
-    layer = layers.Norm(methods.batch_norm(), momentum=0.9, debias=True)
+    layer = layers.Norm(methods.batch_norm(momentum=0.9, debias=True))
     variables, x = initial(layer), data()
     assert variables["batch_stats"].keys() == {"count", "mean", "var"}
     for _ in range(2):
@@ -167,7 +167,7 @@ def test_debiased_statistics_are_those_of_the_batches_alone():
 
 
 def test_correction_stores_the_unbiased_variance():
-    layer, x = layers.Norm(methods.batch_norm(), momentum=0.0, correction=1), data((4, 6))
+    layer, x = layers.Norm(methods.batch_norm(momentum=0.0, correction=1)), data((4, 6))
     y, stats = apply(layer, initial(layer, (4, 6)), x, **TRAIN)
     same(stats["var"], x.var(0, ddof=1))
     same(y, (x - x.mean(0, keepdims=True)) / jnp.sqrt(x.var(0, keepdims=True) + 1e-5))
@@ -243,7 +243,7 @@ def test_channels_first_is_channels_last_transposed(row):
 
 
 def test_state_that_keeps_positions_is_tied_to_the_image():
-    layer = layers.Norm(Method(Groups(batch=1, spatial=(EACH, 1), channel=EACH)))
+    layer = layers.Norm(Row(Groups(batch=1, spatial=(EACH, 1), channel=EACH)))
     variables = initial(layer, (1, 4, 6, 3))
     assert variables["batch_stats"]["mean"].shape == (4, 3)
     for flags in (TRAIN, EVAL):
@@ -252,7 +252,7 @@ def test_state_that_keeps_positions_is_tied_to_the_image():
 
 
 def test_masks_leave_padding_out_of_statistics_and_state():
-    x, layer = data(), layers.GhostBatchNorm(2, momentum=0.0)
+    x, layer = data(), layers.Norm(methods.ghost_batch_norm(2, momentum=0.0))
     mask = jnp.asarray(np.random.default_rng(3).random((4, 4, 6, 1)) < 0.7)
     y, stats = apply(layer, initial(layer), x, mask=mask, **TRAIN)
     same(y, normalize(x, moments(x, methods.ghost_batch_norm(2), weights=mask)))
@@ -260,44 +260,53 @@ def test_masks_leave_padding_out_of_statistics_and_state():
     same(stats, {"mean": counted.mean(0), "var": counted.var(0)})
 
 
+FLAX = {"epsilon": 1e-6}
 NAMED = [
-    (layers.GhostBatchNorm(2), methods.ghost_batch_norm(2)),
-    (layers.GhostBatchNorm(ghost_size=1), methods.instance_norm()),
-    (layers.BatchGroupNorm(3), methods.batch_group_norm(3)),
-    (layers.PositionalNorm(), methods.positional_norm()),
-    (layers.Norm(Groups(batch=Size(2), spatial=1, channel=2)), methods.batch_and_group_norm(2, 2)),
+    (layers.BatchNorm(), layers.Norm(methods.batch_norm())),
+    (layers.GroupNorm(3), layers.Norm(methods.group_norm(3, **FLAX))),
+    (layers.LayerNorm(), layers.Norm(methods.token_layer_norm(**FLAX))),
+    (layers.InstanceNorm(), layers.Norm(methods.instance_norm(**FLAX))),
+    (layers.RMSNorm(), layers.Norm(methods.rms_norm(**FLAX), use_bias=False)),
+    (
+        layers.Norm(Groups(batch=Size(2), spatial=1, channel=2)),
+        layers.Norm(Row(Groups(batch=Size(2), spatial=1, channel=2))),
+    ),
+    (
+        layers.Norm(methods.ghost_batch_norm(ghost_size=1, momentum=None)),
+        layers.Norm(methods.instance_norm()),
+    ),
 ]
 
 
-@pytest.mark.parametrize("layer, method", NAMED, ids=lambda v: type(v).__name__)
-def test_named_layers_are_norm_with_their_row(layer, method):
+@pytest.mark.parametrize("layer, general", NAMED, ids=lambda v: type(v).__name__)
+def test_flaxs_names_and_groups_are_norm_with_their_row(layer, general):
     x = data()
-    general = layers.Norm(method, use_bias=layer.use_bias, use_scale=layer.use_scale)
-    variables = initial(layer)
-    if not method.pools_batch:
-        # neither scale nor bias
-        assert not isinstance(layer, layers.PositionalNorm) or not variables
-        same(apply(layer, variables, x, **TRAIN)[0], normalize(x, moments(x, method)))
-        return
-    chex.assert_trees_all_equal(variables, initial(general))
-    same(apply(layer, variables, x, **TRAIN), apply(general, variables, x, **TRAIN))
+    flags = TRAIN if isinstance(layer, layers.BatchNorm | layers.Norm) else {}
+    variables = initial(general)
+    chex.assert_trees_all_equal(layer.init(KEY, x, **flags), variables)
+    same(apply(layer, variables, x, **flags), apply(general, variables, x, **TRAIN))
 
 
-def test_named_layers_refuse_what_does_not_split():
-    for layer, x, match in (
-        (layers.GhostBatchNorm(), data(), "num_ghosts=None and ghost_size=None"),
-        (layers.GhostBatchNorm(2, ghost_size=2), data(), "num_ghosts=2 and ghost_size=2"),
-        (layers.BatchGroupNorm(5), data(), "5 groups do not divide"),
+def test_a_layer_without_scale_bias_and_state_has_no_variables():
+    layer = layers.Norm(methods.positional_norm(), use_bias=False, use_scale=False)
+    assert not initial(layer)
+    same(apply(layer, {}, data())[0], normalize(data(), moments(data(), methods.positional_norm())))
+
+
+def test_groups_that_do_not_divide_are_refused():
+    for method, match in (
+        (methods.batch_group_norm(5), "5 groups do not divide"),
+        (methods.group_norm(5), "channel axis -1 of x has size 6, which does not split into 5"),
     ):
         with pytest.raises(ValueError, match=match):
-            layer.init(KEY, x, **TRAIN)
+            layers.Norm(method).init(KEY, data(), **TRAIN)
 
 
 @pytest.mark.parametrize("context", ["vmap", "shard_map"])
 def test_a_row_over_a_named_axis_is_the_row_of_the_whole_batch(context):
     x = data((4, 2, 3, 6))
-    for method in (methods.batch_norm(), methods.batch_group_norm(3)):
-        layer = layers.Norm(method, axis_name="i", momentum=0.5)
+    for method in (methods.batch_norm(momentum=0.5), methods.batch_group_norm(3, momentum=0.5)):
+        layer = layers.Norm(method, axis_name="i")
         variables = layer.init(KEY, x[0], **TRAIN)
 
         def part(x, layer=layer, variables=variables):
@@ -312,7 +321,7 @@ def test_a_row_over_a_named_axis_is_the_row_of_the_whole_batch(context):
             y, new = jit(jax.shard_map(part, mesh=mesh, in_specs=p("i"), out_specs=(p("i"), p())))(
                 x.reshape(8, 3, 6)
             )
-        whole = layers.Norm(method, momentum=0.5)
+        whole = layers.Norm(method)
         same((y, new), whole.apply(variables, x.reshape(8, 3, 6), **TRAIN, mutable="batch_stats"))
 
 
@@ -322,7 +331,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _=None):
         return (
-            layers.Norm(methods.ghost_batch_norm(2), use_running_average=False, momentum=0.5)(
+            layers.Norm(methods.ghost_batch_norm(2, momentum=0.5), use_running_average=False)(
                 x + 1
             ),
             None,

@@ -9,7 +9,8 @@ import oracle
 import pytest
 from compiled import jit
 
-from jaxnorm.memorized import double_forward, init_memorized_batch_norm, memorized_batch_norm
+from jaxnorm import methods
+from jaxnorm.training import double_forward
 
 SHAPE, E = (6, 3, 4), 1e-3
 close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
@@ -19,18 +20,20 @@ def data(seed=0):
     return np.random.default_rng(seed).normal(seed, 1 + seed, SHAPE)
 
 
+def of(size, **fields):
+    """A memory of so many batches, all of one weight."""
+    return methods.memorized_batch_norm((1.0,) * (size + 1), **fields)
+
+
 def empty(size):
-    return jax.tree.map(lambda t: np.asarray(t, "f8"), init_memorized_batch_norm(4, size))
+    return jax.tree.map(lambda t: np.asarray(t, "f8"), of(size).init(SHAPE))
 
 
 @partial(jit, static_argnames=("variance", "train"))
 def differentiated(x, gy, state, weights, variance="pool", train=True):
+    method = of(len(weights) - 1, variance=variance, epsilon=E)
     y, pull, new = jax.vjp(
-        lambda x: memorized_batch_norm(
-            x, state, train=train, memory_weights=weights, variance=variance, epsilon=E
-        ),
-        x,
-        has_aux=True,
+        lambda x: method.apply(x, state, train=train, memory_weights=weights), x, has_aux=True
     )
     return y, pull(gy)[0], new
 
@@ -90,12 +93,10 @@ def test_equal_weights_are_batch_norm_of_the_batches_together():
 def test_double_forward():
     """Only the second pass is remembered: with a learning rate of 0 one forward pass, else that of
     the new parameters."""
-    x, state = data(1), empty(2)
+    x, state, method = data(1), empty(2), of(2, epsilon=E)
 
     def loss(params, state, x):
-        y, state = memorized_batch_norm(
-            x * params, state, train=True, memory_weights=np.ones(3), epsilon=E
-        )
+        y, state = method.apply(x * params, state, train=True)
         return jnp.mean(y**3 + x * params), state
 
     start = np.full((1, 1, 4), 0.5)
@@ -117,36 +118,40 @@ def test_double_forward():
 
 
 def test_errors():
-    x, state = jnp.ones((6, 4)), init_memorized_batch_norm(4, 2)
+    x, method = jnp.ones((6, 4)), of(2)
+    state = method.init(x.shape)
     with pytest.raises(
         ValueError, match=r"shape \(2,\), and the state remembers 2 batches\. Expected \(3,\)"
     ):
-        memorized_batch_norm(x, state, train=True, memory_weights=[1, 1])
+        method.apply(x, state, train=True, memory_weights=[1, 1])
+    with pytest.raises(ValueError, match=r"shape \(2,\), and the state remembers 2 batches"):
+        of(1).apply(x, state, train=True)
     for wrong in (-1.0, np.nan):
         with pytest.raises(ValueError, match="memory_weights is .*of at least 0"):
-            memorized_batch_norm(x, state, train=True, memory_weights=[1, wrong, 1])
+            method.apply(x, state, train=True, memory_weights=[1, wrong, 1])
+    with pytest.raises(ValueError, match="memory_weights is -1.0.*of at least 0"):
+        methods.memorized_batch_norm((1, -1.0, 1))
     with pytest.raises(ValueError, match="Got variance='mix'; expected 'pool' or 'blend'"):
-        memorized_batch_norm(x, state, train=True, memory_weights=[1, 1, 1], variance="mix")
-    with pytest.raises(ValueError, match="Got memory_size=0; expected 1 or more"):
-        init_memorized_batch_norm(4, 0)
+        of(2, variance="mix")
+    for few in ((1.0,), (), 0.5):
+        with pytest.raises(ValueError, match="Got memory_weights=.*expected two numbers or more"):
+            methods.memorized_batch_norm(few)
 
 
 @pytest.mark.usefixtures("x64")
 def test_traced_negative_weights_count_nothing():
-    state, weights = empty(2), np.ones(3)
+    state, method = empty(2), of(2)
     for seed in range(2):
-        _, state = memorized_batch_norm(data(seed), state, train=True, memory_weights=weights)
-    run = jit(
-        lambda weights: memorized_batch_norm(data(5), state, train=True, memory_weights=weights)[0]
-    )
+        _, state = method.apply(data(seed), state, train=True)
+    run = jit(lambda weights: method.apply(data(5), state, train=True, memory_weights=weights)[0])
     for wrong in (-2.0, np.nan):
         np.testing.assert_array_equal(run(np.array([1, wrong, 1])), run(np.array([1, 0.0, 1])))
 
 
 def test_weights_in_a_list_may_be_traced():
     """Among plain numbers, as a schedule gives one of them."""
-    x, state = jnp.asarray(data(), jnp.float32), init_memorized_batch_norm(4, 2)
-    run = partial(memorized_batch_norm, x, state, train=True)
+    x, method = jnp.asarray(data(), jnp.float32), of(2)
+    run = partial(method.apply, x, method.init(SHAPE), train=True)
     scheduled = jax.jit(lambda a: run(memory_weights=[0.2, a, 0.5])[0])(0.3)
     np.testing.assert_allclose(scheduled, run(memory_weights=[0.2, 0.3, 0.5])[0], atol=1e-6)
     with pytest.raises(ValueError, match="memory_weights is .*at least 0"):

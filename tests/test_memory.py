@@ -51,7 +51,8 @@ def vector(x, method, channel_axis=-1):
     """Bytes of a vector."""
     if method == "token_layer":
         return 4 * x.size // x.shape[-1]
-    examples = 1 if METHODS[method].groups.batch == 1 else x.shape[0]
+    row = METHODS[method].row(x.shape, channel_axis=channel_axis)
+    examples = 1 if row.groups.batch == 1 else x.shape[0]
     return 4 * examples * x.shape[channel_axis]
 
 
@@ -223,10 +224,10 @@ def test_channels_first(method, dtype, api):
     if api == "norm":
         f, parameters = by_norm(METHODS[method], x, channel_axis=1)
     else:
-        running = {"use_running_average": False} if METHODS[method].pools_batch else {}
-        f, parameters = by_module(
-            linen.Norm(METHODS[method], channel_axis=1, dtype=x.dtype, **running), x
+        layer = linen.Norm(
+            METHODS[method], use_running_average=False, channel_axis=1, dtype=x.dtype
         )
+        f, parameters = by_module(layer, x)
     program = compiled(step(f), parameters, x, x)
     assert temporaries(program) <= TEMPORARIES * nbytes(x) + 8 * vector(x, method, channel_axis=1)
     assert dtype == "float32" or stored(program, "f32", x.size) == []

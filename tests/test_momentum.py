@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from compiled import jit
 
-from jaxnorm.momentum import init_momentum_batch_norm, momentum_batch_norm
+from jaxnorm import methods
 from jaxnorm.schedules import inference_momentum, train_momentum_schedule
 
 SHAPE, E = (6, 3, 4), 1e-3
+METHOD = methods.momentum_batch_norm(momentum=0.7, epsilon=E)
 close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
 
 
@@ -27,9 +28,7 @@ def some_state():
 @jit
 def differentiated(x, gy, state, weight):
     y, pull, new = jax.vjp(
-        lambda x: momentum_batch_norm(
-            x, state, train=True, train_momentum=weight, momentum=0.7, epsilon=E
-        ),
+        lambda x: METHOD.apply(x, state, train=True, train_momentum=weight),
         x,
         has_aux=True,
     )
@@ -53,27 +52,29 @@ def test_definition_and_closed_form_of_the_gradient(weight):
     x_hat = (x - blended["train_mean"]) / s
     gradient = (g - (1 - weight) * (g.mean((0, 1)) + (x - mean) / s * (g * x_hat).mean((0, 1)))) / s
     close((y, dx, dict(new)), (x_hat, gradient, blended | inference))
-    evaluated = jit(lambda x, state: momentum_batch_norm(x, state, train=False, epsilon=E)[0])(
-        x, new
-    )
+    evaluated = jit(lambda x, state: METHOD.apply(x, state, train=False)[0])(x, new)
     close(evaluated, (x - inference["mean"]) / np.sqrt(inference["var"] + E))  # whatever lambda is
 
 
 @pytest.mark.usefixtures("x64")
 def test_empty_sets_are_normalized_with_the_old_training_statistics():
     x, state = data(), some_state()
-    options = {"train_momentum": 0.4, "epsilon": E, "weights": np.zeros((1, 1, 1))}
-    y, new = jit(lambda x: momentum_batch_norm(x, state, train=True, **options))(x)
+    method = methods.momentum_batch_norm(0.4, epsilon=E)
+    y, new = jit(lambda x: method.apply(x, state, train=True, weights=np.zeros((1, 1, 1))))(x)
     close((y, dict(new)), ((x - state["train_mean"]) / np.sqrt(state["train_var"] + E), state))
 
 
 def test_training_needs_the_weight_and_inference_does_not():
-    state = init_momentum_batch_norm(4)
-    momentum_batch_norm(data().astype("f4"), state, train=False)
+    x, state = data().astype("f4"), METHOD.init(SHAPE)
+    METHOD.apply(x, state, train=False)
     with pytest.raises(
         ValueError, match=r"Got train_momentum=None; expected 0 .* to 1.*train_momentum_schedule"
     ):
-        momentum_batch_norm(data().astype("f4"), state, train=True)
+        METHOD.apply(x, state, train=True)
+    given, later = methods.momentum_batch_norm(0.4), methods.momentum_batch_norm()
+    chex.assert_trees_all_equal(
+        given.apply(x, state, train=True), later.apply(x, state, train=True, train_momentum=0.4)
+    )
 
 
 def test_schedule_is_the_papers_and_is_data():
@@ -117,11 +118,14 @@ def test_schedule_is_the_papers_and_is_data():
 
 def test_weights_of_the_old_statistics_are_weights():
     """Refused where known; a traced one beyond 0 or 1 is clipped, and NaN stores nothing."""
-    x, state = data().astype("f4"), init_momentum_batch_norm(4)
+    x, state = data().astype("f4"), METHOD.init(SHAPE)
     for wrong in (-1, 2, np.nan, np.full(4, 0.5)):
         with pytest.raises(ValueError, match="train_momentum .*expected a number of at least 0"):
-            momentum_batch_norm(x, state, train=True, train_momentum=wrong)
-    run = jit(lambda weight: momentum_batch_norm(x, state, train=True, train_momentum=weight))
+            METHOD.apply(x, state, train=True, train_momentum=wrong)
+    for wrong in (-1, 2):
+        with pytest.raises(ValueError, match="train_momentum .*expected a number of at least 0"):
+            methods.momentum_batch_norm(wrong)
+    run = jit(lambda weight: METHOD.apply(x, state, train=True, train_momentum=weight))
     for wrong, right in ((-1.0, 0.0), (2.0, 1.0)):
         np.testing.assert_array_equal(run(wrong)[0], run(right)[0])
     new = run(np.nan)[1]
@@ -132,7 +136,8 @@ def test_weights_of_the_old_statistics_are_weights():
 def test_what_normalizes_is_what_is_stored():
     """Also where the mean is far from 0: the blend is taken the same way."""
     x = (data() + 1e4).astype("f4")
-    state = init_momentum_batch_norm(4) | {"train_mean": np.full(4, 1e4, "f4")}
-    y, new = jit(lambda x: momentum_batch_norm(x, state, train=True, train_momentum=0.9))(x)
+    method = methods.momentum_batch_norm(0.9)
+    state = method.init(SHAPE) | {"train_mean": np.full(4, 1e4, "f4")}
+    y, new = jit(lambda x: method.apply(x, state, train=True))(x)
     std = np.sqrt(np.float64(new["train_var"]) + 1e-5)
     np.testing.assert_allclose(y, (x - np.float64(new["train_mean"])) / std, rtol=1e-5, atol=1e-5)

@@ -18,10 +18,14 @@ from jax.sharding import PartitionSpec as P
 from jaxnorm import linen
 from jaxnorm import nnx as jnnx
 from jaxnorm.kernels import centralize_kernel
-from jaxnorm.moving_average import init_moving_average, moving_average_norm
+from jaxnorm.methods import moving_average_norm
 
 SHAPE = (4, 3, 3, 5)
 AXES = (0, 1, 2)
+
+
+def init(channels, window=16):
+    return moving_average_norm(window=window).init((1, channels))
 
 
 def double(state):
@@ -39,7 +43,7 @@ def step(x, weight, state, tap, scale, bias, **options):
     """y and the new state, then the gradients by x, tap, scale and bias of sum(y weight)."""
 
     def loss(x, tap, scale, bias):
-        y, new = moving_average_norm(
+        y, new = moving_average_norm().apply(
             x, state, train=True, tap=tap, scale=scale, bias=bias, **options
         )
         return (y * weight).sum(), (y, new)
@@ -81,7 +85,7 @@ def test_authors_recipe():
     scale, bias = jnp.asarray([1.0, 0.5, -2.0, 3.0, 1.0]), jnp.arange(5.0)
     traces = step._cache_size()
     authors = Authors(3, 5, average_from=6, correct_from=9)
-    state, tap, clipped = double(init_moving_average(5, window=3)), jnp.zeros(5), np.zeros(2)
+    state, tap, clipped = double(init(5, window=3)), jnp.zeros(5), np.zeros(2)
     for it in range(1, 13):
         x, dy = batch(it)
         # less and more than five times the running root mean square
@@ -114,7 +118,7 @@ def test_one_batch_is_the_derivative():
         return (dy * (z * scale.reshape(1, 1, 1, 5) + bias.reshape(1, 1, 1, 5))).sum()
 
     expected = jax.jit(jax.grad(plain, (0, 1, 2)))(x, scale, bias)
-    state = double(init_moving_average(5, window=1))
+    state = double(init(5, window=1))
     for average_from in (1, 100):
         _, _, (dx, tap, dscale, dbias) = step(
             x, dy, state, jnp.ones(5), scale, bias, average_from=average_from, correct_from=9
@@ -128,7 +132,7 @@ def test_one_batch_is_the_derivative():
 def warmed(window=2, channels=5):
     """A state in which both averages act."""
     rng = np.random.default_rng(7)
-    return double(init_moving_average(channels, window=window)) | {
+    return double(init(channels, window=window)) | {
         "past_mean_square": jnp.asarray(rng.uniform(0.5, 2, (window, channels))),
         "past_gradient": jnp.asarray(rng.normal(size=(window, channels))),
         "mean_square": jnp.asarray(rng.uniform(0.5, 2, channels)),
@@ -170,13 +174,14 @@ def test_masks_channels_first_and_vmap():
 
 
 def test_no_forward_mode():
-    state, tap = init_moving_average(3), jnp.zeros(3)
+    state, tap = init(3), jnp.zeros(3)
     with pytest.raises(TypeError, match="can't apply forward-mode .* to a custom_vjp function"):
 
         def f(x):
-            return jax.jvp(
-                lambda x: moving_average_norm(x, state, train=True, tap=tap)[0], (x,), (x,)
-            )
+            def y(x):
+                return moving_average_norm().apply(x, state, train=True, tap=tap)[0]
+
+            return jax.jvp(y, (x,), (x,))
 
         jax.jit(f).lower(jnp.ones((4, 3)))
 
@@ -271,7 +276,7 @@ def test_every_order_of_gradient_and_map(kind, own_tap):
 
         def loss(x, dy, tap, groups=groups):
             options = {"axis_name": "i", "axis_index_groups": groups, "correct_from": 10**6}
-            y, _ = moving_average_norm(x, state, train=True, tap=tap, **options)
+            y, _ = moving_average_norm().apply(x, state, train=True, tap=tap, **options)
             return (y * dy).sum()
 
         def outside(x, dy, tap, loss=loss):
@@ -304,8 +309,8 @@ def test_gradient_between_two_maps_and_of_sharded_arrays():
     expected = whole_batch(x, dy, state, tap)
 
     def loss(x, dy, tap, names=None):
-        y, _ = moving_average_norm(
-            x, state, train=True, tap=tap, axis_name=names, correct_from=10**6
+        y, _ = moving_average_norm(correct_from=10**6).apply(
+            x, state, train=True, tap=tap, axis_name=names
         )
         return (y * dy).sum()
 
@@ -327,7 +332,7 @@ def test_gradient_between_two_maps_and_of_sharded_arrays():
 def test_smallest_case_of_a_gradient_outside():
     """Two parts of two examples, window 2, past gradient 0.3: dL/dx once was 1.2086."""
     x, dy = jnp.arange(8.0).reshape(4, 2) / 3 - 1, jnp.cos(jnp.arange(8.0)).reshape(4, 2)
-    state = init_moving_average(2, window=2) | {
+    state = init(2, window=2) | {
         "past_gradient": jnp.full((2, 2), 0.3),
         "past_mean_square": jnp.ones((2, 2)),
         "step": jnp.asarray(200.0),
@@ -335,7 +340,7 @@ def test_smallest_case_of_a_gradient_outside():
 
     def loss(x, dy):
         tap = jnp.full(2, 0.3)
-        y, _ = moving_average_norm(x, state, train=True, tap=tap, axis_name="i")
+        y, _ = moving_average_norm().apply(x, state, train=True, tap=tap, axis_name="i")
         return (y * dy).sum()
 
     def outside(x):
@@ -352,7 +357,8 @@ def test_history_gets_no_gradient():
     x, dy = (jnp.asarray(t) for t in batch(1))
 
     def loss(state):
-        return (moving_average_norm(x, state, train=True, tap=jnp.zeros(5))[0] * dy).sum()
+        y, _ = moving_average_norm().apply(x, state, train=True, tap=jnp.zeros(5))
+        return (y * dy).sum()
 
     assert all(
         np.all(np.asarray(t) == 0)
@@ -363,22 +369,22 @@ def test_history_gets_no_gradient():
 
 def test_half_precision_and_inference():
     x = jnp.asarray(batch(1)[0], jnp.bfloat16)
-    run = jax.jit(partial(moving_average_norm, train=True))
-    y, state = run(x, init_moving_average(5, window=4), tap=jnp.zeros(5))
+    run = jax.jit(partial(moving_average_norm().apply, train=True))
+    y, state = run(x, init(5, window=4), tap=jnp.zeros(5))
     assert y.dtype == jnp.bfloat16 and all(t.dtype == jnp.float32 for t in state.values())
     x = x.astype(jnp.float32)
     square = np.square(np.asarray(x, np.float64)).mean(AXES)
     np.testing.assert_allclose(state["past_mean_square"][0], square, rtol=1e-5)
-    y, same = moving_average_norm(x, state, train=False)
+    y, same = moving_average_norm().apply(x, state, train=False)
     np.testing.assert_allclose(y, np.asarray(x) / np.sqrt(0.98 + 0.02 * square + 1e-5), rtol=1e-4)
     assert same is state
 
 
 def test_bad_batches_leave_their_channels():
-    state = jax.tree.map(lambda t: t.astype(jnp.float32), init_moving_average(5, window=2))
+    state = jax.tree.map(lambda t: t.astype(jnp.float32), init(5, window=2))
     x = jnp.asarray(batch(1)[0], jnp.float32)
     tap = jnp.array([jnp.nan, 1.0, jnp.inf, 2.0, 3.0])
-    run = jax.jit(partial(moving_average_norm, train=True))
+    run = jax.jit(partial(moving_average_norm().apply, train=True))
     _, new = run(x.at[0, 0, 0, 1].set(jnp.nan), state, tap=tap)
     changed = [
         np.atleast_2d(new[name] != state[name])[0].tolist()
@@ -410,25 +416,23 @@ def test_centralized_kernel_ignores_a_constant():
 
 
 def test_errors():
-    state = init_moving_average(3)
+    state, apply = init(3), moving_average_norm().apply
     for tap in (None, jnp.zeros(4)):
         with pytest.raises(
             ValueError, match="zeros in the first step, then the gradient by the tap"
         ):
-            moving_average_norm(jnp.ones((4, 3)), state, train=True, tap=tap)
+            apply(jnp.ones((4, 3)), state, train=True, tap=tap)
     with pytest.raises(ValueError, match="has 3 channels"):
-        moving_average_norm(jnp.ones((4, 5)), state, train=True, tap=jnp.zeros(3))
+        apply(jnp.ones((4, 5)), state, train=True, tap=jnp.zeros(3))
     with pytest.raises(TypeError, match="defined for real x"):
-        moving_average_norm(jnp.ones((4, 3), jnp.complex64), state, train=False)
-    for window in (0, 2.5):
-        with pytest.raises(ValueError, match="averages over no batch"):
-            init_moving_average(3, window=window)
+        apply(jnp.ones((4, 3), jnp.complex64), state, train=False)
+    for window, error in ((0, ValueError), (2.5, TypeError)):
+        with pytest.raises(error, match=f"window is {window}; expected an integer of at least 1"):
+            moving_average_norm(window=window)
     for name, value in (("rmax", 0.5), ("average_from", -1), ("correct_from", float("nan"))):
         with pytest.raises(ValueError, match=f"{name} is {value}; expected a number of at least"):
-            moving_average_norm(
-                jnp.ones((4, 3)), state, train=True, tap=jnp.zeros(3), **{name: value}
-            )
-    layer = linen.MovingAverageNorm()
+            apply(jnp.ones((4, 3)), state, train=True, tap=jnp.zeros(3), **{name: value})
+    layer = linen.Norm(moving_average_norm())
     variables = layer.init(jax.random.key(0), jnp.ones((4, 3)), use_running_average=True)
     del variables["_overwrite_with_gradient"]
     layer.apply(variables, jnp.ones((4, 3)), use_running_average=True)  # inference needs none
@@ -439,7 +443,8 @@ def test_errors():
 class Net(nn.Module):
     @nn.compact
     def __call__(self, x, train):
-        norm = linen.MovingAverageNorm(nn.Conv(16, (3, 3), use_bias=False), window=4)
+        conv = nn.Conv(16, (3, 3), use_bias=False)
+        norm = linen.Norm(moving_average_norm(window=4), layer=conv)
         x = nn.relu(norm(x, not train, average_from=3, correct_from=8))
         return nn.Dense(2)(x.mean((1, 2)))
 
@@ -447,7 +452,7 @@ class Net(nn.Module):
 class NetNNX(nnx.Module):
     def __init__(self, rngs):
         conv = nnx.Conv(1, 16, (3, 3), use_bias=False, rngs=rngs)
-        self.norm = jnnx.MovingAverageNorm(conv, window=4, rngs=rngs)
+        self.norm = jnnx.Norm(16, moving_average_norm(window=4), layer=conv, rngs=rngs)
         self.dense = nnx.Linear(16, 2, rngs=rngs)
 
     def __call__(self, x, train):
@@ -521,10 +526,10 @@ def test_small_nets_learn_and_agree():
     ]
     np.testing.assert_allclose(values, losses[:12], rtol=1e-3)
     state, stats = jax.tree.map(lambda t: t[11], after)
-    tap = state.params["_overwrite_with_gradient"]["MovingAverageNorm_0"]["tap"]
+    tap = state.params["_overwrite_with_gradient"]["Norm_0"]["tap"]
     np.testing.assert_allclose(model.norm.tap[...], tap, rtol=1e-2, atol=1e-6)
     assert np.abs(tap).max() > 1e-4
-    for name, value in stats["MovingAverageNorm_0"].items():
+    for name, value in stats["Norm_0"].items():
         np.testing.assert_allclose(getattr(model.norm, name)[...], value, rtol=1e-2, atol=1e-4)
     y = net.apply(state.params | {"batch_stats": stats}, xs[0], train=False)
     np.testing.assert_allclose(model(xs[0], train=False), y, atol=1e-2)
@@ -536,13 +541,17 @@ def test_state_and_tap_are_float32():
     single, x, state = (
         {jnp.dtype("float32")},
         jnp.ones(SHAPE, jnp.float32),
-        init_moving_average(SHAPE[-1]),
+        init(SHAPE[-1]),
     )
     assert {t.dtype for t in state.values()} == single
     assert {
         t.dtype
-        for t in moving_average_norm(x, state, train=True, tap=jnp.zeros(5, "f4"))[1].values()
+        for t in moving_average_norm()
+        .apply(x, state, train=True, tap=jnp.zeros(5, "f4"))[1]
+        .values()
     } == single
-    variables = linen.MovingAverageNorm().init(jax.random.key(0), x, use_running_average=True)
+    layer = linen.Norm(moving_average_norm())
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
     assert {t.dtype for t in jax.tree.leaves(variables)} == single
-    assert jnnx.MovingAverageNorm(SHAPE[-1], rngs=nnx.Rngs(0)).tap.dtype in single
+    layer = jnnx.Norm(SHAPE[-1], moving_average_norm(), rngs=nnx.Rngs(0))
+    assert layer.tap.dtype in single

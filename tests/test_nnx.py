@@ -1,6 +1,8 @@
 """The nnx layers for any row of the table: the same results as the linen ones, state, switches and
 transformations."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,19 +10,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxnorm import EACH, Groups, Method, Size, linen, methods, moments, normalize
+from jaxnorm import EACH, Groups, Row, Size, linen, methods, moments, normalize
 from jaxnorm import nnx as layers
 
 SHAPE = (4, 4, 6, 6)
-PARTS = Method(Groups(batch=1, spatial=(2, 1), channel=EACH))
+PARTS = Row(Groups(batch=1, spatial=(2, 1), channel=EACH))
 ROWS = {
     "batch_norm": methods.batch_norm(),
     "ghost_batch_norm": methods.ghost_batch_norm(2),
     "ghost_batch_norm_size": methods.ghost_batch_norm(ghost_size=2),
     "batch_group_norm": methods.batch_group_norm(3),
     "batch_group_norm_one": methods.batch_group_norm(1),
-    "batch_group_norm_rows": methods.batch_group_norm(12, SHAPE),
-    "batch_and_group_norm": methods.batch_and_group_norm(2, 3),
+    "batch_group_norm_rows": methods.batch_group_norm(12),
+    "batch_and_group_norm": methods.batch_and_group_norm(ghost_size=2, num_groups=3),
     "parts": PARTS,
     "instance_norm": methods.instance_norm(),
     "group_norm": methods.group_norm(3),
@@ -49,7 +51,9 @@ def values(layer):
 
 def stats(layer):
     return {
-        name: getattr(layer, name)[...] for name in ("count", "mean", "var") if hasattr(layer, name)
+        name: getattr(layer, name)[...]
+        for name in ("count", "mean", "var", "positions")
+        if hasattr(layer, name)
     }
 
 
@@ -60,16 +64,9 @@ def same(a, b):
 @pytest.mark.parametrize("row", ROWS)
 def test_a_row_gives_what_it_gives_in_linen(row):
     method, x, few = ROWS[row], data(), data((3, *SHAPE[1:]), seed=1)
-    keeps_positions = method.pools_batch and method.groups.spatial != 1
-    kwargs = {"momentum": 0.7, "correction": 1, "debias": True}
-    ours = make(
-        layers.Norm,
-        6,
-        method,
-        **kwargs,
-        **({"x_shape": (1, *SHAPE[1:])} if keeps_positions else {}),
-    )
-    theirs = linen.Norm(method, **kwargs)
+    method = dataclasses.replace(method, momentum=0.7, correction=1, debias=True)
+    size = {"x_shape": (1, *SHAPE[1:])} if method.keeps_positions(6) else {}
+    ours, theirs = make(layers.Norm, 6, method, **size), linen.Norm(method)
 
     @jax.jit
     def in_linen(x, few):
@@ -97,7 +94,7 @@ def test_use_and_update_are_apart():
     batch = normalize(x, moments(x, methods.batch_norm()))
     for use in (True, False):
         for update in (True, False, None):
-            layer = make(layers.Norm, 6, methods.batch_norm(), momentum=0.5)
+            layer = make(layers.Norm, 6, methods.batch_norm(momentum=0.5))
             y = call(layer, x, use_running_average=use, update_running_average=update)
             same(y, x / jnp.sqrt(1 + 1e-5) if use else batch)
             moved = update or (update is None and not use)
@@ -108,8 +105,8 @@ def test_use_and_update_are_apart():
 def test_train_eval_and_view_reach_every_layer_with_state():
     model = nnx.Sequential(
         make(layers.Norm, 6, methods.batch_norm()),
-        make(layers.GhostBatchNorm, 6, 2),
-        make(layers.BatchGroupNorm, 6, 3),
+        make(layers.Norm, 6, methods.ghost_batch_norm(2)),
+        make(layers.Norm, 6, methods.batch_group_norm(3)),
         make(layers.BatchNorm, 6),
         make(layers.GroupNorm, 6, 3),
     )
@@ -134,8 +131,8 @@ def test_without_a_flag_anywhere_it_is_an_error():
 
 
 def test_momentum_none_and_methods_of_one_example_keep_no_state():
-    for method, kwargs in ((methods.batch_norm(), {"momentum": None}), (methods.group_norm(3), {})):
-        layer = make(layers.Norm, 6, method, **kwargs)
+    for method in (methods.batch_norm(momentum=None), methods.group_norm(3)):
+        layer = make(layers.Norm, 6, method)
         assert set(values(layer)) == {"scale", "bias"}
         same(layer(data()), normalize(data(), moments(data(), method)))
 
@@ -144,8 +141,8 @@ def test_state_that_keeps_positions_needs_their_number_and_keeps_to_it():
     with pytest.raises(ValueError, match="x_shape=None; expected the shape of an input"):
         make(layers.Norm, 6, PARTS)
     with pytest.raises(ValueError, match="x_shape=None; expected the shape of an input"):
-        make(layers.BatchGroupNorm, 6, 12)
-    method = Method(Groups(batch=1, spatial=(EACH, 1), channel=EACH))
+        make(layers.Norm, 6, methods.batch_group_norm(12))
+    method = Row(Groups(batch=1, spatial=(EACH, 1), channel=EACH))
     layer = make(layers.Norm, 6, method, x_shape=(1, 4, 6, 6))
     assert layer.mean.shape == (4, 6)
     with pytest.raises(ValueError, match=r"running statistics of shape \(4, 6\) do not fit"):
@@ -154,21 +151,23 @@ def test_state_that_keeps_positions_needs_their_number_and_keeps_to_it():
 
 
 def test_a_batch_that_ghosts_do_not_divide_is_an_error_in_training_only():
-    layer = make(layers.GhostBatchNorm, 6, ghost_size=3)
+    layer = make(layers.Norm, 6, methods.ghost_batch_norm(ghost_size=3))
     with pytest.raises(ValueError, match="batch axis 0 of x has size 4, which does not split"):
         layer(data((4, 2, 6)))
     assert layer(data((4, 2, 6)), use_running_average=True).shape == (4, 2, 6)
 
 
 NAMED = [
-    (lambda: make(layers.GhostBatchNorm, 6, 2), methods.ghost_batch_norm(2)),
-    (lambda: make(layers.GhostBatchNorm, 6, ghost_size=1), methods.instance_norm()),
-    (lambda: make(layers.BatchGroupNorm, 6, 3), methods.batch_group_norm(3)),
+    (lambda: make(layers.BatchNorm, 6), methods.batch_norm()),
+    (lambda: make(layers.GroupNorm, 6, 3), methods.group_norm(3, epsilon=1e-6)),
+    (lambda: make(layers.LayerNorm, 6), methods.token_layer_norm(epsilon=1e-6)),
+    (lambda: make(layers.InstanceNorm, 6), methods.instance_norm(epsilon=1e-6)),
+    (lambda: make(layers.RMSNorm, 6), methods.rms_norm(epsilon=1e-6)),
     (
-        lambda: make(layers.BatchGroupNorm, 6, 12, x_shape=SHAPE),
-        methods.batch_group_norm(12, SHAPE),
+        lambda: make(layers.Norm, 6, methods.ghost_batch_norm(ghost_size=1)),
+        methods.instance_norm(),
     ),
-    (lambda: make(layers.PositionalNorm, 6), methods.positional_norm()),
+    (lambda: make(layers.Norm, 6, methods.batch_group_norm(12), x_shape=SHAPE), PARTS),
     (
         lambda: make(layers.Norm, 6, Groups(batch=Size(2), spatial=1, channel=2)),
         methods.batch_and_group_norm(2, 2),
@@ -177,9 +176,15 @@ NAMED = [
 
 
 @pytest.mark.parametrize("construct, method", NAMED)
-def test_named_layers_are_their_row(construct, method):
+def test_layers_are_their_row(construct, method):
     x = data()
-    same(call(construct(), x), normalize(x, moments(x, method)))
+    same(call(construct(), x), normalize(x, moments(x, method), epsilon=method.epsilon))
+
+
+def test_a_layer_without_scale_bias_and_state_has_no_variables():
+    layer = make(layers.Norm, 6, methods.positional_norm(), use_bias=False, use_scale=False)
+    assert not values(layer)
+    same(layer(data()), normalize(data(), moments(data(), methods.positional_norm())))
 
 
 def test_channels_first_is_channels_last_transposed():
@@ -220,7 +225,7 @@ def test_unit_offset_stores_the_distance_from_one():
 
 def test_split_merge_jit_and_grad():
     """The functional form gives what the layer gives, and its own state stays untouched."""
-    x, layer = data(), make(layers.Norm, 6, methods.ghost_batch_norm(2), momentum=0.5)
+    x, layer = data(), make(layers.Norm, 6, methods.ghost_batch_norm(2, momentum=0.5))
     before = values(layer)
     graphdef, state = nnx.split(layer)
 
@@ -248,7 +253,7 @@ def test_split_merge_jit_and_grad():
 
 
 def test_running_statistics_carry_no_gradient():
-    layer = make(layers.Norm, 6, methods.batch_norm(), momentum=0.5)
+    layer = make(layers.Norm, 6, methods.batch_norm(momentum=0.5))
     graphdef, state = nnx.split(layer)
 
     def mean(x):
@@ -266,8 +271,7 @@ def test_layers_are_scanned_and_mapped_over():
     def several(key):
         layer = layers.Norm(
             6,
-            methods.batch_norm(),
-            momentum=0.5,
+            methods.batch_norm(momentum=0.5),
             scale_init=nnx.initializers.normal(),
             rngs=nnx.Rngs(key),
         )
@@ -293,9 +297,9 @@ def test_layers_are_scanned_and_mapped_over():
 
 
 def test_rows_over_a_named_axis_are_the_rows_of_the_whole_batch():
-    x, whole = data((4, 2, 3, 6)), make(layers.Norm, 6, methods.batch_norm(), momentum=0.5)
+    x, whole = data((4, 2, 3, 6)), make(layers.Norm, 6, methods.batch_norm(momentum=0.5))
     graphdef, state = nnx.split(
-        make(layers.Norm, 6, methods.batch_norm(), momentum=0.5, axis_name="i")
+        make(layers.Norm, 6, methods.batch_norm(momentum=0.5), axis_name="i")
     )
 
     def part(x):

@@ -54,10 +54,10 @@ class Net(nn.Module):
         batch = linen.BatchNorm(
             False, axis_name=self.axis_name, momentum=0.9, force_float32_reductions=False, **wide
         )
-        ghosts = methods.ghost_batch_norm(ghost_size=ROWS // DEVICES // 2)
+        ghosts = methods.ghost_batch_norm(ghost_size=ROWS // DEVICES // 2, momentum=None)
         x = nn.relu(batch(nn.Dense(8, **wide)(x)))
         x = linen.GroupNorm(2, **wide)(nn.Dense(8, **wide)(x))
-        x = nn.relu(linen.Norm(ghosts, use_running_average=False, momentum=None, **wide)(x))
+        x = nn.relu(linen.Norm(ghosts, **wide)(x))
         return nn.Dense(1, **wide)(
             pairs(nn.Dense(8, **wide)(x), None if self.is_initializing() else self.axis_name)
         )

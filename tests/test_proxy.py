@@ -7,7 +7,8 @@ import pytest
 from flax import nnx as fnnx
 from scipy import special
 
-from jaxnorm import Groups, linen, methods, nnx, proxy
+from jaxnorm import Groups, linen, methods, nnx
+from jaxnorm.methods import _proxy
 
 SHAPE = (3, 2, 4, 6)
 pytestmark = pytest.mark.usefixtures("x64")
@@ -30,7 +31,14 @@ def definition(xp, x, scale, bias, more_scale, more_bias, n=200):
     return centered / xp.sqrt(p.var(0, keepdims=True) + 0.03)
 
 
-def ours(x, scale, bias, more_scale, more_bias, activation=jax.nn.silu, **options):
+METHOD = methods.proxy_norm(methods.layer_norm())
+
+
+def proxied(x, method=METHOD, **options):
+    return method.apply(x, {}, train=True, **options)[0]
+
+
+def ours(x, scale, bias, more_scale, more_bias, activation=jax.nn.silu):
     scale, bias, more_scale, more_bias = (
         t.reshape(-1) for t in (scale, bias, more_scale, more_bias)
     )
@@ -41,7 +49,7 @@ def ours(x, scale, bias, more_scale, more_bias, activation=jax.nn.silu, **option
         "proxy_bias": more_bias,
         "activation": activation,
     }
-    return proxy.proxy_norm(x, methods.layer_norm(), **names, **options)
+    return proxied(x, **names)
 
 
 def draw():
@@ -103,8 +111,8 @@ def test_without_an_activation():
 
 def test_variance_of_the_grid():
     for n, var in ((8, 0.85105), (50, 0.97491), (200, 0.99360), (256, 0.99498)):
-        close(proxy._quantiles(n), quantiles(n), atol=1e-12)
-        assert proxy._quantiles(n).var() == pytest.approx(var, abs=1e-5)
+        close(_proxy._quantiles(n), quantiles(n), atol=1e-12)
+        assert _proxy._quantiles(n).var() == pytest.approx(var, abs=1e-5)
 
 
 def test_the_grid_itself_comes_out_standardized():
@@ -113,12 +121,11 @@ def test_the_grid_itself_comes_out_standardized():
     x = jnp.asarray(quantiles(200)).reshape(1, 200, 1)
     x = x / jnp.sqrt(x.var())
     zero, grid = jnp.zeros(1), np.sqrt(quantiles(200).var())
-    y = proxy.proxy_norm(
+    y = proxied(
         x,
-        methods.layer_norm(),
+        methods.proxy_norm(methods.layer_norm(), epsilon=0.0),
         scale=jnp.full(1, 1.0),
         proxy_scale=zero + 1 / grid - 1,
-        epsilon=0.0,
         activation=jax.nn.relu,
     )
     var = np.maximum(quantiles(200) / grid, 0).var()
@@ -151,9 +158,7 @@ def test_scale_and_bias_of_each_example():
         "proxy_bias": more_bias.ravel(),
         "activation": jax.nn.silu,
     }
-    y = jax.jit(lambda x, g, b: proxy.proxy_norm(x, methods.layer_norm(), scale=g, bias=b, **more))(
-        x, *each
-    )
+    y = jax.jit(lambda x, g, b: proxied(x, scale=g, bias=b, **more))(x, *each)
     alone = [
         definition(np, x[i : i + 1], each[0][i], each[1][i], more_scale, more_bias)
         for i in range(3)
@@ -165,9 +170,7 @@ def test_it_keeps_x_alone():
     x, one = jnp.ones((16, 8, 8, 64), jnp.bfloat16), jnp.ones(64, jnp.float32)
 
     def f(x, g):
-        return proxy.proxy_norm(
-            x, methods.layer_norm(), scale=g, proxy_scale=g, activation=jax.nn.silu
-        )
+        return proxied(x, scale=g, proxy_scale=g, activation=jax.nn.silu)
 
     kept = [
         t
@@ -178,22 +181,24 @@ def test_it_keeps_x_alone():
 
 
 def test_errors():
-    x = jnp.ones(SHAPE)
     for method in (methods.batch_norm(), Groups(batch=1, spatial=1, channel=1)):
         with pytest.raises(ValueError, match="stands in for statistics of the batch. Got"):
-            proxy.proxy_norm(x, method)
+            methods.proxy_norm(method)
+    for method in (methods.evonorm_s0(), "layer_norm", (3, 1, 1, 1)):
+        with pytest.raises(TypeError, match="takes a row of the table. Got"):
+            methods.proxy_norm(method)
     with pytest.raises(ValueError, match="num_quantiles is 0; expected an integer of at least 1"):
-        proxy.proxy_norm(x, methods.layer_norm(), num_quantiles=0)
+        methods.proxy_norm(methods.layer_norm(), num_quantiles=0)
     with pytest.raises(ValueError, match="proxy_bias has shape \\(4,\\)"):
-        proxy.proxy_norm(x, methods.layer_norm(), proxy_bias=jnp.zeros(4))
+        proxied(jnp.ones(SHAPE), proxy_bias=jnp.zeros(4))
 
 
 def test_layers_take_none_for_no_activation_given():
     x = jnp.asarray(draw()[0])
-    one = linen.ProxyNorm(methods.layer_norm(), jax.nn.silu)
+    one = linen.Norm(METHOD, activation=jax.nn.silu)
     variables = one.init(jax.random.key(0), x)
     expected = one.apply(variables, x)
     np.testing.assert_array_equal(one.apply(variables, x, activation=None), expected)
-    other = nnx.ProxyNorm(6, methods.layer_norm(), jax.nn.silu, rngs=fnnx.Rngs(0))
+    other = nnx.Norm(6, METHOD, activation=jax.nn.silu, rngs=fnnx.Rngs(0))
     close(other(x, activation=None), expected, atol=1e-6)
     assert not np.allclose(one.apply(variables, x, activation=jax.nn.relu), expected, atol=0.1)

@@ -9,10 +9,11 @@ import oracle
 import pytest
 from compiled import jit
 
-from jaxnorm.renorm import batch_renorm, init_batch_renorm
+from jaxnorm import methods
 from jaxnorm.schedules import batch_renorm_bounds
 
 SHAPE, E = (6, 3, 4), 1e-3
+METHOD = methods.batch_renorm(momentum=0.7, epsilon=E)
 SETS = oracle.set_numbers(SHAPE, lambda n, p, c, *_: (c,))
 close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
 
@@ -29,17 +30,8 @@ def some_state():
 @jit
 def differentiated(x, gy, state, rmax, dmax, scale, bias):
     def f(x, scale, bias):
-        return batch_renorm(
-            x,
-            state,
-            train=True,
-            rmax=rmax,
-            dmax=dmax,
-            momentum=0.7,
-            epsilon=E,
-            scale=scale,
-            bias=bias,
-        )
+        bounds = {"rmax": rmax, "dmax": dmax}
+        return METHOD.apply(x, state, train=True, **bounds, scale=scale, bias=bias)
 
     y, pull, new = jax.vjp(f, x, scale, bias, has_aux=True)
     return y, new, pull(gy)
@@ -68,7 +60,7 @@ def test_definition(rmax, dmax):
     close(new["std"], 0.7 * state["std"] + 0.3 * np.sqrt(x.var((0, 1)) + E))
     if rmax == 1e6:  # inference with the state before this step
         close(
-            batch_renorm(x, state, train=False, epsilon=E, scale=scale, bias=bias)[0],
+            METHOD.apply(x, state, train=False, scale=scale, bias=bias)[0],
             x_hat * scale + bias,
         )
 
@@ -76,7 +68,7 @@ def test_definition(rmax, dmax):
 @pytest.mark.usefixtures("x64")
 def test_inference():
     x, state = data(), some_state()
-    y, new = batch_renorm(x, state, train=False, epsilon=E)
+    y, new = METHOD.apply(x, state, train=False)
     close(y, (x - state["mean"]) / state["std"])
     assert new is state
 
@@ -85,10 +77,9 @@ def test_inference():
 def test_running_deviation_is_never_below_epsilon():
     """A state of constant channels, or of zeros, does not divide by 0."""
     x, state = data(), {"mean": np.zeros(4), "std": np.zeros(4)}
-    close(batch_renorm(x, state, train=False, epsilon=E)[0], x / np.sqrt(E))
-    constant, new = batch_renorm(
-        np.full(SHAPE, 3.0), init_batch_renorm(4), train=True, epsilon=E, momentum=0.0, dmax=0.0
-    )
+    close(METHOD.apply(x, state, train=False)[0], x / np.sqrt(E))
+    method = methods.batch_renorm(dmax=0.0, momentum=0.0, epsilon=E)
+    constant, new = method.apply(np.full(SHAPE, 3.0), method.init(SHAPE), train=True)
     close((constant, new["std"]), (np.zeros(SHAPE), np.full(4, np.float32(np.sqrt(E)))))
 
 
@@ -99,7 +90,7 @@ def test_schedule():
     @chex.assert_max_traces(n=1)
     def step(x, state, count):
         rmax, dmax = batch_renorm_bounds(count)
-        return batch_renorm(x, state, train=True, rmax=rmax, dmax=dmax)[0], rmax, dmax
+        return METHOD.apply(x, state, train=True, rmax=rmax, dmax=dmax)[0], rmax, dmax
 
     corners = {
         0: (1, 0),
@@ -110,7 +101,7 @@ def test_schedule():
         10**6: (3, 5),
     }
     for count, bounds in corners.items():
-        y, *got = step(data().astype("f4"), init_batch_renorm(4), count)
+        y, *got = step(data().astype("f4"), METHOD.init(SHAPE), count)
         np.testing.assert_allclose(got, bounds, rtol=1e-6)
     np.testing.assert_allclose(y.mean((0, 1)), np.clip(data().mean((0, 1)), -5, 5), rtol=1e-4)
 
@@ -118,10 +109,16 @@ def test_schedule():
 @pytest.mark.parametrize("name, bound, least", [("rmax", 0.5, 1), ("dmax", -1.0, 0)])
 def test_bounds_that_are_none_are_refused(name, bound, least):
     """Where known; traced ones are taken as the least that is a bound."""
-    x, state = data().astype("f4"), init_batch_renorm(4)
-    for wrong in (bound, np.nan, None, np.full(4, 2.0)):
+    x, state = data().astype("f4"), METHOD.init(SHAPE)
+    for wrong in (bound, np.nan, np.full(4, 2.0)):
         for train in (True, False):
             with pytest.raises((TypeError, ValueError), match=f"{name} .*at least {least}"):
-                batch_renorm(x, state, train=train, **{name: wrong})
-    run = jit(lambda value: batch_renorm(x, state, train=True, **{name: value})[0])
+                METHOD.apply(x, state, train=train, **{name: wrong})
+    for wrong in (bound, None):
+        with pytest.raises((TypeError, ValueError), match=f"{name} .*at least {least}"):
+            methods.batch_renorm(**{name: wrong})
+    run = jit(lambda value: METHOD.apply(x, state, train=True, **{name: value})[0])
     np.testing.assert_array_equal(run(bound), run(float(least)))
+    given = jit(lambda: methods.batch_renorm(**{name: 1.5}).apply(x, state, train=True)[0])
+    default = methods.batch_renorm()
+    np.testing.assert_array_equal(given(), default.apply(x, state, train=True, **{name: 1.5})[0])

@@ -12,9 +12,8 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx as flax_nnx
+from registry import REGISTRY, SHAPE
 from rows import ROWS, shape_of
-from test_capabilities import CALLS
-from test_capabilities import SHAPE as CALLS_SHAPE
 
 import jaxnorm.nnx
 from jaxnorm import linen, methods, moments, norm
@@ -226,8 +225,18 @@ def test_half_precision_gradients_are_rounded_once(dtype):
         )
 
 
+def first_step(entry):
+    """A method as x -> y in training, before it has seen anything."""
+    return lambda x: entry(x, entry.init(x.shape))[0]
+
+
+def entries(*without):
+    return [entry for entry in REGISTRY if entry.constructor not in set().union(*without)]
+
+
 ACTIVATIONS = {
     "rms_norm",
+    "instance_rms_norm",
     "filter_response_norm",
     "moving_average_norm",
     "evonorm_b0",
@@ -239,22 +248,22 @@ TOWARDS_STATE = {"batch_renorm", "momentum_batch_norm", "cross_iteration_norm", 
 """Methods whose output is not centered on the batch, by definition."""
 
 
-@pytest.mark.parametrize("name", sorted(set(CALLS) - ACTIVATIONS - TOWARDS_STATE))
-def test_every_method_gives_zero_for_constant_input(name):
-    method = jax.jit(CALLS[name][0])
+@pytest.mark.parametrize("entry", entries(ACTIVATIONS, TOWARDS_STATE), ids=str)
+def test_every_method_gives_zero_for_constant_input(entry):
+    method = jax.jit(first_step(entry))
     for constant in CONSTANTS:
-        x = jnp.full(CALLS_SHAPE, constant, jnp.float32)
+        x = jnp.full(SHAPE, constant, jnp.float32)
         np.testing.assert_allclose(method(x), 0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(set(CALLS) - ACTIVATIONS))
-def test_float16_gradient_of_every_method(name):
+@pytest.mark.parametrize("entry", entries(ACTIVATIONS), ids=str)
+def test_float16_gradient_of_every_method(entry):
     """As that of float32, rounded."""
-    x = (1e-2 * np.random.default_rng(0).normal(size=CALLS_SHAPE)).astype(np.float16)
+    x = (1e-2 * np.random.default_rng(0).normal(size=SHAPE)).astype(np.float16)
 
     @jax.jit
     def pull(x):
-        y, back = jax.vjp(CALLS[name][0], x)
+        y, back = jax.vjp(first_step(entry), x)
         return back(jnp.full(y.shape, 1000, y.dtype))[0].astype(jnp.float32)
 
     wide = pull(x.astype(np.float32))
@@ -267,21 +276,22 @@ OF_EACH_KIND = {"batch_norm", "token_layer_norm", "batch_renorm", "evonorm_b0", 
 
 
 @pytest.mark.parametrize(
-    "name",
+    "entry",
     [
-        pytest.param(name, marks=() if name in OF_EACH_KIND else pytest.mark.slow)
-        for name in sorted(CALLS)
+        pytest.param(entry, marks=() if entry.name in OF_EACH_KIND else pytest.mark.slow)
+        for entry in REGISTRY
     ],
+    ids=str,
 )
-def test_half_precision_second_derivatives(name):
+def test_half_precision_second_derivatives(entry):
     """As those of float32, but for rounding: functions that share x lose none of its parts."""
     rng = np.random.default_rng(0)
-    x, along = (rng.normal(size=CALLS_SHAPE).astype(jnp.bfloat16) for _ in range(2))
+    x, along = (rng.normal(size=SHAPE).astype(jnp.bfloat16) for _ in range(2))
 
     @jax.jit
     def curvature(x, along):
         def slope(x):
-            gradient = jax.grad(lambda x: (CALLS[name][0](x).astype(jnp.float32) ** 3).sum())(x)
+            gradient = jax.grad(lambda x: (first_step(entry)(x).astype(jnp.float32) ** 3).sum())(x)
             return (gradient.astype(jnp.float32) * along.astype(jnp.float32)).sum()
 
         return jax.grad(slope)(x).astype(jnp.float32)
@@ -290,11 +300,11 @@ def test_half_precision_second_derivatives(name):
     assert jnp.linalg.norm(curvature(x, along) - wide) < 0.02 * jnp.linalg.norm(wide)
 
 
-@pytest.mark.parametrize("name", sorted(CALLS))
-def test_half_precision_backward_keeps_no_float32_copy(name):
+@pytest.mark.parametrize("entry", REGISTRY, ids=str)
+def test_half_precision_backward_keeps_no_float32_copy(entry):
     """GN+ keeps its z, which is float32."""
-    x = jnp.ones(CALLS_SHAPE, jnp.bfloat16)
-    pull = jax.eval_shape(lambda x: jax.vjp(CALLS[name][0], x)[1], x)
+    x = jnp.ones(SHAPE, jnp.bfloat16)
+    pull = jax.eval_shape(lambda x: jax.vjp(first_step(entry), x)[1], x)
     kept = [t for t in jax.tree.leaves(pull) if t.size >= x.size]
     wide = [t for t in kept if t.dtype == jnp.float32]
-    assert len(wide) == (name == "group_norm_plus")
+    assert len(wide) == (entry.constructor == "group_norm_plus")

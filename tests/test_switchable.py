@@ -10,8 +10,7 @@ import pytest
 from compiled import jit
 from flax import nnx as fnnx
 
-from jaxnorm import linen, nnx
-from jaxnorm.switchable import init_switchable_norm, switchable_norm
+from jaxnorm import linen, methods, nnx
 
 SHAPE, E = (6, 3, 4), 1e-3
 close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
@@ -32,10 +31,10 @@ def logits(n, seed=5):
 
 @partial(jit, static_argnames="train")
 def differentiated(x, gy, state, mean_logits, var_logits, train=True):
+    method = methods.switchable_norm(use_batch=bool(state), momentum=0.7, epsilon=E)
+
     def f(x, a, b):
-        return switchable_norm(
-            x, state, train=train, mean_logits=a, var_logits=b, momentum=0.7, epsilon=E
-        )
+        return method.apply(x, state, train=train, mean_logits=a, var_logits=b)
 
     y, pull, new = jax.vjp(f, x, mean_logits, var_logits, has_aux=True)
     return y, pull(gy), new
@@ -95,13 +94,21 @@ def test_variance_is_between_those_it_mixes():
 
 
 def test_logits_and_state_belong_together():
-    x, start = jnp.ones((6, 4)), init_switchable_norm(4)
-    for sizes, given in (((3, 3), {}), ((3, 2), start), ((4, 4), start)):
-        a, b = (jnp.ones(n) for n in sizes)
-        with pytest.raises(
-            ValueError, match=r"Expected \(3,\) with the state of init_switchable_norm, or \(2,\)"
-        ):
-            switchable_norm(x, given, train=True, mean_logits=a, var_logits=b)
+    x, with_batch = jnp.ones((6, 4)), methods.switchable_norm()
+    start, without = with_batch.init(x.shape), methods.switchable_norm(use_batch=False)
+    assert without.init(x.shape) == {}
+    for (m, n), expected, method, given in (
+        ((3, 2), 3, with_batch, start),
+        ((4, 4), 3, with_batch, start),
+        ((2, 2), 3, with_batch, start),
+        ((3, 3), 2, without, {}),
+    ):
+        assert method.parameters(4)["mean_logits"].shape == (expected,)
+        with pytest.raises(ValueError, match=rf"Expected \({expected},\) for switchable_norm\("):
+            method.apply(x, given, train=True, mean_logits=jnp.ones(m), var_logits=jnp.ones(n))
+    for method, given in ((with_batch, {}), (without, start)):
+        with pytest.raises(ValueError, match="switchable_norm got a state with"):
+            method.apply(x, given, train=True)
 
 
 @pytest.mark.usefixtures("x64")
@@ -109,10 +116,11 @@ def test_layer_and_batch_of_two_axes():
     """Two logits with a state, as the authors have it for (N, C); in both frameworks' layers."""
     x, (a, b), start = data(shape=(6, 4)), logits(2), state()
     shares = [np.exp(t) / np.exp(t).sum() for t in (a, b)]
+    method = methods.switchable_norm(use_instance=False, momentum=0.7, epsilon=E)
     own = x.mean(1, keepdims=True), x.var(1, keepdims=True)
     for train in (True, False):
-        y, new = jit(switchable_norm, static_argnames="train")(
-            x, start, train=train, mean_logits=a, var_logits=b, momentum=0.7, epsilon=E
+        y, new = jit(method.apply, static_argnames="train")(
+            x, start, train=train, mean_logits=a, var_logits=b
         )
         batch = (x.mean(0), x.var(0)) if train else (start["mean"], start["var"])
         mean, var = (w[0] * t + w[1] * u for w, t, u in zip(shares, own, batch, strict=True))
@@ -121,15 +129,13 @@ def test_layer_and_batch_of_two_axes():
         for name, t in zip(("mean", "var"), (x.mean(0), x.var(0)), strict=True):
             close(new[name], (1 - moved) * start[name] + moved * t)
 
-    options = {"use_instance": False, "use_running_average": False, "epsilon": E}
-    y, variables = linen.SwitchableNorm(**options).init_with_output(jax.random.key(0), x)
+    y, variables = linen.Norm(method, use_running_average=False).init_with_output(
+        jax.random.key(0), x
+    )
     mean, var = ((t + u) / 2 for t, u in zip(own, (x.mean(0), x.var(0)), strict=True))
     close(y, (x - mean) / np.sqrt(var + E))
     assert variables["params"]["mean_logits"].shape == (2,)
-    close(nnx.SwitchableNorm(4, **options, rngs=fnnx.Rngs(0))(x), np.asarray(y))
-    for make in (
-        lambda: linen.SwitchableNorm(use_batch=False, **options).init(jax.random.key(0), x),
-        lambda: nnx.SwitchableNorm(4, use_batch=False, **options, rngs=fnnx.Rngs(0)),
-    ):
-        with pytest.raises(ValueError, match="nothing to mix"):
-            make()
+    layer = nnx.Norm(4, method, use_running_average=False, rngs=fnnx.Rngs(0))
+    close(layer(x), np.asarray(y))
+    with pytest.raises(ValueError, match="nothing to mix"):
+        methods.switchable_norm(use_instance=False, use_batch=False)

@@ -14,7 +14,6 @@ from jaxnorm import (
     linen,
     methods,
     moments,
-    momentum,
     nnx,
     sync_running,
     update_cumulative,
@@ -115,7 +114,7 @@ def test_trees_of_layers():
         np.testing.assert_allclose(abs(t["mean"]), 3.5)
         np.testing.assert_allclose(t["var"], 1 + 5.25)
 
-    layer = linen.Norm(METHOD, debias=True, use_running_average=False)
+    layer = linen.Norm(methods.batch_norm(debias=True), use_running_average=False)
     variables = layer.init(jax.random.key(0), X[0, 0].astype("f4"))
     x = X[0].astype("f4")
 
@@ -146,7 +145,7 @@ def test_statistics_with_other_arrays_beside_them():
     """A second pair and what is inside of the mapping become equal too; arrays without a union are
     refused."""
     mean, var = jnp.arange(8.0)[:, None], jnp.ones((8, 1))
-    state = momentum.init_momentum_batch_norm(1)
+    state = methods.momentum_batch_norm().init((8, 1))
     state = {name: jnp.broadcast_to(t, (8, 1)) for name, t in state.items()} | {
         "train_mean": 2 * mean,
         "mean": mean,

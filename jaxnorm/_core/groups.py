@@ -207,18 +207,28 @@ class HasRow(Protocol):
 Specification = Groups | HasRow | Sequence[int]
 
 
+def row_of(
+    groups: Specification, x_shape: Shape, batch_axis: int, channel_axis: int | Sequence[int]
+) -> tuple[Groups | Sequence[int], Literal[0] | None]:
+    """The sets and the fixed mean of a method; other specifications as they are, with no mean."""
+    if isinstance(groups, Groups | Sequence) or not hasattr(groups, "row"):
+        return groups, None  # type: ignore[return-value]  # what else it is, its user says
+    channel = axes_of(channel_axis, x_shape)[-1]
+    row = groups.row(x_shape, batch_axis=batch_axis, channel_axis=channel)
+    return row.groups, row.mean
+
+
 def groups_of(
     groups: Groups | HasRow, x_shape: Shape, *, batch_axis: int = 0, channel_axis: int = -1
 ) -> Groups:
     """The split of each axis that a method is for x of this shape."""
-    if hasattr(groups, "row"):
-        groups = groups.row(x_shape, batch_axis=batch_axis, channel_axis=channel_axis).groups
-    if not isinstance(groups, Groups):
+    found, _ = row_of(groups, x_shape, batch_axis, channel_axis)
+    if not isinstance(found, Groups):
         raise TypeError(
-            f"expected a Groups, or a row of the table such as methods.group_norm(32). Got "
+            "expected a Groups, or a row of the table such as methods.group_norm(32). Got "
             f"{groups!r}."
         )
-    return groups
+    return found
 
 
 def check_mean(mean: object) -> None:
@@ -237,10 +247,7 @@ def resolve(
     groups: Specification, x_shape: Shape, batch_axis: int, channel_axis: int | Sequence[int]
 ) -> tuple[Shape, Literal[0] | None]:
     """The statistic's shape and the fixed mean that `groups` asks for."""
-    if hasattr(groups, "row"):
-        channel = axes_of(channel_axis, x_shape)[-1]
-        row = groups.row(x_shape, batch_axis=batch_axis, channel_axis=channel)
-        return resolve(row.groups, x_shape, batch_axis, channel_axis)[0], row.mean
+    groups, mean = row_of(groups, x_shape, batch_axis, channel_axis)
     if isinstance(groups, Groups):
         axes = axes_of(channel_axis, x_shape)
         if len(axes) != 1:
@@ -248,7 +255,7 @@ def resolve(
                 f"Groups has one number for the channels, but channel_axis={channel_axis} names "
                 f"{len(axes)} axes. Pass one channel axis, or the statistic's shape as a tuple."
             )
-        return groups.shape(x_shape, batch_axis=batch_axis, channel_axis=axes[0]), None
+        return groups.shape(x_shape, batch_axis=batch_axis, channel_axis=axes[0]), mean
     if not isinstance(groups, Sequence) or isinstance(groups, str):
         raise TypeError(
             f"groups is a Groups, a row of the table or the statistic's shape. Got {groups!r}; "
@@ -262,7 +269,7 @@ def resolve(
         )
     shape = tuple(groups)
     check_divides(shape, x_shape, "groups")
-    return shape, None
+    return shape, mean
 
 
 def check_divides(shape: Shape, x_shape: Shape, what: str) -> None:

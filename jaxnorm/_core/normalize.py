@@ -212,7 +212,6 @@ def norm(
         ((8, 4, 4, 6), (8, 1, 1, 3))
     """
     x = shared(inexact(x))
-    epsilon = getattr(groups, "epsilon", 1e-5) if epsilon is None else epsilon
     m = moments(
         x,
         groups,
@@ -229,7 +228,7 @@ def norm(
         m,
         scale=scale,
         bias=bias,
-        epsilon=epsilon,
+        epsilon=getattr(groups, "epsilon", 1e-5) if epsilon is None else epsilon,
         weights=weights,
         activation=activation,
         dtype=dtype,

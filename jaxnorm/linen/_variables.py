@@ -125,8 +125,8 @@ def state_dtype(module: Any, x: jax.Array) -> Any:
 
     It is complex where x or the output is, else float32, or what Flax's field says.
     """
-    if jnp.iscomplexobj(x) or jnp.issubdtype(
-        jnp.dtype(module.dtype or x.dtype), jnp.complexfloating
-    ):
+    promoted = [module.param_dtype] if module.use_scale or module.use_bias else []
+    dtypes = [x.dtype, *(promoted if module.dtype is None else [module.dtype])]
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
         return jnp.complex64
     return jnp.float32 if getattr(module, "force_float32_reductions", True) else module.param_dtype

@@ -5,7 +5,7 @@ placed among them by its own statistics: see `domains`.
 """
 
 import dataclasses
-from typing import Unpack, final
+from typing import Any, Unpack, final
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ class domain_batch_norm(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
-        check_state(state, self, mean=2, var=2)
+        self._check_fits(state)
         batch_axis = options["batch_axis"]
         domain = _labels(domain, x, batch_axis)
         bank = recalled(state, x, options)
@@ -104,6 +104,13 @@ class domain_batch_norm(Method):
         m = _of_each_domain(x, domain, bank.mean.shape, options)
         new = averages(state, momentum, usable(m), mean=m.mean, var=m.var)
         return applied(x, _rows(m, domain, x, batch_axis), self.epsilon, **options), new
+
+    def _check_fits(self, state: State) -> None:
+        check_state(state, self, mean=2, var=2)
+        if (count := len(state["mean"])) != self.num_domains:
+            raise ValueError(
+                f"state of {count} domains was given to {self}; expected {self.num_domains}."
+            )
 
     @in_explicit_meshes
     def observe(  # type: ignore[override]  # the hook that layers call
@@ -152,11 +159,11 @@ class domain_batch_norm(Method):
             That the distance is squared, and which pass it is measured in, are our choice.
         """
         x = inexact(x)
-        check_state(state, self, mean=2, var=2)
-        axes: Options = {"batch_axis": batch_axis, "channel_axis": channel_axis}
-        bank = recalled(state, x, axes)
+        self._check_fits(state)
+        options: Any = {"batch_axis": batch_axis, "channel_axis": channel_axis}
+        bank = recalled(state, x, options)
         row = _rows(bank, _labels(domain, x, batch_axis), x, batch_axis)
-        m = measured(x, instance_norm(), weights=weights, **axes)
+        m = measured(x, instance_norm(), **options | {"weights": weights})
         squared = jnp.square(row.mean - m.mean) + jnp.square(_root(row.var) - _root(m.var))
         squared = jnp.where(m.count > 0, squared, 0)
         batch = single_axis(batch_axis, x.shape)

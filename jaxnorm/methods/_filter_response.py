@@ -1,7 +1,7 @@
 """Filter Response Normalization with its thresholded linear unit."""
 
 import dataclasses
-from typing import Unpack, final
+from typing import Any, Unpack, final
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ class filter_response_norm(Method):
                     f"{name} was given to {self}, which has none. Expected use_{name}=True."
                 )
         wide = statistic_dtype(x.dtype)
-        epsilon = self.epsilon
+        epsilon: Any = self.epsilon
         if learned_epsilon is not None:
             check_number(learned_epsilon, "learned_epsilon")
             learned = jnp.abs(jnp.asarray(learned_epsilon, wide))
@@ -120,7 +120,7 @@ class filter_response_norm(Method):
                 y = thresholded_linear_unit(y, threshold, slope=slope, **axes).astype(dtype)
                 return y if after is None else after(y)
 
-            options |= {"activation": thresholded, "dtype": wide}
+            options |= {"activation": thresholded, "dtype": wide}  # type: ignore[assignment]
         return applied(x, measured(x, instance_rms_norm(), **options), epsilon, **options), state
 
 

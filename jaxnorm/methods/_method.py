@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, SupportsIndex, TypedDict, Unpack
+from typing import Any, ClassVar, Required, SupportsIndex, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ State = dict[str, jax.Array]
 
 
 class Options(TypedDict, total=False):
-    """What every method takes at `apply`, as `norm` does; see there."""
+    """What every method takes at `apply`, as `norm` does; see there. Rules get the axes always."""
 
     scale: ArrayLike | None
     bias: ArrayLike | None
@@ -40,8 +40,8 @@ class Options(TypedDict, total=False):
     dtype: DTypeLike | None
     axis_name: AxisName
     axis_index_groups: DeviceGroups
-    batch_axis: int
-    channel_axis: int
+    batch_axis: Required[int]
+    channel_axis: Required[int]
 
 
 class InitOptions(TypedDict, total=False):
@@ -139,7 +139,7 @@ class Method(abc.ABC):
                 docstring lists, with what it learns by the names of `parameters`.
 
         Returns:
-            y, of x's shape, and the new state, without a derivative. A batch with empty or
+            y, of x's shape, and the new state. A batch with empty or
             non-finite sets leaves the state of these sets.
 
         Raises:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from jaxnorm._core.checks import check_number
 from jaxnorm._core.pooling import toward
 from jaxnorm._core.running import rate_of, usable
 from jaxnorm.methods._frame import applied, averages, check_state, measured, recalled
@@ -65,6 +66,11 @@ class momentum_batch_norm(Method):
     train_momentum: float | None = None
     momentum: float = 0.99
     epsilon: float = 1e-5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.train_momentum is not None:
+            check_number(self.train_momentum, "train_momentum", at_least=0, at_most=1)
 
     def first_state(self, num_channels: int) -> State:
         zeros, ones = jnp.zeros(num_channels, jnp.float32), jnp.ones(num_channels, jnp.float32)

@@ -69,6 +69,11 @@ class batch_renorm(Method):
     momentum: float = 0.99
     epsilon: float = 1e-5
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_number(self.rmax, "rmax", at_least=1)
+        check_number(self.dmax, "dmax", at_least=0)
+
     def first_state(self, num_channels: int) -> State:
         zeros, ones = jnp.zeros(num_channels, jnp.float32), jnp.ones(num_channels, jnp.float32)
         return {"mean": zeros, "std": ones}

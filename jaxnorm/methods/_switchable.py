@@ -104,7 +104,7 @@ class switchable_norm(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
-        check_state(state, self, **dict.fromkeys(self.first_state(1), 1))
+        check_state(state, self, (), **dict.fromkeys(self.first_state(1), 1))
         instance = measured(x, instance_norm(), **per_device(options))
         dtype = instance.var.dtype
         shares = [jax.nn.softmax(jnp.asarray(t, dtype)) for t in (mean_logits, var_logits)]

@@ -1,6 +1,6 @@
 """Layer and root mean square normalization as Flax has them; the call of all its norms."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxnorm import _flax_rules, _layers
 from jaxnorm._core.axes import Shape
 from jaxnorm._core.moments import as_array
 from jaxnorm._flax_rules import Axes
-from jaxnorm._layers import Activation
+from jaxnorm._layers import CallOptions
 from jaxnorm.nnx._variables import NONE, Layer, Metadata, ones, promote_dtype, zeros
 
 Sets = tuple[Shape, Axes, Literal[0] | None]
@@ -30,16 +30,13 @@ class FlaxNorm(Layer):
         x: ArrayLike,
         *,
         mask: ArrayLike | None = None,
-        scale: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
-        activation: Activation | None = None,
+        **options: Unpack[CallOptions],
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
         x = as_array(x)
         shape, feature_axes, mean = self._sets(x)
         row = _layers.flax_row(shape, self, mean=mean)
-        affine = {"scale": scale, "bias": bias, "activation": activation}
-        return self._call(row, x, feature_axes, state={}, mask=mask, **affine)
+        return self._call(row, x, feature_axes, state={}, mask=mask, **options)
 
 
 class LayerNorm(FlaxNorm):
@@ -162,3 +159,12 @@ class RMSNorm(FlaxNorm):
 
     def _sets(self, x: jax.Array) -> Sets:
         return _flax_rules.pool_axes(x, self.reduction_axes), self.feature_axes, 0
+
+    def __call__(  # type: ignore[override]  # Flax takes this mask by position as well
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = None,
+        **options: Unpack[CallOptions],
+    ) -> jax.Array:
+        """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
+        return super().__call__(x, mask=mask, **options)

@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxnorm import _flax_rules, _layers, _pairs, folding, methods
 from jaxnorm._core.axes import Shape
 from jaxnorm._layers import Activation
-from jaxnorm.methods import Method
 from jaxnorm.nnx._flax_batch_norm import BatchNorm
 from jaxnorm.nnx._norm import Norm
 
@@ -232,7 +231,7 @@ def _is_constant(
     return _layers.moments_to_fold(method, _statistics(module), x.shape) is not None
 
 
-def _method(norm: Any) -> Method:
+def _method(norm: Any) -> Any:
     """The method of a norm, Flax's own among them."""
     return norm.method if isinstance(norm, Norm) else methods.batch_norm(epsilon=norm.epsilon)
 

@@ -38,7 +38,7 @@ def check_in_front(method: Method, layer: Any, num_features: int) -> dict[str, A
             "expected for example nnx.Conv(3, 64, (3, 3), use_bias=False, rngs=rngs) or "
             "nnx.Linear(3, 64, use_bias=False, rngs=rngs)."
         )
-    shape = layer.kernel.shape
+    shape = layer.kernel[...].shape  # type: ignore[attr-defined]  # checked above
     if shape[-1] != num_features:
         raise ValueError(
             f"num_features={num_features} and a layer in front with {shape[-1]} outputs, whose "

@@ -92,20 +92,22 @@ class Layer(nnx.Module):
         **options: Any,
     ) -> jax.Array:
         """What every layer does: the dtype of the output, the method, and what it remembers."""
-        scale = self._scale_or_bias("scale", scale, x, feature_axes)
-        bias = self._scale_or_bias("bias", bias, x, feature_axes)
+        affine = [
+            self._scale_or_bias(name, given, x, feature_axes)
+            for name, given in (("scale", scale), ("bias", bias))
+        ]
         if self.promote_dtype is promote_dtype:
-            dtype = _flax_rules.output_dtype(x, *state.values(), scale, bias, dtype=self.dtype)
+            dtype = _flax_rules.output_dtype(x, *state.values(), *affine, dtype=self.dtype)
         else:
-            affine = (scale, bias) if self.has_bias else (scale,)
+            affine = affine if self.has_bias else affine[:1]
             x, *promoted = self.promote_dtype((x, *state.values(), *affine), dtype=self.dtype)
-            statistics, (scale, bias) = promoted[: len(state)], (*promoted[len(state) :], bias)[:2]
+            statistics, affine = promoted[: len(state)], [*promoted[len(state) :], None][:2]
             if use and not update:
                 state = dict(zip(state, statistics, strict=True))
-            dtype = _flax_rules.output_dtype(x, scale, bias, dtype=self.dtype)
+            dtype = _flax_rules.output_dtype(x, *affine, dtype=self.dtype)
         options |= {
-            "scale": scale,
-            "bias": bias,
+            "scale": affine[0],
+            "bias": affine[1],
             "weights": mask,
             "dtype": dtype,
             "axis_name": self.axis_name,
