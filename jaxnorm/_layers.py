@@ -14,8 +14,8 @@ from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, axes_of
 from jaxnorm._core.checks import check_flag, known
 from jaxnorm._core.moments import Moments
+from jaxnorm._core.state import serves_channels
 from jaxnorm._flax_rules import Axes
-from jaxnorm.folding import fits
 from jaxnorm.methods import Method, Row
 from jaxnorm.methods._method import State, options_of
 
@@ -144,6 +144,8 @@ def moments_to_fold(method: Any, state: State, x_shape: Shape) -> Any:
     Channels are last. None where the moments depend on x or on the position.
     """
     m = method.inference_moments(state, x_shape)
-    if m is None or m.mean.size != m.mean.shape[-1] or not fits(m.mean.shape[-1:], x_shape[-1]):
+    if m is None or m.mean.size != m.mean.shape[-1]:
+        return None
+    if not serves_channels(m.mean.shape[-1:], x_shape[-1]):
         return None
     return jax.tree.map(lambda t: jnp.reshape(t, -1), Moments(None, m.mean, m.var))  # type: ignore[arg-type]

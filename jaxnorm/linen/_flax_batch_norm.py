@@ -18,7 +18,7 @@ from jaxnorm.linen._variables import call, ones, state_dtype, zeros
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization, a drop-in for `flax.linen.BatchNorm`: `methods.batch_norm`.
+    """Batch normalization, a drop-in replacement for `flax.linen.BatchNorm`: `methods.batch_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 

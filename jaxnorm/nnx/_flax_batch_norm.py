@@ -18,7 +18,7 @@ from jaxnorm.nnx._variables import NONE, Metadata, StatefulLayer, ones, promote_
 
 
 class BatchNorm(StatefulLayer):
-    """Batch normalization, a drop-in for `flax.nnx.BatchNorm`: `methods.batch_norm`.
+    """Batch normalization, a drop-in replacement for `flax.nnx.BatchNorm`: `methods.batch_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
