@@ -121,7 +121,7 @@ def draw_block(
     ]
     extent = [p[-1] + 1 for p in place]
 
-    def at(n: float, p: float, c: float) -> np.ndarray:
+    def at(n: Any, p: Any, c: Any) -> np.ndarray:
         return n * _RIGHT + c * _LEFT + (extent[1] - p) * _UP
 
     faces, fill = [], []
