@@ -161,17 +161,17 @@ def network(
         num_classes: size of the output.
         dtype: of the activations.
     """
-    assert isinstance(method.groups, Groups)
-    groups, across = method.groups, dict[str, Any]()
+    method, across = replace(method, momentum=MOMENTUM), dict[str, Any]()
+    groups: Any = method.groups
     if groups.batch == 1 and not mapped:
-        groups = replace(groups, batch=devices // devices_per_norm)
+        method = replace(method, groups=replace(groups, batch=devices // devices_per_norm))
     elif groups.batch == 1 and devices_per_norm > 1:
         parts = tuple(
             tuple(range(i, i + devices_per_norm)) for i in range(0, devices, devices_per_norm)
         )
         across = {"axis_name": AXIS, "axis_index_groups": parts if len(parts) > 1 else None}
     return ResNet(
-        partial(Norm, replace(method, groups=groups, momentum=MOMENTUM), dtype=dtype, **across),
+        partial(Norm, method, dtype=dtype, **across),
         partial(
             nn.Conv,
             dtype=dtype,
