@@ -158,3 +158,11 @@ def check_running(state: Any, name: str) -> None:
         )
         raise TypeError(f"{name} is a {type(state).__name__}; expected {hint}.")
     check_moments(state, name)
+
+
+def serves_channels(shape: Shape, channels: int) -> bool:
+    """Whether running statistics of this shape are those of channels or groups of channels.
+
+    Others depend on the position, which a kernel cannot.
+    """
+    return len(shape) == 1 and channels % max(shape[0], 1) == 0

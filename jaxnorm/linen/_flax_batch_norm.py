@@ -1,6 +1,6 @@
 """Batch normalization as Flax has it."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,12 @@ from jaxnorm._core.checks import check_number
 from jaxnorm._core.moments import as_array
 from jaxnorm._core.state import init_running
 from jaxnorm._flax_rules import Axes
-from jaxnorm._layers import Activation
+from jaxnorm._layers import CallOptions
 from jaxnorm.linen._variables import call, ones, state_dtype, zeros
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization, a drop-in for `flax.linen.BatchNorm`: `methods.batch_norm`.
+    """Batch normalization, a drop-in replacement for `flax.linen.BatchNorm`: `methods.batch_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -91,9 +91,7 @@ class BatchNorm(nn.Module):
         mask: ArrayLike | None = None,
         update_running_average: bool | None = None,
         example_weight: ArrayLike | None = None,
-        scale: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
-        activation: Activation | None = None,
+        **options: Unpack[CallOptions],
     ) -> jax.Array:
         """Normalize x.
 
@@ -116,7 +114,5 @@ class BatchNorm(nn.Module):
             update_running_average=update_running_average,
             momentum=self.momentum,
             example_weight=example_weight,
-            scale=scale,
-            bias=bias,
-            activation=activation,
+            **options,
         )

@@ -35,6 +35,9 @@ def call_norms_with(
         example_weight: alpha of `inference.weigh_example`, a number or traced scalar; layers that
             do not use running statistics do not get it.
 
+    Returns:
+        A context manager.
+
     Raises:
         ValueError: an `example_weight` for a layer that uses running statistics and is neither
             `BatchNorm` nor `Norm` of a row of the table of methods.

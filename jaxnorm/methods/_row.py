@@ -141,12 +141,10 @@ class Row(Method):
     def any_batch(self) -> "Row":
         if not isinstance(self.groups, Groups) or not self.pools_batch:
             return self
-        share = self.example_weight == "share" and isinstance(self.groups.batch, Size)
-        return dataclasses.replace(
-            self,
-            groups=dataclasses.replace(self.groups, batch=1),
-            example_weight=self._share() if share else self.example_weight,
-        )
+        groups, weight = dataclasses.replace(self.groups, batch=1), self.example_weight
+        if weight == "share" and isinstance(self.groups.batch, Size):
+            weight = self._share()
+        return dataclasses.replace(self, groups=groups, example_weight=weight)
 
     def keeps_positions(self, num_channels: int) -> bool:
         return self.remembers and isinstance(self.groups, Groups) and self.groups.spatial != 1
@@ -213,7 +211,6 @@ class Row(Method):
                 ghost_update=self.ghost_update,
                 batch_axis=batch_axis,
             )
-        new = jax.lax.stop_gradient(new)
         values = {"mean": new.mean, "var": new.var, population or "count": new.count}
         return y, state | {
             name: t.reshape(state[name].shape) for name, t in values.items() if name in state

@@ -11,8 +11,8 @@ from jaxnorm.nnx._norm import Norm as Norm
 from jaxnorm.nnx._norm import Observation as Observation
 from jaxnorm.nnx._norm import Tap as Tap
 from jaxnorm.nnx._flax_batch_norm import BatchNorm as BatchNorm
-from jaxnorm.nnx._flax_norms import GroupNorm as GroupNorm
-from jaxnorm.nnx._flax_norms import InstanceNorm as InstanceNorm
+from jaxnorm.nnx._flax_group_norms import GroupNorm as GroupNorm
+from jaxnorm.nnx._flax_group_norms import InstanceNorm as InstanceNorm
 from jaxnorm.nnx._flax_norms import LayerNorm as LayerNorm
 from jaxnorm.nnx._flax_norms import RMSNorm as RMSNorm
 from jaxnorm.nnx._kernels import WSConv as WSConv

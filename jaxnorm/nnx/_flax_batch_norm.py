@@ -1,6 +1,6 @@
 """Batch normalization as Flax has it."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,12 @@ from jaxnorm._core.checks import check_number
 from jaxnorm._core.moments import as_array
 from jaxnorm._core.state import init_running
 from jaxnorm._flax_rules import Axes
-from jaxnorm._layers import Activation
+from jaxnorm._layers import CallOptions
 from jaxnorm.nnx._variables import NONE, Metadata, StatefulLayer, ones, promote_dtype, zeros
 
 
 class BatchNorm(StatefulLayer):
-    """Batch normalization, a drop-in for `flax.nnx.BatchNorm`: `methods.batch_norm`.
+    """Batch normalization, a drop-in replacement for `flax.nnx.BatchNorm`: `methods.batch_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -95,9 +95,7 @@ class BatchNorm(StatefulLayer):
         mask: ArrayLike | None = None,
         update_running_average: bool | None = None,
         example_weight: ArrayLike | None = None,
-        scale: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
-        activation: Activation | None = None,
+        **options: Unpack[CallOptions],
     ) -> jax.Array:
         """Normalize x.
 
@@ -118,7 +116,5 @@ class BatchNorm(StatefulLayer):
             momentum=self.momentum,
             example_weight=self._weight(example_weight, use),
             mask=mask,
-            scale=scale,
-            bias=bias,
-            activation=activation,
+            **options,
         )

@@ -54,6 +54,7 @@ class WSConv(_Standardized, nnx.Conv):
         epsilon: added to the variance of the kernel.
         correction: 1 divides that variance by n - 1.
         epsilon_outside: add epsilon to the standard deviation.
+        rngs: random number streams for the initializers.
         Others: as `flax.nnx.Conv`, by keyword. A `mask` multiplies the standardized kernel.
 
     Raises:
@@ -98,7 +99,7 @@ class WSDense(_Standardized, nnx.Linear):
 
     Args:
         in_features, out_features: as `flax.nnx.Linear`.
-        use_gain, epsilon, correction, epsilon_outside: as `WSConv`.
+        use_gain, epsilon, correction, epsilon_outside, rngs: as `WSConv`.
         Others: as `flax.nnx.Linear`, by keyword.
 
     Raises:
