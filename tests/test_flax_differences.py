@@ -481,7 +481,7 @@ def test_nothing_to_average():
         y, stats = batch_norm(jaxnorm.linen, batch, mask)
         chex.assert_trees_all_equal(stats, variables()["batch_stats"])
         assert np.isfinite(y).all()
-        layer = nnx_layer(jaxnorm.nnx, "Norm", 3, jaxnorm.methods.batch_norm(), debias=True)
+        layer = nnx_layer(jaxnorm.nnx, "Norm", 3, jaxnorm.methods.batch_norm(debias=True))
         call(layer, batch, mask)
         assert layer.count[...].tolist() == [0, 0, 0]
 
