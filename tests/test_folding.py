@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 import jaxnorm
 from benchmarks.resnet import Bottleneck
-from jaxnorm import folding, linen, methods, nnx
+from jaxnorm import EACH, Groups, Row, folding, linen, methods, nnx
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +52,10 @@ class Layers(fnn.Module):
         x = linen.BatchNorm(**norm)(
             fnn.Conv(8, use_bias=False, strides=2, **conv)(x), activation=jax.nn.relu
         )
-        x = linen.GhostBatchNorm(2, use_scale=False, **norm)(
+        x = linen.Norm(methods.ghost_batch_norm(2), use_scale=False, **norm)(
             fnn.Conv(8, feature_group_count=8, padding="CIRCULAR", **conv)(x)
         )
-        x = linen.BatchGroupNorm(2, unit_offset=True, epsilon=0.1, **norm)(
+        x = linen.Norm(methods.batch_group_norm(2, epsilon=0.1), unit_offset=True, **norm)(
             fnn.Conv(12, feature_group_count=4, **conv)(x)
         )
         x = fnn.BatchNorm(use_bias=False, **norm)(
@@ -146,7 +146,8 @@ class Awkward(fnn.Module):
         x = norm(name="d")(shared(x))
         x = linen.GroupNorm(2, name="e")(fnn.Conv(4, (1, 1), name="before_group_norm")(x))
         x = norm(name="f")(fnn.Conv(4, (1, 1), name="weighed")(x), example_weight=0.5)
-        x = linen.BatchAndGroupNorm(ghost_size=2, num_groups=2, use_running_average=True, name="g")(
+        weighing = methods.batch_and_group_norm(ghost_size=2, num_groups=2)
+        x = linen.Norm(weighing, use_running_average=True, name="g")(
             fnn.Conv(4, (1, 1), name="with_groups")(x)
         )
         x = norm(name="h", axis=1)(fnn.Conv(4, (1, 1), name="other_axis")(x))
@@ -208,7 +209,13 @@ class Model(fnnx.Module):
                     fnnx.ConvTranspose(
                         8, 6, (3, 3), transpose_kernel=True, use_bias=False, **options
                     ),
-                    nnx.BatchGroupNorm(6, 3, use_bias=False, unit_offset=True, **options),
+                    nnx.Norm(
+                        6,
+                        methods.batch_group_norm(3),
+                        use_bias=False,
+                        unit_offset=True,
+                        **options,
+                    ),
                 ),
             ]
         )
@@ -216,7 +223,7 @@ class Model(fnnx.Module):
         self.shared = self.twice
         self.dense, self.norm = (
             fnnx.Linear(6, 5, **options),
-            nnx.GhostBatchNorm(5, 2, use_scale=False, **options),
+            nnx.Norm(5, methods.ghost_batch_norm(2), use_scale=False, **options),
         )
         self.skip, self.skipped = fnnx.Linear(5, 5, **options), nnx.BatchNorm(5, **options)
         self.groups = nnx.GroupNorm(5, num_groups=5, **options)
@@ -324,23 +331,21 @@ def test_fold_refuses_statistics_that_do_not_fit():
 
 
 BY_POSITION = {
-    "pieces across channels": (lambda t, *size, **o: t.BatchGroupNorm(*size, 9, **o)),
-    "parts of channels": (lambda t, *size, **o: t.BatchGroupNorm(*size, 12, **o)),
-    "parts of channels, a row": (
-        lambda t, *size, **o: t.Norm(*size, methods.batch_group_norm(12, (1, 6, 6, 6)), **o)
-    ),
-    "every position": (
-        lambda t, *size, **o: t.Norm(*size, jaxnorm.Groups(1, jaxnorm.EACH, jaxnorm.EACH), **o)
-    ),
+    "pieces across channels": methods.batch_group_norm(9),
+    "parts of channels": methods.batch_group_norm(12),
+    "parts of channels, a row": Row(Groups(batch=1, spatial=(2, 1), channel=EACH)),
+    "every position": Groups(1, EACH, EACH),
+    "group norm, plus": methods.group_norm_plus(3),
 }
 
 
-@pytest.mark.parametrize("norm", BY_POSITION.values(), ids=BY_POSITION.keys())
-def test_statistics_that_depend_on_the_position_stay(norm):
+@pytest.mark.parametrize("method", BY_POSITION.values(), ids=BY_POSITION.keys())
+def test_statistics_that_depend_on_the_position_stay(method):
     class Model(fnn.Module):
         @fnn.compact
         def __call__(self, x):
-            x = norm(linen, use_running_average=True, name="stays")(fnn.Conv(6, (3, 3))(x))
+            stays = linen.Norm(method, use_running_average=True, name="stays")
+            x = stays(fnn.Conv(6, (3, 3))(x))
             return linen.BatchNorm(use_running_average=True, name="folds")(fnn.Dense(6)(x))
 
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 6, 3)), jnp.float32)
@@ -353,7 +358,7 @@ def test_statistics_that_depend_on_the_position_stay(norm):
     rngs = fnnx.Rngs(0)
     layers = fnnx.Sequential(
         fnnx.Conv(3, 6, (3, 3), rngs=rngs),
-        norm(nnx, 6, x_shape=(1, 6, 6, 6), rngs=rngs),
+        nnx.Norm(6, method, x_shape=(1, 6, 6, 6), rngs=rngs),
         fnnx.Linear(6, 6, rngs=rngs),
         nnx.BatchNorm(6, rngs=rngs),
     )
@@ -363,6 +368,63 @@ def test_statistics_that_depend_on_the_position_stay(norm):
     kinds = [type(layer) for layer in folded.layers]
     assert kinds[1] is type(model.layers[1]) and kinds[3] is nnx.FoldedNorm
     np.testing.assert_allclose(folded(x), model(x), **tolerance(jnp.float32))
+
+
+PER_CHANNEL = {
+    "finer statistics": methods.batch_and_group_norm(2, 3, example_weight=0, epsilon=0.1),
+    "counted statistics": methods.batch_group_norm(3, debias=True),
+}
+
+
+@pytest.mark.parametrize("method", PER_CHANNEL.values(), ids=PER_CHANNEL.keys())
+def test_norms_whose_state_is_not_what_they_normalize_with_fold(method):
+    class Model(fnn.Module):
+        @fnn.compact
+        def __call__(self, x):
+            return linen.Norm(method, use_running_average=True)(fnn.Conv(6, (3, 3))(x))
+
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 6, 3)), jnp.float32)
+    variables = trained(jax.eval_shape(Model().init, jax.random.key(0), x))
+    forward, folded, pairs = linen.fold_norms(Model().apply, variables, x)
+    assert pairs == {"Norm_0": "Conv_0"} and "batch_stats" not in folded
+    expected = Model().apply(variables, x)
+    np.testing.assert_allclose(forward(folded, x), expected, **tolerance(jnp.float32))
+
+    rngs = fnnx.Rngs(0)
+    layers = fnnx.Sequential(fnnx.Conv(3, 6, (3, 3), rngs=rngs), nnx.Norm(6, method, rngs=rngs))
+    graph, state = fnnx.split(layers)
+    model = fnnx.view(fnnx.merge(graph, trained(state)), use_running_average=True)
+    folded = nnx.fold_norms(model, x)
+    assert isinstance(folded.layers[1], nnx.FoldedNorm)
+    np.testing.assert_allclose(folded(x), model(x), **tolerance(jnp.float32))
+
+
+def test_norms_that_see_more_than_their_state_stay():
+    """The example itself, its domain, or a parameter of their own."""
+    stay = (
+        methods.batch_and_group_norm(ghost_size=2, num_groups=3),
+        methods.batch_norm(example_weight=0.25),
+        methods.switchable_norm(),
+        methods.evonorm_b0(),
+    )
+
+    class Model(fnn.Module):
+        @fnn.compact
+        def __call__(self, x):
+            for method in stay:
+                x = linen.Norm(method, use_running_average=True)(fnn.Conv(6, (1, 1))(x))
+            domains = linen.Norm(methods.domain_batch_norm(2), use_running_average=True)
+            x = domains(fnn.Conv(6, (1, 1))(x), domain=1)
+            return linen.Norm(methods.memorized_batch_norm((1, 1)), use_running_average=True)(
+                fnn.Conv(6, (1, 1))(x)
+            )
+
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 4, 3)), jnp.float32)
+    variables = Model().init(jax.random.key(0), x)
+    assert "Norm_5" in variables["batch_stats"]
+    forward, folded, pairs = linen.fold_norms(Model().apply, variables, x)
+    assert pairs == {}
+    np.testing.assert_array_equal(forward(folded, x), Model().apply(variables, x))
 
 
 class Boxed(fnn.Module):

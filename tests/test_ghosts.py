@@ -133,6 +133,14 @@ def test_layers_take_the_convention(convention):
         np.testing.assert_allclose(got, want.var, rtol=1e-5)
 
 
+@pytest.mark.parametrize("use_running_average", (True, False))
+def test_one_example_initializes_a_layer(use_running_average):
+    method = methods.batch_and_group_norm(ghost_size=SIZE, num_groups=2)
+    layer = linen.Norm(method, use_running_average=use_running_average)
+    variables = layer.init(jax.random.key(0), jnp.ones((1, 3, 4)))
+    assert variables["batch_stats"]["mean"].shape == (4,)
+
+
 def test_another_convention_is_refused():
     with pytest.raises(
         ValueError,

@@ -10,7 +10,7 @@ from flax import linen as fnn
 from flax import nnx as fnnx
 
 import jaxnorm
-from jaxnorm import EACH, Groups, linen, methods, nnx
+from jaxnorm import EACH, Groups, Row, linen, methods, nnx
 from jaxnorm.inference import adapt_moments, choose_example_weight, weigh_example
 
 N, H, W, C = 3, 2, 4, 6
@@ -51,8 +51,8 @@ ROWS = {
     "ghost_batch_norm": (methods.ghost_batch_norm(7), methods.batch_norm(), C, 1),
     "batch_group_norm": (methods.batch_group_norm(3), methods.batch_group_norm(3), 3, 1),
     "batch_group_norm of rows": (
-        methods.batch_group_norm(2 * C, SHAPE),
-        methods.batch_group_norm(2 * C, SHAPE),
+        Row(Groups(batch=1, spatial=(2, 1), channel=EACH)),
+        Row(Groups(batch=1, spatial=(2, 1), channel=EACH)),
         C,
         2,
     ),
@@ -211,32 +211,34 @@ def test_errors():
 
 
 def layers(name):
-    """The same layer in both frameworks, the method, and the method that its running statistics are
+    """The same layer in both frameworks, its row, and the row that its running statistics are
     of."""
-    batch, two, three = methods.batch_norm(), *map(methods.batch_group_norm, (2, 3))
-    of = {
-        "BatchNorm": (linen.BatchNorm, (), {}, batch, batch),
-        "Norm": (linen.Norm, (two,), {}, two, two),
-        "GhostBatchNorm": (linen.GhostBatchNorm, (), {"ghost_size": 2}, batch, batch),
-        "BatchGroupNorm": (linen.BatchGroupNorm, (3,), {}, three, three),
-        "BatchAndGroupNorm": (
-            linen.BatchAndGroupNorm,
-            (),
-            {"ghost_size": 2, "num_groups": 3},
-            three,
-            batch,
-        ),
-    }
-    one, args, options, method, kept = of[name]
-    names = {"Norm": "method", "BatchGroupNorm": "num_groups"}
-    options = options | ({names[name]: args[0]} if args else {})
-    return one(**options), getattr(nnx, name)(C, rngs=fnnx.Rngs(0), **options), method, kept
+    batch, three = methods.batch_norm(), methods.batch_group_norm(3)
+    row, kept = {
+        "BatchNorm": (batch, batch),
+        "batch_norm": (batch, batch),
+        "ghost_batch_norm": (methods.ghost_batch_norm(ghost_size=2), batch),
+        "batch_group_norm": (three, three),
+        "batch_and_group_norm": (methods.batch_and_group_norm(ghost_size=2, num_groups=3), batch),
+    }[name]
+    rngs = fnnx.Rngs(0)
+    if name == "BatchNorm":
+        return linen.BatchNorm(), nnx.BatchNorm(C, rngs=rngs), row, kept
+    return linen.Norm(row), nnx.Norm(C, row, rngs=rngs), row, kept
 
 
-LAYERS = ["BatchNorm", "Norm", "GhostBatchNorm", "BatchGroupNorm", "BatchAndGroupNorm"]
+LAYERS = [
+    "BatchNorm",
+    "batch_norm",
+    "ghost_batch_norm",
+    "batch_group_norm",
+    "batch_and_group_norm",
+]
 
 
-@pytest.mark.parametrize("name", some(LAYERS, ["BatchNorm", "BatchGroupNorm", "BatchAndGroupNorm"]))
+@pytest.mark.parametrize(
+    "name", some(LAYERS, ["BatchNorm", "batch_group_norm", "batch_and_group_norm"])
+)
 def test_layers_equal_the_function(name):
     one, other, method, kept = layers(name)
     x = jnp.asarray(data((5, 2, 2, C), dtype=np.float32))
@@ -282,25 +284,23 @@ def test_layers_equal_the_function(name):
 def test_layers_without_running_statistics_weigh_nothing():
     x = jnp.ones((2, 4))
     one, other = (
-        linen.Norm(method=methods.layer_norm()),
+        linen.Norm(methods.layer_norm()),
         nnx.Norm(4, methods.layer_norm(), rngs=fnnx.Rngs(0)),
     )
-    with pytest.raises(ValueError, match="this layer keeps none"):
+    with pytest.raises(ValueError, match="weighs an example against running statistics"):
         one.init(jax.random.key(0), x, example_weight=0.5)
-    with pytest.raises(ValueError, match="this layer keeps none"):
+    with pytest.raises(ValueError, match="weighs an example against running statistics"):
         other(x, example_weight=0.5)
 
 
-@pytest.mark.parametrize("name", ["BatchRenorm", "BatchGroupNorm"])
-def test_a_weight_for_a_whole_model_is_refused_where_no_layer_can_take_it(name):
-    x, ours, theirs = jnp.ones((2, 2, 2, 6)), {}, {}
-    if name == "BatchGroupNorm":  # groups of positions
-        ours, theirs = {"num_groups": 4}, {"num_groups": 4, "x_shape": x.shape}
-    one, other = getattr(linen, name)(**ours), getattr(nnx, name)(6, **theirs, rngs=fnnx.Rngs(0))
+@pytest.mark.parametrize("method", [methods.batch_renorm(), methods.batch_group_norm(4)], ids=repr)
+def test_a_weight_for_a_whole_model_is_refused_where_no_layer_can_take_it(method):
+    x = jnp.ones((2, 2, 2, 6))  # which has groups of positions where 4 do not divide the channels
+    one, other = linen.Norm(method), nnx.Norm(6, method, x_shape=x.shape, rngs=fnnx.Rngs(0))
     variables = one.init(jax.random.key(0), x, use_running_average=True)
     message = (
-        "example_weight=0.5 (for BatchRenorm, whose method is no row|with groups that are not "
-        "groups of channels)"
+        "example_weight=0.5 (for batch_renorm.*, which is no row|with groups that are not groups "
+        "of channels)"
     )
     with linen.call_norms_with(example_weight=0.5):
         with pytest.raises(ValueError, match=message):
@@ -313,7 +313,8 @@ def test_a_weight_for_a_whole_model_is_refused_where_no_layer_can_take_it(name):
 
 def test_a_weight_for_a_whole_model_passes_layers_without_a_state():
     x = jnp.ones((2, 2, 2, 6))
-    one, other = linen.EvoNormS0(num_groups=3), nnx.EvoNormS0(6, num_groups=3, rngs=fnnx.Rngs(0))
+    method = methods.evonorm_s0(3)
+    one, other = linen.Norm(method), nnx.Norm(6, method, rngs=fnnx.Rngs(0))
     variables = one.init(jax.random.key(0), x)
     options = {"use_running_average": True, "update_running_average": False, "example_weight": 0.5}
     with linen.call_norms_with(**options):
@@ -323,17 +324,16 @@ def test_a_weight_for_a_whole_model_passes_layers_without_a_state():
 
 def test_batch_and_group_norm_is_its_row_in_training_and_batch_norm_in_its_state():
     x = jnp.asarray(data((4, 2, 2, C), dtype=np.float32))
-    options = {"use_running_average": False, "momentum": 0.5}
-    layer = linen.BatchAndGroupNorm(ghost_size=2, num_groups=3, **options)
+    row = methods.batch_and_group_norm(ghost_size=2, num_groups=3, momentum=0.5)
+    layer = linen.Norm(row, use_running_average=False)
     variables = layer.init(jax.random.key(0), x[:1])
     y, new = jax.jit(partial(layer.apply, mutable="batch_stats"))(variables, x)
-    row = methods.batch_and_group_norm(ghost_size=2, num_groups=3)
     np.testing.assert_allclose(y, jaxnorm.norm(x, row)[0], rtol=1e-5, atol=1e-5)
-    batch = linen.BatchNorm(**options)
+    batch = linen.BatchNorm(use_running_average=False, momentum=0.5)
     # which loads the same variables
     state = jax.jit(partial(batch.apply, mutable="batch_stats"))(variables, x)[1]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), new, state)
-    other = nnx.BatchAndGroupNorm(C, ghost_size=2, num_groups=3, momentum=0.5, rngs=fnnx.Rngs(0))
+    other = nnx.Norm(C, row, rngs=fnnx.Rngs(0))
     np.testing.assert_allclose(other(x), y, rtol=1e-6)
     np.testing.assert_allclose(other.var[...], new["batch_stats"]["var"], rtol=1e-6)
 
@@ -349,9 +349,8 @@ def test_the_default_weight_of_batch_and_group_norm():
     variables = {"batch_stats": {"mean": jnp.ones(C), "var": jnp.full(C, 2.0)}}
 
     def layer(**options):
-        return linen.BatchAndGroupNorm(
-            num_groups=3, use_running_average=True, use_scale=False, use_bias=False, **options
-        )
+        method = methods.batch_and_group_norm(num_groups=3, **options)
+        return linen.Norm(method, use_running_average=True, use_scale=False, use_bias=False)
 
     # one example a ghost, in training and in inference
     group_norm = jaxnorm.norm(x, methods.group_norm(3))[0]
@@ -365,7 +364,7 @@ def test_the_default_weight_of_batch_and_group_norm():
     )
     plain = layer(ghost_size=4, example_weight=0.0).apply(variables, x)  # the authors' default
     np.testing.assert_allclose(plain, (x - 1) / np.sqrt(2 + 1e-5), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="Got num_ghosts, which does not tell the size"):
+    with pytest.raises(ValueError, match="which does not tell the size"):
         layer(num_ghosts=1).apply(variables, x)
 
 
@@ -602,9 +601,11 @@ def test_a_population_in_nnx(reducer):
 @pytest.mark.parametrize(
     "layer, kept",
     [
-        (linen.BatchAndGroupNorm(ghost_size=1, num_groups=2), 4),
-        (linen.BatchGroupNorm(num_groups=2, debias=True), 2),
-        pytest.param(linen.GhostBatchNorm(num_ghosts=1, correction=1), 4, marks=pytest.mark.slow),
+        (linen.Norm(methods.batch_and_group_norm(ghost_size=1, num_groups=2)), 4),
+        (linen.Norm(methods.batch_group_norm(2, debias=True)), 2),
+        pytest.param(
+            linen.Norm(methods.ghost_batch_norm(1, correction=1)), 4, marks=pytest.mark.slow
+        ),
         (linen.BatchNorm(force_float32_reductions=False, param_dtype=jnp.bfloat16), 4),
     ],
 )
@@ -664,11 +665,11 @@ def test_what_is_not_measured_is_refused():
         variables = model.init(jax.random.key(0), batches[0], False)
         with pytest.raises(ValueError, match=match):
             linen.population_statistics(forward_of(model), variables, batches)
-    for name in ("BatchRenorm", "EvoNormB0"):
+    for method in (methods.batch_renorm(), methods.evonorm_b0()):
         model = fnn.Sequential(
             [
                 linen.BatchNorm(use_running_average=False),
-                getattr(linen, name)(use_running_average=False),
+                linen.Norm(method, use_running_average=False),
             ]
         )
         inputs = [x[:, None, None] for x in batches]  # an image of one position
@@ -681,7 +682,7 @@ def test_what_is_not_measured_is_refused():
                 lambda v, x, m=model: m.apply(v, x, mutable="batch_stats"), variables, inputs
             )
         pair = fnnx.Sequential(
-            *(getattr(nnx, kind)(4, rngs=fnnx.Rngs(0)) for kind in ("BatchNorm", name))
+            nnx.BatchNorm(4, rngs=fnnx.Rngs(0)), nnx.Norm(4, method, rngs=fnnx.Rngs(0))
         )
         with pytest.raises(
             ValueError,

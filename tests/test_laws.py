@@ -100,7 +100,7 @@ class weight_standardization(Method):
 
     epsilon: float = 1e-5
 
-    def rule(self, x, state, *, train, scale, bias):
+    def rule(self, x, state, *, train, scale, bias, **options):
         gain = scale * (x.size // C) ** 0.5
         y = kernels.standardize_kernel(x, gain=gain, epsilon=self.epsilon)
         return y + bias[None, None, None], state

@@ -141,7 +141,10 @@ class Row(Method):
     def any_batch(self) -> "Row":
         if not isinstance(self.groups, Groups) or not self.pools_batch:
             return self
-        return dataclasses.replace(self, groups=dataclasses.replace(self.groups, batch=1))
+        groups, weight = dataclasses.replace(self.groups, batch=1), self.example_weight
+        if weight == "share" and isinstance(self.groups.batch, Size):
+            weight = self._share()
+        return dataclasses.replace(self, groups=groups, example_weight=weight)
 
     def keeps_positions(self, num_channels: int) -> bool:
         return self.remembers and isinstance(self.groups, Groups) and self.groups.spatial != 1
