@@ -111,7 +111,7 @@ def draw_block(
     """
     from matplotlib.collections import PolyCollection
 
-    each = np.ones(np.array(sizes) // counts, int)
+    each = np.ones([size // count for size, count in zip(sizes, counts, strict=True)], int)
     sets = np.kron(np.arange(np.prod(counts)).reshape(counts), each)
     sets = sets.reshape(sizes[0], -1, sizes[3])
     colour = list(_colours(counts))
@@ -121,7 +121,7 @@ def draw_block(
     ]
     extent = [p[-1] + 1 for p in place]
 
-    def at(n: float, p: float, c: float) -> np.ndarray:
+    def at(n: Any, p: Any, c: Any) -> np.ndarray:
         return n * _RIGHT + c * _LEFT + (extent[1] - p) * _UP
 
     faces, fill = [], []
