@@ -121,8 +121,9 @@ def _ghost_batch(batch_size: int, num_channels: int) -> Layer:
 
 
 def _batch_and_group(batch_size: int, num_channels: int) -> Layer:
-    groups = {"ghost_size": max(1, batch_size // 2), "num_groups": NUM_GROUPS}
-    return Layer(methods.batch_and_group_norm(**groups, momentum=MOMENTUM))
+    size = max(1, batch_size // 2)
+    row = methods.batch_and_group_norm(ghost_size=size, num_groups=NUM_GROUPS, momentum=MOMENTUM)
+    return Layer(row)
 
 
 def _always(label: str, method: Method, **rest: Any) -> Row:

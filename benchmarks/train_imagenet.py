@@ -199,7 +199,8 @@ def _method(args: argparse.Namespace, images: data.Images) -> Row:
             "a device."
         )
     method = METHODS[args.norm](args.num_groups, args.ghost_size)
-    if args.devices_per_norm > 1 and method.groups.batch != 1:
+    groups: Any = method.groups
+    if args.devices_per_norm > 1 and groups.batch != 1:
         raise ValueError(
             "--devices-per-norm is for methods that pool the whole batch, not for --norm "
             f"{args.norm}."

@@ -111,7 +111,7 @@ def draw_block(
     """
     from matplotlib.collections import PolyCollection
 
-    each = np.ones([size // count for size, count in zip(sizes, counts, strict=True)], int)
+    each = np.ones([n // k for n, k in zip(sizes, counts, strict=True)], int)
     sets = np.kron(np.arange(np.prod(counts)).reshape(counts), each)
     sets = sets.reshape(sizes[0], -1, sizes[3])
     colour = list(_colours(counts))

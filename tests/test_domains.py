@@ -170,8 +170,8 @@ def test_prediction_for_an_unknown_domain():
     variables = {"params": variables["params"], "batch_stats": stats}
 
     def forward(domain):
-        logits, stored = network.apply(variables, x, domain, mutable="distances")
-        return jax.nn.softmax(logits), stored["distances"]
+        logits, stored = network.apply(variables, x, domain, mutable="observations")
+        return jax.nn.softmax(logits), stored["observations"]
 
     predicted, weights = jit(lambda: domains.domain_ensemble(forward, D, exponent=1.5))()
     outputs, distances = zip(*map(jit(forward), range(D)), strict=True)
@@ -185,14 +185,14 @@ def test_prediction_for_an_unknown_domain():
     layer = layers.Norm(4, methods.domain_batch_norm(D), rngs=nnx.Rngs(0))
     layer.mean[...], layer.var[...] = (jnp.asarray(states[0][name]) for name in ("mean", "var"))
     layer.eval()
-    y, stored = nnx.capture(layer, layers.DomainDistance)(x, domain=1)
+    y, stored = nnx.capture(layer, layers.Observation)(x, domain=1)
     np.testing.assert_allclose(
         jax.tree.leaves(stored)[0], distance(x, states[0], domain=1), rtol=1e-5
     )
     graph, state = nnx.split(layer)
 
     def captured(domain):
-        return nnx.capture(nnx.merge(graph, state), layers.DomainDistance)(x, domain=domain)
+        return nnx.capture(nnx.merge(graph, state), layers.Observation)(x, domain=domain)
 
     predicted, weights = jit(lambda: domains.domain_ensemble(captured, D))()
     far = np.array([distance(x, states[0], domain=d) for d in range(D)])

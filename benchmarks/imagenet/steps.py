@@ -162,9 +162,10 @@ def network(
         dtype: of the activations.
     """
     method, across = replace(method, momentum=MOMENTUM), dict[str, Any]()
-    if method.groups.batch == 1 and not mapped:
-        method = replace(method, groups=replace(method.groups, batch=devices // devices_per_norm))
-    elif method.groups.batch == 1 and devices_per_norm > 1:
+    groups: Any = method.groups
+    if groups.batch == 1 and not mapped:
+        method = replace(method, groups=replace(groups, batch=devices // devices_per_norm))
+    elif groups.batch == 1 and devices_per_norm > 1:
         parts = tuple(
             tuple(range(i, i + devices_per_norm)) for i in range(0, devices, devices_per_norm)
         )

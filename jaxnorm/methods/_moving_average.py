@@ -132,6 +132,7 @@ class moving_average_norm(Method):
     def __post_init__(self):
         super().__post_init__()
         check_count(self.window, "window")
+        self._check_schedule(self.average_from, self.correct_from, self.rmax)
 
     def first_state(self, num_channels: int) -> State:
         past = jnp.zeros((self.window, num_channels), jnp.float32)
@@ -150,6 +151,11 @@ class moving_average_norm(Method):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """The output of the layer in front with a kernel that leaves no mean."""
         return layer(inputs, centralize_kernel(kernel)), {}
+
+    def _check_schedule(self, average_from: Any, correct_from: Any, rmax: Any) -> None:
+        check_number(average_from, "average_from", at_least=0)
+        check_number(correct_from, "correct_from", at_least=0)
+        check_number(rmax, "rmax", at_least=1)
 
     def rule(
         self,
@@ -175,9 +181,7 @@ class moving_average_norm(Method):
                 f"{state['mean_square'].shape}, one number a channel: zeros in the first step, "
                 "then the gradient by the tap in the step before."
             )
-        for name, value in (("average_from", average_from), ("correct_from", correct_from)):
-            check_number(value, name, at_least=0)
-        check_number(rmax, "rmax", at_least=1)
+        self._check_schedule(average_from, correct_from, rmax)
         tap = jnp.asarray(tap)
         m = measured(x, Row(batch_norm().groups, mean=0), **options)
         keep, (window, _) = usable(m), state["past_gradient"].shape
