@@ -23,9 +23,11 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 class CallOptions(TypedDict, total=False):
-    """What every layer takes at the call beside its mask: `scale` and `bias` in place of its own,
-    also one for each example, and an activation that is applied to the output and recomputed in
-    the backward pass."""
+    """What every layer takes at the call beside its mask.
+
+    These are `scale` and `bias` in place of its own, also one for each example, and an activation
+    that is applied to the output and recomputed in the backward pass.
+    """
 
     scale: ArrayLike | None
     bias: ArrayLike | None

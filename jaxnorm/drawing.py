@@ -3,8 +3,8 @@
     figure, ax = plt.subplots()
     draw_row(ax, methods.group_norm(3), (4, 2, 2, 6), title="group norm")
 
-draws 4 examples of 2 x 2 positions and 6 channels. The notebooks draw with these functions. They
-need matplotlib, which `pip install 'jaxnorm[notebooks]'` brings.
+draws 4 examples of 2 x 2 positions and 6 channels. The notebooks draw with these functions, which
+need matplotlib: the extra `notebooks` installs it.
 """
 
 import itertools
