@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as fnn
 from flax import nnx as fnnx
+from helpers import data
 
 import jaxnorm
 from jaxnorm import EACH, Groups, Row, linen, methods, nnx
@@ -15,10 +16,6 @@ from jaxnorm.inference import adapt_moments, choose_example_weight, weigh_exampl
 
 N, H, W, C = 3, 2, 4, 6
 SHAPE = (N, H, W, C)
-
-
-def data(shape=SHAPE, seed=0, dtype=np.float64):
-    return np.random.default_rng(seed).normal(1.0, 2.0, shape).astype(dtype)
 
 
 def state_of(shape, dtype=jnp.float64, seed=1):
@@ -76,7 +73,7 @@ def some(names, default):
 )
 def test_values_and_gradients(row, x64):
     method, kept, groups, parts = ROWS[row]
-    x = data()
+    x = data(*SHAPE)
     shape = jaxnorm.running_shape(kept, SHAPE)[0]
     state = state_of(shape)
     spread = [
@@ -84,7 +81,7 @@ def test_values_and_gradients(row, x64):
         for t in (state.mean, state.var)
     ]
 
-    g = data(seed=2)
+    g = data(*SHAPE, seed=2)
 
     @jax.jit
     def ours(x, alpha):
@@ -100,7 +97,7 @@ def test_values_and_gradients(row, x64):
         np.testing.assert_allclose(
             y, weighed(x, *spread, groups, parts, alpha), rtol=1e-9, atol=1e-9
         )
-        step, direction = 1e-6, data(seed=3)
+        step, direction = 1e-6, data(*SHAPE, seed=3)
         reference = partial(weighed, mean=spread[0], var=spread[1], groups=groups, parts=parts)
         up, down = (np.vdot(reference(x + e * direction, alpha=alpha), g) for e in (step, -step))
         np.testing.assert_allclose(np.vdot(dx, direction), (up - down) / (2 * step), rtol=1e-5)
@@ -117,7 +114,7 @@ def test_values_and_gradients(row, x64):
     ],
 )
 def test_the_ends_are_inference_and_the_example_alone(row, alone):
-    x = jnp.asarray(data(dtype=np.float32))
+    x = jnp.asarray(data(*SHAPE, dtype=np.float32))
     state = state_of(jaxnorm.running_shape(row, SHAPE)[0], jnp.float32)
     running = jaxnorm.running_moments(state, row, SHAPE)
     m = weigh_example(x, running, row, example_weight=0)
@@ -138,7 +135,7 @@ def test_the_ends_are_inference_and_the_example_alone(row, alone):
 
 
 def test_channels_first_masks_and_the_plain_shape():
-    x = jnp.asarray(data(dtype=np.float32))
+    x = jnp.asarray(data(*SHAPE, dtype=np.float32))
     row = methods.batch_group_norm(3)
     running = jaxnorm.running_moments(state_of((3,), jnp.float32), row, SHAPE)
     m = weigh_example(x, running, row, example_weight=0.25)
@@ -165,13 +162,13 @@ def test_the_bound_of_training_and_that_it_is_reached(x64):
     )
     y = jaxnorm.normalize(x, weigh_example(x, running, methods.batch_norm(), example_weight=1 / B))
     np.testing.assert_allclose(np.abs(y).max(), np.sqrt(B * H * W - 1), rtol=1e-6)
-    x = data((50, H, W, 1)) ** 5
+    x = data(50, H, W, 1) ** 5
     y = jaxnorm.normalize(x, weigh_example(x, running, methods.batch_norm(), example_weight=1 / B))
     assert 0.5 * np.sqrt(B * H * W - 1) < np.abs(y).max() <= np.sqrt(B * H * W - 1)
 
 
 def test_single_values_shrink(x64):
-    x = data((5, C))
+    x = data(5, C)
     running = jaxnorm.running_moments(state_of((C,)), methods.batch_norm(), x.shape)
     y = jaxnorm.normalize(
         x, m := weigh_example(x, running, methods.batch_norm(), example_weight=0.2)
@@ -241,7 +238,7 @@ LAYERS = [
 )
 def test_layers_equal_the_function(name):
     one, other, method, kept = layers(name)
-    x = jnp.asarray(data((5, 2, 2, C), dtype=np.float32))
+    x = jnp.asarray(data(5, 2, 2, C, dtype=np.float32))
     state = state_of(jaxnorm.running_shape(kept, x.shape)[0], jnp.float32)
     parameters = {"scale": jnp.full(C, 2.0), "bias": jnp.ones(C)}
     variables = {"batch_stats": {"mean": state.mean, "var": state.var}, "params": parameters}
@@ -323,7 +320,7 @@ def test_a_weight_for_a_whole_model_passes_layers_without_a_state():
 
 
 def test_batch_and_group_norm_is_its_row_in_training_and_batch_norm_in_its_state():
-    x = jnp.asarray(data((4, 2, 2, C), dtype=np.float32))
+    x = jnp.asarray(data(4, 2, 2, C, dtype=np.float32))
     row = methods.batch_and_group_norm(ghost_size=2, num_groups=3, momentum=0.5)
     layer = linen.Norm(row, use_running_average=False)
     variables = layer.init(jax.random.key(0), x[:1])
@@ -345,7 +342,7 @@ def test_batch_and_group_norm_is_its_row_in_training_and_batch_norm_in_its_state
 
 
 def test_the_default_weight_of_batch_and_group_norm():
-    x = jnp.asarray(data(dtype=np.float32))
+    x = jnp.asarray(data(*SHAPE, dtype=np.float32))
     variables = {"batch_stats": {"mean": jnp.ones(C), "var": jnp.full(C, 2.0)}}
 
     def layer(**options):
@@ -419,7 +416,7 @@ def test_values_that_are_not_finite_are_not_chosen(maximize, best):
 
 
 def test_adaptation(x64):
-    x = data()
+    x = data(*SHAPE)
     state = state_of((C,))
     running, batch = (
         jaxnorm.running_moments(state, methods.batch_norm(), SHAPE),
@@ -486,7 +483,7 @@ def test_other_modules_are_called_as_they_are():
 
 
 def test_batch_statistics_at_test_with_the_rest_of_the_model_in_inference():
-    x = jnp.asarray(data((8, 4), dtype=np.float32))
+    x = jnp.asarray(data(8, 4, dtype=np.float32))
     variables = Net().init(jax.random.key(0), x, False)
     with linen.call_norms_with(use_running_average=False, update_running_average=False):
         y = Net().apply(variables, x, False)
@@ -725,7 +722,7 @@ def test_averages_of_batches():
 
 
 def test_groups_of_an_example():
-    x = jnp.asarray(data(dtype=np.float32))
+    x = jnp.asarray(data(*SHAPE, dtype=np.float32))
     running = jaxnorm.running_moments(
         state_of((3,), jnp.float32), methods.batch_group_norm(3), SHAPE
     )

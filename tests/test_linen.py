@@ -3,6 +3,7 @@ transformations."""
 
 import dataclasses
 import functools
+from functools import partial
 
 import chex
 import jax
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 from compiled import jit
 from flax import linen as nn
+from helpers import data
 
 from jaxnorm import EACH, Groups, Row, Size, methods, moments, normalize
 from jaxnorm import linen as layers
 
 KEY = jax.random.key(0)
 SHAPE = (4, 4, 6, 6)
+data = partial(data, dtype="f4")
 PARTS = Row(Groups(batch=1, spatial=(2, 1), channel=EACH))
 
 # Each row with the shape of its state for SHAPE, None where it needs none.
@@ -39,12 +42,8 @@ ROWS = {
 TRAIN, EVAL = {"use_running_average": False}, {"use_running_average": True}
 
 
-def data(shape=SHAPE, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(1, 2, shape), jnp.float32)
-
-
 def initial(layer, shape=SHAPE, **flags):
-    return jit(lambda x: layer.init(KEY, x, **(TRAIN | flags)))(data(shape))
+    return jit(lambda x: layer.init(KEY, x, **(TRAIN | flags)))(data(*shape))
 
 
 def apply(layer, variables, x, mutable="batch_stats", **flags):
@@ -81,10 +80,10 @@ def test_a_row_is_initialized_by_one_example_trained_and_evaluated_with_any_batc
     assert shapes.get("batch_stats", {}) == ({} if state is None else {"mean": state, "var": state})
     assert shapes["params"] == {"scale": (6,), "bias": (6,)}
 
-    x = data()
+    x = data(*SHAPE)
     y, stats = apply(layer, variables, x, **TRAIN)
     same(y, normalize(x, moments(x, method)))
-    few = data((3, *SHAPE[1:]), seed=1)
+    few = data(3, *SHAPE[1:], seed=1)
     evaluated, unchanged = apply(
         layer, variables | {"batch_stats": stats} if state else variables, few, **EVAL
     )
@@ -104,8 +103,8 @@ def test_a_batch_that_ghosts_do_not_divide_is_an_error_in_training_only(method):
     layer = layers.Norm(method)
     variables = initial(layer, (1, 2, 6))
     with pytest.raises(ValueError, match="batch axis 0 of x has size 4, which does not split"):
-        layer.apply(variables, data((4, 2, 6)), **TRAIN, mutable="batch_stats")
-    assert layer.apply(variables, data((4, 2, 6)), **EVAL).shape == (4, 2, 6)
+        layer.apply(variables, data(4, 2, 6), **TRAIN, mutable="batch_stats")
+    assert layer.apply(variables, data(4, 2, 6), **EVAL).shape == (4, 2, 6)
 
 
 def test_use_and_update_are_apart():
@@ -113,7 +112,7 @@ def test_use_and_update_are_apart():
     layer = layers.Norm(methods.batch_norm(momentum=0.5))
     variables = initial(layer)
     variables["batch_stats"] = {"mean": jnp.full(6, 3.0), "var": jnp.full(6, 9.0)}
-    x = data()
+    x = data(*SHAPE)
     batch = (x - x.mean((0, 1, 2), keepdims=True)) / jnp.sqrt(
         x.var((0, 1, 2), keepdims=True) + 1e-5
     )
@@ -131,7 +130,7 @@ def test_use_and_update_are_apart():
 
 
 def test_flags_are_given_exactly_once():
-    x, layer = data((2, 3)), layers.Norm(methods.batch_norm())
+    x, layer = data(2, 3), layers.Norm(methods.batch_norm())
     with pytest.raises(ValueError, match='"use_running_average" must be passed'):
         layer.init(KEY, x)
     with pytest.raises(ValueError, match="was passed to the constructor and at call time"):
@@ -142,20 +141,23 @@ def test_flags_are_given_exactly_once():
 
 def test_without_momentum_there_is_no_state():
     layer = layers.Norm(methods.batch_norm(momentum=None))
-    variables = layer.init(KEY, data())
+    variables = layer.init(KEY, data(*SHAPE))
     assert variables.keys() == {"params"}
-    same(layer.apply(variables, data()), normalize(data(), moments(data(), methods.batch_norm())))
+    same(
+        layer.apply(variables, data(*SHAPE)),
+        normalize(data(*SHAPE), moments(data(*SHAPE), methods.batch_norm())),
+    )
 
 
 def test_debiased_statistics_are_those_of_the_batches_alone():
     layer = layers.Norm(methods.batch_norm(momentum=0.9, debias=True))
-    variables, x = initial(layer), data()
+    variables, x = initial(layer), data(*SHAPE)
     assert variables["batch_stats"].keys() == {"count", "mean", "var"}
     for _ in range(2):
         _, stats = apply(layer, variables, x, **TRAIN)
         variables["batch_stats"] = stats
         same([stats["mean"], stats["var"]], [x.mean((0, 1, 2)), x.var((0, 1, 2))])
-    other = data(seed=1)
+    other = data(*SHAPE, seed=1)
     _, stats = apply(layer, variables, other, **TRAIN)
     weights = np.array([0.1 * 0.81, 0.1 * 0.9, 0.1]) / (1 - 0.9**3)
     means = np.array([x.mean((0, 1, 2)), x.mean((0, 1, 2)), other.mean((0, 1, 2))])
@@ -163,14 +165,14 @@ def test_debiased_statistics_are_those_of_the_batches_alone():
 
 
 def test_correction_stores_the_unbiased_variance():
-    layer, x = layers.Norm(methods.batch_norm(momentum=0.0, correction=1)), data((4, 6))
+    layer, x = layers.Norm(methods.batch_norm(momentum=0.0, correction=1)), data(4, 6)
     y, stats = apply(layer, initial(layer, (4, 6)), x, **TRAIN)
     same(stats["var"], x.var(0, ddof=1))
     same(y, (x - x.mean(0, keepdims=True)) / jnp.sqrt(x.var(0, keepdims=True) + 1e-5))
 
 
 def test_scale_and_bias_may_come_with_each_example():
-    x, g, b = data(), data((4, 6), seed=1), data((4, 6), seed=2)
+    x, g, b = data(*SHAPE), data(4, 6, seed=1), data(4, 6, seed=2)
     for layer, flags in (
         (layers.Norm(methods.batch_norm(), use_scale=False, use_bias=False), TRAIN),
         (layers.GroupNorm(3, use_scale=False, use_bias=False), {}),
@@ -187,7 +189,7 @@ def test_scale_and_bias_may_come_with_each_example():
 
 
 def test_an_activation_is_applied_to_the_output():
-    x = data()
+    x = data(*SHAPE)
     for layer, flags in (
         (layers.Norm(methods.ghost_batch_norm(2)), TRAIN),
         (layers.LayerNorm(), {}),
@@ -206,7 +208,7 @@ def test_an_activation_is_applied_to_the_output():
 
 
 def test_unit_offset_stores_the_distance_from_one():
-    x = data()
+    x = data(*SHAPE)
     for cls, args in (
         (layers.Norm, (methods.layer_norm(),)),
         (layers.RMSNorm, ()),
@@ -228,7 +230,7 @@ def test_unit_offset_stores_the_distance_from_one():
 def test_channels_first_is_channels_last_transposed(row):
     method, state = ROWS[row]
     first, last = layers.Norm(method, channel_axis=1), layers.Norm(method)
-    x, turned = data(), jnp.moveaxis(data(), -1, 1)
+    x, turned = data(*SHAPE), jnp.moveaxis(data(*SHAPE), -1, 1)
     variables = initial(first, turned.shape)
     chex.assert_trees_all_equal(variables, initial(last))
     (y, stats), (expected, usual) = (
@@ -244,11 +246,11 @@ def test_state_that_keeps_positions_is_tied_to_the_image():
     assert variables["batch_stats"]["mean"].shape == (4, 3)
     for flags in (TRAIN, EVAL):
         with pytest.raises(ValueError, match="running statistics of shape \\(4, 3\\) do not fit"):
-            layer.apply(variables, data((2, 8, 6, 3)), **flags, mutable="batch_stats")
+            layer.apply(variables, data(2, 8, 6, 3), **flags, mutable="batch_stats")
 
 
 def test_masks_leave_padding_out_of_statistics_and_state():
-    x, layer = data(), layers.Norm(methods.ghost_batch_norm(2, momentum=0.0))
+    x, layer = data(*SHAPE), layers.Norm(methods.ghost_batch_norm(2, momentum=0.0))
     mask = jnp.asarray(np.random.default_rng(3).random((4, 4, 6, 1)) < 0.7)
     y, stats = apply(layer, initial(layer), x, mask=mask, **TRAIN)
     same(y, normalize(x, moments(x, methods.ghost_batch_norm(2), weights=mask)))
@@ -276,7 +278,7 @@ NAMED = [
 
 @pytest.mark.parametrize("layer, general", NAMED, ids=lambda v: type(v).__name__)
 def test_flaxs_names_and_groups_are_norm_with_their_row(layer, general):
-    x = data()
+    x = data(*SHAPE)
     flags = TRAIN if isinstance(layer, layers.BatchNorm | layers.Norm) else {}
     variables = initial(general)
     chex.assert_trees_all_equal(layer.init(KEY, x, **flags), variables)
@@ -286,7 +288,10 @@ def test_flaxs_names_and_groups_are_norm_with_their_row(layer, general):
 def test_a_layer_without_scale_bias_and_state_has_no_variables():
     layer = layers.Norm(methods.positional_norm(), use_bias=False, use_scale=False)
     assert not initial(layer)
-    same(apply(layer, {}, data())[0], normalize(data(), moments(data(), methods.positional_norm())))
+    same(
+        apply(layer, {}, data(*SHAPE))[0],
+        normalize(data(*SHAPE), moments(data(*SHAPE), methods.positional_norm())),
+    )
 
 
 def test_groups_that_do_not_divide_are_refused():
@@ -295,12 +300,12 @@ def test_groups_that_do_not_divide_are_refused():
         (methods.group_norm(5), "channel axis -1 of x has size 6, which does not split into 5"),
     ):
         with pytest.raises(ValueError, match=match):
-            layers.Norm(method).init(KEY, data(), **TRAIN)
+            layers.Norm(method).init(KEY, data(*SHAPE), **TRAIN)
 
 
 @pytest.mark.parametrize("context", ["vmap", "shard_map"])
 def test_a_row_over_a_named_axis_is_the_row_of_the_whole_batch(context):
-    x = data((4, 2, 3, 6))
+    x = data(4, 2, 3, 6)
     for method in (methods.batch_norm(momentum=0.5), methods.batch_group_norm(3, momentum=0.5)):
         layer = layers.Norm(method, axis_name="i")
         variables = layer.init(KEY, x[0], **TRAIN)
@@ -338,7 +343,7 @@ def test_scan_over_layers_is_the_loop():
     scanned = nn.scan(
         Block, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=2
     )()
-    x = data((4, 3))
+    x = data(4, 3)
     variables = jit(scanned.init)(KEY, x)
     (y, _), new = jit(lambda v, x: scanned.apply(v, x, mutable="batch_stats"))(variables, x)
     expected, states = x, []
@@ -358,7 +363,7 @@ def test_scan_carries_the_state_through_time():
         split_rngs={"params": False},
         length=3,
     )()
-    x = data((4, 3))
+    x = data(4, 3)
     variables = jit(Block().init)(KEY, x)  # Flax cannot create what is carried inside the loop
     (y, _), new = jit(lambda v, x: steps.apply(v, x, mutable="batch_stats"))(variables, x)
     state = variables["batch_stats"]
@@ -374,7 +379,7 @@ def test_vmap_over_layers_keeps_them_apart():
     many = nn.vmap(
         Block, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, in_axes=0
     )()
-    x = data((3, 4, 5))
+    x = data(3, 4, 5)
     variables = jit(many.init)(KEY, x)
     (y, _), new = jit(lambda v, x: many.apply(v, x, mutable="batch_stats"))(variables, x)
     for i in range(3):
@@ -385,7 +390,7 @@ def test_vmap_over_layers_keeps_them_apart():
 
 
 def test_remat_changes_no_gradient_and_updates_once():
-    x = data((4, 3))
+    x = data(4, 3)
     variables = Block().init(KEY, x)
 
     def loss(cls, x):
