@@ -40,12 +40,12 @@ from benchmarks.timing import (
     progress_bar,
     restart_with_environment,
 )
-from jaxnorm import Method, norm
+from jaxnorm import Row, norm
 from jaxnorm.methods import batch_group_norm, batch_norm, group_norm, token_layer_norm
 
 KINDS = ("forward", "step")
 
-METHODS: dict[str, Callable[[int], Method]] = {
+METHODS: dict[str, Callable[[int], Row | batch_group_norm]] = {
     "batch": lambda groups: batch_norm(),
     "group": group_norm,
     "batch_group": batch_group_norm,
@@ -113,7 +113,9 @@ def measure(point: Point, dtype: str, *, rounds: int, seconds: float) -> list[Me
     return found
 
 
-def _forward(method: Method, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+def _forward(
+    method: Row | batch_group_norm, x: jax.Array, scale: jax.Array, bias: jax.Array
+) -> jax.Array:
     return norm(x, method, scale=scale, bias=bias)[0]
 
 

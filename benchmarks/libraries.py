@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from benchmarks.shapes import NUM_GHOSTS, NUM_GROUPS
 from jaxnorm import linen as ours
+from jaxnorm import methods
 
 METHODS = {
     "batch": "BatchNorm",
@@ -64,12 +65,14 @@ def _linen(layers: Any, method: str, x: jax.ShapeDtypeStruct, options: Options) 
         "token_layer": lambda use: layers.LayerNorm(dtype=x.dtype),
     }
     if layers is ours:
-        made["batch_group"] = lambda use: ours.BatchGroupNorm(
-            num_groups=options.num_groups, use_running_average=use, dtype=x.dtype
-        )
-        made["ghost_batch"] = lambda use: ours.GhostBatchNorm(
-            num_ghosts=options.num_ghosts, use_running_average=use, dtype=x.dtype
-        )
+        rows = {
+            "batch_group": methods.batch_group_norm(options.num_groups),
+            "ghost_batch": methods.ghost_batch_norm(options.num_ghosts),
+        }
+        made |= {
+            name: lambda use, row=row: ours.Norm(row, use_running_average=use, dtype=x.dtype)
+            for name, row in rows.items()
+        }
     if method not in made:
         return None
 

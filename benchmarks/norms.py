@@ -32,33 +32,28 @@ class Layer(NamedTuple):
     """A layer after a convolution, equal to another where it computes the same.
 
     Attributes:
-        module: class of the layer, in jaxnorm.linen.
-        options: its fields.
+        method: of the layer. One that works on the layer in front calls it.
         pools_batch: whether examples share statistics in training.
         dense: the linear layer in front.
-        takes_dense: whether the normalization calls that layer, because it reads the kernel too.
         activates: whether it is the activation as well; where none follows, `NO_ACTIVATION` takes
             its place.
-        schedule: what the call takes, by the finished part of the training.
+        activation: what the method takes as its activation.
+        schedule: options of the call by the finished part of the training.
         double_forward: whether statistics come from a second forward pass, with the new parameters.
     """
 
-    module: type[nn.Module]
-    options: tuple[tuple[str, Any], ...] = ()
+    method: Method
     pools_batch: bool = True
     dense: type[nn.Module] = nn.Dense
-    takes_dense: bool = False
     activates: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
     schedule: Schedule | None = None
     double_forward: bool = False
 
     def __str__(self) -> str:
         """What tells it from others in files."""
-        row = dict(self.options).get("method")
-        if self.module is linen.Norm and self.dense is nn.Dense:
-            return str(row)
-        options = ", ".join(f"{name}={value}" for name, value in self.options)
-        return f"{self.dense.__name__}, {self.module.__name__}({options})"
+        in_front = "" if self.dense is nn.Dense else f"{self.dense.__name__}, "
+        return in_front + str(self.method)
 
 
 class Row(NamedTuple):
@@ -74,22 +69,17 @@ class Row(NamedTuple):
     at: Callable[[int, int], Layer]
 
 
-def of_table(method: Method, dense: type[nn.Module] = nn.Dense) -> Layer:
-    """A row of the table of methods."""
-    return Layer(
-        linen.Norm, (("method", method), ("momentum", MOMENTUM)), method.pools_batch, dense
-    )
-
-
-NO_ACTIVATION = of_table(methods.group_norm(NUM_GROUPS))
+NO_ACTIVATION = Layer(methods.group_norm(NUM_GROUPS), pools_batch=False)
 """What normalizes where a layer that is an activation as well has no place: in front of a sum."""
+
+_BATCH_NORM = Layer(methods.batch_norm(momentum=MOMENTUM))
 
 
 def _batch_group_norm(batch_size: int, num_channels: int) -> Layer:
     num_groups = batch_group_count(batch_size, num_channels)
-    return of_table(
-        methods.batch_norm() if num_groups == num_channels else methods.batch_group_norm(num_groups)
-    )
+    if num_groups == num_channels:
+        return _BATCH_NORM
+    return Layer(methods.batch_group_norm(num_groups, momentum=MOMENTUM))
 
 
 def _renorm_bounds(done: jax.Array) -> Mapping[str, Any]:
@@ -112,111 +102,80 @@ class _TrainMomentum(NamedTuple):
 
 
 def _momentum_batch_norm(batch_size: int, num_channels: int) -> Layer:
-    options = (("momentum", inference_momentum(batch_size)),)
-    return Layer(linen.MomentumBatchNorm, options, schedule=_TrainMomentum(batch_size))
+    method = methods.momentum_batch_norm(momentum=inference_momentum(batch_size))
+    return Layer(method, schedule=_TrainMomentum(batch_size))
 
 
 def _burn_in(done: jax.Array) -> Mapping[str, Any]:
     return {"window": cross_iteration_window(100 * done, burn_in=25)}
 
 
-def _warm_up(done: jax.Array) -> Mapping[str, Any]:
-    return {"average_from": 100, "correct_from": 200}
-
-
 def _moving_average(batch_size: int, num_channels: int) -> Layer:
     window = max(1, IDEAL_BATCH // batch_size)
-    return Layer(
-        linen.MovingAverageNorm, (("window", window),), takes_dense=True, schedule=_warm_up
-    )
+    return Layer(methods.moving_average_norm(window, average_from=100, correct_from=200))
 
 
 def _ghost_batch(batch_size: int, num_channels: int) -> Layer:
-    return Layer(linen.GhostBatchNorm, (("ghost_size", max(1, batch_size // 2)), *_KEPT))
+    size = max(1, batch_size // 2)
+    return Layer(methods.ghost_batch_norm(ghost_size=size, momentum=MOMENTUM))
 
 
 def _batch_and_group(batch_size: int, num_channels: int) -> Layer:
-    return Layer(
-        linen.BatchAndGroupNorm, (("ghost_size", max(1, batch_size // 2)), *_GROUPS, *_KEPT)
-    )
+    size = max(1, batch_size // 2)
+    row = methods.batch_and_group_norm(ghost_size=size, num_groups=NUM_GROUPS, momentum=MOMENTUM)
+    return Layer(row)
 
 
-def _always(layer: Layer) -> Callable[[int, int], Layer]:
-    return lambda batch_size, num_channels: layer
+def _always(label: str, method: Method, **rest: Any) -> Row:
+    return Row(label, lambda batch_size, num_channels: Layer(method, **rest))
 
 
-def _row(label: str, method: Method) -> Row:
-    return Row(label, _always(of_table(method)))
+def _alone(label: str, method: Method, **rest: Any) -> Row:
+    """A method that does not pool the batch."""
+    return _always(label, method, pools_batch=False, **rest)
 
-
-_GROUPS = (("num_groups", NUM_GROUPS),)
-_KEPT = (("momentum", MOMENTUM),)
 
 METHODS: Mapping[str, Row] = MappingProxyType(
     {
-        "batch": _row("BatchNorm", methods.batch_norm()),
+        "batch": _always("BatchNorm", _BATCH_NORM.method),
         "batch_group": Row("BatchGroupNorm", _batch_group_norm),
-        "group": _row(f"GroupNorm({NUM_GROUPS})", methods.group_norm(NUM_GROUPS)),
-        "layer": _row("LayerNorm", methods.layer_norm()),
-        "positional": _row("PositionalNorm", methods.positional_norm()),
-        "rms": _row("RMSNorm", methods.rms_norm()),
-        "instance": _row("InstanceNorm", methods.instance_norm()),
+        "group": _alone(f"GroupNorm({NUM_GROUPS})", methods.group_norm(NUM_GROUPS)),
+        "layer": _alone("LayerNorm", methods.layer_norm()),
+        "positional": _alone("PositionalNorm", methods.positional_norm()),
+        "rms": _alone("RMSNorm", methods.rms_norm()),
+        "instance": _alone("InstanceNorm", methods.instance_norm()),
         "ghost_batch": Row("GhostBatchNorm", _ghost_batch),
         "batch_and_group": Row("BatchAndGroupNorm", _batch_and_group),
-        "batch_renorm": Row(
-            "BatchRenorm", _always(Layer(linen.BatchRenorm, _KEPT, schedule=_renorm_bounds))
+        "batch_renorm": _always(
+            "BatchRenorm", methods.batch_renorm(momentum=MOMENTUM), schedule=_renorm_bounds
         ),
         "momentum": Row("MomentumBatchNorm", _momentum_batch_norm),
-        "memorized": Row(
-            "MemorizedBatchNorm",
-            _always(
-                Layer(
-                    linen.MemorizedBatchNorm,
-                    (("memory_weights", (1, 1, 1, 1)),),
-                    double_forward=True,
-                )
-            ),
+        "memorized": _always(
+            "MemorizedBatchNorm", methods.memorized_batch_norm((1, 1, 1, 1)), double_forward=True
         ),
-        "cross_iteration": Row(
-            "CrossIterationNorm",
-            _always(
-                Layer(
-                    linen.CrossIterationNorm, (("window", 3),), takes_dense=True, schedule=_burn_in
-                )
-            ),
+        "cross_iteration": _always(
+            "CrossIterationNorm", methods.cross_iteration_norm(window=3), schedule=_burn_in
         ),
         "moving_average": Row("MovingAverageNorm", _moving_average),
-        "switchable": Row("SwitchableNorm", _always(Layer(linen.SwitchableNorm, _KEPT))),
-        "group_plus": Row("GroupNormPlus", _always(Layer(linen.GroupNormPlus, (*_GROUPS, *_KEPT)))),
-        "frn": Row(
+        "switchable": _always("SwitchableNorm", methods.switchable_norm(momentum=MOMENTUM)),
+        "group_plus": _always(
+            "GroupNormPlus", methods.group_norm_plus(NUM_GROUPS, momentum=MOMENTUM)
+        ),
+        "frn": _alone(
             "FilterResponseNorm",
-            _always(
-                Layer(
-                    linen.FilterResponseNorm,
-                    (("use_learned_epsilon", True),),
-                    pools_batch=False,
-                    activates=True,
-                )
-            ),
+            methods.filter_response_norm(use_learned_epsilon=True),
+            activates=True,
         ),
-        "evonorm_b0": Row("EvoNormB0", _always(Layer(linen.EvoNormB0, _KEPT, activates=True))),
-        "evonorm_s0": Row(
-            "EvoNormS0", _always(Layer(linen.EvoNormS0, _GROUPS, pools_batch=False, activates=True))
-        ),
-        "proxy": Row(
+        "evonorm_b0": _always("EvoNormB0", methods.evonorm_b0(momentum=MOMENTUM), activates=True),
+        "evonorm_s0": _alone("EvoNormS0", methods.evonorm_s0(NUM_GROUPS), activates=True),
+        "proxy": _alone(
             "ProxyNorm",
-            _always(
-                Layer(
-                    linen.ProxyNorm,
-                    (("method", methods.group_norm(NUM_GROUPS)),),
-                    pools_batch=False,
-                    activates=True,
-                )
-            ),
+            methods.proxy_norm(methods.group_norm(NUM_GROUPS)),
+            activates=True,
+            activation=nn.relu,
         ),
-        "group_ws": Row(
-            f"GroupNorm({NUM_GROUPS}) + WS",
-            _always(of_table(methods.group_norm(NUM_GROUPS), linen.WSDense)),
+        "group_ws": _alone(
+            f"GroupNorm({NUM_GROUPS}) + WS", methods.group_norm(NUM_GROUPS), dense=linen.WSDense
         ),
     }
 )

@@ -14,7 +14,8 @@ from benchmarks.norms import METHODS, MOMENTUM
 from benchmarks.residual import WIDTHS
 from benchmarks.results import Cell, Interval, Result, Settings, interval
 from benchmarks.training import IMAGES_PER_STEP, WEIGHT_DECAY
-from jaxnorm.methods import BATCH_ENOUGH, batch_group_count
+from jaxnorm.methods import batch_group_count
+from jaxnorm.methods._batch_group import BATCH_ENOUGH
 
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which colour-blind readers can tell apart, in the order of `METHODS`;

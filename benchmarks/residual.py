@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.norms import NO_ACTIVATION, Layer
+from jaxnorm.linen import Norm
 
 WIDTHS: tuple[int, ...] = (12, 24, 48)
 """Channels of the three stages; the stem has those of the first."""
@@ -58,12 +59,12 @@ class Unit(nn.Module):
         dense: Any = self.layer.dense(
             features=self.features, use_bias=False, kernel_init=kernel_init, name="conv"
         )  # type: ignore[call-arg]
-        options = dict(layer.options) | {"name": "norm"}
-        norm: Any = (
-            layer.module(layer=dense, **options) if layer.takes_dense else layer.module(**options)
-        )
-        schedule = layer.schedule(done) if layer.schedule and train else {}
-        y = norm(x if layer.takes_dense else dense(x), use_running_average=not train, **schedule)
+        options = layer.schedule(done) if layer.schedule and train else {}
+        options = {"use_running_average": not train, "activation": layer.activation, **options}
+        if layer.method.in_front is None:
+            y = Norm(layer.method, name="norm")(dense(x), **options)
+        else:
+            y = Norm(layer.method, layer=dense, name="norm")(x, **options)
         return nn.relu(y) if self.activate and not layer.activates else y
 
 

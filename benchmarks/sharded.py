@@ -23,6 +23,7 @@ from benchmarks.libraries import LIBRARIES, Layer
 from benchmarks.networks import NETWORKS, resnet50
 from benchmarks.shapes import NUM_GROUPS
 from jaxnorm import linen as ours
+from jaxnorm import methods
 
 CONTEXTS = ("jit", "shard_map", "pmap")
 
@@ -294,7 +295,7 @@ class Norms(NamedTuple):
 
 
 def _ghosts(num_ghosts: int) -> Any:
-    return partial(ours.GhostBatchNorm, num_ghosts=num_ghosts)
+    return partial(ours.Norm, methods.ghost_batch_norm(num_ghosts))
 
 
 NORMS = {

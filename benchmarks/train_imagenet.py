@@ -59,7 +59,7 @@ from benchmarks.imagenet.steps import (
 )
 from benchmarks.interrupt import deferred_interrupt
 from benchmarks.options import count, number, positive
-from jaxnorm import Method
+from jaxnorm import Row
 
 IMAGES_PER_RATE = 256
 """The batch to which --learning-rate belongs; with others the rate is scaled in proportion."""
@@ -167,12 +167,12 @@ def _together(f: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def _find(args: argparse.Namespace) -> tuple[data.Images, Method]:
+def _find(args: argparse.Namespace) -> tuple[data.Images, Row]:
     images = data.find(args.data, args.num_classes)
     return images, _method(args, images)
 
 
-def _method(args: argparse.Namespace, images: data.Images) -> Method:
+def _method(args: argparse.Namespace, images: data.Images) -> Row:
     """The normalization asked for, once all options are known to fit together; ValueError
     otherwise."""
     devices = jax.device_count()
@@ -199,7 +199,8 @@ def _method(args: argparse.Namespace, images: data.Images) -> Method:
             "a device."
         )
     method = METHODS[args.norm](args.num_groups, args.ghost_size)
-    if args.devices_per_norm > 1 and method.groups.batch != 1:
+    groups: Any = method.groups
+    if args.devices_per_norm > 1 and groups.batch != 1:
         raise ValueError(
             "--devices-per-norm is for methods that pool the whole batch, not for --norm "
             f"{args.norm}."
@@ -271,7 +272,7 @@ def _start(
 
 
 def _train(
-    args: argparse.Namespace, images: data.Images, method: Method, console: Console, step: int
+    args: argparse.Namespace, images: data.Images, method: Row, console: Console, step: int
 ) -> None:
     """Trains from `step`, where there is a checkpoint unless it is 0, to the last epoch."""
     placement = Pmap() if args.pmap else Jit()
@@ -355,7 +356,7 @@ def _diverged(what: str, step: int, saved: int, args: argparse.Namespace) -> Sto
 
 
 def _trainer(
-    args: argparse.Namespace, method: Method, placement: Placement, num_classes: int, epoch: int
+    args: argparse.Namespace, method: Row, placement: Placement, num_classes: int, epoch: int
 ) -> Trainer:
     model = network(
         method,

@@ -16,58 +16,66 @@ makes k groups. Those numbers are the shape of the statistic:
     >>> Groups(batch=EACH, spatial=EACH, channel=1).shape(x_shape)  # layer norm of tokens
     (64, 8, 8, 1)
 
-The map, in the order in which the files of `_core/` build on each other:
+The primitive is `norm(x, row)`, which is `moments` followed by `normalize`. In the order in which
+the files of `_core/` build on each other:
 
-    to say how axes are split     Groups(batch, spatial, channel), EACH, Size(n)     groups.py
-    with the mean fixed or not    Method(groups, mean=)                              groups.py
-    statistics of x               moments(x, groups) -> Moments(count, mean, var)    moments.py
-    coarser, merged, synced       pool(m, groups), merge(*parts)                     pooling.py
-    averaged                      blend(parts, weights)                              pooling.py
-    apply them to x               normalize(x, m, scale=, bias=)                     normalize.py
-    both at once                  norm(x, groups) -> y, Moments                      normalize.py
-    remember them                 init_running(shape), running_shape(...),           state.py
+    to say how axes are split     Groups(batch, spatial, channel), EACH, Size(n)
+    statistics of x               moments(x, groups) -> Moments(count, mean, var)
+    coarser, merged, averaged     pool(m, groups), merge(*parts), blend(parts, weights)
+    apply them to x               normalize(x, m, scale=, bias=)
+    both at once                  norm(x, groups) -> y, Moments
+    remember them                 init_running(shape), running_shape(groups, x_shape),
+                                  update_running(state, m), update_cumulative(state, m),
+                                  update_averaged(state, m),
                                   running_moments(state, groups, x_shape)
-                                  update_running(state, m)                           running.py
-                                  update_cumulative(state, m),                       averages.py
-                                  update_averaged(state, m)
     several devices               axis_name=, axis_index_groups= of the above,
-                                  device_groups(num_devices, size=),                 devices.py
-                                  sync_running(state, axis_name=)                    sync.py
-    a row of the table            methods.group_norm(32), ...                        methods.py
+                                  device_groups(num_devices, size=),
+                                  sync_running(state, axis_name=)
 
-Methods with a rule between `moments` and `normalize`, each in a file of its name. What they
-remember is a dict of arrays; `f(x, state, train=)` returns y and the next state:
+A method is a value, a `Method` with its hyperparameters. What it remembers is a dict of arrays:
 
-    towards running statistics    renorm.batch_renorm, momentum.momentum_batch_norm
-    over several batches          memorized.memorized_batch_norm, memorized.double_forward,
-                                  cross_iteration.cross_iteration_norm,
-                                  moving_average.moving_average_norm
-    a mixture of statistics       switchable.switchable_norm, group_plus.group_norm_plus
-    of several domains            domains.domain_batch_norm, domains.domain_distance,
-                                  domains.domain_ensemble
-    any number of groups          batch_group.batch_group_norm
-    with its activation           frn.filter_response_norm, evonorm.evonorm_b0,
-                                  evonorm.evonorm_s0, proxy.proxy_norm
-    returned and used later       positional.positional_norm, positional.moment_shortcut
-    of a kernel                   kernels.standardize_kernel, kernels.centralize_kernel
-    what changes by the step      schedules.batch_renorm_bounds, schedules.cross_iteration_window,
-                                  schedules.train_momentum_schedule, schedules.inference_momentum
+    state = method.init(x.shape)
+    y, state = method.apply(x, state, train=True, scale=, bias=)
 
-At test time, and around:
+    rows of the table, a `Row`    methods.batch_norm, ghost_batch_norm, batch_and_group_norm,
+                                  instance_norm, group_norm, layer_norm, token_layer_norm,
+                                  positional_norm, rms_norm, instance_rms_norm
+    any number of groups          methods.batch_group_norm, batch_group_count
+    towards running statistics    methods.batch_renorm, momentum_batch_norm
+    over several batches          methods.memorized_batch_norm, cross_iteration_norm,
+                                  moving_average_norm
+    a mixture of statistics       methods.switchable_norm, group_norm_plus
+    of several domains            methods.domain_batch_norm
+    with its activation           methods.filter_response_norm, thresholded_linear_unit,
+                                  evonorm_b0, evonorm_s0, proxy_norm
 
-    an example's own statistics   inference.weigh_example, inference.choose_example_weight,
-                                  inference.adapt_moments
+Rows also go into `norm`, `moments` and `pool`; the others have a rule of their own, in a file of
+their name in `methods/`. Around them:
+
+    what changes by the step      schedules.batch_renorm_bounds, train_momentum_schedule,
+                                  inference_momentum, cross_iteration_window
+    a training step               training.double_forward
+    moments used later            positional.moment_shortcut, scale_and_shift
+    kernels                       kernels.standardize_kernel, centralize_kernel
+    an example at test time       inference.weigh_example, choose_example_weight (which returns
+                                  ExampleWeights), adapt_moments
+    unknown domains               domains.domain_weights, domain_ensemble
     into the layer in front       folding.fold
-    weight decay of norms         optim.add_norm_decay, optim.norm_mask, optim.decay_mask,
-                                  optim.norm_penalty
-    layers                        linen.Norm(method), nnx.Norm(features, method), and one named
-                                  after each method: linen/, nnx/
-    whole models                  population_statistics and fold_norms in linen and nnx
+    weight decay of norms         optim.add_norm_decay, norm_mask, decay_mask, norm_penalty
+    pictures of the sets          drawing.style, draw_row, draw_block, draw_key
 
-`jaxnorm.linen`, `jaxnorm.nnx` and `jaxnorm.optim` are imported by name: all other functions need
-jax alone. In the core, `mean_var.py` and `standardize.py` are the two full-size computations with
-their derivatives, and `xla.py` is what differs by platform. `_frame.py` is the frame of the methods
-with a rule.
+In Flax, `linen.Norm(method)` and `nnx.Norm(features, method, rngs=)` carry every method (with `Tap`
+and `Observation`, two kinds of nnx variables). The rest of `linen/` and `nnx/`:
+
+    in place of Flax's own        BatchNorm, GroupNorm, LayerNorm, InstanceNorm, RMSNorm
+    standardized kernels          WSConv, WSDense
+    scale and shift of moments    DynamicMomentShortcut
+    whole models                  population_statistics, fold_norms (which leaves a FoldedNorm in
+                                  nnx), linen.call_norms_with
+
+`linen`, `nnx`, `optim` and `drawing` are imported by name: all else needs jax alone. In the core,
+`equations.py` has both full-size computations as they stand in the literature, `mean_var.py` and
+`standardize.py` the same with their derivatives, and `platforms.py` what differs by platform.
 
 Letters: N examples, H x W positions, C channels, G groups of channels; S a set of elements that
 share statistics; gamma is `scale`, beta `bias`. Two conventions to remember: `momentum` is the

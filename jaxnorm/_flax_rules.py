@@ -23,8 +23,11 @@ def is_plain(layer: Any) -> bool:
 
 
 def wide_enough(x: jax.Array, dtype: Any) -> jax.Array:
-    """x as the core takes it: integers and booleans become float32, as in Flax, and x is cast up
-    where the output is wider than its statistics would be (float64 or complex parameters)."""
+    """x as the core takes it.
+
+    Integers and booleans become float32, as in Flax, and x is cast up where the output is wider
+    than its statistics would be (float64 or complex parameters).
+    """
     x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
     wide = statistic_dtype(x.dtype)
     with jax.numpy_dtype_promotion("standard"):
@@ -72,8 +75,10 @@ def instance_shape(x: jax.Array, feature_axes: Axes) -> Shape:
 def number_of_groups(
     channels: int, num_groups: int | None, group_size: int | None, noun: str = "channels"
 ) -> int:
-    """The number of channel groups of Flax's GroupNorm, from it or from the size of a group; `noun`
-    is Flax's word."""
+    """The number of channel groups of Flax's GroupNorm, from it or from the size of a group.
+
+    `noun` is Flax's word for channels.
+    """
     if (num_groups is None) == (group_size is None):
         raise ValueError(
             "Either `num_groups` or `group_size` should be specified. If `group_size` is to be "

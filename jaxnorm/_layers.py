@@ -4,7 +4,7 @@ A layer holds parameters and state; everything it computes is the `apply` of its
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +14,27 @@ from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, axes_of
 from jaxnorm._core.checks import check_flag, known
 from jaxnorm._core.moments import Moments
+from jaxnorm._core.state import serves_channels
 from jaxnorm._flax_rules import Axes
-from jaxnorm.folding import fits
 from jaxnorm.methods import Method, Row
 from jaxnorm.methods._method import State, options_of
 
 Activation = Callable[[jax.Array], jax.Array]
 
-OF_LAYERS = (
-    "mask",
-    "update_running_average",
-    "scale",
-    "bias",
-    "activation",
-)
+
+class CallOptions(TypedDict, total=False):
+    """What every layer takes at the call beside its mask.
+
+    These are `scale` and `bias` in place of its own, also one for each example, and an activation
+    that is applied to the output and recomputed in the backward pass.
+    """
+
+    scale: ArrayLike | None
+    bias: ArrayLike | None
+    activation: Activation | None
+
+
+OF_LAYERS = ("mask", "update_running_average", *CallOptions.__annotations__)
 """What every layer takes at the call; the rest are options of its method."""
 IN_FRONT = ("inputs", "kernel", "layer")
 """What a method that looks at the layer in front takes; its layer gives it."""
@@ -112,8 +119,10 @@ def flax_row(
 
 
 def check_weighs_examples(method: Method, example_weight: ArrayLike | None) -> None:
-    """A state of another kind than the moments that normalize has no rule for weighing an
-    example."""
+    """An example is weighed against moments, which rows of the table have.
+
+    A state of another kind has no rule for it.
+    """
     if example_weight is not None and "example_weight" not in method.options:
         raise ValueError(
             f"example_weight={example_weight} for {method}, which is no row of the table of "
@@ -123,16 +132,22 @@ def check_weighs_examples(method: Method, example_weight: ArrayLike | None) -> N
 
 
 def is_constant(x: jax.Array, axis: Axes, use: bool | None, options: Mapping[str, Any]) -> bool:
-    """Whether a norm with running statistics, called so, does the same to every element of a
-    channel, the last axis."""
+    """Whether a norm, called so, does the same to every element of a channel, the last axis.
+
+    The norm has running statistics.
+    """
     given = {name for name, value in options.items() if value is not None and value is not False}
     return bool(use) and given <= {"activation"} and axes_of(axis, x.shape) == (x.ndim - 1,)
 
 
 def moments_to_fold(method: Any, state: State, x_shape: Shape) -> Any:
-    """The moments with which inference normalizes each channel, (C,) or (G,), of channels last;
-    None where they depend on x or on the position."""
+    """The moments with which inference normalizes each channel, (C,) or (G,).
+
+    Channels are last. None where the moments depend on x or on the position.
+    """
     m = method.inference_moments(state, x_shape)
-    if m is None or m.mean.size != m.mean.shape[-1] or not fits(m.mean.shape[-1:], x_shape[-1]):
+    if m is None or m.mean.size != m.mean.shape[-1]:
+        return None
+    if not serves_channels(m.mean.shape[-1:], x_shape[-1]):
         return None
     return jax.tree.map(lambda t: jnp.reshape(t, -1), Moments(None, m.mean, m.var))  # type: ignore[arg-type]

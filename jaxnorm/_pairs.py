@@ -20,8 +20,7 @@ def mark(t: jax.Array, kind: str, name: str) -> jax.Array:
 
 
 def pairs(program: Any) -> dict[str, str]:
-    """Norm -> layer, where the norm's input is the layer's output and nothing else uses that
-    output.
+    """Norm -> layer, where the layer's output is the norm's input and nothing else's.
 
     A layer or norm that is called more than once has no pair.
     """

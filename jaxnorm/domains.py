@@ -39,14 +39,15 @@ def domain_weights(distances: Any, *, exponent: ArrayLike = 1.0) -> jax.Array:
         [[0.75], [0.25]]
 
     Reference:
-        arXiv:2011.12672; see `methods.domain_batch_norm`.
+        Batch Normalization Embeddings for Deep Domain Generalization, 2020, arXiv:2011.12672; see
+        `methods.domain_batch_norm`.
     """
     check_number(exponent, "exponent", above=0)
     leaves: list[jax.Array] = jax.tree.leaves(distances)
     if not leaves:
         raise ValueError(
-            "there are no distances. Expected an array (D, N) or a tree of them, such as the "
-            "layers store when the collection 'distances' is mutable."
+            "there are no distances. Expected an array (D, N) or a tree of them, such as "
+            "methods.domain_batch_norm(D).observe measures and layers store."
         )
     total = functools.reduce(operator.add, leaves)
     nearest = total.min(0, keepdims=True)
@@ -59,8 +60,9 @@ def domain_weights(distances: Any, *, exponent: ArrayLike = 1.0) -> jax.Array:
 def domain_ensemble(
     forward: Callable[[jax.Array], tuple[Any, Any]], num_domains: int, *, exponent: ArrayLike = 1.0
 ) -> tuple[Any, jax.Array]:
-    """Predictions for examples of an unknown domain: the network with each domain's statistics,
-    weighted by nearness.
+    """Predict for examples of an unknown domain with the statistics of every known one.
+
+    The network's outputs with each domain's statistics are weighted by how near the domain is.
 
         p_n = sum_d w_dn p_dn
 
@@ -92,7 +94,8 @@ def domain_ensemble(
         ([0.8..., 0.2...], [0.8...])
 
     Reference:
-        arXiv:2011.12672; see `methods.domain_batch_norm`.
+        Batch Normalization Embeddings for Deep Domain Generalization, 2020, arXiv:2011.12672; see
+        `methods.domain_batch_norm`.
     """
     domains = jnp.arange(check_count(num_domains, "num_domains"))
     outputs, distances = jax.vmap(forward)(domains)

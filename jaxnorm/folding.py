@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
-from jaxnorm._core.axes import Shape, single_axis
+from jaxnorm._core.axes import single_axis
 from jaxnorm._core.blocks import spread
 from jaxnorm._core.checks import check_epsilon
 from jaxnorm._core.moments import Moments, check_moments
+from jaxnorm._core.state import serves_channels
 
 
 def fold(
@@ -68,7 +69,7 @@ def fold(
     kernel = jnp.asarray(kernel)
     axis = single_axis(output_axis, kernel.shape)
     channels, wide = kernel.shape[axis], statistic_dtype(kernel.dtype)
-    if not fits(running.mean.shape, channels):
+    if not serves_channels(running.mean.shape, channels):
         raise ValueError(
             f"running statistics of shape {running.mean.shape} do not fit {channels} output "
             f"channels of a kernel of shape {kernel.shape}. Expected one for each channel or "
@@ -92,9 +93,3 @@ def fold(
         a, [i for i in range(kernel.ndim) if i != axis]
     )
     return new_kernel.astype(kernel.dtype), new_bias.astype(kernel.dtype)
-
-
-def fits(shape: Shape, channels: int) -> bool:
-    """Whether running statistics of this shape are those of channels or of groups of channels:
-    others depend on the position, which a kernel cannot."""
-    return len(shape) == 1 and channels % max(shape[0], 1) == 0

@@ -36,8 +36,7 @@ def weigh_example(
     batch_axis: int = 0,
     channel_axis: int | Sequence[int] = -1,
 ) -> Moments:
-    """Inference example weighing: running moments pooled with each example's own, for normalizing
-    at inference.
+    """Inference example weighing: running moments pooled with each example's own.
 
     With alpha the weight, M and V the running moments of a set, and m and v the example's own over
     the same set,
@@ -121,8 +120,7 @@ def adapt_moments(
     correction: int = 0,
     batch_axis: int = 0,
 ) -> Moments:
-    """Moments for a batch from another distribution than the one of training: running and batch
-    statistics averaged.
+    """Running and batch statistics averaged, for a batch from another distribution.
 
         mean = (N M + n m) / (N + n),    var = (N V + n v k / (k - correction)) / (N + n)
 
@@ -216,8 +214,9 @@ def choose_example_weight(
     examples: int | None = None,
     maximize: bool = True,
 ) -> ExampleWeights:
-    """The weight of inference example weighing that does best on held-out data, one for the whole
-    network.
+    """The weight of inference example weighing that does best on held-out data.
+
+    It is one weight for the whole network.
 
     Nothing is trained. Every batch is read once and evaluated with all weights.
 
@@ -244,7 +243,8 @@ def choose_example_weight(
         0.25
 
     Reference:
-        arXiv:1906.03548 for choosing on held-out data; the default weights are those of an
+        Four Things Everyone Should Know to Improve Batch Normalization, 2020, arXiv:1906.03548, for
+        choosing on held-out data; the default weights are those of an
         independent implementation, tensorflow-tabnet. The paper's own were not read.
     """
     if alphas is None:

@@ -72,8 +72,9 @@ def standardize_kernel(
 
 
 def centralize_kernel(kernel: ArrayLike) -> jax.Array:
-    """The kernel less its mean for each output channel, so that a constant input gives 0 where
-    there is no padding.
+    """The kernel less its mean for each output channel.
+
+    A constant input then gives 0 where there is no padding.
 
     Args:
         kernel: (..., inputs, outputs), floating or complex.
@@ -90,6 +91,7 @@ def centralize_kernel(kernel: ArrayLike) -> jax.Array:
         [[-1.0], [1.0]]
 
     Reference:
+        Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization, 2020,
         arXiv:2001.06838, as in the authors' code.
     """
     kernel = inexact(kernel)

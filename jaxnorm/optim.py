@@ -152,8 +152,10 @@ def norm_penalty(
 
 
 def _distances(params: Any, target: float) -> Any:
-    """How far the scales of norms are from their target and their biases from 0; 0 for everything
-    else."""
+    """How far the scales of norms are from their target and their biases from 0.
+
+    0 for everything else.
+    """
 
     def distance(t: Any, name: str, is_norm: bool) -> Any:
         t = jnp.asarray(t)
@@ -167,8 +169,10 @@ def _distances(params: Any, target: float) -> Any:
 
 
 def _select(params: Any, rule: Any) -> Any:
-    """The tree of rule(name, kind) over the parameters: kind "norm" for scales and biases of norms,
-    "other" for `OTHERS`."""
+    """The tree of rule(name, kind) over the parameters.
+
+    The kind is "norm" for scales and biases of norms, "other" for `OTHERS`.
+    """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     paths = [_names(path) for path, _ in leaves]
     neighbours = defaultdict(set)

@@ -1,8 +1,9 @@
-"""The moment shortcut: what Positional Normalization takes out of an early layer is given to a late
-one.
+"""The moment shortcut: a late layer is given the moments taken out of an early one.
+
+Both layers have the same resolution:
 
     y, m = norm(x, methods.positional_norm())       # in the encoder
-    z = moment_shortcut(z, m)                       # in the decoder, at the same resolution
+    z = moment_shortcut(z, m)                       # in the decoder
 """
 
 import jax
@@ -81,8 +82,9 @@ def scale_and_shift(
         ValueError: scale or shift of another shape.
 
     Example:
-        >>> scale_and_shift(jnp.ones((1, 2, 3)), jnp.full((1, 2, 1), 2.0), jnp.ones((1, 2, 1)))[0, 0]
-        Array([3., 3., 3.], dtype=float32)
+        >>> x, scale, shift = (jnp.full((1, 2, n), 2.0) for n in (3, 1, 1))
+        >>> scale_and_shift(x, scale, shift)[0, 0].tolist()
+        [6.0, 6.0, 6.0]
 
     Reference:
         Positional Normalization, 2019, arXiv:1907.04312, whose dynamic moment shortcut makes both

@@ -24,7 +24,8 @@ def batch_renorm_bounds(step: ArrayLike) -> tuple[jax.Array, jax.Array]:
         [(1.0, 0.0), (1.571..., 2.5), (3.0, 5.0)]
 
     Reference:
-        arXiv:1702.03275, by its summaries; the text itself was not read.
+        Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models,
+        2017, arXiv:1702.03275, by its summaries; the text itself was not read.
     """
     step = jnp.asarray(step, jnp.float32)
     return 1 + 2 * jnp.clip((step - 5000) / 35000, 0, 1), 5 * jnp.clip((step - 5000) / 20000, 0, 1)
@@ -33,8 +34,9 @@ def batch_renorm_bounds(step: ArrayLike) -> tuple[jax.Array, jax.Array]:
 def train_momentum_schedule(
     epoch: ArrayLike, *, epochs: int, batch_size: int, ideal_batch_size: int = 32
 ) -> jax.Array:
-    """The paper's schedule of lambda: batch normalization in the first epoch, then ever more of the
-    past.
+    """The paper's schedule of lambda for Momentum Batch Normalization.
+
+    It begins with batch normalization in the first epoch and keeps ever more of the past.
 
         lambda(t) = q^((T - t) / (T - 1)) - q,    q = min(batch size / ideal batch size, 1)
 
@@ -61,7 +63,8 @@ def train_momentum_schedule(
         [0.0, 0.1858, 0.9375]
 
     Reference:
-        See `momentum_batch_norm`.
+        Momentum Batch Normalization for Deep Learning with Small Batch Size, 2020, in the
+        proceedings of ECCV; see `methods.momentum_batch_norm`.
     """
     check_number(epoch, "epoch")
     if not epochs >= 2:
@@ -75,8 +78,7 @@ def train_momentum_schedule(
 
 
 def inference_momentum(batch_size: int, *, ideal_batch_size: int = 32, base: float = 0.9) -> float:
-    """tau, the momentum of the inference statistics: as many examples remembered whatever the batch
-    size.
+    """tau, the momentum of inference statistics that remembers as many examples at any batch size.
 
         tau = base^(batch size / ideal batch size)
 
@@ -96,7 +98,8 @@ def inference_momentum(batch_size: int, *, ideal_batch_size: int = 32, base: flo
         0.99344
 
     Reference:
-        See `momentum_batch_norm`.
+        Momentum Batch Normalization for Deep Learning with Small Batch Size, 2020, in the
+        proceedings of ECCV; see `methods.momentum_batch_norm`.
     """
     check_number(base, "base", at_least=0, at_most=1)
     return base ** _relative(batch_size, ideal_batch_size)
@@ -139,7 +142,7 @@ def cross_iteration_window(
         [0, 0, 1, 1, 2, 2, 3]
 
     Reference:
-        arXiv:2002.05712, by the authors' code.
+        Cross-Iteration Batch Normalization, 2020, arXiv:2002.05712, by the authors' code.
     """
     check_number(burn_in, "burn_in", at_least=1 if growing else 0)
     check_number(window, "window", at_least=1)

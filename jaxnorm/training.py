@@ -39,8 +39,9 @@ def double_forward(
         [[2.0]]
 
     Reference:
-        arXiv:2010.04947; see `methods.memorized_batch_norm`. Whether the second pass uses the memory is not
-        known; here it does, so that later layers see what they will in training.
+        Double Forward Propagation for Memorized Batch Normalization, 2020, arXiv:2010.04947.
+        Whether the second pass uses the memory is not known; here it does, so that later layers see
+        what they will in training.
     """
 
     def step(

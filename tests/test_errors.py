@@ -1,5 +1,6 @@
 """Every error at the door says what is wrong, what it got, what it expects and what to do."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -13,36 +14,24 @@ from jax.sharding import PartitionSpec as P
 from jaxnorm import (
     EACH,
     Groups,
-    Method,
     Moments,
+    Row,
     Size,
-    batch_group,
     blend,
-    cross_iteration,
     device_groups,
-    domains,
-    evonorm,
     folding,
-    frn,
-    group_plus,
     init_running,
     kernels,
     linen,
-    memorized,
     merge,
     methods,
     moments,
-    momentum,
-    moving_average,
     nnx,
     norm,
     normalize,
     pool,
     positional,
-    proxy,
-    renorm,
     running_moments,
-    switchable,
     update_averaged,
     update_cumulative,
     update_running,
@@ -180,16 +169,16 @@ ERRORS = {
     "groups that are none": (
         TypeError,
         (
-            r"groups is a Groups, a Method or the statistic's shape\. Got 32; expected for "
-            r"example.*group_norm\(32\)"
+            r"groups is a Groups, a row of the table or the statistic's shape\. Got 32; expected "
+            r"for example.*group_norm\(32\)"
         ),
         lambda: norm(ones(*NHWC), 32),
     ),
     "a name for groups": (TypeError, "Got 'batch'", lambda: norm(ones(*NHWC), "batch")),
     "a method of no groups": (
         TypeError,
-        r"Method\(groups\) takes a Groups\. Got 3; expected Groups",
-        lambda: Method(3),
+        r"Row\(groups\) takes a Groups\. Got 3; expected Groups",
+        lambda: Row(3),
     ),
     "another fixed mean": (
         ValueError,
@@ -202,7 +191,7 @@ ERRORS = {
     "a fixed mean of a method": (
         ValueError,
         "mean is None .* Got False",
-        lambda: Method(Groups(), mean=False),
+        lambda: Row(Groups(), mean=False),
     ),
     "integers": (
         TypeError,
@@ -354,29 +343,29 @@ ERRORS = {
     "pieces across rows": (
         ValueError,
         (
-            r"18 groups of x of shape \(8, 4, 6, 6\) are not whole parts of every channel\. "
-            r"Expected a divisor of the 6 channels"
+            r"batch_group_norm\(18\) is no row of the table for x of shape \(8, 4, 6, 6\): groups "
+            r"of 6 channels are a divisor of 6\. Call its apply"
         ),
-        lambda: methods.batch_group_norm(18, (8, 4, 6, 6)),
+        lambda: norm(ones(8, 4, 6, 6), methods.batch_group_norm(18)),
     ),
     "pieces across rows and columns": (
         ValueError,
-        "36 groups .* not whole parts",
-        lambda: methods.batch_group_norm(36, (8, 4, 4, 6)),
+        r"batch_group_norm\(36\) is no row of the table",
+        lambda: methods.batch_group_norm(36).shape((8, 4, 4, 6)),
     ),
     "pieces across channels": (
         ValueError,
-        "not whole parts",
-        lambda: methods.batch_group_norm(9, (8, 4, 4, 6)),
+        r"batch_group_norm\(9\) is no row of the table",
+        lambda: norm(ones(8, 4, 6, 6), methods.batch_group_norm(9)),
     ),
     "pieces of vectors": (
         ValueError,
-        "12 groups .* not whole parts",
-        lambda: methods.batch_group_norm(12, (8, 6)),
+        r"12 groups do not divide the features of x.*\(8, 6\); expected a divisor of 6",
+        lambda: methods.batch_group_norm(12).init((8, 6)),
     ),
-    "pieces without a shape": (
+    "pieces that are whole parts of channels": (
         ValueError,
-        "does not split into 12",
+        r"batch_group_norm\(12\) is no row.*Groups\(batch=1, spatial=\(parts, 1\), channel=EACH\)",
         lambda: moments(ones(*NHWC), methods.batch_group_norm(12)),
     ),
     "state of another number of channels": (
@@ -456,51 +445,35 @@ def layer(library, name, *args, call=(), mask=None, **options):
 
 
 X = ones(*NHWC)
-EVONORM_B0 = partial(evonorm.evonorm_b0, X, evonorm.init_evonorm_b0(6), v=ones(6))
-DOMAIN = partial(domains.domain_batch_norm, X, domains.init_domain_batch_norm(6, 2), domain=1)
-PIECES = partial(
-    batch_group.batch_group_norm, X, batch_group.init_batch_group_norm(6, NHWC), num_groups=6
-)
+EVONORM_B0 = methods.evonorm_b0()
+DOMAIN = methods.domain_batch_norm(2)
+PIECES = methods.batch_group_norm(12)
 FOLD = partial(folding.fold, ones(3, 6), None, init_running((6,)))
 
-LOGITS = (0.1, 0.2, 0.3)
-STATEFUL = {
-    "batch_renorm": partial(
-        renorm.batch_renorm, X, renorm.init_batch_renorm(6), rmax=1.5, dmax=0.5
-    ),
-    "momentum_batch_norm": partial(
-        momentum.momentum_batch_norm, X, momentum.init_momentum_batch_norm(6), train_momentum=0.4
-    ),
-    "memorized_batch_norm": partial(
-        memorized.memorized_batch_norm,
-        X,
-        memorized.init_memorized_batch_norm(6, 2),
-        memory_weights=(0.2, 0.3, 0.5),
-    ),
-    "cross_iteration_norm": partial(
-        cross_iteration.cross_iteration_norm,
-        X,
-        cross_iteration.init_cross_iteration((6, 6)),
-        inputs=X,
-        kernel=jnp.eye(6),
-    ),
-    "moving_average_norm": partial(
-        moving_average.moving_average_norm,
-        X,
-        moving_average.init_moving_average(6),
-        tap=jnp.zeros(6),
-    ),
-    "group_norm_plus": partial(
-        group_plus.group_norm_plus, X, group_plus.init_group_norm_plus(NHWC), num_groups=2
-    ),
-    "switchable_norm": partial(
-        switchable.switchable_norm,
-        X,
-        switchable.init_switchable_norm(6),
-        mean_logits=LOGITS,
-        var_logits=LOGITS,
-    ),
+
+def applied(method, *, train=True, **options):
+    """y and the state after a first step of a method on X."""
+    front = {"kernel_shape": (6, 6)} if isinstance(method, methods.cross_iteration_norm) else {}
+    return method.apply(X, method.init(NHWC, **front), train=train, **options)
+
+
+# every method with a rule of its own, and what its apply needs
+RULES = {
+    EVONORM_B0: {},
+    DOMAIN: {"domain": 1},
+    PIECES: {},
+    methods.evonorm_s0(2): {},
+    methods.filter_response_norm(use_learned_epsilon=True): {},
+    methods.proxy_norm(methods.layer_norm()): {},
+    methods.batch_renorm(): {"rmax": 1.5, "dmax": 0.5},
+    methods.momentum_batch_norm(): {"train_momentum": 0.4},
+    methods.memorized_batch_norm((0.2, 0.3, 0.5)): {},
+    methods.cross_iteration_norm(): {"inputs": X, "kernel": jnp.eye(6)},
+    methods.moving_average_norm(): {"tap": jnp.zeros(6)},
+    methods.group_norm_plus(2): {},
+    methods.switchable_norm(): {"mean_logits": (0.1, 0.2, 0.3)},
 }
+RULES = {type(method).__name__: (method, options) for method, options in RULES.items()}
 EPSILONS = {
     "negative": (ValueError, "epsilon is -1; expected a number of at least 0", -1),
     "NaN": (ValueError, "epsilon is nan; expected a number of at least 0", float("nan")),
@@ -514,45 +487,55 @@ EPSILONS = {
     ),
     "complex": (TypeError, "epsilon has dtype complex64", np.complex64(1)),
 }
+# a method is static, so that what is no Python number is refused by its kind
+EPSILONS_OF_METHODS = EPSILONS | {
+    "NaN": (ValueError, r"\(epsilon=\.\.\.\) is NaN\. Expected a number", float("nan")),
+    "for each channel": (
+        TypeError,
+        r"\(epsilon=\.\.\.\) is an array of shape \(6,\)\. Expected a Python number",
+        np.full(6, 1e-5, "f4"),
+    ),
+    "complex": (TypeError, r"\(epsilon=\.\.\.\) is \(1\+0j\)\. Expected a number", np.complex64(1)),
+}
 TAKE_EPSILON = {
     "norm": partial(norm, X, BN),
     "normalize": partial(normalize, X, given(1, 1, 1, 6)),
-    "evonorm_b0": partial(EVONORM_B0, train=True),
-    "evonorm_s0": partial(evonorm.evonorm_s0, X, v=ones(6), num_groups=2),
-    "filter_response_norm": partial(frn.filter_response_norm, X, learned_epsilon=0.1),
-    "proxy_norm": partial(proxy.proxy_norm, X, methods.layer_norm()),
-    "domain_batch_norm": partial(DOMAIN, train=False),
-    "batch_group_norm": partial(PIECES, train=True),
     "standardize_kernel": partial(kernels.standardize_kernel, X),
     "fold": FOLD,
-    "positional_norm": partial(positional.positional_norm, X),
-    **{name: partial(call, train=True) for name, call in STATEFUL.items()},
+    "moment_shortcut": partial(positional.moment_shortcut, X, given(8, 4, 4, 1)),
+}
+METHODS_TAKE_EPSILON = {
+    **{name: partial(dataclasses.replace, method) for name, (method, _) in RULES.items()},
+    "batch_norm": methods.batch_norm,
+    "group_norm": partial(methods.group_norm, 3),
     **{
-        f"{library.__name__}.{name}": partial(layer, library, name, *args)
+        f"{library.__name__}.LayerNorm": partial(layer, library, "LayerNorm")
         for library in (linen, nnx)
-        for name, args in {
-            "LayerNorm": (),
-            "Norm": (methods.group_norm(3),),
-            "FilterResponseNorm": (),
-        }.items()
     },
 }
 ERRORS |= {
     f"epsilon of {name}, {kind}": (error, message, partial(call, epsilon=value))
-    for i, (name, call) in enumerate(TAKE_EPSILON.items())
-    for j, (kind, (error, message, value)) in enumerate(EPSILONS.items())
+    for calls, epsilons in (
+        (TAKE_EPSILON, EPSILONS),
+        (METHODS_TAKE_EPSILON, EPSILONS_OF_METHODS),
+    )
+    for i, (name, call) in enumerate(calls.items())
+    for j, (kind, (error, message, value)) in enumerate(epsilons.items())
     if name in ("norm", "evonorm_b0", "fold") or (i + j) % 3 == 0
+    if not (name == "norm" and value is None)  # there it is the row's
 }
 ERRORS |= {
     "a learned epsilon for each channel": (
         ValueError,
         r"learned_epsilon has shape \(6,\); expected a number",
-        lambda: frn.filter_response_norm(X, learned_epsilon=ones(6)),
+        lambda: applied(
+            methods.filter_response_norm(use_learned_epsilon=True), learned_epsilon=ones(6)
+        ),
     ),
     "a negative epsilon of the proxy": (
         ValueError,
         "proxy_epsilon is -1.0; expected a number of at least 0",
-        lambda: proxy.proxy_norm(X, methods.layer_norm(), proxy_epsilon=-1.0),
+        lambda: methods.proxy_norm(methods.layer_norm(), proxy_epsilon=-1.0),
     ),
 }
 
@@ -582,16 +565,16 @@ ERRORS |= {
     "negative weights of an evonorm": (
         ValueError,
         NEGATIVE,
-        lambda: EVONORM_B0(train=False, weights=-ones(6)),
+        lambda: applied(EVONORM_B0, train=False, weights=-ones(6)),
     ),
     **{
-        f"a negative mask of {library.__name__}.{name}, {use}": (
+        f"a negative mask of {library.__name__}.{name}{args}, {use}": (
             ValueError,
             NEGATIVE,
             partial(layer, library, name, *args, call=(use,), mask=-np.ones(6, "f4")),
         )
         for library in (linen, nnx)
-        for name, args in {"BatchNorm": (), "Norm": (BN,), "EvoNormB0": ()}.items()
+        for name, *args in (("BatchNorm",), ("Norm", BN), ("Norm", EVONORM_B0))
         for use in (True, False)
     },
 }
@@ -599,24 +582,26 @@ ERRORS |= {
 FLAG = "train is 'False'; expected True or False"
 USE = "use_running_average is {}; expected True or False"
 ERRORS |= {
-    "train of evonorm_b0": (TypeError, FLAG, lambda: EVONORM_B0(train="False")),
-    "train of domain_batch_norm": (TypeError, FLAG, lambda: DOMAIN(train="False")),
-    "train of batch_group_norm": (TypeError, FLAG, lambda: PIECES(train="False")),
     **{
-        f"train of {name}": (TypeError, FLAG, partial(call, train="False"))
-        for name, call in STATEFUL.items()
+        f"train of {name}": (TypeError, FLAG, partial(applied, method, train="False", **options))
+        for name, (method, options) in RULES.items()
     },
-    "train, a number": (TypeError, "train is 2; expected True", lambda: PIECES(train=2)),
-    "train, nothing": (TypeError, "train is None; expected", lambda: PIECES(train=None)),
+    "train of a row": (TypeError, FLAG, lambda: applied(BN, train="False")),
+    "train, a number": (TypeError, "train is 2; expected True", lambda: applied(PIECES, train=2)),
+    "train, nothing": (
+        TypeError,
+        "train is None; expected",
+        lambda: applied(PIECES, train=None),
+    ),
     "train, an array": (
         TypeError,
         r"train is array\(\[ ?True\]\)",
-        lambda: PIECES(train=np.array([True])),
+        lambda: applied(PIECES, train=np.array([True])),
     ),
     **{
-        f"{given} of {library.__name__}.{name}": (TypeError, USE.format(repr(given)), call)
+        f"{given} of {library.__name__}.{name}{args}": (TypeError, USE.format(repr(given)), call)
         for library in (linen, nnx)
-        for name, args in {"BatchNorm": (), "Norm": (BN,), "EvoNormB0": ()}.items()
+        for name, *args in (("BatchNorm",), ("Norm", BN), ("Norm", EVONORM_B0))
         for given, call in {
             "False": partial(layer, library, name, *args, call=("False",)),
             2: partial(layer, library, name, *args, use_running_average=2),
@@ -632,7 +617,7 @@ ERRORS |= {
     "an update of nnx that is no flag": (
         TypeError,
         "update_running_average is 'no'; expected True or False",
-        lambda: nnx.EvoNormB0(6, rngs=fnnx.Rngs(0))(X, update_running_average="no"),
+        lambda: nnx.Norm(6, EVONORM_B0, rngs=fnnx.Rngs(0))(X, update_running_average="no"),
     ),
     "a view of nnx that is no flag": (
         TypeError,
@@ -649,19 +634,19 @@ ERRORS |= {
         lambda: norm(X, BN, axis_index_groups=[[0, 1]]),
     ),
     **{
-        f"device groups of {library.__name__}.{name} without an axis": (
+        f"device groups of {library.__name__}.{name}{args} without an axis": (
             ValueError,
             UNNAMED,
             partial(layer, library, name, *args, axis_index_groups=[[0, 1]]),
         )
         for library in (linen, nnx)
-        for name, args in {
-            "BatchNorm": (),
-            "LayerNorm": (),
-            "Norm": (BN,),
-            "FilterResponseNorm": (),
-        }.items()
-        if not (library is linen and name in ("BatchNorm", "Norm"))
+        for name, *args in (
+            ("BatchNorm",),
+            ("LayerNorm",),
+            ("Norm", BN),
+            ("Norm", methods.filter_response_norm()),
+        )
+        if not (library is linen and (name == "BatchNorm" or BN in args))
     },
     "device groups of linen.BatchNorm without an axis": (
         ValueError,
@@ -680,61 +665,147 @@ ERRORS |= {
     ),
 }
 
-ROW = "method is a Method or a Groups. Got {}; expected a call that makes one, for example methods"
+ROW = r"method is a value of jaxnorm\.methods or a Groups\. Got {}; expected for example methods"
 ERRORS |= {
     **{
-        f"{count} groups of {library.__name__}.BatchGroupNorm": (
+        f"{count} groups of features": (
             TypeError if count == 2.5 else ValueError,
             f"num_groups is {count}; expected an integer of at least 1",
-            partial(layer, library, "BatchGroupNorm", count, call=(True,)),
+            partial(methods.batch_group_norm, count),
         )
-        for library in (linen, nnx)
         for count in (0, -1, 2.5)
     },
-    "no groups of features": (
-        ValueError,
-        "num_groups is 0; expected an integer of at least 1",
-        lambda: batch_group.init_batch_group_norm(0, NHWC),
-    ),
     "groups of an evonorm that do not divide": (
         ValueError,
         r"num_groups=32 does not divide the 6 channels of x.*pass num_groups=6, to which",
-        lambda: evonorm.evonorm_s0(X, v=ones(6)),
+        lambda: applied(methods.evonorm_s0()),
     ),
     "groups of an evonorm that do not divide, channels first": (
         ValueError,
         r"num_groups=4 does not divide the 6 channels.*pass num_groups=3",
-        lambda: evonorm.evonorm_s0(ones(2, 6, 4), v=ones(6), num_groups=4, channel_axis=1),
+        lambda: methods.evonorm_s0(4).apply(ones(2, 6, 4), {}, train=True, channel_axis=1),
     ),
-    "groups of linen.EvoNormS0": (
+    "groups of an evonorm in a layer": (
         ValueError,
         "num_groups=32 does not divide the 6 channels",
-        lambda: layer(linen, "EvoNormS0"),
+        lambda: layer(linen, "Norm", methods.evonorm_s0()),
     ),
     "half a quantile": (
         TypeError,
         "num_quantiles is 0.5; expected an integer of at least 1",
-        lambda: proxy.proxy_norm(X, methods.layer_norm(), num_quantiles=0.5),
+        lambda: methods.proxy_norm(methods.layer_norm(), num_quantiles=0.5),
     ),
-    "a name for a method": (
+    "a name for the method of a proxy": (
         TypeError,
-        ROW.format("'layer'"),
-        lambda: proxy.proxy_norm(X, "layer"),
+        r"proxy_norm\(method\) takes a row of the table\. Got 'layer'; expected for example",
+        lambda: methods.proxy_norm("layer"),
+    ),
+    "a rule for the method of a proxy": (
+        TypeError,
+        r"proxy_norm\(method\) takes a row of the table\. Got evonorm_s0\(\)",
+        lambda: methods.proxy_norm(methods.evonorm_s0()),
     ),
     "a method that was not called": (
         TypeError,
         ROW.format("<function layer_norm at .*>"),
         lambda: layer(linen, "Norm", methods.layer_norm),
     ),
+    "a rule that was not called": (
+        TypeError,
+        ROW.format("<class .*batch_renorm'>"),
+        lambda: layer(nnx, "Norm", methods.batch_renorm),
+    ),
     "a name for a method of nnx": (
         TypeError,
         ROW.format("'layer'"),
         lambda: layer(nnx, "Norm", "layer"),
     ),
-    "a name for a method of a proxy layer": (
+}
+
+ERRORS |= {
+    "a rule where statistics are asked for": (
         TypeError,
-        ROW.format("'layer'"),
-        lambda: layer(nnx, "ProxyNorm", "layer"),
+        r"batch_renorm\(\) has a rule of its own.*call its apply",
+        lambda: norm(X, methods.batch_renorm()),
+    ),
+    "a hyperparameter that is an array": (
+        TypeError,
+        r"batch_renorm\(rmax=\.\.\.\) is an array of shape \(\)\..*Give what changes or is "
+        "traced to apply",
+        lambda: methods.batch_renorm(rmax=jnp.float32(2)),
+    ),
+    "a hyperparameter that is a function": (
+        TypeError,
+        r"evonorm_b0\(momentum=\.\.\.\) is <function",
+        lambda: methods.evonorm_b0(momentum=lambda step: 0.9),
+    ),
+    "an option of another method": (
+        TypeError,
+        "batch_renorm got an unexpected option domain. Expected some of rmax, dmax, momentum",
+        lambda: applied(methods.batch_renorm(), domain=1),
+    ),
+    "an epsilon at apply": (
+        TypeError,
+        "batch_renorm got an unexpected option epsilon",
+        lambda: applied(methods.batch_renorm(), epsilon=1e-3),
+    ),
+    "an option that is missing": (
+        TypeError,
+        "domain_batch_norm needs domain",
+        lambda: applied(DOMAIN),
+    ),
+    "complex x of a rule": (
+        TypeError,
+        "evonorm_b0 is defined for real x. Got complex64",
+        lambda: EVONORM_B0.apply(ones(8, 6, dtype="c8"), EVONORM_B0.init((8, 6)), train=True),
+    ),
+    "state of another method": (
+        ValueError,
+        r"batch_renorm got a state with mean of shape \(6,\), var of shape \(6,\)\. Expected its "
+        "own state, a dict with mean of 1 axis, std of 1 axis",
+        lambda: methods.batch_renorm().apply(X, BN.init(NHWC), train=True),
+    ),
+    "state of a method without": (
+        ValueError,
+        r"evonorm_s0 got a state with var of shape \(6,\)\. Expected its own state, \{\}",
+        lambda: methods.evonorm_s0(2).apply(X, EVONORM_B0.init(NHWC), train=True),
+    ),
+    "moments as state": (
+        TypeError,
+        "Row got a Moments. Expected its own state, a dict with mean, var",
+        lambda: BN.apply(X, init_running((6,)), train=True),
+    ),
+    "an example's weight in training": (
+        ValueError,
+        r"example_weight=0.5 weighs an example against running statistics\. Got train=True",
+        lambda: applied(BN, example_weight=0.5),
+    ),
+    "a parameter that the method does not have": (
+        ValueError,
+        r"slope was given to filter_response_norm\(\), which has none\. Expected use_slope=True",
+        lambda: applied(methods.filter_response_norm(), slope=ones(6)),
+    ),
+    "an option of another method, linen": (
+        TypeError,
+        r"unexpected keyword argument domain at the call of a layer with evonorm_b0\(\)",
+        lambda: linen.Norm(EVONORM_B0).init(jax.random.key(0), X, False, domain=1),
+    ),
+    "an option of another method, nnx": (
+        TypeError,
+        r"unexpected keyword argument domain at the call of a layer with evonorm_b0\(\).*momentum",
+        lambda: nnx.Norm(6, EVONORM_B0, rngs=fnnx.Rngs(0))(X, domain=1),
+    ),
+    "initializers of what is not learned": (
+        ValueError,
+        r"inits has tau, which evonorm_b0\(\) does not learn\. Expected some of v",
+        lambda: nnx.Norm(6, EVONORM_B0, inits={"tau": jnp.ones}, rngs=fnnx.Rngs(0)),
+    ),
+    "a layer in front of a method that does not work on it": (
+        ValueError,
+        r"layer=\.\.\. was given for evonorm_b0\(\), which does nothing with the layer in front",
+        lambda: nnx.Norm(
+            6, EVONORM_B0, layer=fnnx.Linear(6, 6, rngs=fnnx.Rngs(0)), rngs=fnnx.Rngs(0)
+        ),
     ),
 }
 
@@ -782,9 +853,10 @@ def test_errors(error, message, call):
 def test_flags_are_booleans_of_any_kind():
     """Of Python, NumPy and JAX; a traced one is JAX's to refuse."""
     for yes, no in ((True, False), (np.True_, np.False_), (jnp.array(True), jnp.array(False))):
-        assert (PIECES(train=yes)[1]["mean"] != PIECES(train=no)[1]["mean"]).all()
+        ours, theirs = (applied(PIECES, train=flag)[1]["mean"] for flag in (yes, no))
+        assert (ours != theirs).all()
     with pytest.raises(jax.errors.TracerBoolConversionError):
-        jax.jit(lambda train: PIECES(train=train))(True)
+        jax.jit(lambda train: applied(PIECES, train=train))(True)
 
 
 def test_what_is_traced_is_not_looked_at():

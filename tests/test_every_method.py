@@ -18,7 +18,7 @@ from compiled import jit
 from helpers import close, data
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from registry import NAMES, REGISTRY, SHAPE, STATEFUL, C, by_turns, labels
+from registry import COUNTS, NAMES, REGISTRY, SHAPE, STATEFUL, C, by_turns, labels
 
 import jaxnorm
 from jaxnorm import init_running, methods, norm, normalize
@@ -72,9 +72,12 @@ def masks(entry):
     def run(x, gy, weights, of_examples):
         return differentiated(entry, state, x, gy, of_examples, parameters, weights=weights)
 
-    def padded(t, value=0):  # two ghosts of four examples are then two of five
-        one = np.full_like(t[:1], value)
-        return np.concatenate([t[:2], one, t[2:], one])
+    order = [0, 1, -1, 2, 3, 4, 5, 6, 7, -1]  # two ghosts of four examples are then two of five
+    if entry.name.endswith("ghosts by size"):
+        order = [*range(8), -1, -1, -1, -1]  # and one of four an empty one more
+
+    def padded(t, value=0):
+        return np.concatenate([t, np.full_like(t[:1], value)])[order]
 
     def weight(t):
         return np.reshape(t, (-1, 1, 1, 1))
@@ -91,6 +94,8 @@ def masks(entry):
         if entry.constructor == "filter_response_norm":
             empty = np.maximum(empty, parameters["slope"] * empty + parameters["threshold"])
         close(got[~kept], np.broadcast_to(empty, got[~kept].shape), 1e-12)
+    if entry.name.endswith("ghosts by size"):
+        return
     twice = np.arange(8).repeat(1 + np.arange(8) % 2)
     y, _, new = run(x, gy, weight(1.0 + np.arange(8) % 2), of_examples)
     of_examples = {name: t[twice] for name, t in of_examples.items()}
@@ -170,8 +175,8 @@ def scan(entry):
     step, state = jit(entry), first
     for x, y in zip(xs, ys, strict=True):
         one, state = step(x, state)
-        close(one, y, 1e-5)
-    close(scanned, state, 1e-5)
+        close(one, y, 1e-5, rtol=1e-5)
+    close(scanned, state, 1e-5, rtol=1e-5)
     chex.assert_trees_all_equal_shapes_and_dtypes(scanned, first)
     moving = first.keys() - {"positions"}
     assert all((np.asarray(scanned[name]) != first[name]).any() for name in moving)
@@ -205,7 +210,7 @@ def forward_mode(entry):
         return ty, pull(back)[0], pull(ty)[0]
 
     ty, dx, back_again = run(x, tangent, back)
-    close((ty * back).sum(), (dx * tangent).sum(), 1e-9)
+    np.testing.assert_allclose((ty * back).sum(), (dx * tangent).sum(), rtol=1e-9)
     np.testing.assert_allclose(np.sum(back_again * tangent), np.sum(ty * ty), rtol=1e-11)
 
 
@@ -219,8 +224,8 @@ def half_precision(entry):
         assert y.dtype == dtype and all(t.dtype == jnp.float32 for t in new.values())
         if entry.needs_kernel:  # the layer in front rounds too
             continue
-        close(new, new_wide, 1e-6)
-        close(y.astype("f4"), wide, tolerance, atol=2e-5)
+        close(new, new_wide, 1e-6, rtol=1e-6)
+        close(y.astype("f4"), wide, 2e-5, rtol=tolerance)
 
 
 COLUMNS = (masks, synchronization, device_groups, vmap, scan, forward_mode, half_precision)
@@ -270,10 +275,11 @@ def test_layouts_agree(entry):
     """Channels first, the batch last, and both; with a scale for each example."""
     x, scale, state = data(*SHAPE), data(8, C, seed=2), entry.some_state(dtype="f8")
 
+    images = {name for name, t in state.items() if t.shape == SHAPE[1:]}
+
     def turned(state, features):
         """What has the shape of an example goes with it."""
-        image = len(SHAPE) - 1
-        return {n: t.transpose(features) if t.ndim == image else t for n, t in state.items()}
+        return {n: t.transpose(features) if n in images else t for n, t in state.items()}
 
     def in_order(x, order):
         back, features = np.argsort(order), [i - 1 for i in order if i != 0]
@@ -299,7 +305,7 @@ def test_groups_of_devices_in_pmap(entry):
 
 
 @pytest.mark.usefixtures("x64")
-@every([entry for entry in REGISTRY if entry.is_row])
+@by_turns([entry for entry in REGISTRY if entry.is_row])
 def test_rows_are_what_norm_computes(entry):
     """In training; at inference what their moments of inference make of x."""
     x, method, state = data(*SHAPE), entry.method, entry.some_state(dtype="f8")
@@ -320,8 +326,8 @@ def test_extremes_of_float16(entry):
         half = (x * size).clip(-6e4, 6e4).astype("f2")
         y, new = run(half, state)
         wide, new_wide = run(half.astype("f4"), state)
-        close(y.astype("f4"), wide, 2**-10, atol=1e-7)
-        close(new, new_wide, 1e-5)
+        close(y.astype("f4"), wide, 1e-7, rtol=2**-10)
+        close(new, new_wide, 1e-5, rtol=1e-5)
 
 
 PAST = ("past_gradient", "step")
@@ -349,7 +355,8 @@ def test_unusable_channels_leave_the_state(entry):
     for name in state.keys() - set(PAST):
         old = state[name]
         np.testing.assert_array_equal(new[name][rows][..., 2], old[rows][..., 2], name)
-        assert all((new[name][..., c] != old[..., c]).any() for c in others), name
+        moved = [(new[name][..., c] != old[..., c]).any() for c in others]
+        assert name in COUNTS or all(moved), name
     assert np.isnan(y[1, 0, 0, 2])
     apart = entry.constructor != "switchable_norm"  # which mixes in the whole example
     assert np.isfinite(y[..., others]).all() == apart
@@ -362,11 +369,16 @@ def test_inference_leaves_the_state_and_examples_do_not_meet(entry):
     y, new = run(x, state)
     chex.assert_trees_all_equal(new, state)
     x[1:] = np.nan
-    # What is measured in the example itself is measured twice where its batch is not finite.
-    close(run(x, state)[0][0], y[0], 0 if entry.each_channel else 2e-6)
+    # What is measured in an example is measured twice where another one is not finite.
+    measured = not entry.each_channel or entry.constructor in ("switchable_norm", "evonorm_b0")
+    close(run(x, state)[0][0], y[0], 2e-6 if measured else 0)
 
 
-@by_turns()
+# in training it corrects towards what inference uses
+CORRECTED = ("moving_average_norm",)
+
+
+@by_turns([entry for entry in REGISTRY if entry.constructor not in CORRECTED])
 def test_training_differs_from_inference_where_examples_meet(entry):
     x, state = data(*SHAPE, dtype="f4"), entry.some_state()
     x[0] = 2 * x[0] + 1
@@ -408,16 +420,21 @@ DOOR = {
 }
 
 
-@pytest.mark.parametrize("error", DOOR)
-@every()
+AT_THE_DOOR = [
+    pytest.param(entry, error, id=f"{entry}-{error}")
+    for entry in REGISTRY
+    for error in DOOR
+    if error != "complex x" or not entry.is_row
+]
+
+
+@pytest.mark.parametrize("entry, error", AT_THE_DOOR)
 def test_errors_at_the_door(entry, error):
     kind, message, wrong = DOOR[error]
-    if error == "complex x" and entry.is_row:
-        pytest.skip("rows of the table take complex x")
     x = jnp.ones(SHAPE, wrong.get("dtype", "f4"))
+    options = {name: t for name, t in wrong.items() if name == "mask"}
     for train in (True, False):
         with pytest.raises(kind, match=message):
-            options = {name: t for name, t in wrong.items() if name == "mask"}
             outputs(entry, x, entry.init(SHAPE), train, **options)
 
 

@@ -20,7 +20,7 @@ from jax import export
 from registry import REGISTRY, STATEFUL, C
 
 import jaxnorm
-from jaxnorm import inference, linen, methods, nnx, norm
+from jaxnorm import Moments, inference, linen, methods, nnx, norm
 
 SIZES = {"b": 3, "h": 5, "w": 4}  # with which the exported programs are called
 
@@ -103,7 +103,7 @@ def layer_program(library, name, train, channels_first):
     if channels_first:
         sizes = ("b", C, "h", "w")
         options |= dict.fromkeys(layer.last.split(), 1)
-    others = [(*sizes[:-1], 1)] * 2 if name == "DynamicMomentShortcut" else []
+    others = [(*sizes[:-1], 1)] * 3 if name == "DynamicMomentShortcut" else []
     features = (C, C) if name.startswith("WS") else (C,)
     make = getattr(library, name)
     if library is nnx:
@@ -114,6 +114,12 @@ def layer_program(library, name, train, channels_first):
     return program(library, partial(make, **options), (sizes, *others), train, call)
 
 
+def with_moments(arrays):
+    """x, and the moments that a layer may take beside it."""
+    x, *m = arrays
+    return (x, Moments(*m)) if m else (x,)
+
+
 def program(library, make, sizes, train, call, by_example=lambda x: {}):
     """A layer as a function of its variables and x: what it returns and remembers; in training also
     the gradient of a loss."""
@@ -121,11 +127,12 @@ def program(library, make, sizes, train, call, by_example=lambda x: {}):
     if library is linen:
         module = make()
         init = partial(module.init, **call, **by_example(first[0]))
-        known = jax.eval_shape(init, jax.random.key(0), *first)
+        known = jax.eval_shape(init, jax.random.key(0), *with_moments(first))
         mutable = [collection for collection in known if collection != "params"]
 
         def run(variables, *xs):
-            return module.apply(variables, *xs, mutable=mutable, **call, **by_example(xs[0]))
+            options = {"mutable": mutable, **call, **by_example(xs[0])}
+            return module.apply(variables, *with_moments(xs), **options)
     else:
         graph, state = fnnx.split(fnnx.eval_shape(lambda: make(rngs=fnnx.Rngs(0))))
         known = fnnx.to_pure_dict(state)
@@ -134,7 +141,7 @@ def program(library, make, sizes, train, call, by_example=lambda x: {}):
             new = jax.tree.map(lambda t: t, state)
             fnnx.replace_by_pure_dict(new, variables)
             module = fnnx.merge(graph, new)
-            y = module(*xs, **call, **by_example(xs[0]))
+            y = module(*with_moments(xs), **call, **by_example(xs[0]))
             return y, fnnx.to_pure_dict(fnnx.state(module))
 
     def step(variables, *xs):

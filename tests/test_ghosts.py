@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from compiled import jit
 from flax import nnx
+from helpers import close
 
 from jaxnorm import init_running, linen, methods, moments, update_running
 from jaxnorm import nnx as layers
@@ -16,7 +17,6 @@ K, D = 4, 0.7
 SIZE = 2
 CONVENTIONS = ("pooled", "averaged", "sequential", "sequential divided")
 conventions = pytest.mark.parametrize("convention", CONVENTIONS)
-close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
 
 
 def data():
@@ -131,6 +131,14 @@ def test_layers_take_the_convention(convention):
     nnx.jit(lambda layer, x: layer(x))(theirs, x)
     for got in (new[1]["batch_stats"]["var"], theirs.var[...]):
         np.testing.assert_allclose(got, want.var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_running_average", (True, False))
+def test_one_example_initializes_a_layer(use_running_average):
+    method = methods.batch_and_group_norm(ghost_size=SIZE, num_groups=2)
+    layer = linen.Norm(method, use_running_average=use_running_average)
+    variables = layer.init(jax.random.key(0), jnp.ones((1, 3, 4)))
+    assert variables["batch_stats"]["mean"].shape == (4,)
 
 
 def test_another_convention_is_refused():

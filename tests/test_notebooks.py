@@ -18,7 +18,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def executed(path: Path, cwd: Path) -> nbformat.NotebookNode:
     """The notebook with its outputs, run by this interpreter in `cwd` with the jaxnorm of this
     checkout."""
-    path_list = [str(ROOT), str(path.parent), os.environ.get("PYTHONPATH")]
+    path_list = [str(ROOT), os.environ.get("PYTHONPATH")]
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, path_list)),
         "PYTHONDONTWRITEBYTECODE": "1",

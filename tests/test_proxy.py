@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx as fnnx
+from helpers import close
 from scipy import special
 
 from jaxnorm import Groups, linen, methods, nnx
@@ -55,10 +56,6 @@ def ours(x, scale, bias, more_scale, more_bias, activation=jax.nn.silu):
 def draw():
     rng = np.random.default_rng(0)
     return rng.normal(1, 2, SHAPE), *rng.normal(size=(4, 1, 1, 1, 6))
-
-
-def close(a, b, atol=1e-11):
-    jax.tree.map(lambda s, t: np.testing.assert_allclose(s, t, rtol=0, atol=atol), a, b)
 
 
 def test_values_and_gradients_of_all_four_parameters():
@@ -193,12 +190,14 @@ def test_errors():
         proxied(jnp.ones(SHAPE), proxy_bias=jnp.zeros(4))
 
 
-def test_layers_take_none_for_no_activation_given():
+def test_layers_take_the_activation_at_the_call():
+    """None is no activation, as one that is left out."""
     x = jnp.asarray(draw()[0])
-    one = linen.Norm(METHOD, activation=jax.nn.silu)
+    one, other = linen.Norm(METHOD), nnx.Norm(6, METHOD, rngs=fnnx.Rngs(0))
     variables = one.init(jax.random.key(0), x)
-    expected = one.apply(variables, x)
-    np.testing.assert_array_equal(one.apply(variables, x, activation=None), expected)
-    other = nnx.Norm(6, METHOD, activation=jax.nn.silu, rngs=fnnx.Rngs(0))
-    close(other(x, activation=None), expected, atol=1e-6)
-    assert not np.allclose(one.apply(variables, x, activation=jax.nn.relu), expected, atol=0.1)
+    for options in ({"activation": jax.nn.silu}, {"activation": None}, {}):
+        expected = proxied(x, **options)
+        close(one.apply(variables, x, **options), expected, atol=1e-6)
+        close(other(x, **options), expected, atol=1e-6)
+    with_silu = one.apply(variables, x, activation=jax.nn.silu)
+    assert not np.allclose(with_silu, expected, atol=0.1)

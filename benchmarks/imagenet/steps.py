@@ -12,13 +12,13 @@ from flax import linen as nn
 
 from benchmarks.imagenet.placement import AXIS
 from benchmarks.resnet import ResNet
-from jaxnorm import Method, methods
+from jaxnorm import Groups, Row, methods
 from jaxnorm.linen import Norm
 
 METHODS = {
     "batch": lambda groups, ghost: methods.batch_norm(),
     "ghost_batch": lambda groups, ghost: methods.ghost_batch_norm(ghost_size=ghost),
-    "batch_group": lambda groups, ghost: methods.batch_group_norm(groups),
+    "batch_group": lambda groups, ghost: Row(Groups(batch=1, spatial=1, channel=groups)),
     "batch_and_group": lambda groups, ghost: methods.batch_and_group_norm(
         ghost_size=ghost, num_groups=groups
     ),
@@ -28,7 +28,7 @@ METHODS = {
     "positional": lambda groups, ghost: methods.positional_norm(),
     "rms": lambda groups, ghost: methods.rms_norm(),
 }
-"""(number of channel groups, images in a ghost batch) -> the method, by name."""
+"""(number of channel groups, images in a ghost batch) -> the row of the table, by name."""
 
 MOMENTUM = 0.9
 """Weight of the old value in the running statistics, and of the old direction in the optimizer."""
@@ -137,7 +137,7 @@ def _pixels(batch: Batch) -> jax.Array:
 
 
 def network(
-    method: Method,
+    method: Row,
     *,
     devices: int,
     devices_per_norm: int,
@@ -161,16 +161,17 @@ def network(
         num_classes: size of the output.
         dtype: of the activations.
     """
-    across: dict[str, Any] = {}
-    if method.groups.batch == 1 and not mapped:
-        method = replace(method, groups=replace(method.groups, batch=devices // devices_per_norm))
-    elif method.groups.batch == 1 and devices_per_norm > 1:
+    method, across = replace(method, momentum=MOMENTUM), dict[str, Any]()
+    groups: Any = method.groups
+    if groups.batch == 1 and not mapped:
+        method = replace(method, groups=replace(groups, batch=devices // devices_per_norm))
+    elif groups.batch == 1 and devices_per_norm > 1:
         parts = tuple(
             tuple(range(i, i + devices_per_norm)) for i in range(0, devices, devices_per_norm)
         )
         across = {"axis_name": AXIS, "axis_index_groups": parts if len(parts) > 1 else None}
     return ResNet(
-        partial(Norm, method, momentum=MOMENTUM, dtype=dtype, **across),
+        partial(Norm, method, dtype=dtype, **across),
         partial(
             nn.Conv,
             dtype=dtype,

@@ -14,8 +14,7 @@ def elements(shape: Shape, groups: Shape) -> int:
 
 
 def _cut(shape: Shape, groups: Shape) -> tuple[list[int], Shape]:
-    """`shape` with every axis that is split written as (groups, rest), and the axes of the
-    rests."""
+    """`shape` with split axes written as (groups, rest), and the axes of the rests."""
     dims: list[int] = []
     rests = []
     for n, g in zip(shape, groups, strict=True):
@@ -34,8 +33,10 @@ def block_sum(t: jax.Array, groups: Shape) -> jax.Array:
 
 
 def spread(v: jax.Array, shape: Shape) -> jax.Array:
-    """Each group's value repeated for its indices; axes of size 1 stay and broadcast against
-    `shape`."""
+    """Each group's value repeated for its indices.
+
+    Axes of size 1 stay and broadcast against `shape`.
+    """
     shape = tuple(g if g == 1 else n for n, g in zip(shape, v.shape, strict=True))
     if v.shape == shape:
         return v
@@ -45,8 +46,9 @@ def spread(v: jax.Array, shape: Shape) -> jax.Array:
 
 
 def channel_resolution(shape: Shape, groups: Shape, channel_axes: Shape) -> Shape:
-    """Shape of the first, full-size sums: `groups` with the channels, and every axis that is split,
-    whole.
+    """Shape of the first, full-size sums.
+
+    It is `groups` with the channels, and with every axis that is split, whole.
 
     Splitting an axis at full size makes two of it, which XLA reduces several times slower; summing
     the indices of a group afterwards costs nothing. Where these axes are all that is summed there

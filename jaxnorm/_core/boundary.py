@@ -1,4 +1,4 @@
-"""The functions of the core as users call them: arrays may lie on meshes with axes of type Explicit.
+"""The functions of the core as users call them, also for arrays on meshes with explicit axes.
 
 Inside of the library they call each other as they are, so that a call enters such a mesh once.
 """

@@ -12,8 +12,10 @@ T = TypeVar("T")
 
 
 def known(value: object) -> np.ndarray | None:
-    """The value, or None where it, or a number in a list, is traced or lies on the devices of other
-    processes."""
+    """The value, or None where it cannot be looked at.
+
+    That is where it, or a number in a list, is traced or lies on the devices of other processes.
+    """
     for leaf in jax.tree.leaves(value):
         if isinstance(leaf, Tracer):
             return None
@@ -60,8 +62,10 @@ def check_number(
 
 
 def check_epsilon(epsilon: object, name: str = "epsilon") -> None:
-    """What is added to a variance is one number, 0 or more: with another for each channel, axes
-    would have to say where these are."""
+    """What is added to a variance is one number, 0 or more.
+
+    With another number for each channel, axes would have to say where these are.
+    """
     check_number(epsilon, name, at_least=0)
 
 

@@ -15,8 +15,9 @@ from jaxnorm._core.moments import Moments
 def with_divisor(
     m: Moments, epsilon: float, *, correction: int = 0, epsilon_outside: bool = False
 ) -> Moments:
-    """m whose variance is the square of what x - mean is divided by, to be normalized with epsilon
-    0.
+    """m whose variance is the square of what x - mean is divided by.
+
+    It is to be normalized with epsilon 0.
 
     sqrt(v + epsilon), or outside the root sqrt(v) + epsilon, with v = `corrected(var)`. The root of
     a variance of 0 has derivative 0 here.
@@ -32,8 +33,9 @@ def with_divisor(
 
 
 def corrected(m: Moments, correction: int) -> Moments:
-    """m with the variance of a sample of n: var max(n, 1) / max(n - correction, 1), never less than
-    var.
+    """m with the variance of a sample of n.
+
+    It is var max(n, 1) / max(n - correction, 1), never less than var.
 
     n is the count, so weights count elements: it has no meaning for weights of another scale, and
     where they add up to less than one element the variance stays the biased one.

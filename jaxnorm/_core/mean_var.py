@@ -76,8 +76,10 @@ def _totals(
     sums: Sequence[jax.Array],
     to_groups: Callable[[jax.Array, Shape], jax.Array] = block_sum,
 ) -> list[jax.Array]:
-    """Full-size sums to groups and devices. The barrier keeps XLA from joining the two stages into
-    one full-size sum."""
+    """Full-size sums to groups and devices.
+
+    The barrier keeps XLA from joining the two stages into one full-size sum.
+    """
     return all_sum(
         [to_groups(t, sets.shape) for t in barrier(list(sums))],
         sets.axis_name,
@@ -96,8 +98,10 @@ def _square_sum(
 def _statistics(
     sets: Sets, p: Platform, x: jax.Array, w: jax.Array | None, c: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Mean (unless it is fixed) and variance: sums about c, and again about the mean where
-    cancellation would show."""
+    """Mean (unless it is fixed) and variance.
+
+    They are made of sums about c, and again about the mean where cancellation would show.
+    """
 
     def about(c: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         shift = None if c is None else p.to_channels(c, x.shape)
@@ -202,8 +206,10 @@ def _along_dx_by_platform(sets, *args):
 
 
 def _along_dw(sets, dw, x, w, m, v, n):
-    """Derivative along the weights: dmean = sum dw (x - mean) / n and dvar = sum dw (|x - mean|^2 -
-    var) / n."""
+    """Derivative along the weights.
+
+    dmean = sum dw (x - mean) / n and dvar = sum dw (|x - mean|^2 - var) / n.
+    """
     finite = jnp.isfinite(x)
     d = x.astype(statistic_dtype(x.dtype))
     d = jnp.where(finite, d if m is None else d - spread(m, x.shape), 0)

@@ -84,8 +84,8 @@ def moments(
 
     Args:
         x: floating or complex array; `Groups` and rows need a rank of 2 or more.
-        groups: which elements form a set: `Groups`, a row of the table of methods or the statistic's
-            shape.
+        groups: which elements form a set: `Groups`, a row of the table of methods or the
+            statistic's shape.
         weights: how much each element counts, 0 or more; anything that broadcasts against x.
             Booleans are a mask. Negative weights are refused where they are known: under `jit` and
             derivatives they cannot be seen, and give numbers that mean nothing.
@@ -168,8 +168,10 @@ def check_moments(m: object, name: str) -> None:
 
 
 def as_array(x: ArrayLike) -> jax.Array:
-    """x itself where it is an array: `jnp.asarray` copies it under an eager `vjp`, and the copy
-    would be kept for backward."""
+    """x itself where it is an array.
+
+    `jnp.asarray` copies it under an eager `vjp`, and the copy would be kept for backward.
+    """
     return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 

@@ -11,8 +11,10 @@ CELL, GAP = 12, 5
 
 
 def picture(batch: Any, spatial: Any, channel: Any, caption: str) -> str:
-    """A block of 4 examples (side by side), 4 positions (down) and 6 channels (across): elements of
-    one colour that touch share a statistic.
+    """A block of 4 examples, 4 positions and 6 channels, coloured by set.
+
+    Examples are side by side, positions go down and channels across; elements of one colour that
+    touch share a statistic.
 
     It is a sketch: any number of groups above 1 that does not divide the block is drawn as 2, and
     several spatial axes as one.

@@ -118,8 +118,10 @@ def _alike(old: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _stored(
     state: Moments, m: Moments, mean: jax.Array, var: jax.Array, count: jax.Array | None
 ) -> Moments:
-    """New values in the dtypes of the state, and the old ones where m is not usable or a new one
-    would not be finite as it is stored."""
+    """New values in the dtypes of the state.
+
+    The old ones stay where m is not usable, or where a new one would not be finite as it is stored.
+    """
     old = (state.mean, state.var) + (() if state.count is None else (state.count,))
     new = (mean, var) + (() if count is None else (count,))
     new = [t.astype(t_old.dtype) for t, t_old in zip(new, old, strict=True)]
@@ -135,8 +137,10 @@ def rate_of(momentum: ArrayLike, dtype: jnp.dtype, name: str = "momentum") -> ja
 
 
 def warn_of_half_precision(dtype: DTypeLike, momentum: ArrayLike | None) -> None:
-    """Say so where an average would stop while it is far from where it goes, because steps of less
-    than half of the last digit are lost. `momentum` is None where steps become ever smaller.
+    """Say so where an average in half precision would stop far from where it goes.
+
+    Steps of less than half of the last digit are lost. `momentum` is None where steps become ever
+    smaller.
 
     It stops at a distance of half of the last digit / (1 - momentum): with 0.99 a part in 10^5 in
     float32, and 4 in 10 in bfloat16.

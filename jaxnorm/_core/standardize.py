@@ -35,8 +35,10 @@ def _(primals, tangents):
 def _coefficients(
     p: Platform, shape: Shape, mean: jax.Array, v: jax.Array, g: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """s, a and g of y = (x - s) a g + b, spread over the groups of every axis that is split; g None
-    where a carries it."""
+    """s, a and g of y = (x - s) a g + b, spread over the groups of every axis that is split.
+
+    g is None where a carries it.
+    """
     s, a = mean, inverse_root(v).astype(mean.dtype)
     if any(k not in (1, n) for t in (s, a) for n, k in zip(shape, t.shape, strict=True)):
         s, a = (p.to_channels(t, shape) for t in (s, a))
@@ -89,8 +91,10 @@ def _pass(dtype, kept, p, x, w, mean, v, g, b):
 
 
 def _coefficients_along(p, shape, primals, tangents):
-    """`_coefficients`, and their derivative along the tangents that are there; None where there is
-    none."""
+    """`_coefficients`, and their derivative along the tangents that are there.
+
+    It is None where there is none.
+    """
     live = [i for i, t in enumerate(tangents) if t is not None]
 
     def f(*ts):

@@ -28,8 +28,8 @@ def running_shape(
     """Shape of the running state, and the shape in which it serves x.
 
     Args:
-        groups: `Groups`, or a row of the table. Its batch number does not matter: running statistics are those of all
-            examples.
+        groups: `Groups`, or a row of the table. Its batch number does not matter: running
+            statistics are those of all examples.
         x_shape: shape of x; the number of examples does not matter.
         batch_axis: axis of the examples.
         channel_axis: axis of the channels.
@@ -130,8 +130,10 @@ def serving(state: Moments, expected: Shape, statistic: Shape, x_shape: Shape) -
 
 
 def pooled_to(running: Moments, shape: Shape, batch_axis: int = 0) -> Moments:
-    """Running moments, pooled where they are finer than statistics of that shape; the batch axis
-    stays of size 1."""
+    """Running moments, pooled where they are finer than statistics of that shape.
+
+    The batch axis stays of size 1.
+    """
     if running.mean.ndim != len(shape) or running.mean.shape[single_axis(batch_axis, shape)] != 1:
         raise ValueError(
             f"running moments of shape {running.mean.shape} do not serve statistics of shape "
@@ -156,3 +158,11 @@ def check_running(state: Any, name: str) -> None:
         )
         raise TypeError(f"{name} is a {type(state).__name__}; expected {hint}.")
     check_moments(state, name)
+
+
+def serves_channels(shape: Shape, channels: int) -> bool:
+    """Whether running statistics of this shape are those of channels or groups of channels.
+
+    Others depend on the position, which a kernel cannot.
+    """
+    return len(shape) == 1 and channels % max(shape[0], 1) == 0

@@ -63,8 +63,9 @@ def barrier(tree: Any) -> Any:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def kept_small(f: Callable[..., Any], static: Any, *args: Any) -> Any:
-    """f(static, *args), checkpointed: reverse mode keeps the arguments, x and small arrays, not
-    what f makes of them.
+    """f(static, *args), checkpointed.
+
+    Reverse mode keeps the arguments, x and small arrays, not what f makes of them.
 
     Under jit, because outside of it every call would compile the branches of
     `platforms.by_platform` again.

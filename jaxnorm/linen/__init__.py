@@ -15,8 +15,8 @@ itself).
 
 from jaxnorm.linen._norm import Norm as Norm
 from jaxnorm.linen._flax_batch_norm import BatchNorm as BatchNorm
-from jaxnorm.linen._flax_norms import GroupNorm as GroupNorm
-from jaxnorm.linen._flax_norms import InstanceNorm as InstanceNorm
+from jaxnorm.linen._flax_group_norms import GroupNorm as GroupNorm
+from jaxnorm.linen._flax_group_norms import InstanceNorm as InstanceNorm
 from jaxnorm.linen._flax_norms import LayerNorm as LayerNorm
 from jaxnorm.linen._flax_norms import RMSNorm as RMSNorm
 from jaxnorm.linen._kernels import WSConv as WSConv

@@ -1,6 +1,6 @@
 """Batch normalization as Flax has it."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxnorm._core.checks import check_number
 from jaxnorm._core.moments import as_array
 from jaxnorm._core.state import init_running
 from jaxnorm._flax_rules import Axes
-from jaxnorm._layers import Activation
+from jaxnorm._layers import CallOptions
 from jaxnorm.linen._variables import call, ones, state_dtype, zeros
 
 
@@ -91,12 +91,13 @@ class BatchNorm(nn.Module):
         mask: ArrayLike | None = None,
         update_running_average: bool | None = None,
         example_weight: ArrayLike | None = None,
-        scale: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
-        activation: Activation | None = None,
+        **options: Unpack[CallOptions],
     ) -> jax.Array:
-        """Normalize x; `mask` broadcasts against x and says what counts, or how much, and
-        `example_weight` is `inference.weigh_example`'s, with running statistics."""
+        """Normalize x.
+
+        `mask` broadcasts against x and says what counts, or how much. `example_weight` is that of
+        `inference.weigh_example`, with running statistics.
+        """
         check_number(self.momentum, "momentum", at_least=0, at_most=1)
         x = as_array(x)
         row = _layers.flax_row(_flax_rules.keep_axes(x, self.axis), self, momentum=0.99)
@@ -113,7 +114,5 @@ class BatchNorm(nn.Module):
             update_running_average=update_running_average,
             momentum=self.momentum,
             example_weight=example_weight,
-            scale=scale,
-            bias=bias,
-            activation=activation,
+            **options,
         )

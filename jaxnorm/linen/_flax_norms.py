@@ -1,6 +1,6 @@
-"""Group, instance, layer and root mean square normalization as Flax has them."""
+"""Layer and root mean square normalization as Flax has them; the call of all its norms."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,15 @@ from jaxnorm import _flax_rules, _layers
 from jaxnorm._core.axes import Shape
 from jaxnorm._core.moments import as_array
 from jaxnorm._flax_rules import Axes
-from jaxnorm._layers import Activation
+from jaxnorm._layers import CallOptions
 from jaxnorm.linen._variables import call, ones, zeros
 
 Sets = tuple[Shape, Axes, Literal[0] | None]
 """The statistic's shape, the feature axes, and the fixed mean."""
 
 
-class _Norm(nn.Module):
-    """The call that these norms have in common."""
+class FlaxNorm(nn.Module):
+    """The call that Flax's norms without state have in common."""
 
     def _sets(self, x: jax.Array) -> Sets:
         raise NotImplementedError
@@ -31,133 +31,19 @@ class _Norm(nn.Module):
         x: ArrayLike,
         *,
         mask: ArrayLike | None = None,
-        scale: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
-        activation: Activation | None = None,
+        **options: Unpack[CallOptions],
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
         x = as_array(x)
         shape, feature_axes, mean = self._sets(x)
         row = _layers.flax_row(shape, self, mean=mean)
-        affine = {"scale": scale, "bias": bias, "activation": activation}
-        return call(self, row, x, feature_axes, mask=mask, **affine)
+        return call(self, row, x, feature_axes, mask=mask, **options)
 
 
-class GroupNorm(_Norm):
-    """Group normalization, a drop-in replacement for `flax.linen.GroupNorm`: `methods.group_norm`.
+class LayerNorm(FlaxNorm):
+    """Layer normalization, a drop-in replacement for `flax.linen.LayerNorm`.
 
-        y = (x - mean) / sqrt(var + epsilon) * scale + bias
-
-    Args:
-        num_groups: number of groups of channels, the last axis.
-        group_size: or the channels in a group; then pass `num_groups=None`.
-        epsilon: added to the variance, in the unit of x squared.
-        dtype: of the output; None promotes input and parameters.
-        param_dtype: of the parameters.
-        use_bias: add a learned bias.
-        use_scale: multiply by a learned scale.
-        bias_init: initializer of the bias.
-        scale_init: initializer of the scale.
-        reduction_axes: axes that are pooled, the last among them; None pools all but the first.
-        axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
-        axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding
-            would show.
-        force_float32_reductions: accepted for Flax; statistics are float32 or wider always.
-        unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
-
-    Raises:
-        ValueError: both or neither of `num_groups` and `group_size`, or one that does not divide
-            the channels.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> layer, x = GroupNorm(num_groups=4), jnp.ones((2, 8, 8, 16))
-        >>> layer.init_with_output(jax.random.key(0), x)[0].shape
-        (2, 8, 8, 16)
-
-    Reference:
-        Group Normalization, 2018, arXiv:1803.08494.
-    """
-
-    num_groups: int | None = 32
-    group_size: int | None = None
-    epsilon: float = 1e-6
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = zeros
-    scale_init: Initializer = ones
-    reduction_axes: Axes | None = None
-    axis_name: str | None = None
-    axis_index_groups: Any = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
-    unit_offset: bool = False
-
-    def _sets(self, x: jax.Array) -> Sets:
-        num_groups = _flax_rules.number_of_groups(x.shape[-1], self.num_groups, self.group_size)
-        shape = _flax_rules.group_shape(x, num_groups, self.reduction_axes)
-        return shape, -1, None
-
-
-class InstanceNorm(_Norm):
-    """Instance normalization, a drop-in replacement for `flax.linen.InstanceNorm`:
-    `methods.instance_norm`.
-
-        y = (x - mean) / sqrt(var + epsilon) * scale + bias
-
-    Args:
-        epsilon: added to the variance, in the unit of x squared.
-        dtype: of the output; None promotes input and parameters.
-        param_dtype: of the parameters.
-        use_bias: add a learned bias.
-        use_scale: multiply by a learned scale.
-        bias_init: initializer of the bias.
-        scale_init: initializer of the scale.
-        feature_axes: axes of scale and bias; they and the first are not pooled.
-        axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
-        axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding
-            would show.
-        force_float32_reductions: accepted for Flax; statistics are float32 or wider always.
-        unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
-
-    Raises:
-        ValueError: the first axis is among `feature_axes`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> InstanceNorm().init_with_output(jax.random.key(0), jnp.ones((2, 8, 8, 16)))[0].shape
-        (2, 8, 8, 16)
-
-    Reference:
-        Instance Normalization: The Missing Ingredient for Fast Stylization, 2016, arXiv:1607.08022.
-    """
-
-    epsilon: float = 1e-6
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = zeros
-    scale_init: Initializer = ones
-    feature_axes: Axes = -1
-    axis_name: str | None = None
-    axis_index_groups: Any = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
-    unit_offset: bool = False
-
-    def _sets(self, x: jax.Array) -> Sets:
-        shape = _flax_rules.instance_shape(x, self.feature_axes)
-        return shape, self.feature_axes, None
-
-
-class LayerNorm(_Norm):
-    """Layer normalization, a drop-in replacement for `flax.linen.LayerNorm`:
-    `methods.token_layer_norm` by default.
+    The method is `methods.token_layer_norm` by default:
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -173,8 +59,7 @@ class LayerNorm(_Norm):
         feature_axes: axes of scale and bias.
         axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding
-            would show.
+        use_fast_variance: False always takes a second pass; True where rounding would show.
         force_float32_reductions: accepted for Flax; statistics are float32 or wider always.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
 
@@ -203,13 +88,13 @@ class LayerNorm(_Norm):
     unit_offset: bool = False
 
     def _sets(self, x: jax.Array) -> Sets:
-        shape = _flax_rules.pool_axes(x, self.reduction_axes)
-        return shape, self.feature_axes, None
+        return _flax_rules.pool_axes(x, self.reduction_axes), self.feature_axes, None
 
 
-class RMSNorm(_Norm):
-    """Root mean square normalization, a drop-in replacement for `flax.linen.RMSNorm`:
-    `methods.rms_norm`.
+class RMSNorm(FlaxNorm):
+    """Root mean square normalization, a drop-in replacement for `flax.linen.RMSNorm`.
+
+    The method is `methods.rms_norm`:
 
         y = x / sqrt(mean(x^2) + epsilon) * scale
 
@@ -250,5 +135,4 @@ class RMSNorm(_Norm):
     unit_offset: bool = False
 
     def _sets(self, x: jax.Array) -> Sets:
-        shape = _flax_rules.pool_axes(x, self.reduction_axes)
-        return shape, self.feature_axes, 0
+        return _flax_rules.pool_axes(x, self.reduction_axes), self.feature_axes, 0

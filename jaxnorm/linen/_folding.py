@@ -32,8 +32,7 @@ class Folded(NamedTuple):
 
 
 def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *example: Any) -> Folded:
-    """Fold norms that use running statistics into the convolution or dense layer before them, in a
-    whole model.
+    """Fold norms that use running statistics into the layers before them, in a whole model.
 
     A norm is folded where its input is exactly the output of a `Conv`, `ConvTranspose` or `Dense`
     and nothing else uses that output or the layer's parameters (tied weights), as read from the
@@ -143,8 +142,10 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
 def _forward(
     forward: Callable[..., Any], norms: Mapping[str, Any], biased: frozenset[str]
 ) -> Callable[..., Any]:
-    """`forward` in which these norms do nothing, and these layers have a bias that they do not know
-    of."""
+    """`forward` in which these norms do nothing.
+
+    These layers have a bias that they do not know of.
+    """
 
     def interceptor(
         call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
@@ -191,8 +192,10 @@ def _is_norm(module: Any, x: Any, use_running_average: bool | None = None, **opt
 
 
 def _owns(module: Any, tree: Any, collection: str) -> bool:
-    """Whether a module's variables are those of the tree, not something made of them on the way, as
-    in a scan."""
+    """Whether a module's variables are those of the tree.
+
+    They are not where something made them on the way, as in a scan.
+    """
     own, seen = (
         _get(tree.get(collection, {}), module.scope.path),
         module.scope.variables().get(collection, {}),

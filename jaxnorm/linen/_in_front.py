@@ -12,8 +12,10 @@ from jaxnorm.methods import Method
 def in_front(
     method: Method, layer: Any, inputs: jax.Array
 ) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
-    """What a method makes of a submodule like `nn.Conv` and `nn.Dense`: its x, the options of
-    `apply` and those of `init`."""
+    """What a method makes of a submodule like `nn.Conv` and `nn.Dense`.
+
+    It is the method's x, the options of `apply` and those of `init`.
+    """
     check_works_on_layers(method)
     if (
         not isinstance(layer, nn.Module)

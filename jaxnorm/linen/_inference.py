@@ -20,8 +20,9 @@ def call_norms_with(
     update_running_average: bool | None = None,
     example_weight: ArrayLike | None = None,
 ) -> Iterator[None]:
-    """Inside this context every layer with running statistics is called with these options,
-    whatever the model passes.
+    """Call every layer that has running statistics with these options, inside of a context.
+
+    They take precedence over what the model passes.
 
     `use_running_average=False, update_running_average=False` normalizes with the batch's statistics
     at test time, while the rest of the model stays in inference. `example_weight` is one weight for
@@ -33,6 +34,9 @@ def call_norms_with(
         update_running_average: likewise.
         example_weight: alpha of `inference.weigh_example`, a number or traced scalar; layers that
             do not use running statistics do not get it.
+
+    Returns:
+        A context manager.
 
     Raises:
         ValueError: an `example_weight` for a layer that uses running statistics and is neither

@@ -36,8 +36,7 @@ class _Standardized(nn.Module):
 
 
 class WSConv(_Standardized, nn.Conv, kw_only=True):
-    """Convolution with Weight Standardization: `flax.linen.Conv` with its kernel through
-    `kernels.standardize_kernel`.
+    """Convolution with Weight Standardization: `flax.linen.Conv` with a standardized kernel.
 
         y = conv(x, (W - mean_o) / sqrt(var_o + epsilon)) + bias
 
@@ -67,8 +66,7 @@ class WSConv(_Standardized, nn.Conv, kw_only=True):
 
 
 class WSDense(_Standardized, nn.Dense, kw_only=True):
-    """Dense layer with Weight Standardization: `flax.linen.Dense` with its kernel through
-    `kernels.standardize_kernel`.
+    """Dense layer with Weight Standardization: `flax.linen.Dense` with a standardized kernel.
 
         y = x (W - mean_o) / sqrt(var_o + epsilon) + bias
 

@@ -12,14 +12,14 @@ from jaxnorm.positional import scale_and_shift
 
 
 class DynamicMomentShortcut(nn.Module):
-    """The moment shortcut with scale and shift that a small network makes of the moments:
-    `positional.moment_shortcut`.
+    """The moment shortcut with scale and shift that a small network makes of the moments.
 
         y = x * (std + f) + mean + g,    (f, g) = conv(relu(conv([mean, std])))
 
-    with f and g of x's shape. The second convolution is 0 at first, so the layer starts as the
-    plain shortcut; that, and f and g being added to the moments, are ours. The authors' code makes
-    scale and shift of the two convolutions alone, as does `residual=False`:
+    with f and g of x's shape; without them it is `positional.moment_shortcut`. The second
+    convolution is 0 at first, so the layer starts as the plain shortcut; that, and f and g being
+    added to the moments, are ours. The authors' code makes scale and shift of the two convolutions
+    alone, as does `residual=False`:
 
         y = x * f + g
 

@@ -133,8 +133,10 @@ def learned(module: Any, method: Method, num_channels: int) -> dict[str, jax.Arr
 
 
 def state_dtype(module: Any, x: jax.Array) -> Any:
-    """The dtype of running means: complex where x or the output is, else float32, or what Flax's
-    field says."""
+    """The dtype of running means.
+
+    It is complex where x or the output is, else float32, or what Flax's field says.
+    """
     promoted = [module.param_dtype] if module.use_scale or module.use_bias else []
     dtypes = [x.dtype, *(promoted if module.dtype is None else [module.dtype])]
     if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):

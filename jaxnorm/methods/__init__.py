@@ -1,7 +1,7 @@
 """Every normalization as a value: `Method` is what they have in common, `Row` a row of the table.
 
-    method = methods.batch_renorm(momentum=0.99)       # or methods.group_norm(32)
-    state = method.init(x.shape)                       # a dict of arrays; {} where nothing is remembered
+    method = methods.batch_renorm(momentum=0.99)  # or methods.group_norm(32)
+    state = method.init(x.shape)  # a dict of arrays; {} where nothing is remembered
     y, state = method.apply(x, state, train=True, scale=scale, bias=bias, rmax=1.5)
 
 Rows of the table are `batch_norm`, `ghost_batch_norm`, `batch_and_group_norm`, `instance_norm`,

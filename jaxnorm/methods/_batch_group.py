@@ -1,11 +1,9 @@
 """Batch Group Normalization with any number of groups, also where groups are no product over axes.
 
-Each example is flattened in the order channel, row, column and cut into G equal pieces. The
-flattening is done on moments, which have no examples: x is read and written as it lies.
+`_pieces` says which features such a group holds.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Unpack, final
 
@@ -16,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, single_axis
 from jaxnorm._core.checks import check_count
-from jaxnorm._core.groups import EACH, Groups
+from jaxnorm._core.groups import Groups
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.pooling import pool
 from jaxnorm.methods._frame import (
@@ -30,6 +28,7 @@ from jaxnorm.methods._frame import (
     updated,
 )
 from jaxnorm.methods._method import InitOptions, Method, Options, State
+from jaxnorm.methods._pieces import at_features, checked_sizes, grid_of, in_pieces
 from jaxnorm.methods._row import Row
 
 BATCH_ENOUGH = 16
@@ -134,7 +133,7 @@ class batch_group_norm(Method):
 
     def init(self, x_shape: Sequence[int], **options: Unpack[InitOptions]) -> State:
         axes = {"batch_axis": 0, "channel_axis": -1} | axes_in(options)
-        channels, positions = _sizes(self.num_groups, x_shape, **axes)
+        channels, positions = checked_sizes(self.num_groups, x_shape, **axes)
         if not self.keeps_positions(channels) or self.momentum is None:
             return self._row.init(x_shape, **options)
         state = first_running((self.num_groups,), counted=self.debias)
@@ -170,17 +169,17 @@ class batch_group_norm(Method):
                 f"{x.dtype}, shape {x.shape}; norm takes complex x."
             )
         batch, channel = (single_axis(axis, x.shape) for axis in axes_in(options).values())
-        _, positions = _sizes(self.num_groups, x.shape, batch, channel)
+        _, positions = checked_sizes(self.num_groups, x.shape, batch, channel)
         if self.momentum is None:
             check_state(state, self)
         else:
             check_state(state, self, ("count",), mean=1, var=1, positions=len(positions))
             self._check_fits(state, x.shape, positions)
-        grid = _grid(self.num_groups, x.shape, batch, channel)
+        grid = grid_of(self.num_groups, x.shape, batch, channel)
         if train or not state:
             devices = select_options(options, "axis_name", "axis_index_groups")
             features = jax.tree.map(
-                lambda t: _pieces(t, self.num_groups, channel),
+                lambda t: in_pieces(t, self.num_groups, channel),
                 measured(x, grid, **per_device(options)),
             )
             m = pool(features, (self.num_groups, 1), **devices)
@@ -191,7 +190,7 @@ class batch_group_norm(Method):
                 for name in ("mean", "var")
             )
             m = Moments(jnp.ones_like(mean), mean, var)
-        used = jax.tree.map(lambda t: _at_features(t, grid, channel), m)
+        used = jax.tree.map(lambda t: at_features(t, grid, channel), m)
         return applied(x, used, self.epsilon, **options), state
 
     def _check_fits(self, state: State, x_shape: Shape, positions: Shape) -> None:
@@ -248,56 +247,3 @@ def batch_group_count(batch_size: int, num_channels: int) -> int:
     check_count(num_channels, "num_channels")
     limit = max(1, num_channels * min(batch_size, BATCH_ENOUGH) // BATCH_ENOUGH)
     return max(count for count in range(1, limit + 1) if num_channels % count == 0)
-
-
-def _sizes(
-    num_groups: int, x_shape: Sequence[int], batch_axis: int, channel_axis: int
-) -> tuple[int, Shape]:
-    """C and the image size, once G is checked."""
-    batch, channel = single_axis(batch_axis, x_shape), single_axis(channel_axis, x_shape)
-    positions = tuple(n for i, n in enumerate(x_shape) if i not in (batch, channel))
-    features = x_shape[channel] * math.prod(positions)
-    if features % check_count(num_groups, "num_groups") != 0:
-        raise ValueError(
-            f"{num_groups} groups do not divide the features of x. Got x of shape "
-            f"{tuple(x_shape)}; expected a divisor of {features}, the product of its "
-            f"{x_shape[channel]} channels and positions {positions}."
-        )
-    return x_shape[channel], positions
-
-
-def _grid(num_groups: int, x_shape: Shape, batch_axis: int, channel_axis: int) -> Shape:
-    """The coarsest statistic at hand of which every piece is a union: the pieces themselves, or
-    each feature apart."""
-    channels, positions = _sizes(num_groups, x_shape, batch_axis, channel_axis)
-    parts = _parts_of_channels(num_groups, channels, positions) or EACH
-    groups = Groups(batch=1, spatial=parts, channel=EACH)
-    return groups.shape(x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
-
-
-def _parts_of_channels(num_groups: int, channels: int, positions: Shape) -> Shape | None:
-    """Into how many parts each spatial axis is split where pieces are parts of single channels,
-    rows first; None where they are not, or are no product over axes."""
-    parts, rest = divmod(num_groups, channels)
-    if rest:
-        return None
-    spatial = []
-    for size in positions:
-        # The rows are split until each stands apart, and only then the columns.
-        spatial.append(parts if size % parts == 0 else size)
-        if parts % spatial[-1]:
-            return None
-        parts = max(parts // spatial[-1], 1)
-    return tuple(spatial) if math.prod(spatial) * channels == num_groups else None
-
-
-def _pieces(t: jax.Array, num_groups: int, channel: int) -> jax.Array:
-    """A statistic without examples in pieces: (G, rest), in the order channel, row, column."""
-    return jnp.moveaxis(t, channel, 0).reshape(num_groups, -1)
-
-
-def _at_features(t: jax.Array, grid: Shape, channel: int) -> jax.Array:
-    """A statistic of the pieces, (G, 1), repeated for the features of each: of shape `grid`."""
-    order = (grid[channel], *(n for i, n in enumerate(grid) if i != channel))
-    t = jnp.broadcast_to(t, (t.shape[0], math.prod(grid) // t.shape[0]))
-    return jnp.moveaxis(t.reshape(order), 0, channel)

@@ -1,5 +1,7 @@
-"""Statistics of past batches for the present kernel, to first order: what
-`cross_iteration_norm` remembers and how it is used."""
+"""Statistics of past batches for the present kernel, to first order.
+
+This is what `cross_iteration_norm` remembers and how it is used.
+"""
 
 from collections.abc import Callable
 
@@ -26,8 +28,10 @@ def carried_over(
     y: jax.Array,
     options: Options,
 ) -> Moments:
-    """The window's moments for the present kernel, (window, 1, 1, 1, C); the count of what is
-    outside of it is 0."""
+    """The window's moments for the present kernel, (window, 1, 1, 1, C).
+
+    The count of what is outside of the window is 0.
+    """
     wide = statistic_dtype(y.dtype)
     count, mean, var, patch, slope = (
         lax.stop_gradient(state[f"past_{name}"]).astype(wide)
@@ -60,8 +64,11 @@ def derivatives(
     groups: int,
     options: Options,
 ) -> tuple[jax.Array, jax.Array]:
-    """Derivatives by the kernel: of the mean, which is the mean input patch, the same for all
-    channels of a group; and of the variance, twice the mean of patch times centered y."""
+    """Derivatives of the mean and of the variance by the kernel.
+
+    That of the mean is the mean input patch, the same for all channels of a group; that of the
+    variance is twice the mean of patch times centered y.
+    """
     axis_name, batch = options.get("axis_name"), single_axis(options["batch_axis"], y.shape)
     channel, weights = single_axis(options["channel_axis"], y.shape), options.get("weights")
     w = None if weights is None else as_weights(weights, y)

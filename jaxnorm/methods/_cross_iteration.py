@@ -1,5 +1,7 @@
-"""Cross-Iteration Batch Normalization: statistics of a window of batches, each carried over to the
-present weights."""
+"""Cross-Iteration Batch Normalization: statistics of a window of batches.
+
+Those of past batches are carried over to the present weights.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -32,8 +34,9 @@ from jaxnorm.methods._table import batch_norm
 @final
 @dataclasses.dataclass(frozen=True, repr=False)
 class cross_iteration_norm(Method):
-    """Batch normalization of y = layer(inputs, kernel) over this batch and the last ones, as if
-    with the present kernel.
+    """Batch normalization of y = layer(inputs, kernel) over this batch and the last ones.
+
+    The last batches count as if their y had been made with the present kernel.
 
     With m and v the mean and variance of batch t in the window, W_t its kernel and W the present
     one, the first-order change of m and of the mean square m^2 + v along rho (W - W_t) makes

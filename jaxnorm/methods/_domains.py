@@ -123,20 +123,21 @@ class domain_batch_norm(Method):
         batch_axis: int = 0,
         channel_axis: int = -1,
     ) -> State:
-        """How far each example's own statistics are from a domain's: the squared 2-Wasserstein distance
-        of normal distributions.
+        """How far each example's own statistics are from a domain's.
+
+        The distance is the squared 2-Wasserstein distance of normal distributions:
 
             distance_n = sum_c (mean_dc - mean_nc)^2 + (sqrt(var_dc) - sqrt(var_nc))^2
 
-        with the mean and variance of example n over its positions. Sums over layers are the distance of
-        the network's statistics.
+        with the mean and variance of example n over its positions. Sums over layers are the
+        distance of the network's statistics.
 
         Args:
-            x: input of the layer, in the network that normalizes with the statistics of this domain.
+            x: input of the layer, in the network that normalizes with this domain's statistics.
             state: of the method.
             domain: integer from 0 to D - 1, or (N,), one for each example.
-            weights: how much each element counts; broadcasts against x. Channels of an example without
-                weight count 0.
+            weights: how much each element counts; broadcasts against x. Channels of an example
+                without weight count 0.
             batch_axis: axis of the examples.
             channel_axis: axis of the channels.
 
@@ -148,13 +149,14 @@ class domain_batch_norm(Method):
             ValueError: domain of another shape, state of another number of channels.
 
         Example:
-            >>> method, state = domain_batch_norm(2), {"mean": jnp.array([[0.0], [3.0]]), "var": jnp.ones((2, 1))}
-            >>> method.observe(jnp.array([[[-1.0], [1.0]]]), state, domain=1)["distance"].tolist()
+            >>> state = {"mean": jnp.array([[0.0], [3.0]]), "var": jnp.ones((2, 1))}
+            >>> x = jnp.array([[[-1.0], [1.0]]])
+            >>> domain_batch_norm(2).observe(x, state, domain=1)["distance"].tolist()
             [9.0]
 
         Reference:
-            arXiv:2011.12672; see the class. That the distance is squared, and which pass it
-            is measured in, are our choice.
+            Batch Normalization Embeddings for Deep Domain Generalization, 2020, arXiv:2011.12672.
+            That the distance is squared, and which pass it is measured in, are our choice.
         """
         x = inexact(x)
         self._check_fits(state)
@@ -186,8 +188,10 @@ def _labels(domain: ArrayLike, x: jax.Array, batch_axis: int) -> jax.Array:
 
 
 def _rows(bank: Moments, domain: jax.Array, x: jax.Array, batch_axis: int) -> Moments:
-    """Of moments with a row for each domain, those that serve x: of its domain, or of each
-    example's."""
+    """Of moments with a row for each domain, those that serve x.
+
+    They are the row of x's domain, or one row for each example.
+    """
 
     def row(t: jax.Array) -> jax.Array:
         t = t.at[domain].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
@@ -203,8 +207,10 @@ def _rows(bank: Moments, domain: jax.Array, x: jax.Array, batch_axis: int) -> Mo
 def _of_each_domain(
     x: jax.Array, domain: jax.Array, shape: tuple[int, ...], options: Options
 ) -> Moments:
-    """Moments of the batch's examples of each domain, with a row for each, empty where the domain
-    is absent."""
+    """Moments of the batch's examples of each domain, with a row for each.
+
+    The row of an absent domain is empty.
+    """
     domains = jnp.arange(shape[0], dtype=domain.dtype)
     if domain.ndim == 0:
         m = measured(x, batch_norm(), **options)

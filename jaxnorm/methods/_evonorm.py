@@ -1,5 +1,7 @@
-"""EvoNorm B0 and S0: normalization and activation as one formula, found by search. x is not
-centered."""
+"""EvoNorm B0 and S0: normalization and activation as one formula, found by search.
+
+x is not centered.
+"""
 
 import dataclasses
 from typing import Unpack, final
@@ -34,8 +36,9 @@ from jaxnorm.methods._table import batch_norm, group_norm, instance_norm
 @final
 @dataclasses.dataclass(frozen=True, repr=False)
 class evonorm_b0(Method):
-    """Divide x by the larger of the batch's standard deviation and a line in x above the example's
-    own.
+    """Divide x by the batch's standard deviation, or by a line in x where that is larger.
+
+    The line lies above the example's own standard deviation:
 
         y = x / max(sqrt(var_nhw + epsilon), v x + sqrt(var_hw + epsilon)) * scale + bias
 
@@ -165,9 +168,9 @@ class evonorm_s0(Method):
         if channels % self.num_groups != 0:
             lower = max(n for n in range(1, self.num_groups) if channels % n == 0)
             raise ValueError(
-                f"num_groups={self.num_groups} does not divide the {channels} channels of x, which has "
-                f"shape {x.shape}. Expected a divisor: pass num_groups={lower}, to which the authors' "
-                "code would lower it."
+                f"num_groups={self.num_groups} does not divide the {channels} channels of x, which "
+                f"has shape {x.shape}. Expected a divisor: pass num_groups={lower}, to which the "
+                "authors' code would lower it."
             )
         m = measured(x, group_norm(self.num_groups), **options)
 

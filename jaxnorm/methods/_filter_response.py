@@ -157,7 +157,8 @@ def thresholded_linear_unit(
         [[-1.0, 4.0]]
 
     Reference:
-        arXiv:1911.09737, by implementations by others.
+        Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep
+        Neural Networks, 2019, arXiv:1911.09737, read in implementations by others.
     """
     x = inexact(x)
     if jnp.iscomplexobj(x):

@@ -30,8 +30,10 @@ from jaxnorm.methods._method import Method, Options, State
 def check_state(
     state: Any, method: Method, optional: Sequence[str] = (), **axes: int | None
 ) -> None:
-    """`state` is that of the method: a dict with arrays of these names, of so many axes, or of any
-    number where it is None."""
+    """`state` is that of the method.
+
+    It is a dict with arrays of these names, of so many axes, or of any number where it is None.
+    """
     name = type(method).__name__
     if not isinstance(state, Mapping):
         error, got = TypeError, f"a {type(state).__name__}"
@@ -131,8 +133,10 @@ def recalled(state: State, x: jax.Array, options: Options, prefix: str = "") -> 
 
 
 def remembered(old: jax.Array, new: jax.Array, keep: ArrayLike = True) -> jax.Array:
-    """`new` in the shape and dtype of the state `old`, without a derivative; `old` where `keep` is
-    false, or where what would be stored is not finite."""
+    """`new` in the shape and dtype of the state `old`, without a derivative.
+
+    `old` where `keep` is false, or where what would be stored is not finite.
+    """
     new = jax.lax.stop_gradient(new).astype(old.dtype)
     kept = jnp.where(jnp.asarray(keep), new, old.reshape(new.shape))
     return jnp.where(jnp.isfinite(new), kept, old.reshape(new.shape)).reshape(old.shape)
@@ -141,8 +145,10 @@ def remembered(old: jax.Array, new: jax.Array, keep: ArrayLike = True) -> jax.Ar
 def averaged(
     old: jax.Array, new: jax.Array, momentum: ArrayLike, keep: ArrayLike = True
 ) -> jax.Array:
-    """momentum old + (1 - momentum) new, in the shape and dtype of the state `old`; the momentum is
-    checked as `update_running` does."""
+    """momentum old + (1 - momentum) new, in the shape and dtype of the state `old`.
+
+    The momentum is checked as `update_running` does.
+    """
     rate = rate_of(momentum, new.dtype)
     warn_of_half_precision(old.dtype, momentum)
     wide = old.reshape(new.shape).astype(new.dtype)
@@ -155,8 +161,10 @@ def averages(state: State, momentum: ArrayLike, keep: ArrayLike, **new: jax.Arra
 
 
 def updated(state: State, m: Moments, momentum: ArrayLike, correction: int = 0) -> State:
-    """State of `mean`, `var` and perhaps `count` after a batch with moments m, of as many sets:
-    `update_running`, without a derivative."""
+    """State of `mean`, `var` and perhaps `count` after a batch with moments m, of as many sets.
+
+    It is `update_running`, without a derivative.
+    """
     m = jax.tree.map(lambda t: t.reshape(state["mean"].shape), m)
     old = Moments(state.get("count"), state["mean"], state["var"])  # pyright: ignore[reportArgumentType]  # None is no count
     new = jax.lax.stop_gradient(update_running(old, m, momentum=momentum, correction=correction))

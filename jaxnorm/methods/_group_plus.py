@@ -36,8 +36,9 @@ from jaxnorm.methods._table import group_norm
 @final
 @dataclasses.dataclass(frozen=True, repr=False)
 class group_norm_plus(Method):
-    """Group normalization z, mixed with z standardized over the examples, each position and channel
-    apart.
+    """Group normalization, mixed with its own output standardized over the batch.
+
+    The second part standardizes z over the examples, each position and channel apart:
 
         z = (x - mean_(n,g)) / sqrt(var_(n,g) + epsilon)
         u = (z - mean_(h,w,c)(z)) / sqrt(var_(h,w,c)(z) + epsilon)

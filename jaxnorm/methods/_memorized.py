@@ -26,8 +26,7 @@ from jaxnorm.methods._table import batch_norm
 @final
 @dataclasses.dataclass(frozen=True, repr=False)
 class memorized_batch_norm(Method):
-    """Batch normalization with a weighted combination of the last K batches' statistics and the
-    batch's own.
+    """Batch normalization by a weighted combination of this batch's statistics and the last K's.
 
         mean = sum_i a_i mean_i,    var = sum_i a_i (var_i + (mean_i - mean)^2)
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -37,7 +36,8 @@ class memorized_batch_norm(Method):
     constants. A training step then replaces the oldest batch by this one. Equal weights and "pool"
     are batch normalization over all these batches together, if equally large; all weight on the
     last is batch normalization. Where no weight is in use, as in inference before the first step,
-    mean 0 and variance 1 are used. `training.double_forward` is the training step that goes with it.
+    mean 0 and variance 1 are used. The training step that goes with it is
+    `training.double_forward`.
 
     Args:
         memory_weights: K + 1 numbers, 0 or more: those of the K remembered batches, oldest first,
@@ -46,8 +46,8 @@ class memorized_batch_norm(Method):
             variances.
         epsilon: added to the variance, in the unit of x squared.
 
-    State: `mean` and `var`, (K, C), oldest batch first, and `count`, (C,), the batches remembered so
-    far.
+    State: `mean` and `var`, (K, C), oldest batch first, and `count`, (C,), the batches remembered
+    so far.
 
     Options of apply:
         memory_weights: in place of the field, (K + 1,). A traced negative one or NaN counts 0.
@@ -140,8 +140,10 @@ class memorized_batch_norm(Method):
         return applied(x, self._combined(entries), self.epsilon, **options), new
 
     def _combined(self, entries: Moments) -> Moments:
-        """Moments over the first axis, weighted by count; mean 0 and variance 1 where nothing has a
-        weight."""
+        """Moments over the first axis, weighted by count.
+
+        Mean 0 and variance 1 where nothing has a weight.
+        """
         pooled = pool(entries, (1, *entries.mean.shape[1:]))
         some = pooled.count > 0
         var = pooled.var

@@ -139,7 +139,7 @@ class Method(abc.ABC):
                 docstring lists, with what it learns by the names of `parameters`.
 
         Returns:
-            y, of x's shape, and the new state, without a derivative. A batch with empty or
+            y, of x's shape, and the new state. A batch with empty or
             non-finite sets leaves the state of these sets.
 
         Raises:

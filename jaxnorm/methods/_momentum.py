@@ -1,5 +1,4 @@
-"""Momentum Batch Normalization: training normalizes with running statistics that the batch has just
-entered."""
+"""Momentum Batch Normalization: the batch enters running statistics, which then normalize it."""
 
 import dataclasses
 from typing import Unpack, final
@@ -20,8 +19,9 @@ from jaxnorm.methods._table import batch_norm
 @final
 @dataclasses.dataclass(frozen=True, repr=False)
 class momentum_batch_norm(Method):
-    """Batch normalization with the batch blended into the running statistics first, so that small
-    batches vary less.
+    """Batch normalization with the batch blended into the running statistics first.
+
+    Statistics of small batches then vary less:
 
         train_mean <- lambda train_mean + (1 - lambda) mean
         train_var <- lambda train_var + (1 - lambda) var

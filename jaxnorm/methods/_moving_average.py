@@ -1,5 +1,7 @@
-"""Moving Average Batch Normalization: no mean, and averages over steps both of the statistic and of
-its gradient."""
+"""Moving Average Batch Normalization: the statistic and its gradient, averaged over steps.
+
+No mean is subtracted.
+"""
 
 import dataclasses
 from typing import Any, ClassVar, Unpack, final
@@ -32,8 +34,9 @@ from jaxnorm.methods._table import batch_norm
 @final
 @dataclasses.dataclass(frozen=True, repr=False)
 class moving_average_norm(Method):
-    """Division by the root of a mean square that is averaged over the last K batches, forward and
-    backward.
+    """Division by the root of a mean square that is averaged over the last K batches.
+
+    It is averaged forward and backward:
 
         v = mean over K of mean(x^2),    z = x / sqrt(v + epsilon),    y = r z * scale + bias
         r = clip(sqrt((v + epsilon) / (running + epsilon)), 1 / rmax, rmax)
@@ -129,6 +132,7 @@ class moving_average_norm(Method):
     def __post_init__(self):
         super().__post_init__()
         check_count(self.window, "window")
+        self._check_schedule(self.average_from, self.correct_from, self.rmax)
 
     def first_state(self, num_channels: int) -> State:
         past = jnp.zeros((self.window, num_channels), jnp.float32)
@@ -147,6 +151,11 @@ class moving_average_norm(Method):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """The output of the layer in front with a kernel that leaves no mean."""
         return layer(inputs, centralize_kernel(kernel)), {}
+
+    def _check_schedule(self, average_from: Any, correct_from: Any, rmax: Any) -> None:
+        check_number(average_from, "average_from", at_least=0)
+        check_number(correct_from, "correct_from", at_least=0)
+        check_number(rmax, "rmax", at_least=1)
 
     def rule(
         self,
@@ -169,12 +178,10 @@ class moving_average_norm(Method):
         if tap is None or jnp.shape(tap) != state["mean_square"].shape:
             raise ValueError(
                 f"tap has shape {None if tap is None else jnp.shape(tap)}. Expected "
-                f"{state['mean_square'].shape}, one number a channel: zeros in the first step, then "
-                "the gradient by the tap in the step before."
+                f"{state['mean_square'].shape}, one number a channel: zeros in the first step, "
+                "then the gradient by the tap in the step before."
             )
-        for name, value in (("average_from", average_from), ("correct_from", correct_from)):
-            check_number(value, name, at_least=0)
-        check_number(rmax, "rmax", at_least=1)
+        self._check_schedule(average_from, correct_from, rmax)
         tap = jnp.asarray(tap)
         m = measured(x, Row(batch_norm().groups, mean=0), **options)
         keep, (window, _) = usable(m), state["past_gradient"].shape
@@ -244,8 +251,9 @@ def _corrected(
     share: jax.Array,
     count: jax.Array,
 ) -> jax.Array:
-    """What x is divided by, squared. Backward, the gradient by the mean square is that of the
-    window.
+    """What x is divided by, squared.
+
+    Backward, the gradient by the mean square is that of the window.
 
     All are a device's own, `past` its part of the sum of the past psi: on the way to x the gradient
     by the mean square is summed over devices.

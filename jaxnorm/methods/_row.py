@@ -71,7 +71,7 @@ class Row(Method):
             show.
 
     State: `mean` and `var`, (C,) for batch norm and (G,) for batch group norm; {} where examples do
-    not share statistics.
+    not share statistics. The new state has a derivative, as that of Flax's layers.
 
     Options of apply:
         momentum: in place of the field; a number or traced scalar.
@@ -211,7 +211,6 @@ class Row(Method):
                 ghost_update=self.ghost_update,
                 batch_axis=batch_axis,
             )
-        new = jax.lax.stop_gradient(new)
         values = {"mean": new.mean, "var": new.var, population or "count": new.count}
         return y, state | {
             name: t.reshape(state[name].shape) for name, t in values.items() if name in state

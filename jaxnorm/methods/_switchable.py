@@ -131,7 +131,9 @@ class switchable_norm(Method):
 
 
 def _mixture(values: Sequence[jax.Array], shares: jax.Array) -> jax.Array:
-    """sum_k share_k value_k, by differences: the shares add up to 1 but for rounding, which would
-    show where all values are large and equal."""
+    """sum_k share_k value_k, by differences.
+
+    The shares add up to 1 but for rounding, which would show where all values are large and equal.
+    """
     first, *rest = values
     return first + sum(share * (t - first) for t, share in zip(rest, shares[1:], strict=True))

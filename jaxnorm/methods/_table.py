@@ -1,9 +1,5 @@
 """The table of methods: every normalization of the family in one line, with its paper.
 
-A `Row` says, for batch, spatial and channel axes, into how many groups each is split, and whether
-the mean is fixed. It goes wherever statistics are asked for: `norm(x, group_norm(32))`,
-`moments(x, batch_norm())`; and like every method into layers: `linen.Norm(instance_norm())`.
-
 In the docstrings N is the number of examples, H x W the positions, C the channels, and S a set that
 shares statistics. For every method
 
@@ -43,10 +39,7 @@ def batch_norm(**fields: Unpack[RowFields]) -> Row:
 
 
 def ghost_batch_norm(
-    num_ghosts: int | None = None,
-    *,
-    ghost_size: int | None = None,
-    **fields: Unpack[RowFields],
+    num_ghosts: int | None = None, *, ghost_size: int | None = None, **fields: Unpack[RowFields]
 ) -> Row:
     """Batch normalization inside consecutive parts of the batch, the ghost batches.
 
@@ -82,8 +75,7 @@ def ghost_batch_norm(
 def instance_norm(*, epsilon: float = 1e-5) -> Row:
     """Standardize each channel of each example over the positions.
 
-    S_(n, c) = {(n, h, w, c): all h, w}. Equals `group_norm(C)`. With one position it returns the
-    bias.
+    S_(n, c) = {(n, h, w, c): all h, w}. Equals `group_norm(C)`. With one position it is the bias.
 
     Args:
         epsilon: added to the variance, in the unit of x squared.
@@ -159,8 +151,8 @@ def layer_norm(*, epsilon: float = 1e-5) -> Row:
 def token_layer_norm(*, epsilon: float = 1e-5) -> Row:
     """Standardize each token over its channels: Flax's default kind of layer normalization.
 
-    S_(n, h, w) = {(n, h, w, c): all c}. Equals `positional_norm()`, and `layer_norm()` of (N*H*W,
-    C).
+    S_(n, h, w) = {(n, h, w, c): all c}. Equals `positional_norm()`, and `layer_norm()` of
+    (N*H*W, C).
 
     Args:
         epsilon: added to the variance, in the unit of x squared.
@@ -244,8 +236,7 @@ def instance_rms_norm(*, epsilon: float = 1e-5) -> Row:
 
     Reference:
         Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep
-        Neural Networks, 2019, arXiv:1911.09737. The definition was read in implementations by
-        others.
+        Neural Networks, 2019, arXiv:1911.09737, read in implementations by others.
     """
     return Row(Groups(batch=EACH, spatial=1, channel=EACH), mean=0, epsilon=epsilon)
 
@@ -265,11 +256,10 @@ def batch_and_group_norm(
     `instance_norm()`, (1, G) `group_norm(G)`, (1, 1) `layer_norm()` and (N, G)
     `batch_group_norm(G)`.
 
-    Running statistics are those of each channel over the whole batch, as batch normalization's.
-    Inference pools them over each group and weighs the example's own in, with the weight alpha;
-    1 / B, the default, is the share that an example has of its set in training, and makes B = 1
-    group normalization in inference too. The authors' code leaves alpha at 0, to be chosen after
-    training: see `inference.choose_example_weight`.
+    Running statistics are those of each channel over the whole batch. Inference pools them over
+    each group and weighs the example's own in, by its share of a set in training, 1 / B: for B = 1
+    inference is group normalization too. The authors' code leaves this weight at 0, to be chosen
+    after training: see `inference.choose_example_weight`.
 
     Args:
         num_ghosts: number of ghost batches, a divisor of N.
@@ -279,8 +269,7 @@ def batch_and_group_norm(
         **fields: other fields of `Row`; `example_weight` is "share" by default, 1 / ghost_size.
 
     Returns:
-        The row; statistics of (64, 8, 8, 256) in 4 ghosts and 32 groups have shape (4, 1, 1,
-        32).
+        The row; (64, 8, 8, 256) in 4 ghosts and 32 groups has statistics of (4, 1, 1, 32).
 
     Raises:
         ValueError: both or neither are given, of ghosts or of groups.
@@ -307,5 +296,4 @@ def _one_of(count: int | None, size: int | None, count_name: str, size_name: str
             f"Got {count_name}={count} and {size_name}={size}; expected exactly one of the two: "
             "the number of groups, or the size of each."
         )
-    # one of them is not None
-    return Size(size) if size is not None else count  # type: ignore[return-value]
+    return Size(size) if size is not None else count  # type: ignore[return-value]  # not both None

@@ -1,5 +1,4 @@
-"""Flax nnx layers: `Norm(features, method)` for every method, and drop-in replacements for Flax's
-own.
+"""Flax nnx layers: `Norm(features, method)` for every method, and Flax's own replaced.
 
 `BatchNorm`, `GroupNorm`, `LayerNorm`, `InstanceNorm` and `RMSNorm` take the arguments of `flax.nnx`
 and hold the same variables under the same names; the docstring of `jaxnorm.linen` says what else
@@ -12,8 +11,8 @@ from jaxnorm.nnx._norm import Norm as Norm
 from jaxnorm.nnx._norm import Observation as Observation
 from jaxnorm.nnx._norm import Tap as Tap
 from jaxnorm.nnx._flax_batch_norm import BatchNorm as BatchNorm
-from jaxnorm.nnx._flax_norms import GroupNorm as GroupNorm
-from jaxnorm.nnx._flax_norms import InstanceNorm as InstanceNorm
+from jaxnorm.nnx._flax_group_norms import GroupNorm as GroupNorm
+from jaxnorm.nnx._flax_group_norms import InstanceNorm as InstanceNorm
 from jaxnorm.nnx._flax_norms import LayerNorm as LayerNorm
 from jaxnorm.nnx._flax_norms import RMSNorm as RMSNorm
 from jaxnorm.nnx._kernels import WSConv as WSConv

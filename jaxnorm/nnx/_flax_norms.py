@@ -1,6 +1,6 @@
-"""Group, instance, layer and root mean square normalization as Flax has them."""
+"""Layer and root mean square normalization as Flax has them; the call of all its norms."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,15 @@ from jaxnorm import _flax_rules, _layers
 from jaxnorm._core.axes import Shape
 from jaxnorm._core.moments import as_array
 from jaxnorm._flax_rules import Axes
-from jaxnorm._layers import Activation
+from jaxnorm._layers import CallOptions
 from jaxnorm.nnx._variables import NONE, Layer, Metadata, ones, promote_dtype, zeros
 
 Sets = tuple[Shape, Axes, Literal[0] | None]
 """The statistic's shape, the feature axes, and the fixed mean."""
 
 
-class _Norm(Layer):
-    """The call that these norms have in common."""
+class FlaxNorm(Layer):
+    """The call that Flax's norms without state have in common."""
 
     def _sets(self, x: jax.Array) -> Sets:
         raise NotImplementedError
@@ -30,165 +30,19 @@ class _Norm(Layer):
         x: ArrayLike,
         *,
         mask: ArrayLike | None = None,
-        scale: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
-        activation: Activation | None = None,
+        **options: Unpack[CallOptions],
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
         x = as_array(x)
         shape, feature_axes, mean = self._sets(x)
         row = _layers.flax_row(shape, self, mean=mean)
-        affine = {"scale": scale, "bias": bias, "activation": activation}
-        return self._call(row, x, feature_axes, state={}, mask=mask, **affine)
+        return self._call(row, x, feature_axes, state={}, mask=mask, **options)
 
 
-class GroupNorm(_Norm):
-    """Group normalization, a drop-in replacement for `flax.nnx.GroupNorm`: `methods.group_norm`.
+class LayerNorm(FlaxNorm):
+    """Layer normalization, a drop-in replacement for `flax.nnx.LayerNorm`.
 
-        y = (x - mean) / sqrt(var + epsilon) * scale + bias
-
-    Args:
-        num_features: channels, the size of scale and bias.
-        num_groups: number of groups of channels, the last axis.
-        group_size: or the channels in a group; then pass `num_groups=None`.
-        epsilon: added to the variance, in the unit of x squared.
-        dtype: of the output; None promotes input and parameters.
-        param_dtype: of the parameters.
-        use_bias: add a learned bias.
-        use_scale: multiply by a learned scale.
-        bias_init: initializer of the bias.
-        scale_init: initializer of the scale.
-        reduction_axes: axes that are pooled, the last among them; None pools all but the first.
-        axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
-        axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding
-            would show.
-        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
-            statistics here.
-        rngs: random number streams for the initializers.
-        bias_metadata: for the bias variable.
-        scale_metadata: for the scale variable.
-        unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
-
-    Raises:
-        ValueError: both or neither of `num_groups` and `group_size`, or one that does not divide
-            the channels.
-
-    Example:
-        >>> GroupNorm(16, num_groups=4, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 16))).shape
-        (2, 8, 8, 16)
-
-    Reference:
-        Group Normalization, 2018, arXiv:1803.08494.
-    """
-
-    def __init__(
-        self,
-        num_features: int,
-        num_groups: int | None = 32,
-        group_size: int | None = None,
-        *,
-        epsilon: float = 1e-6,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = zeros,
-        scale_init: Initializer = ones,
-        reduction_axes: Axes | None = None,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
-        use_fast_variance: bool = True,
-        promote_dtype: PromoteDtypeFn = promote_dtype,
-        rngs: nnx.Rngs,
-        bias_metadata: Metadata = NONE,
-        scale_metadata: Metadata = NONE,
-        unit_offset: bool = False,
-    ):
-        num_groups = _flax_rules.number_of_groups(num_features, num_groups, group_size, "features")
-        group_size = num_features // num_groups
-        self.feature_axis = -1
-        self._construct(locals())
-
-    def _sets(self, x: jax.Array) -> Sets:
-        if x.shape[-1] != self.num_features:
-            raise ValueError(
-                f"the layer has {self.num_features} features. Got x of shape {x.shape}; expected "
-                "as many channels, the last axis."
-            )
-        shape = _flax_rules.group_shape(x, self.num_groups, self.reduction_axes)
-        return shape, -1, None
-
-
-class InstanceNorm(_Norm):
-    """Instance normalization, a drop-in replacement for `flax.nnx.InstanceNorm`:
-    `methods.instance_norm`.
-
-        y = (x - mean) / sqrt(var + epsilon) * scale + bias
-
-    Args:
-        num_features: channels, the size of scale and bias.
-        epsilon: added to the variance, in the unit of x squared.
-        dtype: of the output; None promotes input and parameters.
-        param_dtype: of the parameters.
-        use_bias: add a learned bias.
-        use_scale: multiply by a learned scale.
-        bias_init: initializer of the bias.
-        scale_init: initializer of the scale.
-        feature_axes: axes of scale and bias.
-        axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
-        axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding
-            would show.
-        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
-            statistics here.
-        rngs: random number streams for the initializers.
-        bias_metadata: for the bias variable.
-        scale_metadata: for the scale variable.
-        unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
-
-    Raises:
-        ValueError: the first axis is among `feature_axes`.
-
-    Example:
-        >>> InstanceNorm(16, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 16))).shape
-        (2, 8, 8, 16)
-
-    Reference:
-        Instance Normalization: The Missing Ingredient for Fast Stylization, 2016, arXiv:1607.08022.
-    """
-
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        epsilon: float = 1e-6,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = zeros,
-        scale_init: Initializer = ones,
-        feature_axes: Axes = -1,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
-        use_fast_variance: bool = True,
-        promote_dtype: PromoteDtypeFn = promote_dtype,
-        rngs: nnx.Rngs,
-        bias_metadata: Metadata = NONE,
-        scale_metadata: Metadata = NONE,
-        unit_offset: bool = False,
-    ):
-        self._construct(locals())
-
-    def _sets(self, x: jax.Array) -> Sets:
-        shape = _flax_rules.instance_shape(x, self.feature_axes)
-        return shape, self.feature_axes, None
-
-
-class LayerNorm(_Norm):
-    """Layer normalization, a drop-in replacement for `flax.nnx.LayerNorm`:
-    `methods.token_layer_norm` by default.
+    The method is `methods.token_layer_norm` by default:
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -205,10 +59,8 @@ class LayerNorm(_Norm):
         feature_axes: axes of scale and bias.
         axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
-        use_fast_variance: False takes a second, centered pass always; True only where rounding
-            would show.
-        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
-            statistics here.
+        use_fast_variance: False always takes a second pass; True where rounding would show.
+        promote_dtype: Flax's hook for casts; its default changes no statistics here.
         rngs: random number streams for the initializers.
         bias_metadata: for the bias variable.
         scale_metadata: for the scale variable.
@@ -247,13 +99,13 @@ class LayerNorm(_Norm):
         self._construct(locals())
 
     def _sets(self, x: jax.Array) -> Sets:
-        shape = _flax_rules.pool_axes(x, self.reduction_axes)
-        return shape, self.feature_axes, None
+        return _flax_rules.pool_axes(x, self.reduction_axes), self.feature_axes, None
 
 
-class RMSNorm(_Norm):
-    """Root mean square normalization, a drop-in replacement for `flax.nnx.RMSNorm`:
-    `methods.rms_norm`.
+class RMSNorm(FlaxNorm):
+    """Root mean square normalization, a drop-in replacement for `flax.nnx.RMSNorm`.
+
+    The method is `methods.rms_norm`:
 
         y = x / sqrt(mean(x^2) + epsilon) * scale
 
@@ -269,8 +121,7 @@ class RMSNorm(_Norm):
         axis_name: axis of pmap, shard_map or vmap over which statistics are synchronized.
         axis_index_groups: groups of indices of that axis that share statistics.
         use_fast_variance: accepted for Flax; the mean square needs one pass.
-        promote_dtype: Flax's hook to cast input, statistics and parameters; its default changes no
-            statistics here.
+        promote_dtype: Flax's hook for casts; its default changes no statistics here.
         rngs: random number streams for the initializers.
         scale_metadata: for the scale variable.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
@@ -307,17 +158,13 @@ class RMSNorm(_Norm):
         self._construct(locals())
 
     def _sets(self, x: jax.Array) -> Sets:
-        shape = _flax_rules.pool_axes(x, self.reduction_axes)
-        return shape, self.feature_axes, 0
+        return _flax_rules.pool_axes(x, self.reduction_axes), self.feature_axes, 0
 
-    def __call__(
+    def __call__(  # type: ignore[override]  # Flax takes this mask by position as well
         self,
         x: ArrayLike,
         mask: ArrayLike | None = None,
-        *,
-        scale: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
-        activation: Activation | None = None,
+        **options: Unpack[CallOptions],
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
-        return super().__call__(x, mask=mask, scale=scale, bias=bias, activation=activation)
+        return super().__call__(x, mask=mask, **options)

@@ -19,8 +19,10 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 class FoldedNorm(nnx.Module):
-    """What is left of a norm that was folded into the layer before it: the dtype of its output, and
-    its activation."""
+    """What is left of a norm that was folded into the layer before it.
+
+    It keeps the dtype of the norm's output, and applies the activation it is called with.
+    """
 
     dtype: Any = None
 
@@ -38,8 +40,7 @@ class FoldedNorm(nnx.Module):
 
 
 def fold_norms(model: Model, *example: Any, forward: Callable[..., Any] | None = None) -> Model:
-    """Fold norms that use running statistics into the convolution or dense layer before them, in a
-    whole model.
+    """Fold norms that use running statistics into the layers before them, in a whole model.
 
     A norm is folded where its input is exactly the output of a `Conv`, `ConvTranspose` or `Linear`
     and nothing else uses that output, as read from the traced program, and nothing else uses or
@@ -163,14 +164,18 @@ def _sharding_of_outputs(kernel: Any, output_axis: int) -> dict[str, Any]:
 
 
 class _Probe:
-    """A module of the copy that is traced: it marks what it takes or gives. Its class is made for
-    it alone."""
+    """A module of the copy that is traced: it marks what it takes or gives.
+
+    Its class is made for it alone.
+    """
 
     __slots__ = ()  # so that an object may change to such a class
 
     def _is_own(self) -> bool:
-        """Whether variables are those of the model, not something made of them on the way, as in a
-        scan."""
+        """Whether variables are those of the model.
+
+        They are not where something made them on the way, as in a scan.
+        """
         first: dict[str, Any] = getattr(self, "_first", {})
         return bool(first) and all(
             getattr(self, name)[...] is value for name, value in first.items()

@@ -10,8 +10,10 @@ from jaxnorm.methods import Method
 
 
 def in_front(method: Method, layer: Any, inputs: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-    """What a method makes of a layer like `nnx.Conv` and `nnx.Linear`: its x, and the options of
-    `apply`."""
+    """What a method makes of a layer like `nnx.Conv` and `nnx.Linear`.
+
+    It is the method's x, and the options of `apply`.
+    """
 
     def function(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         parts: tuple[Any, Any] = nnx.split(layer)

@@ -33,14 +33,15 @@ class _Standardized(nnx.Module):
         )
 
     def _view(self) -> Any:
-        """What Flax's layer reads its attributes from, with the standardized kernel: it has no hook
-        for a kernel before its dtype is changed that could reach the gain."""
+        """What Flax's layer reads its attributes from, with the standardized kernel.
+
+        It has no hook for a kernel before its dtype is changed that could reach the gain.
+        """
         return SimpleNamespace(**(vars(self) | {"kernel": self._standardized()}))
 
 
 class WSConv(_Standardized, nnx.Conv):
-    """Convolution with Weight Standardization: `flax.nnx.Conv` with its kernel through
-    `kernels.standardize_kernel`.
+    """Convolution with Weight Standardization: `flax.nnx.Conv` with a standardized kernel.
 
         y = conv(x, (W - mean_o) / sqrt(var_o + epsilon)) + bias
 
@@ -53,6 +54,7 @@ class WSConv(_Standardized, nnx.Conv):
         epsilon: added to the variance of the kernel.
         correction: 1 divides that variance by n - 1.
         epsilon_outside: add epsilon to the standard deviation.
+        rngs: random number streams for the initializers.
         Others: as `flax.nnx.Conv`, by keyword. A `mask` multiplies the standardized kernel.
 
     Raises:
@@ -91,14 +93,13 @@ class WSConv(_Standardized, nnx.Conv):
 
 
 class WSDense(_Standardized, nnx.Linear):
-    """Dense layer with Weight Standardization: `flax.nnx.Linear` with its kernel through
-    `kernels.standardize_kernel`.
+    """Dense layer with Weight Standardization: `flax.nnx.Linear` with a standardized kernel.
 
         y = x (W - mean_o) / sqrt(var_o + epsilon) + bias
 
     Args:
         in_features, out_features: as `flax.nnx.Linear`.
-        use_gain, epsilon, correction, epsilon_outside: as `WSConv`.
+        use_gain, epsilon, correction, epsilon_outside, rngs: as `WSConv`.
         Others: as `flax.nnx.Linear`, by keyword.
 
     Raises:

@@ -22,13 +22,17 @@ from jaxnorm.nnx._variables import NONE, Metadata, StatefulLayer, ones, promote_
 
 
 class Tap(nnx.Variable):
-    """A variable to differentiate by, and to replace by its gradient: see
-    `methods.moving_average_norm`."""
+    """A variable to differentiate by, and to replace by its gradient.
+
+    See `methods.moving_average_norm`.
+    """
 
 
 class Observation(nnx.Intermediate):
-    """What a layer stores of its method's observations under `nnx.capture(model, Observation)`:
-    for `methods.domain_batch_norm` the `distance` of each example from the domain, (N,)."""
+    """What a layer stores of its method's observations under `nnx.capture(model, Observation)`.
+
+    For `methods.domain_batch_norm` it is the `distance` of each example from the domain, (N,).
+    """
 
 
 class Norm(StatefulLayer):

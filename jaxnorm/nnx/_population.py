@@ -17,8 +17,9 @@ def population_statistics(
     *,
     reducer: str = "pooled",
 ) -> None:
-    """Running statistics measured anew over many batches with fixed parameters (PreciseBN), in
-    place.
+    """Running statistics measured anew over many batches, in place (PreciseBN).
+
+    Parameters stay fixed.
 
         pooled:     mean and var of all elements of all batches
         averaged:   means over batches of mean and of var n / (n - 1)

@@ -38,8 +38,10 @@ class Layer(nnx.Module):
     batch_axis: int = 0
 
     def _construct(self, options: dict[str, Any], leave_out: tuple[str, ...] = ()) -> None:
-        """Keep a constructor's arguments as attributes and make scale and bias, in this order, as
-        Flax does."""
+        """Keep a constructor's arguments as attributes, and make scale and bias.
+
+        They are made in this order, as Flax does.
+        """
         leave_out = ("self", "__class__", *leave_out)
         options = {name: value for name, value in options.items() if name not in leave_out}
         rngs = options.pop("rngs")

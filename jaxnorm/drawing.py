@@ -1,0 +1,196 @@
+"""Blocks of numbers, coloured by which of them share a statistic, drawn with matplotlib.
+
+    figure, ax = plt.subplots()
+    draw_row(ax, methods.group_norm(3), (4, 2, 2, 6), title="group norm")
+
+draws 4 examples of 2 x 2 positions and 6 channels. The notebooks draw with these functions, which
+need matplotlib: the extra `notebooks` installs it.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+BLUE, ORANGE, GREEN, PINK, SKY, RED = HUES = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+)
+"""Okabe and Ito's palette, told apart with every kind of colour vision."""
+INK, PALE = "#333333", "#B8B8B8"
+
+# where N, C and H x W point
+_RIGHT, _LEFT, _UP = np.array([0.87, 0.40]), np.array([-0.87, 0.40]), np.array([0.0, 1.0])
+_GAP = 0.55
+
+
+class _HasShape(Protocol):
+    """A row of the table of methods, or `Groups`."""
+
+    def shape(self, x_shape: Sequence[int], /) -> tuple[int, ...]: ...
+
+
+def style() -> None:
+    """Set matplotlib to quiet axes and dark grey ink."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "figure.facecolor": "white",
+            "font.size": 10,
+            "axes.titlesize": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": PALE,
+            "text.color": INK,
+            "axes.labelcolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+        }
+    )
+
+
+def draw_row(
+    ax: Any,
+    row: _HasShape,
+    sizes: Sequence[int],
+    *,
+    title: str = "",
+    caption: str = "",
+    names: Sequence[str] = "NHWC",
+) -> None:
+    """Draw a row of the table: its name, the call, the block, and one number per axis.
+
+    Args:
+        ax: axes of matplotlib.
+        row: a row of the table, such as `methods.group_norm(3)`, or `Groups`.
+        sizes: of the block: examples, height, width and channels. The row must split it.
+        title: above the block.
+        caption: under the title, such as the call that makes the row.
+        names: of the four axes. Those of a kernel are height, width, inputs and outputs; its inputs
+            are drawn where the examples are elsewhere.
+    """
+    counts = row.shape(tuple(sizes))
+    if tuple(names) == tuple("NHWC"):
+        draw_block(ax, sizes, counts)
+    else:
+        order = [2, 0, 1, 3]
+        kernel = {"names": ("in", "h, w", "out")}
+        draw_block(ax, [sizes[i] for i in order], [counts[i] for i in order], **kernel)
+    middle = {"transform": ax.transAxes, "ha": "center"}
+    for i, (count, size) in enumerate(zip(counts, sizes, strict=True)):
+        place = 0.26 + 0.16 * i
+        _draw_number(ax, place, -0.04, count, size)
+        ax.text(place, -0.145, names[i], va="center", fontsize=8.5, **middle)
+    ax.text(0.5, 1.12, title, fontsize=11, fontweight="bold", **middle)
+    ax.text(0.5, 1.02, caption, fontsize=8.5, family="monospace", **middle)
+
+
+def draw_block(
+    ax: Any,
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    *,
+    names: tuple[str, str, str] = ("N", "H, W", "C"),
+) -> None:
+    """Draw a block of numbers: what shares a statistic touches and has one colour.
+
+    Between sets there is a gap.
+
+    Args:
+        ax: axes of matplotlib.
+        sizes: of the block: examples, height, width and channels.
+        counts: into how many groups each axis is split.
+        names: of the three directions of the picture.
+    """
+    from matplotlib.collections import PolyCollection
+
+    each = np.ones([n // k for n, k in zip(sizes, counts, strict=True)], int)
+    sets = np.kron(np.arange(np.prod(counts)).reshape(counts), each)
+    sets = sets.reshape(sizes[0], -1, sizes[3])
+    colour = list(_colours(counts))
+    lines = [np.moveaxis(sets, axis, 0)[:, 0, 0] for axis in range(3)]
+    place = [
+        np.arange(len(line)) + _GAP * np.cumsum(np.diff(line, prepend=0) != 0) for line in lines
+    ]
+    extent = [p[-1] + 1 for p in place]
+
+    def at(n: Any, p: Any, c: Any) -> np.ndarray:
+        return n * _RIGHT + c * _LEFT + (extent[1] - p) * _UP
+
+    faces, fill = [], []
+    # From the back to the front, so that nearer elements cover farther ones.
+    for i, j, k in sorted(np.ndindex(sets.shape), key=lambda e: (-e[0] - e[2], -e[1])):
+        n, p, c = place[0][i], place[1][j], place[2][k]
+        base = colour[sets[i, j, k]]
+        faces += [[at(n, p, c), at(n, p, c + 1), at(n, p + 1, c + 1), at(n, p + 1, c)]]
+        faces += [[at(n, p, c), at(n + 1, p, c), at(n + 1, p + 1, c), at(n, p + 1, c)]]
+        faces += [[at(n, p, c), at(n + 1, p, c), at(n + 1, p, c + 1), at(n, p, c + 1)]]
+        fill += [base, 0.82 * base, 1 - 0.78 * (1 - base)]
+    ax.add_collection(PolyCollection(faces, facecolors=fill, edgecolors="white", linewidths=0.5))
+
+    below = extent[1] + 0.55
+    arrows = [
+        ((0.2, below, -0.45), (extent[0] * 0.75, below, -0.45), (0.45, -0.55)),
+        ((-0.4, 0.1, extent[2] + 0.5), (-0.4, extent[1] * 0.85, extent[2] + 0.5), (-0.3, 0.0)),
+        ((-0.45, below, 0.2), (-0.45, below, extent[2] * 0.75), (-0.45, -0.55)),
+    ]
+    for name, (start, end, away) in zip(names, arrows, strict=True):
+        ax.annotate(
+            "", at(*end), at(*start), arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 0.9}
+        )
+        x, y = (at(*start) + at(*end)) / 2 + away
+        ax.text(x, y, name, ha="right" if name == names[1] else "center", va="center", fontsize=9)
+    middle = (extent[0] * _RIGHT + extent[2] * _LEFT)[0] / 2
+    ax.set(xlim=(middle - 7.7, middle + 7.7), ylim=(-1.6, 11.4), aspect="equal")
+    ax.axis("off")
+
+
+def draw_key(ax: Any) -> None:
+    """Draw what the three looks of a number mean.
+
+    Args:
+        ax: axes of matplotlib.
+    """
+    ax.axis("off")
+    for y, count, text in (
+        (0.70, 1, "pooled: all indices share"),
+        (0.52, 2, "cut into groups"),
+        (0.34, 4, "every index alone"),
+    ):
+        _draw_number(ax, 0.14, y, count, 4)
+        ax.text(0.25, y, text, transform=ax.transAxes, va="center")
+
+
+def _draw_number(ax: Any, x: float, y: float, count: int, size: int) -> None:
+    """One axis: grey where it is pooled, framed where it is split, black where all stand apart."""
+    apart = count == size
+    box = {
+        "boxstyle": "round,pad=0.28",
+        "facecolor": INK if apart else "white",
+        "edgecolor": PALE if count == 1 else INK,
+    }
+    ink = "white" if apart else INK if count > 1 else PALE
+    middle = {"transform": ax.transAxes, "ha": "center", "va": "center"}
+    ax.text(x, y, str(count), fontweight="bold", color=ink, bbox=box, **middle)
+
+
+def _colours(counts: Sequence[int]) -> Iterator[np.ndarray]:
+    """One colour a set.
+
+    The hue changes along the first axis that is split, the lightness along the others.
+    """
+    first = next((i for i in (0, 3, 1, 2) if counts[i] > 1), 0)
+    rest = [i for i in range(4) if i != first]
+    others = [counts[i] for i in rest]
+    for index in itertools.product(*map(range, counts)):
+        step = np.ravel_multi_index([index[i] for i in rest], others)
+        hue = HUES[index[first]]
+        base = np.array([int(hue[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        yield 1 - (1 - base) * (1 - 0.6 * step / max(np.prod(others) - 1, 1))

@@ -1,0 +1,163 @@
+"""Methods are values: they print as they are typed, compare, hash and pickle by their fields, and
+take numbers alone."""
+
+import dataclasses
+import pickle
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from registry import NAMES, REGISTRY, SHAPE
+
+import jaxnorm
+from jaxnorm import EACH, Groups, Row, Size, methods
+
+METHODS = (
+    *(entry.method for entry in REGISTRY),
+    Row(Groups(batch=Size(4), spatial=(2, EACH), channel=1), mean=0, two_pass=True),
+    Row((1, 1, 3, 8), momentum=None),
+    methods.batch_norm(correction=1, ghost_update="sequential", example_weight=0.25),
+    methods.batch_group_norm(4, momentum=None, debias=True),
+    methods.batch_renorm(rmax=float("inf"), dmax=float("inf")),
+    methods.memorized_batch_norm((0, 1e-30, 1), "blend"),
+    methods.proxy_norm(methods.layer_norm(epsilon=1e-3), num_quantiles=50),
+)
+every = pytest.mark.parametrize("method", METHODS, ids=str)
+NUMBERS = [
+    pytest.param(entry.method, field.name, id=f"{entry}-{field.name}")
+    for entry in {type(entry.method): entry for entry in REGISTRY}.values()
+    for field in dataclasses.fields(entry.method)
+    if isinstance(getattr(entry.method, field.name), int | float)
+]
+
+
+def test_each_kind_of_method_is_here():
+    kinds = {name for name, t in vars(methods).items() if isinstance(t, type)} - {"Method"}
+    assert {type(method).__name__ for method in METHODS} == kinds
+    assert kinds <= {*NAMES, "Row"}
+
+
+@every
+def test_its_repr_can_be_typed(method):
+    twin = eval(repr(method), vars(jaxnorm) | vars(methods))
+    assert type(twin) is type(method) and twin == method and repr(twin) == repr(method)
+
+
+def test_its_repr_is_short():
+    for method, words in (
+        (methods.batch_renorm(), "batch_renorm()"),
+        (methods.batch_renorm(2, epsilon=1e-3), "batch_renorm(rmax=2, epsilon=0.001)"),
+        (methods.batch_renorm(dmax=float("inf")), "batch_renorm(dmax=float('inf'))"),
+        (methods.domain_batch_norm(3), "domain_batch_norm(3)"),
+        (methods.group_norm(4), "Row(Groups(batch=EACH, spatial=1, channel=4))"),
+        (
+            methods.proxy_norm(methods.group_norm(4, epsilon=0.0)),
+            "proxy_norm(Row(Groups(batch=EACH, spatial=1, channel=4), epsilon=0.0))",
+        ),
+    ):
+        assert repr(method) == words
+
+
+@every
+def test_equal_fields_are_an_equal_method(method):
+    twin = dataclasses.replace(method)
+    assert twin is not method and twin == method and hash(twin) == hash(method)
+    assert pickle.loads(pickle.dumps(method)) == method
+    other = dataclasses.replace(method, epsilon=0.125)
+    assert other != method and other.epsilon == 0.125 and len({method, twin, other}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.epsilon = 0.0
+
+
+def test_methods_differ_from_one_another():
+    assert len(set(METHODS)) == len({repr(method) for method in METHODS})
+
+
+def test_equal_methods_are_compiled_once():
+    @chex.assert_max_traces(n=1)
+    def step(method, x):
+        return method.apply(x, method.init(x.shape), train=True)
+
+    run = jax.jit(step, static_argnums=0)
+    for _ in range(2):
+        run(methods.batch_renorm(rmax=1.5), jnp.ones((4, 2)))
+
+
+@pytest.mark.parametrize("method, field", NUMBERS)
+def test_an_array_is_given_to_apply(method, field):
+    """Also one that is traced."""
+    value = getattr(method, field)
+    for array in (jnp.asarray(value), np.asarray(value)):
+        with pytest.raises(TypeError, match=rf"\({field}=...\) is an array.*Give .* to apply"):
+            dataclasses.replace(method, **{field: array})
+    with pytest.raises(TypeError, match=rf"\({field}=...\) is an array.*Give .* to apply"):
+        jax.jit(lambda t: dataclasses.replace(method, **{field: t}).epsilon)(value)
+
+
+def test_an_array_in_a_tuple_is_refused():
+    with pytest.raises(TypeError, match=r"\(memory_weights=...\) is an array.*Give .* to apply"):
+        methods.memorized_batch_norm((0.5, jnp.ones(())))
+    with pytest.raises(TypeError, match=r"\(memory_weights=...\) is an array of shape \(3,\)"):
+        methods.memorized_batch_norm(np.ones(3))
+
+
+def test_scalars_of_numpy_are_numbers():
+    """They come out of arithmetic, and print as numbers."""
+    method = methods.batch_renorm(np.float64(2.0), momentum=np.float32(0.5))
+    assert method == methods.batch_renorm(2.0, momentum=0.5)
+    assert repr(method) == "batch_renorm(rmax=2.0, momentum=0.5)"
+    assert methods.domain_batch_norm(np.int64(3)) == methods.domain_batch_norm(3)
+    weights = [np.float32(0.5), np.float32(0.25)]
+    assert methods.memorized_batch_norm(weights) == methods.memorized_batch_norm((0.5, 0.25))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (np.nan, r"batch_renorm\(rmax=...\) is NaN"),
+        (jnp.sin, r"batch_renorm\(rmax=...\) is .*functions and arrays are given to apply"),
+        ({}, r"batch_renorm\(rmax=...\) is {}\. Expected a number"),
+    ],
+)
+def test_what_is_no_number_is_refused(wrong, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        methods.batch_renorm(rmax=wrong)
+
+
+@pytest.mark.parametrize("entry", REGISTRY, ids=str)
+def test_unknown_options_are_refused_by_name(entry):
+    """An epsilon belongs to the method, and is unknown to apply."""
+    x = jnp.ones(SHAPE, jnp.float32)
+    state = entry.init(SHAPE)
+    for name in ("epsilon", "momentun"):
+        with pytest.raises(TypeError, match=rf"got an unexpected option {name}\. Expected some of"):
+            entry(x, state, **{name: 0.1})
+        with pytest.raises(TypeError, match=rf"got an unexpected option {name}\. Expected some of"):
+            entry(x, state, train=False, **{name: 0.1})
+
+
+@pytest.mark.parametrize("entry", REGISTRY, ids=str)
+def test_options_are_those_of_apply(entry):
+    """What is learned can be given, and so can a momentum; every name is taken."""
+    options = set(entry.method.options)
+    assert {*entry.method.parameters(8)} <= options
+    assert hasattr(entry.method, "momentum") == ("momentum" in options)
+    assert not options & {"epsilon", "scale", "bias", "train", "weights"}
+
+
+def test_an_option_takes_precedence_over_its_field():
+    """None leaves it to the field."""
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (8, 4)), jnp.float32)
+    method = methods.batch_renorm(rmax=1.1, dmax=0.1, momentum=0.5)
+    state = method.init(x.shape)
+    for given, fields in (
+        ({"dmax": 0.2}, {"dmax": 0.2}),
+        ({"rmax": 1.5, "momentum": 0.9}, {"rmax": 1.5, "momentum": 0.9}),
+        ({"rmax": None, "momentum": None}, {}),
+    ):
+        other = dataclasses.replace(method, **fields)
+        chex.assert_trees_all_equal(
+            method.apply(x, state, train=True, **given), other.apply(x, state, train=True)
+        )
