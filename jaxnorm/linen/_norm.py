@@ -1,10 +1,12 @@
 """One layer for every method."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
@@ -97,6 +99,11 @@ class Norm(nn.Module):
     unit_offset: bool = False
     batch_axis: int = 0
     channel_axis: int = -1
+
+    def __post_init__(self):
+        if isinstance(self.inits, Mapping):  # so that the module has a hash
+            object.__setattr__(self, "inits", FrozenDict(self.inits))
+        super().__post_init__()
 
     @nn.compact
     def __call__(
