@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import close, differentiated
 
 from jaxnorm import EACH, Groups, Row, linen, methods, norm
 from jaxnorm import nnx as nnx_layers
@@ -23,18 +24,6 @@ def flat(xp, x, scale, bias, groups):
     mean, var = t.mean((0, 2), keepdims=True), t.var((0, 2), keepdims=True)
     y = ((t - mean) / xp.sqrt(var + 1e-5)).reshape(x.shape[0], x.shape[3], *x.shape[1:3])
     return xp.moveaxis(y, 1, -1) * scale + bias, (mean.ravel(), var.ravel())
-
-
-def differentiated(f):
-    def run(*args):
-        y, pull, aux = jax.vjp(f, *args, has_aux=True)
-        return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), aux
-
-    return jax.jit(run)
-
-
-def close(a, b, atol=1e-11):
-    jax.tree.map(lambda s, t: np.testing.assert_allclose(s, t, rtol=0, atol=atol), a, b)
 
 
 def draw():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from helpers import double
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -58,10 +59,6 @@ def kernels(shape, count=3, seed=1, step=0.1):
     rng = np.random.default_rng(seed)
     first = rng.normal(size=shape)
     return [jnp.asarray(first + step * t * rng.normal(size=shape)) for t in range(count)]
-
-
-def double(state):
-    return jax.tree.map(lambda t: t.astype(jnp.float64), state)
 
 
 def init(kernel_shape, window=3, **options):

@@ -11,17 +11,13 @@ import pytest
 from compiled import jit
 from flax import linen as nn
 from flax import nnx
+from helpers import close, data
 
 from jaxnorm import domains, linen, methods
 from jaxnorm import nnx as layers
 
 SHAPE, D, E = (6, 3, 4), 3, 1e-3
 DOMAIN = np.array([2, 0, 2, 2, 0, 0], "i4")  # 1 is absent
-close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
-
-
-def data(seed=0, shape=SHAPE):
-    return np.random.default_rng(seed).normal(1, 2, shape)
 
 
 def bank(count=D, dtype="f8"):
@@ -48,7 +44,7 @@ def differentiated(x, gy, state, domain, train=True):
 
 @pytest.mark.usefixtures("x64")
 def test_a_mixed_batch_is_one_batch_for_each_domain():
-    x, gy, state = data(), data(1), bank()
+    x, gy, state = data(*SHAPE), data(*SHAPE, seed=1), bank()
     y, dx, new = differentiated(x, gy, state, DOMAIN)
     sets = oracle.set_numbers(SHAPE, lambda n, p, c, *_: (DOMAIN[n], c))
     o = oracle.normalized(x, sets, epsilon=E, gy=gy)
@@ -73,7 +69,7 @@ def mean_of(x):
 @pytest.mark.usefixtures("x64")
 def test_one_domain_for_the_batch_or_for_each_example():
     """The only one or one of several; it alone is updated."""
-    x, gy = data(), data(1)
+    x, gy = data(*SHAPE), data(*SHAPE, seed=1)
     for count, d in ((1, 0), (D, 2)):
         state = bank(count)
         per_batch = differentiated(x, gy, state, d)
@@ -83,7 +79,7 @@ def test_one_domain_for_the_batch_or_for_each_example():
 
 
 def test_a_domain_that_is_none_gives_nan_and_changes_no_row():
-    x, state = data().astype("f4"), bank(dtype="f4")
+    x, state = data(*SHAPE).astype("f4"), bank(dtype="f4")
     for domain in (-1, D, np.array([0, 1, -1, 1, 0, D], "i4")):
         for train in (True, False):
             y, _, new = differentiated(x, x, state, domain, train=train)
@@ -100,7 +96,7 @@ def test_a_domain_that_is_none_gives_nan_and_changes_no_row():
 
 @pytest.mark.usefixtures("x64")
 def test_distance_is_wasserstein():
-    x, state = data(), bank()
+    x, state = data(*SHAPE), bank()
     m, v = x.mean(1), x.var(1)
 
     def by_hand(mean, var):
@@ -161,7 +157,7 @@ def test_prediction_for_an_unknown_domain():
     """Each domain's pass by itself, then the weighted average: in linen by a mutable collection, in
     nnx by capture."""
     x, states = (
-        data().astype("f4"),
+        data(*SHAPE).astype("f4"),
         [bank(dtype="f4"), jax.tree.map(lambda t: t + 0.5, bank(dtype="f4"))],
     )
     network = Network()

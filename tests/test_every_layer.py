@@ -14,7 +14,7 @@ from registry import KERNEL, REGISTRY, SHAPE, STATEFUL, C, by_turns
 
 from jaxnorm import linen, methods, nnx
 
-close = partial(close, tolerance=2e-5)
+close = partial(close, atol=2e-5, rtol=2e-5)
 TAP = "_overwrite_with_gradient"
 
 

@@ -175,8 +175,8 @@ def scan(entry):
     step, state = jit(entry), first
     for x, y in zip(xs, ys, strict=True):
         one, state = step(x, state)
-        close(one, y, 1e-5)
-    close(scanned, state, 1e-5)
+        close(one, y, 1e-5, rtol=1e-5)
+    close(scanned, state, 1e-5, rtol=1e-5)
     chex.assert_trees_all_equal_shapes_and_dtypes(scanned, first)
     moving = first.keys() - {"positions"}
     assert all((np.asarray(scanned[name]) != first[name]).any() for name in moving)
@@ -210,7 +210,7 @@ def forward_mode(entry):
         return ty, pull(back)[0], pull(ty)[0]
 
     ty, dx, back_again = run(x, tangent, back)
-    close((ty * back).sum(), (dx * tangent).sum(), 1e-9)
+    np.testing.assert_allclose((ty * back).sum(), (dx * tangent).sum(), rtol=1e-9)
     np.testing.assert_allclose(np.sum(back_again * tangent), np.sum(ty * ty), rtol=1e-11)
 
 
@@ -224,8 +224,8 @@ def half_precision(entry):
         assert y.dtype == dtype and all(t.dtype == jnp.float32 for t in new.values())
         if entry.needs_kernel:  # the layer in front rounds too
             continue
-        close(new, new_wide, 1e-6)
-        close(y.astype("f4"), wide, tolerance, atol=2e-5)
+        close(new, new_wide, 1e-6, rtol=1e-6)
+        close(y.astype("f4"), wide, 2e-5, rtol=tolerance)
 
 
 COLUMNS = (masks, synchronization, device_groups, vmap, scan, forward_mode, half_precision)
@@ -326,8 +326,8 @@ def test_extremes_of_float16(entry):
         half = (x * size).clip(-6e4, 6e4).astype("f2")
         y, new = run(half, state)
         wide, new_wide = run(half.astype("f4"), state)
-        close(y.astype("f4"), wide, 2**-10, atol=1e-7)
-        close(new, new_wide, 1e-5)
+        close(y.astype("f4"), wide, 1e-7, rtol=2**-10)
+        close(new, new_wide, 1e-5, rtol=1e-5)
 
 
 PAST = ("past_gradient", "step")

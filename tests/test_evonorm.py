@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close, differentiated
 
 from jaxnorm import methods, moments
 
@@ -29,18 +30,6 @@ def s0(xp, x, v, scale, bias):
     var = groups.var((1, 2, 4), keepdims=True)
     var = xp.broadcast_to(var, (x.shape[0], 1, 1, 3, 2)).reshape(x.shape[0], 1, 1, 6)
     return x / (1 + xp.exp(-v * x)) / xp.sqrt(var + 1e-5) * scale + bias
-
-
-def differentiated(f):
-    def run(*args):
-        y, pull, aux = jax.vjp(f, *args, has_aux=True)
-        return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), aux
-
-    return jax.jit(run)
-
-
-def close(a, b, atol=1e-11):
-    jax.tree.map(lambda s, t: np.testing.assert_allclose(s, t, rtol=0, atol=atol), a, b)
 
 
 def flat(f):

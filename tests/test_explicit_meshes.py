@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contexts import EAGER, SHARDED, fitting, mesh, spec
+from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -28,6 +29,7 @@ from jaxnorm import (
     update_cumulative,
     update_running,
 )
+from jaxnorm._core.meshes import _compiled
 
 SHAPE = (16, 8, 3, 12)
 X = np.random.default_rng(0).normal(size=SHAPE).astype("f4")
@@ -167,6 +169,125 @@ def test_activations_may_use_arrays_of_the_mesh(set_mesh):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, wanted
         )
+
+
+OWN_RULES = {
+    "batch_norm": (methods.batch_norm(), {}),
+    "batch_group_norm": (methods.batch_group_norm(8), {}),
+    "batch_renorm": (methods.batch_renorm(), {"rmax": np.float32(1.5)}),
+    "momentum_batch_norm": (methods.momentum_batch_norm(), {"train_momentum": np.float32(0.5)}),
+    "memorized_batch_norm": (methods.memorized_batch_norm((0.5, 0.5)), {}),
+    "cross_iteration_norm": (
+        methods.cross_iteration_norm(),
+        {"inputs": X, "kernel": np.eye(12, dtype="f4"), "layer": lambda x, kernel: x @ kernel},
+    ),
+    "moving_average_norm": (methods.moving_average_norm(), {"tap": np.zeros(12, "f4")}),
+    "switchable_norm": (methods.switchable_norm(), {}),
+    "domain_batch_norm": (methods.domain_batch_norm(2), {"domain": np.arange(16) % 2}),
+    "group_norm_plus": (methods.group_norm_plus(3), {}),
+    "filter_response_norm": (methods.filter_response_norm(), {}),
+    "evonorm_b0": (methods.evonorm_b0(), {}),
+    "evonorm_s0": (methods.evonorm_s0(3), {}),
+    "proxy_norm": (methods.proxy_norm(methods.group_norm(3)), {"activation": jax.nn.relu}),
+}
+
+
+OFTEN = ("cross_iteration_norm", "group_norm_plus", "proxy_norm")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in OWN_RULES],
+)
+def test_methods_with_a_rule(name):
+    """Under jit and outside of it, from step to step: x's sharding and one device's numbers."""
+    method, options = OWN_RULES[name]
+
+    def step(x, state):
+        return method.apply(x, state, train=True, **options)
+
+    def two_steps(x):
+        _, state = step(x, method.init(x.shape, kernel_shape=(12, 12)))
+        return step(x * 2, state)
+
+    x = sharded()
+    y, state = jax.jit(two_steps)(x)
+    eager, after = two_steps(x)
+    assert y.sharding.spec == eager.sharding.spec == spec("NC")
+    for got in ((y, state), (eager, after)):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+            got,
+            jax.jit(two_steps)(X),
+        )
+
+
+def dense_of(scale):
+    return lambda inputs, kernel: scale * jnp.matmul(inputs, kernel)
+
+
+@pytest.mark.parametrize("jit, set_mesh", [(True, False), (False, True)])
+def test_the_layer_in_front_is_a_new_function_in_each_step(jit, set_mesh):
+    """None is kept, nor what it closes over; y, the state and the gradient are one device's.
+
+    Outside of jit JAX differentiates scalars of a mesh under `jax.set_mesh` only.
+    """
+    method = methods.cross_iteration_norm()
+    kernel = np.random.default_rng(1).normal(size=(12, 6)).astype("f4")
+
+    def loss(kernel, x, state, scale):
+        layer = dense_of(scale)
+        options = {"inputs": x, "kernel": kernel, "layer": layer, "activation": jnp.sin}
+        y, state = method.apply(layer(x, kernel), state, train=True, **options)
+        return (y * y).sum(), (y, state)
+
+    def two_steps(kernel, x):
+        _, (_, state) = loss(kernel, x, method.init((1, 6), kernel_shape=(12, 6)), 1.0)
+        return jax.grad(loss, has_aux=True)(kernel, x, state, 2.0)
+
+    x, kept = sharded("N"), _compiled._cache_size()
+    with entered(x, set_mesh):
+        gradient, (y, state) = (jax.jit(two_steps) if jit else two_steps)(
+            jax.device_put(kernel, NamedSharding(x.sharding.mesh, P())), x
+        )
+    assert y.sharding.spec == P("i", None, None, None)
+    assert _compiled._cache_size() == kept
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
+        (gradient, (y, state)),
+        jax.jit(two_steps)(kernel, X),
+    )
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        methods.cross_iteration_norm(),
+        pytest.param(methods.moving_average_norm(), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_layers_with_a_layer_in_front(method):
+    x = sharded("N")
+    conv = flax_linen.Conv(6, (3, 3), use_bias=False)
+    layer = linen.Norm(method, layer=conv, use_running_average=False)
+    variables = jax.jit(layer.init)(jax.random.key(0), jnp.ones((1, *SHAPE[1:])))
+
+    def step(variables, x):
+        return layer.apply(variables, x, mutable="batch_stats")
+
+    y, new = jax.jit(step)(variables, x)
+    wanted, state = jax.jit(step)(variables, X)
+    conv = flax_nnx.Conv(12, 6, (3, 3), use_bias=False, rngs=flax_nnx.Rngs(0))
+    twin = nnx.Norm(6, method, layer=conv, rngs=flax_nnx.Rngs(0))
+    twin.layer.kernel[...] = variables["params"]["layer"]["kernel"]
+    out = flax_nnx.jit(lambda layer, x: layer(x))(twin, x)
+    assert y.sharding.spec == out.sharding.spec == P("i", None, None, None)
+    for got in (y, out):
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), new, state)
+    for name, t in state["batch_stats"].items():
+        np.testing.assert_allclose(getattr(twin, name)[...], t, atol=1e-4)
 
 
 def test_transformations_compose():

@@ -1,14 +1,18 @@
 """Filter Response Normalization and the thresholded linear unit against a definition in NumPy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import close, differentiated
 
 from jaxnorm import methods, norm
 
 SHAPE = (3, 2, 4, 5)
 pytestmark = pytest.mark.usefixtures("x64")
+differentiated = partial(differentiated, has_aux=False)
 
 
 def response(x, method=None, **options):
@@ -24,18 +28,6 @@ def definition(xp, x, scale, bias, threshold, slope, learned, epsilon=1e-6):
 def draw():
     rng = np.random.default_rng(0)
     return rng.normal(1, 2, SHAPE), *rng.normal(size=(4, SHAPE[-1])), np.float64(-0.3)
-
-
-def differentiated(f):
-    def run(*args):
-        y, pull = jax.vjp(f, *args)
-        return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
-
-    return jax.jit(run)
-
-
-def close(a, b, atol=1e-11):
-    jax.tree.map(lambda s, t: np.testing.assert_allclose(s, t, rtol=0, atol=atol), a, b)
 
 
 def test_values_and_gradients():

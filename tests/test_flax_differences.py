@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import jit
 from flax import linen, nnx
 from jax.sharding import PartitionSpec as P
 
@@ -125,11 +126,6 @@ def data(*shape, seed=0):
 def variables(channels=3):
     zeros, ones = jnp.zeros(channels, jnp.float32), jnp.ones(channels, jnp.float32)
     return {"params": {"scale": ones, "bias": zeros}, "batch_stats": {"mean": zeros, "var": ones}}
-
-
-def jit(f):
-    """Compiled as a whole: operation by operation takes longer. Optimizing would, too."""
-    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def batch_norm(module, x, mask=None, start=None, **kwargs):
@@ -485,7 +481,7 @@ def test_nothing_to_average():
         y, stats = batch_norm(jaxnorm.linen, batch, mask)
         chex.assert_trees_all_equal(stats, variables()["batch_stats"])
         assert np.isfinite(y).all()
-        layer = nnx_layer(jaxnorm.nnx, "Norm", 3, jaxnorm.methods.batch_norm(), debias=True)
+        layer = nnx_layer(jaxnorm.nnx, "Norm", 3, jaxnorm.methods.batch_norm(debias=True))
         call(layer, batch, mask)
         assert layer.count[...].tolist() == [0, 0, 0]
 

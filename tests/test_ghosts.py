@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from compiled import jit
 from flax import nnx
+from helpers import close
 
 from jaxnorm import init_running, linen, methods, moments, update_running
 from jaxnorm import nnx as layers
@@ -16,7 +17,6 @@ K, D = 4, 0.7
 SIZE = 2
 CONVENTIONS = ("pooled", "averaged", "sequential", "sequential divided")
 conventions = pytest.mark.parametrize("convention", CONVENTIONS)
-close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
 
 
 def data():

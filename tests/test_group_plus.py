@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx as fnnx
+from helpers import close, differentiated
 
 from jaxnorm import EACH, Groups, Row, linen, methods, nnx, norm
 from jaxnorm.methods import group_norm_plus
@@ -41,18 +42,6 @@ def ours(x, scale, bias, mixture, state=None, train=True, weights=None, **fields
     state = method.init(x.shape) if state is None else state
     options = {"scale": scale.reshape(-1), "bias": bias.reshape(-1), "weights": weights}
     return method.apply(x, state, train=train, mixture=mixture, **options)
-
-
-def differentiated(f):
-    def run(*args):
-        y, pull, aux = jax.vjp(f, *args, has_aux=True)
-        return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), aux
-
-    return jax.jit(run)
-
-
-def close(a, b, atol=1e-11):
-    jax.tree.map(lambda s, t: np.testing.assert_allclose(s, t, rtol=0, atol=atol), a, b)
 
 
 @pytest.mark.parametrize("per_position", (True, False))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import jit
 from flax import linen as nn
 
 from jaxnorm import EACH, Groups, Row, Size, methods, moments, normalize
@@ -40,11 +41,6 @@ TRAIN, EVAL = {"use_running_average": False}, {"use_running_average": True}
 
 def data(shape=SHAPE, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(1, 2, shape), jnp.float32)
-
-
-def jit(f):
-    """Compiled as a whole, without optimizations: operation by operation takes longer."""
-    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def initial(layer, shape=SHAPE, **flags):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import jit
 from flax import linen as nn
 from flax import nnx
 from jax import lax
@@ -37,11 +38,6 @@ WIDE = {"param_dtype": jnp.float64, "force_float32_reductions": False}
 
 def mesh():
     return Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
-
-
-def jit(f):
-    """Compiled as a whole, without optimizations: operation by operation takes longer."""
-    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def same(got, want, atol=1e-12):

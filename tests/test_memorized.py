@@ -8,12 +8,12 @@ import numpy as np
 import oracle
 import pytest
 from compiled import jit
+from helpers import close
 
 from jaxnorm import methods
 from jaxnorm.training import double_forward
 
 SHAPE, E = (6, 3, 4), 1e-3
-close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
 
 
 def data(seed=0):

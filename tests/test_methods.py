@@ -1,6 +1,7 @@
 """Every row of the table, and some of one's own, at every rank and in both layouts, against sums
 over their index sets."""
 
+import inspect
 from functools import cache
 
 import jax
@@ -168,6 +169,18 @@ def test_methods_know_whether_they_pool_the_batch(row):
     sets = oracle.set_numbers(shape, row.label)
     pools_batch = row.call(shape, -1).row(shape).pools_batch
     assert pools_batch == np.isin(sets[1:], sets[0]).any() or row.name.endswith("size")
+
+
+def test_every_row_of_the_table_has_a_label():
+    """A method without a label of its sets is not tested."""
+    returning = {
+        name
+        for name, f in vars(methods).items()
+        if inspect.isfunction(f) and inspect.signature(f).return_annotation is methods.Row
+    }
+    assert returning | {"batch_group_norm", "Row"} == {row.method_name for row in ROWS}
+    for row in ROWS:
+        assert f"{row.method_name}(" in inspect.getsource(row.call)
 
 
 @pytest.mark.usefixtures("x64")

@@ -7,17 +7,13 @@ import jax
 import numpy as np
 import pytest
 from compiled import jit
+from helpers import close, data
 
 from jaxnorm import methods
 from jaxnorm.schedules import inference_momentum, train_momentum_schedule
 
 SHAPE, E = (6, 3, 4), 1e-3
 METHOD = methods.momentum_batch_norm(momentum=0.7, epsilon=E)
-close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
-
-
-def data(seed=0):
-    return np.random.default_rng(seed).normal(1, 2, SHAPE)
 
 
 def some_state():
@@ -40,7 +36,7 @@ def differentiated(x, gy, state, weight):
 def test_definition_and_closed_form_of_the_gradient(weight):
     """The batch keeps 1 - lambda of the gradient through statistics, centred at the batch's own
     mean."""
-    x, g, state = data(), data(1), some_state()
+    x, g, state = data(*SHAPE), data(*SHAPE, seed=1), some_state()
     y, dx, new = differentiated(x, g, state, weight)
     mean, var = x.mean((0, 1)), x.var((0, 1))
     blended = {
@@ -58,14 +54,14 @@ def test_definition_and_closed_form_of_the_gradient(weight):
 
 @pytest.mark.usefixtures("x64")
 def test_empty_sets_are_normalized_with_the_old_training_statistics():
-    x, state = data(), some_state()
+    x, state = data(*SHAPE), some_state()
     method = methods.momentum_batch_norm(0.4, epsilon=E)
     y, new = jit(lambda x: method.apply(x, state, train=True, weights=np.zeros((1, 1, 1))))(x)
     close((y, dict(new)), ((x - state["train_mean"]) / np.sqrt(state["train_var"] + E), state))
 
 
 def test_training_needs_the_weight_and_inference_does_not():
-    x, state = data().astype("f4"), METHOD.init(SHAPE)
+    x, state = data(*SHAPE).astype("f4"), METHOD.init(SHAPE)
     METHOD.apply(x, state, train=False)
     with pytest.raises(
         ValueError, match=r"Got train_momentum=None; expected 0 .* to 1.*train_momentum_schedule"
@@ -118,7 +114,7 @@ def test_schedule_is_the_papers_and_is_data():
 
 def test_weights_of_the_old_statistics_are_weights():
     """Refused where known; a traced one beyond 0 or 1 is clipped, and NaN stores nothing."""
-    x, state = data().astype("f4"), METHOD.init(SHAPE)
+    x, state = data(*SHAPE).astype("f4"), METHOD.init(SHAPE)
     for wrong in (-1, 2, np.nan, np.full(4, 0.5)):
         with pytest.raises(ValueError, match="train_momentum .*expected a number of at least 0"):
             METHOD.apply(x, state, train=True, train_momentum=wrong)
@@ -135,7 +131,7 @@ def test_weights_of_the_old_statistics_are_weights():
 
 def test_what_normalizes_is_what_is_stored():
     """Also where the mean is far from 0: the blend is taken the same way."""
-    x = (data() + 1e4).astype("f4")
+    x = (data(*SHAPE) + 1e4).astype("f4")
     method = methods.momentum_batch_norm(0.9)
     state = method.init(SHAPE) | {"train_mean": np.full(4, 1e4, "f4")}
     y, new = jit(lambda x: method.apply(x, state, train=True))(x)

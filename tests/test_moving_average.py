@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
+from helpers import double
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -26,10 +27,6 @@ AXES = (0, 1, 2)
 
 def init(channels, window=16):
     return moving_average_norm(window=window).init((1, channels))
-
-
-def double(state):
-    return jax.tree.map(lambda t: t.astype(jnp.float64), state)
 
 
 def batch(seed, shape=SHAPE):

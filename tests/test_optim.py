@@ -102,25 +102,24 @@ def test_norms_are_found_in_nnx():
 
 @pytest.mark.parametrize("use_scale", [False, True])
 @pytest.mark.parametrize(
-    "layer, others",
+    "method, others",
     [
-        (linen.EvoNormB0(), {"v"}),
+        (methods.evonorm_b0(), {"v"}),
         (
-            linen.FilterResponseNorm(use_slope=True, use_learned_epsilon=True),
+            methods.filter_response_norm(use_slope=True, use_learned_epsilon=True),
             {"threshold", "slope", "learned_epsilon"},
         ),
-        (linen.GroupNormPlus(), {"mixture"}),
-        (linen.SwitchableNorm(), {"mean_logits", "var_logits"}),
-        (linen.ProxyNorm(methods.layer_norm()), {"proxy_scale", "proxy_bias"}),
+        (methods.group_norm_plus(), {"mixture"}),
+        (methods.switchable_norm(), {"mean_logits", "var_logits"}),
+        (methods.proxy_norm(methods.layer_norm()), {"proxy_scale", "proxy_bias"}),
     ],
     ids=lambda t: type(t).__name__,
 )
-def test_norms_with_other_parameters(layer, others, use_scale):
-    layer = layer.clone(use_scale=use_scale)
-    running = {"use_running_average": True} if hasattr(layer, "use_running_average") else {}
-    params = jax.eval_shape(
-        lambda: layer.init(jax.random.key(0), jnp.ones((2, 4, 4, 64)), **running)
-    )["params"]
+def test_norms_with_other_parameters(method, others, use_scale):
+    layer = linen.Norm(method, use_running_average=True, use_scale=use_scale)
+    params = jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.ones((2, 4, 4, 64))))[
+        "params"
+    ]
     own = {"scale", "bias"} & set(params)
     assert set(params) - own == others and ("scale" in own) == use_scale
     assert true_paths(norm_mask({"net": params})) == {f"net/{name}" for name in own}

@@ -8,19 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import close, data
 
 from jaxnorm import Moments, linen, methods, moments, norm, normalize, positional
 from jaxnorm import nnx as nnx_layers
 
 SHAPE = (3, 4, 5, 6)
-
-
-def data(shape=SHAPE, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(1, 2, shape))
-
-
-def close(a, b, atol=1e-11):
-    jax.tree.map(lambda s, t: np.testing.assert_allclose(s, t, rtol=0, atol=atol), a, b)
 
 
 def taken_out(x, epsilon=1e-5, correction=0, channel_axis=-1):
@@ -50,8 +43,8 @@ def test_values_moments_and_gradients(ddof):
 
         return jax.jit(g)
 
-    x = data()
-    gy = (data(seed=1), data((*SHAPE[:3], 1), seed=2), data((*SHAPE[:3], 1), seed=3))
+    x = data(*SHAPE)
+    gy = (data(*SHAPE, seed=1), data(*SHAPE[:3], 1, seed=2), data(*SHAPE[:3], 1, seed=3))
 
     def ours(x):
         y, m = taken_out(x, correction=ddof)
@@ -70,14 +63,14 @@ def test_the_shortcut_undoes_the_normalization(epsilon, correction):
     def there_and_back(x):
         return positional.moment_shortcut(*taken_out(x, epsilon, correction), epsilon=epsilon)
 
-    x, gy = data(), data(seed=1)
+    x, gy = data(*SHAPE), data(*SHAPE, seed=1)
     y, pull = jax.vjp(jax.jit(there_and_back), x)
     close((y, *pull(gy)), (x, gy))
 
 
 @pytest.mark.usefixtures("x64")
 def test_the_layer_and_the_value_take_out_the_same():
-    x = data()
+    x = data(*SHAPE)
     y, _ = norm(x, methods.positional_norm())
     close(methods.positional_norm().apply(x, {}, train=True)[0], y)
     layer = linen.Norm(methods.positional_norm(), use_scale=False, use_bias=False)
@@ -86,11 +79,11 @@ def test_the_layer_and_the_value_take_out_the_same():
 
 @pytest.mark.usefixtures("x64")
 def test_one_channel_and_another_layout():
-    y, m = taken_out(data((2, 3, 1)))
-    assert (y == 0).all() and (m.mean == data((2, 3, 1))).all() and (m.var == 0).all()
+    y, m = taken_out(data(2, 3, 1))
+    assert (y == 0).all() and (m.mean == data(2, 3, 1)).all() and (m.var == 0).all()
     dx = jax.jit(jax.grad(summed))(jnp.ones((2, 3, 4)))
     np.testing.assert_allclose(dx, 0.25)  # that of the mean: constant positions give no NaN
-    x, other = data(), data((3, 4, 5, 8), seed=1)
+    x, other = data(*SHAPE), data(3, 4, 5, 8, seed=1)
     y_first, first = taken_out(jnp.moveaxis(x, -1, 1), channel_axis=1)
     y_last, last = taken_out(x)
     close(jnp.moveaxis(y_first, 1, -1), y_last)
@@ -133,8 +126,8 @@ def test_moments_of_another_resolution_are_refused():
 @pytest.mark.parametrize("channel_axis", (1, pytest.param(-1, marks=pytest.mark.slow)))
 def test_dynamic_shortcut(channel_axis):
     """It starts as the plain one; both frameworks agree with two convolutions written out."""
-    x = jnp.asarray(data(), jnp.float32)
-    _, m = taken_out(jnp.asarray(data(seed=1), jnp.float32))
+    x = jnp.asarray(data(*SHAPE), jnp.float32)
+    _, m = taken_out(jnp.asarray(data(*SHAPE, seed=1), jnp.float32))
     mean, std = m.mean, jnp.sqrt(m.var + 1e-5)
     args = jax.tree.map(lambda t: jnp.moveaxis(t, -1, channel_axis), (x, m))
     layer = linen.DynamicMomentShortcut(hidden_features=4, channel_axis=channel_axis)

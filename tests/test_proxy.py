@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx as fnnx
+from helpers import close
 from scipy import special
 
 from jaxnorm import Groups, linen, methods, nnx
@@ -55,10 +56,6 @@ def ours(x, scale, bias, more_scale, more_bias, activation=jax.nn.silu):
 def draw():
     rng = np.random.default_rng(0)
     return rng.normal(1, 2, SHAPE), *rng.normal(size=(4, 1, 1, 1, 6))
-
-
-def close(a, b, atol=1e-11):
-    jax.tree.map(lambda s, t: np.testing.assert_allclose(s, t, rtol=0, atol=atol), a, b)
 
 
 def test_values_and_gradients_of_all_four_parameters():

@@ -1,13 +1,12 @@
 """Batch Renormalization: its definition, its special cases, and the schedule of the paper."""
 
-from functools import partial
-
 import chex
 import jax
 import numpy as np
 import oracle
 import pytest
 from compiled import jit
+from helpers import close, data
 
 from jaxnorm import methods
 from jaxnorm.schedules import batch_renorm_bounds
@@ -15,11 +14,6 @@ from jaxnorm.schedules import batch_renorm_bounds
 SHAPE, E = (6, 3, 4), 1e-3
 METHOD = methods.batch_renorm(momentum=0.7, epsilon=E)
 SETS = oracle.set_numbers(SHAPE, lambda n, p, c, *_: (c,))
-close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
-
-
-def data(seed=0):
-    return np.random.default_rng(seed).normal(1, 2, SHAPE)
 
 
 def some_state():
@@ -49,7 +43,13 @@ def corrections(x, state, rmax, dmax):
 def test_definition(rmax, dmax):
     """y and its derivatives are those of x_hat r + d with constants r and d; the state averages
     standard deviations."""
-    x, gy, scale, bias, state = data(), data(1), data(2)[0, 0], data(3)[0, 0], some_state()
+    x, gy, scale, bias, state = (
+        data(*SHAPE),
+        data(*SHAPE, seed=1),
+        data(*SHAPE, seed=2)[0, 0],
+        data(*SHAPE, seed=3)[0, 0],
+        some_state(),
+    )
     y, new, (dx, dscale, dbias) = differentiated(x, gy, state, rmax, dmax, scale, bias)
     r, d = corrections(x, state, rmax, dmax)
     o = oracle.normalized(x, SETS, epsilon=E, scale=r * scale, gy=gy)
@@ -67,7 +67,7 @@ def test_definition(rmax, dmax):
 
 @pytest.mark.usefixtures("x64")
 def test_inference():
-    x, state = data(), some_state()
+    x, state = data(*SHAPE), some_state()
     y, new = METHOD.apply(x, state, train=False)
     close(y, (x - state["mean"]) / state["std"])
     assert new is state
@@ -76,7 +76,7 @@ def test_inference():
 @pytest.mark.usefixtures("x64")
 def test_running_deviation_is_never_below_epsilon():
     """A state of constant channels, or of zeros, does not divide by 0."""
-    x, state = data(), {"mean": np.zeros(4), "std": np.zeros(4)}
+    x, state = data(*SHAPE), {"mean": np.zeros(4), "std": np.zeros(4)}
     close(METHOD.apply(x, state, train=False)[0], x / np.sqrt(E))
     method = methods.batch_renorm(dmax=0.0, momentum=0.0, epsilon=E)
     constant, new = method.apply(np.full(SHAPE, 3.0), method.init(SHAPE), train=True)
@@ -101,15 +101,15 @@ def test_schedule():
         10**6: (3, 5),
     }
     for count, bounds in corners.items():
-        y, *got = step(data().astype("f4"), METHOD.init(SHAPE), count)
+        y, *got = step(data(*SHAPE).astype("f4"), METHOD.init(SHAPE), count)
         np.testing.assert_allclose(got, bounds, rtol=1e-6)
-    np.testing.assert_allclose(y.mean((0, 1)), np.clip(data().mean((0, 1)), -5, 5), rtol=1e-4)
+    np.testing.assert_allclose(y.mean((0, 1)), np.clip(data(*SHAPE).mean((0, 1)), -5, 5), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name, bound, least", [("rmax", 0.5, 1), ("dmax", -1.0, 0)])
 def test_bounds_that_are_none_are_refused(name, bound, least):
     """Where known; traced ones are taken as the least that is a bound."""
-    x, state = data().astype("f4"), METHOD.init(SHAPE)
+    x, state = data(*SHAPE).astype("f4"), METHOD.init(SHAPE)
     for wrong in (bound, np.nan, np.full(4, 2.0)):
         for train in (True, False):
             with pytest.raises((TypeError, ValueError), match=f"{name} .*at least {least}"):

@@ -9,16 +9,12 @@ import numpy as np
 import pytest
 from compiled import jit
 from flax import nnx as fnnx
+from helpers import close, data
 
 from jaxnorm import linen, methods, nnx
 
 SHAPE, E = (6, 3, 4), 1e-3
-close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11))
 AXES = {"instance": (1,), "layer": (1, 2), "batch": (0, 1)}
-
-
-def data(seed=0, shape=SHAPE):
-    return np.random.default_rng(seed).normal(1, 2, shape)
 
 
 def state():
@@ -55,7 +51,7 @@ def by_hand(np, x, mean_logits, var_logits, batch=None):
 @pytest.mark.parametrize("n", (3, 2))
 def test_definition(n):
     """Values by NumPy; the gradient of x and of the logits by differentiating the plain formula."""
-    x, gy, start = data(), data(1), state() if n == 3 else {}
+    x, gy, start = data(*SHAPE), data(*SHAPE, seed=1), state() if n == 3 else {}
     y, gradients, new = differentiated(x, gy, start, *logits(n))
     close(y, by_hand(np, x, *logits(n)))
     with jax.numpy_rank_promotion("allow"):
@@ -80,7 +76,7 @@ def test_definition(n):
 def test_variance_is_between_those_it_mixes():
     """The blend of variances is at least the smallest: |dy/dx| at constant statistics is 1 /
     sqrt(var + epsilon)."""
-    x, (a, b) = data(), logits(3)
+    x, (a, b) = data(*SHAPE), logits(3)
     smallest = np.min(
         [np.broadcast_to(x.var(axes, keepdims=True), SHAPE) for axes in AXES.values()], axis=0
     )
@@ -114,7 +110,7 @@ def test_logits_and_state_belong_together():
 @pytest.mark.usefixtures("x64")
 def test_layer_and_batch_of_two_axes():
     """Two logits with a state, as the authors have it for (N, C); in both frameworks' layers."""
-    x, (a, b), start = data(shape=(6, 4)), logits(2), state()
+    x, (a, b), start = data(6, 4), logits(2), state()
     shares = [np.exp(t) / np.exp(t).sum() for t in (a, b)]
     method = methods.switchable_norm(use_instance=False, momentum=0.7, epsilon=E)
     own = x.mean(1, keepdims=True), x.var(1, keepdims=True)

@@ -21,7 +21,8 @@ def in_explicit_meshes(f: F) -> F:
     There JAX asks how the result of a reshape is sharded, and for groups that span shards no
     PartitionSpec says it. So f runs with these axes as Auto ones, and what it returns is typed
     afterwards: see `_spec`. Elsewhere f is called as it is. Its arguments are arrays, pytrees of
-    them and hashable options; the first array's sharding is the one that results take.
+    them, hashable options and functions, of which the activation sees arrays as they are typed
+    outside; the first array's sharding is the one that results take.
     """
     implementation = _in_auto_mode
 
@@ -42,9 +43,9 @@ def _in_auto_mode(f: Callable[..., Any], args: tuple[Any, ...], options: dict[st
         return f(*args, **options)
     rest = tuple(t if array is None else None for t, array in zip(leaves, arrays, strict=True))
     with jax.sharding.use_abstract_mesh(mesh):
-        if options.get("activation") is None:
+        if not any(callable(t) and not isinstance(t, type) for t in rest):
             return _compiled(f, tree, rest, arrays)
-        # compiled for this call only: what an activation closes over may be another value, or
+        # compiled for this call only: what a function closes over may be another value, or
         # tracer, next time
         return jax.jit(lambda arrays: _run_in_auto_mode(f, tree, rest, arrays))(arrays)
 

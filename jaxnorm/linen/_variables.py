@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.errors import ScopeParamShapeError
 from flax.linen import initializers
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from jax.typing import ArrayLike
@@ -100,8 +101,19 @@ def _scale_or_bias(
         return None
     init = getattr(module, f"{name}_init")
     if name == "scale" and module.unit_offset:
-        return 1 + module.param(name, lambda *args: init(*args) - 1, shape, module.param_dtype)
-    return module.param(name, init, shape, module.param_dtype)
+        return 1 + _parameter(module, name, lambda *args: init(*args) - 1, shape)
+    return _parameter(module, name, init, shape)
+
+
+def _parameter(module: Any, name: str, init: Any, shape: Shape) -> jax.Array:
+    """A parameter of the layer; one of another shape is as wrong as running statistics are."""
+    try:
+        return module.param(name, init, shape, module.param_dtype)
+    except ScopeParamShapeError as error:
+        raise ValueError(
+            f"parameter {name} does not fit x, for which it has shape {shape}. Expected the number "
+            f"of channels with which it was made. {error}"
+        ) from error
 
 
 def learned(module: Any, method: Method, num_channels: int) -> dict[str, jax.Array]:
@@ -113,7 +125,7 @@ def learned(module: Any, method: Method, num_channels: int) -> dict[str, jax.Arr
     for name, value in first.items():
         init = inits.get(name, lambda _, shape, dtype, value=value: jnp.asarray(value, dtype))
         if name not in method.overwritten_by_gradient:
-            values[name] = module.param(name, init, value.shape, module.param_dtype)
+            values[name] = _parameter(module, name, init, value.shape)
         # At inference the collection may be left out.
         elif module.is_initializing() or module.has_variable(OVERWRITE_WITH_GRADIENT, name):
             values[name] = module.variable(OVERWRITE_WITH_GRADIENT, name, jnp.asarray, value).value

@@ -71,7 +71,7 @@ class Row(Method):
             show.
 
     State: `mean` and `var`, (C,) for batch norm and (G,) for batch group norm; {} where examples do
-    not share statistics.
+    not share statistics. The new state has a derivative, as that of Flax's layers.
 
     Options of apply:
         momentum: in place of the field; a number or traced scalar.
