@@ -17,7 +17,7 @@ import pytest
 from compiled import jit
 from rows import ROWS
 
-from jaxnorm import Method, Row, kernels, methods
+from jaxnorm import Method, kernels, methods
 
 SHAPE = (4, 4, 2, 6)
 N, H, W, C = SHAPE
@@ -401,7 +401,7 @@ def test_laws(row, train):
 
     # What is remembered is a constant, and gradients do not flow into it; those of a row do, as
     # through update_running and Flax's running statistics.
-    assert isinstance(row.method, Row | methods.batch_group_norm) or not from_state.any()
+    assert isinstance(row.method, methods.Row | methods.batch_group_norm) or not from_state.any()
     assert not train or not any(t.any() for t in jax.tree.leaves(dstate))
     if train and row.shift is not None and not row.blends:
         np.testing.assert_allclose(
