@@ -12,7 +12,7 @@ import pytest
 from registry import NAMES, REGISTRY, SHAPE
 
 import jaxnorm
-from jaxnorm import EACH, Groups, Row, Size, methods
+from jaxnorm import EACH, Groups, Method, Row, Size, methods
 
 METHODS = (
     *(entry.method for entry in REGISTRY),
@@ -161,3 +161,24 @@ def test_an_option_takes_precedence_over_its_field():
         chex.assert_trees_all_equal(
             method.apply(x, state, train=True, **given), other.apply(x, state, train=True)
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Halved(Method):
+    """A method of one's own, in arithmetic on x."""
+
+    factor: float = 0.5
+
+    def rule(self, x, state, *, train, factor, **options):
+        return (x * jnp.asarray(factor, x.dtype)).astype(x.dtype), state
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_method_of_ones_own_gets_an_array(dtype):
+    """Also where a derivative is taken in half precision, for which rules of the library read x in
+    another form."""
+    x = jnp.arange(6, dtype=dtype).reshape(2, 3)
+    step = jax.jit(jax.grad(lambda x: Halved().apply(x, {}, train=True)[0].sum()))
+    np.testing.assert_array_equal(step(x), jnp.full((2, 3), 0.5, dtype))
+    y, _ = Halved().apply(x, {}, train=True, factor=0.25)
+    np.testing.assert_array_equal(y, 0.25 * x.astype("float32"))

@@ -17,6 +17,7 @@ from jaxnorm._core.checks import check_count
 from jaxnorm._core.groups import Groups
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.pooling import pool
+from jaxnorm._core.shared import shared
 from jaxnorm.methods._frame import (
     applied,
     axes_in,
@@ -157,6 +158,7 @@ class batch_group_norm(Method):
         example_weight: ArrayLike | None = None,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
+        x = shared(x)
         if example_weight is not None:
             raise ValueError(
                 f"example_weight={example_weight} with groups that are not groups of channels. "

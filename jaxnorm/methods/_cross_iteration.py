@@ -17,7 +17,7 @@ from jaxnorm._core.checks import check_count, check_number
 from jaxnorm._core.moments import Moments, as_weights, inexact
 from jaxnorm._core.pooling import pool
 from jaxnorm._core.running import usable
-from jaxnorm._core.shared import own_and_wide
+from jaxnorm._core.shared import own_and_wide, shared
 from jaxnorm.methods._carried_over import Linear, carried_over, derivatives
 from jaxnorm.methods._frame import (
     along_channels,
@@ -163,6 +163,7 @@ class cross_iteration_norm(Method):
         layer: Linear = jnp.matmul,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
+        x = shared(x)
         inputs, kernel = (own_and_wide(inexact(t))[0] for t in (inputs, kernel))
         channel_axis = options["channel_axis"]
         check_state(

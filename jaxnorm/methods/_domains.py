@@ -16,6 +16,7 @@ from jaxnorm._core.checks import check_count
 from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, inexact
 from jaxnorm._core.running import usable
+from jaxnorm._core.shared import shared
 from jaxnorm.methods._frame import (
     applied,
     averages,
@@ -94,6 +95,7 @@ class domain_batch_norm(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
+        x = shared(x)
         self._check_fits(state)
         batch_axis = options["batch_axis"]
         domain = _labels(domain, x, batch_axis)

@@ -16,7 +16,7 @@ from jaxnorm._core.checks import check_count
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.running import usable
-from jaxnorm._core.shared import widened
+from jaxnorm._core.shared import shared, widened
 from jaxnorm.methods._frame import (
     along_channels,
     applied,
@@ -92,6 +92,7 @@ class evonorm_b0(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
+        x = shared(x)
         check_state(state, self, var=1)
         own = measured(x, instance_norm(), **per_device(options))
         var = along_channels(state["var"], x, options)
@@ -163,6 +164,7 @@ class evonorm_s0(Method):
         v: ArrayLike,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
+        x = shared(x)
         check_state(state, self)
         channels = x.shape[single_axis(options["channel_axis"], x.shape)]
         if channels % self.num_groups != 0:

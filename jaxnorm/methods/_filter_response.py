@@ -99,6 +99,7 @@ class filter_response_norm(Method):
         learned_epsilon: ArrayLike | None = None,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
+        x = shared(x)
         check_state(state, self)
         given = {"threshold": threshold, "slope": slope, "learned_epsilon": learned_epsilon}
         for name in given.keys() - self.parameters(1).keys():

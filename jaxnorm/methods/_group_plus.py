@@ -16,7 +16,7 @@ from jaxnorm._core.devices import varying_like
 from jaxnorm._core.divisor import with_divisor
 from jaxnorm._core.groups import EACH, Groups
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.shared import own_and_wide
+from jaxnorm._core.shared import own_and_wide, shared
 from jaxnorm._core.state import running_shape, serving
 from jaxnorm.methods._frame import (
     applied,
@@ -121,6 +121,7 @@ class group_norm_plus(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
+        x = shared(x)
         second = self._second_branch
         wide = statistic_dtype(x.dtype)
         shape, _ = shapes = running_shape(second, x.shape, **axes_in(options))

@@ -18,6 +18,7 @@ from jaxnorm._core.checks import check_number, known
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.pooling import pool
 from jaxnorm._core.running import usable
+from jaxnorm._core.shared import shared
 from jaxnorm.methods._frame import along_channels, applied, check_state, measured, remembered
 from jaxnorm.methods._method import Method, Options, State
 from jaxnorm.methods._table import batch_norm
@@ -106,6 +107,7 @@ class memorized_batch_norm(Method):
         memory_weights: ArrayLike | Sequence[float],
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
+        x = shared(x)
         check_state(state, self, mean=2, var=2, count=1)
         mean, var, count = (
             lax.stop_gradient(along_channels(state[n], x, options))

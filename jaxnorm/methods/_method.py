@@ -25,7 +25,6 @@ from jaxnorm._core.devices import AxisName, DeviceGroups
 from jaxnorm._core.groups import Groups, Size
 from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, inexact
-from jaxnorm._core.shared import shared
 
 State = dict[str, jax.Array]
 
@@ -67,16 +66,19 @@ class Method(abc.ABC):
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from jaxnorm import Moments, normalize
+        >>> from jaxnorm import Moments, methods, moments, normalize
         >>> @dataclasses.dataclass(frozen=True)
-        ... class Halve(Method):
+        ... class Floored(Method):
         ...     epsilon: float = 1e-5
         ...
-        ...     def rule(self, x, state, *, train, factor=0.5, **options):
-        ...         return x * factor, state
-        >>> y, _ = Halve().apply(jnp.ones((1, 2)), {}, train=True, factor=0.25)
+        ...     def rule(self, x, state, *, train, floor=1.0, **options):
+        ...         m = moments(x, methods.layer_norm())
+        ...         m = Moments(m.count, m.mean, jnp.maximum(m.var, floor))
+        ...         return normalize(x, m, epsilon=self.epsilon), state
+        >>> x = jnp.array([[1.0, 3.0]])
+        >>> y, _ = Floored(epsilon=0.0).apply(x, {}, train=True, floor=4.0)
         >>> y.tolist()
-        [[0.25, 0.25]]
+        [[-0.5, 0.5]]
     """
 
     takes_complex: ClassVar[bool] = False
@@ -229,7 +231,7 @@ def _apply(
                 options[option] = getattr(method, option)
     if missing := [n for n, needed in own.items() if needed and n not in options]:
         raise TypeError(f"{name} needs {', '.join(missing)}; got {', '.join(sorted(options))}.")
-    return method.rule(shared(x), state, train=train, **options)
+    return method.rule(x, state, train=train, **options)
 
 
 @functools.cache

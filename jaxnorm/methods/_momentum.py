@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxnorm._core.checks import check_number
 from jaxnorm._core.pooling import toward
 from jaxnorm._core.running import rate_of, usable
+from jaxnorm._core.shared import shared
 from jaxnorm.methods._frame import applied, averages, check_state, measured, recalled
 from jaxnorm.methods._method import Method, Options, State
 from jaxnorm.methods._table import batch_norm
@@ -86,6 +87,7 @@ class momentum_batch_norm(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
+        x = shared(x)
         check_state(state, self, train_mean=1, train_var=1, mean=1, var=1)
         if not train:
             return applied(x, recalled(state, x, options), self.epsilon, **options), state

@@ -16,7 +16,7 @@ from jaxnorm._core.checks import check_count, check_number
 from jaxnorm._core.devices import AxisName, device_count, device_groups_of, names_of, varying_like
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.running import usable
-from jaxnorm._core.shared import own_and_wide
+from jaxnorm._core.shared import own_and_wide, shared
 from jaxnorm.kernels import centralize_kernel
 from jaxnorm.methods._frame import (
     along_channels,
@@ -170,6 +170,7 @@ class moving_average_norm(Method):
         tap: ArrayLike | None = None,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
+        x = shared(x)
         check_state(state, self, mean_square=1, past_mean_square=2, past_gradient=2, step=0)
         running = along_channels(state["mean_square"], x, options)
         if not train:

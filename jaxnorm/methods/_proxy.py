@@ -15,6 +15,7 @@ from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.checks import check_count, check_epsilon
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.groups import Groups
+from jaxnorm._core.shared import shared
 from jaxnorm.methods._frame import applied, check_state, measured, output_dtype, parameter
 from jaxnorm.methods._method import Method, Options, State
 from jaxnorm.methods._row import Row
@@ -104,6 +105,7 @@ class proxy_norm(Method):
         proxy_bias: ArrayLike,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
+        x = shared(x)
         check_state(state, self)
         dtype, wide = output_dtype(x, options), statistic_dtype(x.dtype)
         activation = options.get("activation") or (lambda y: y)

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxnorm._core.checks import check_number
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.running import usable
+from jaxnorm._core.shared import shared
 from jaxnorm.methods._frame import along_channels, applied, averages, check_state, measured
 from jaxnorm.methods._method import Method, Options, State
 from jaxnorm.methods._table import batch_norm
@@ -89,6 +90,7 @@ class batch_renorm(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
+        x = shared(x)
         check_state(state, self, mean=1, std=1)
         check_number(rmax, "rmax", at_least=1)
         check_number(dmax, "dmax", at_least=0)

@@ -14,6 +14,7 @@ from jaxnorm._core.ghosts import GhostUpdate, check_ghost_update
 from jaxnorm._core.groups import EACH, Groups, Size, check_mean, resolve
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.running import update_running
+from jaxnorm._core.shared import shared
 from jaxnorm._core.state import pooled_to, running_shape, serving
 from jaxnorm._population import POPULATION
 from jaxnorm.inference import weigh_example
@@ -178,6 +179,7 @@ class Row(Method):
         example_weight: ArrayLike | Literal["share"] = 0.0,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
+        x = shared(x)
         if not self.remembers:
             check_state(state, self)
             m = measured(x, self, two_pass=self.two_pass, **options)

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.running import usable
+from jaxnorm._core.shared import shared
 from jaxnorm.methods._frame import (
     applied,
     averages,
@@ -104,6 +105,7 @@ class switchable_norm(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> tuple[jax.Array, State]:
+        x = shared(x)
         check_state(state, self, (), **dict.fromkeys(self.first_state(1), 1))
         instance = measured(x, instance_norm(), **per_device(options))
         dtype = instance.var.dtype
