@@ -16,13 +16,13 @@ import pytest
 from compiled import jit
 from flax import nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from registry import NAMES, REGISTRY, C
 
 from benchmarks import digits, training
 from benchmarks.norms import METHODS, Layer
 from benchmarks.residual import Unit
-from jaxnorm import methods
+from jaxnorm import Method, methods, norm
 from jaxnorm import nnx as layers
-from jaxnorm.positional import positional_norm
 
 STEPS, BATCH, WIDTH = 64, 16, 12
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
@@ -88,7 +88,7 @@ class Network(nnx.Module):
 
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs):
         self.middle: Any = make(rngs)
-        self.last = nnx.Linear(16 * WIDTH, 10, rngs=rngs)
+        self.last = nnx.Linear(16 * C, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array, **now: Any) -> jax.Array:
         x = jax.nn.silu(self.middle(x, **now))
@@ -96,14 +96,14 @@ class Network(nnx.Module):
 
 
 def conv(rngs, **options):
-    return nnx.Conv(1, WIDTH, (3, 3), strides=2, rngs=rngs, **options)
+    return nnx.Conv(1, C, (3, 3), strides=2, rngs=rngs, **options)
 
 
 class Behind(nnx.Module):
     """A convolution and a normalization."""
 
     def __init__(self, norm, rngs):
-        self.conv, self.norm = conv(rngs, use_bias=False), norm(WIDTH, rngs=rngs)
+        self.conv, self.norm = conv(rngs, use_bias=False), norm(C, rngs=rngs)
 
     def __call__(self, x, **now):
         return self.norm(self.conv(x), **now)
@@ -113,69 +113,43 @@ class Shortcut(nnx.Module):
     """Positional norm whose moments come back after a convolution."""
 
     def __init__(self, rngs):
-        self.conv, self.shortcut = (
-            conv(rngs),
-            layers.DynamicMomentShortcut(WIDTH, hidden_features=4, rngs=rngs),
-        )
+        self.conv = conv(rngs)
+        self.shortcut = layers.DynamicMomentShortcut(C, hidden_features=4, rngs=rngs)
 
     def __call__(self, x):
-        y, mean, std = positional_norm(self.conv(x))
-        return self.shortcut(y, mean, std)
-
-
-def behind(name, **options):
-    return partial(Behind, partial(getattr(layers, name), **options))
+        return self.shortcut(*norm(self.conv(x), methods.positional_norm()))
 
 
 class StandardizedDense(nnx.Module):
     def __init__(self, rngs):
-        self.dense = layers.WSDense(64, 16 * WIDTH, use_gain=True, rngs=rngs)
+        self.dense = layers.WSDense(64, 16 * C, use_gain=True, rngs=rngs)
 
     def __call__(self, x):
         return self.dense(x.reshape(len(x), -1))
 
 
-IMAGES = (BATCH, 4, 4, WIDTH)
+def of_method(method: Method) -> Callable[[nnx.Rngs], nnx.Module]:
+    """A network of the layer of a method."""
+    if method.in_front is not None:
+        return lambda rngs: layers.Norm(C, method, layer=conv(rngs, use_bias=False), rngs=rngs)
+    return partial(Behind, partial(layers.Norm, method=method, x_shape=(BATCH, 4, 4, C)))
+
+
+# Averages over steps begin when some have been taken.
+LATER = methods.moving_average_norm(window=4, average_from=10, correct_from=20)
+ENTRIES = {entry.constructor: entry for entry in reversed(REGISTRY)}
 NNX: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
-    name: behind(name)
-    for name in (
-        "BatchNorm",
-        "BatchRenorm",
-        "EvoNormB0",
-        "FilterResponseNorm",
-        "InstanceNorm",
-        "LayerNorm",
-        "MomentumBatchNorm",
-        "PositionalNorm",
-        "RMSNorm",
-        "SwitchableNorm",
-    )
+    name: of_method(LATER if name == "moving_average_norm" else entry.method)
+    for name, entry in ENTRIES.items()
 } | {
-    "BatchAndGroupNorm": behind("BatchAndGroupNorm", ghost_size=4, num_groups=4),
-    "BatchGroupNorm": behind("BatchGroupNorm", num_groups=8, x_shape=IMAGES),
-    "CrossIterationNorm": lambda rngs: layers.CrossIterationNorm(
-        conv(rngs, use_bias=False), rngs=rngs
-    ),
-    "DomainSpecificBatchNorm": behind("DomainSpecificBatchNorm", num_domains=2),
+    "BatchNorm": partial(Behind, layers.BatchNorm),
+    "GroupNorm": partial(Behind, partial(layers.GroupNorm, num_groups=4)),
+    "InstanceNorm": partial(Behind, layers.InstanceNorm),
+    "LayerNorm": partial(Behind, layers.LayerNorm),
+    "RMSNorm": partial(Behind, layers.RMSNorm),
     "DynamicMomentShortcut": Shortcut,
-    "EvoNormS0": behind("EvoNormS0", num_groups=4),
-    "GhostBatchNorm": behind("GhostBatchNorm", ghost_size=4),
-    "GroupNorm": behind("GroupNorm", num_groups=4),
-    "GroupNormPlus": behind("GroupNormPlus", num_groups=4, x_shape=IMAGES),
-    "MemorizedBatchNorm": behind("MemorizedBatchNorm", memory_weights=(0.2, 0.3, 0.5)),
-    "MovingAverageNorm": lambda rngs: layers.MovingAverageNorm(
-        conv(rngs, use_bias=False), window=4, rngs=rngs
-    ),
-    "Norm": behind("Norm", method=methods.batch_and_group_norm(4, 3)),
-    "ProxyNorm": behind("ProxyNorm", method=methods.group_norm(4)),
-    "WSConv": lambda rngs: layers.WSConv(1, WIDTH, (3, 3), strides=2, use_gain=True, rngs=rngs),
+    "WSConv": lambda rngs: layers.WSConv(1, C, (3, 3), strides=2, use_gain=True, rngs=rngs),
     "WSDense": StandardizedDense,
-}
-NOW: dict[str, dict[str, Any]] = {
-    "BatchRenorm": {"rmax": 1.5, "dmax": 0.5},
-    "DomainSpecificBatchNorm": {"domain": np.arange(BATCH) % 2},
-    "MomentumBatchNorm": {"train_momentum": 0.3},
-    "MovingAverageNorm": {"average_from": 10, "correct_from": 20},
 }
 
 
@@ -183,22 +157,23 @@ def test_each_nnx_layer_has_a_network():
     modules = {
         name for name, t in vars(layers).items() if inspect.isclass(t) and issubclass(t, nnx.Module)
     }
-    assert set(NNX) == modules - {"FoldedNorm"}  # which serves alone
+    assert set(NNX) - set(NAMES) == modules - {"Norm", "FoldedNorm"}  # one serves alone
 
 
 @pytest.mark.parametrize(
     "name",
-    some(NNX, ("DomainSpecificBatchNorm", "WSDense")),
+    some(NNX, ("domain_batch_norm", "WSDense")),
 )
 def test_nnx_layers_train(name):
-    model = Network(NNX[name], nnx.Rngs(0))
+    model, entry = Network(NNX[name], nnx.Rngs(0)), ENTRIES.get(name)
+    now = {} if entry is None else {**entry.options, **entry.by_example(BATCH)}
     optimizer = nnx.Optimizer(model, OPTIMIZER, wrt=nnx.Param)
     old = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
 
     @nnx.jit
     def step(model, optimizer, images):
         def loss(model):
-            logits = model(images.pixels, **NOW.get(name, {}))
+            logits = model(images.pixels, **now)
             return optax.softmax_cross_entropy_with_integer_labels(logits, images.labels).mean()
 
         value, gradients = nnx.value_and_grad(
