@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.errors import ScopeParamShapeError
 from flax.linen import initializers
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from jax.typing import ArrayLike
@@ -45,44 +44,53 @@ def call(
     `first` is the state before the first step; its arrays are variables of the collection
     batch_stats.
     """
-    dtype, options = _affine(module, x, feature_axes, options)
+    state = _state(module, method, first or {}, x.shape)
+    scale, bias = (
+        _scale_or_bias(module, name, options.get(name), _flax_rules.feature_shape(x, feature_axes))
+        for name in ("scale", "bias")
+    )
+    dtype = _flax_rules.output_dtype(x, scale, bias, dtype=module.dtype)
     x = _flax_rules.wide_enough(x, dtype)
-    options |= {"weights": mask, "dtype": dtype, "channel_axis": feature_axes}
+    options |= {"scale": scale, "bias": bias, "weights": mask, "dtype": dtype}
+    options |= {"channel_axis": feature_axes}
     options |= {"batch_axis": getattr(module, "batch_axis", 0)}
     check_named(module.axis_name, module.axis_index_groups)
     if not module.is_initializing():  # which happens outside of the map that has the named axis
         names = ("axis_name", "axis_index_groups")
         options |= {name: getattr(module, name) for name in names}
-    if not first:
+    if not state:
         return method.apply(x, {}, train=True, **options)[0]
     use = uses_running(module, use_running_average)
     update = _layers.whether_to_update(use, update_running_average)
     update = update and not module.is_initializing()
-    variables = {
-        name: module.variable("batch_stats", name, lambda t=t: t) for name, t in first.items()
-    }
-    variables |= {
-        name: module.variable("batch_stats", name)
-        for name in method.also_in_state
-        if name not in first and module.has_variable("batch_stats", name)
-    }
-    old = {name: variable.value for name, variable in variables.items()}
+    old = {name: variable.value for name, variable in state.items()}
     y, new = _layers.run(method, x, old, use, update, options)
     if update:
-        for name, variable in variables.items():
+        for name, variable in state.items():
             variable.value = new[name]
     return y
 
 
-def _affine(
-    module: Any, x: jax.Array, feature_axes: Axes, options: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """The dtype of the output, and the options with the scale and bias to use."""
-    features = _flax_rules.feature_shape(x, feature_axes)
-    scale = _scale_or_bias(module, "scale", options.get("scale"), features)
-    bias = _scale_or_bias(module, "bias", options.get("bias"), features)
-    dtype = _flax_rules.output_dtype(x, scale, bias, dtype=module.dtype)
-    return dtype, options | {"scale": scale, "bias": bias}
+def _state(
+    module: Any, method: Method, first: State, x_shape: Shape
+) -> dict[str, nn.Variable[jax.Array]]:
+    """The variables of the state by name, and those that it may have beside.
+
+    They are looked at before the parameters: theirs is the better message where x has another
+    number of channels.
+    """
+    names = [n for n in method.also_in_state if module.has_variable("batch_stats", n)]
+    state = {name: module.variable("batch_stats", name) for name in names}
+    for name, value in first.items():
+        state[name] = module.variable("batch_stats", name, lambda value=value: value)
+        if jnp.shape(state[name].value) != value.shape:
+            raise ValueError(
+                f"running statistics of shape {jnp.shape(state[name].value)} do not fit x of shape "
+                f"{x_shape}, for which {name} has shape {value.shape}. State belongs to the number "
+                "of channels, and where it keeps positions apart to the image size, with which it "
+                "was made."
+            )
+    return state
 
 
 def _scale_or_bias(
@@ -101,19 +109,8 @@ def _scale_or_bias(
         return None
     init = getattr(module, f"{name}_init")
     if name == "scale" and module.unit_offset:
-        return 1 + _parameter(module, name, lambda *args: init(*args) - 1, shape)
-    return _parameter(module, name, init, shape)
-
-
-def _parameter(module: Any, name: str, init: Any, shape: Shape) -> jax.Array:
-    """A parameter of the layer; one of another shape is as wrong as running statistics are."""
-    try:
-        return module.param(name, init, shape, module.param_dtype)
-    except ScopeParamShapeError as error:
-        raise ValueError(
-            f"parameter {name} does not fit x, for which it has shape {shape}. Expected the number "
-            f"of channels with which it was made. {error}"
-        ) from error
+        return 1 + module.param(name, lambda *args: init(*args) - 1, shape, module.param_dtype)
+    return module.param(name, init, shape, module.param_dtype)
 
 
 def learned(module: Any, method: Method, num_channels: int) -> dict[str, jax.Array]:
@@ -125,7 +122,7 @@ def learned(module: Any, method: Method, num_channels: int) -> dict[str, jax.Arr
     for name, value in first.items():
         init = inits.get(name, lambda _, shape, dtype, value=value: jnp.asarray(value, dtype))
         if name not in method.overwritten_by_gradient:
-            values[name] = _parameter(module, name, init, value.shape)
+            values[name] = module.param(name, init, value.shape, module.param_dtype)
         # At inference the collection may be left out.
         elif module.is_initializing() or module.has_variable(OVERWRITE_WITH_GRADIENT, name):
             values[name] = module.variable(OVERWRITE_WITH_GRADIENT, name, jnp.asarray, value).value
