@@ -13,11 +13,12 @@ from jax.typing import ArrayLike
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, axes_of
 from jaxnorm._core.checks import check_flag, known
-from jaxnorm._core.moments import Moments
+from jaxnorm._core.moments import Moments, as_array, check_moments
 from jaxnorm._core.state import serves_channels
 from jaxnorm._flax_rules import Axes
 from jaxnorm.methods import Method, Row
 from jaxnorm.methods._method import State, options_of
+from jaxnorm.positional import scale_and_shift
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -151,3 +152,30 @@ def moments_to_fold(method: Any, state: State, x_shape: Shape) -> Any:
     if not serves_channels(m.mean.shape[-1:], x_shape[-1]):
         return None
     return jax.tree.map(lambda t: jnp.reshape(t, -1), Moments(None, m.mean, m.var))  # type: ignore[arg-type]
+
+
+def network_input(m: Moments, *, epsilon: float, channel_axis: int) -> jax.Array:
+    """Mean and standard deviation as the two channels, last, of a network that reads them."""
+    check_moments(m, "m")
+    parts = (m.mean, jnp.sqrt(m.var + epsilon))
+    return jnp.concatenate([jnp.moveaxis(t, channel_axis, -1) for t in parts], axis=-1)
+
+
+def shortcut_by_network(
+    x: ArrayLike,
+    m: Moments,
+    output: jax.Array,
+    *,
+    residual: bool,
+    epsilon: float,
+    channel_axis: int,
+) -> jax.Array:
+    """`scale_and_shift` by the two halves of a network's channels, which are last.
+
+    Where it is `residual`, they are added to the moments.
+    """
+    scale, shift = (jnp.moveaxis(t, -1, channel_axis) for t in jnp.split(output, 2, axis=-1))
+    if residual:
+        std = jnp.sqrt(m.var + epsilon)
+        scale, shift = std + scale.astype(std.dtype), m.mean + shift.astype(m.mean.dtype)
+    return scale_and_shift(as_array(x), scale, shift, channel_axis=channel_axis)

@@ -61,29 +61,24 @@ def population_statistics(
     """
     count = _population.count_of(reducer)
     tree = core.unfreeze(dict(variables))
-    others = dict(_unpaired(tree.get("batch_stats", {})))
-    old = {path: node for path, node in _pairs(tree.get("batch_stats", {}))}
+    nodes = dict(_nodes(tree.get("batch_stats", {})))
+    old = {path: node for path, node in nodes.items() if {"mean", "var"} <= set(node)}
     start = {
         path: node | _population.start(node["mean"], node["var"], count)
         for path, node in old.items()
     }
     step = jax.jit(lambda tree, batch: core.unfreeze(dict(forward(tree, batch)[1]))["batch_stats"])
-    now, used, done = start, {}, 0
+    now, done = start, 0
     for batch in batches:
-        new = step(_replaced(tree, now), batch)
-        for path, node in _unpaired(new):
-            _population.check_unchanged("/".join(path), others.get(path, node), node)
-        found = dict(_pairs(new))
-        now = {path: found.get(path, node) for path, node in now.items()}
+        new = dict(_nodes(step(_replaced(tree, now), batch)))
+        for path, node in new.items():
+            if path not in old:
+                _population.check_unchanged("/".join(path), nodes.get(path, node), node)
+        now = {path: new.get(path, node) for path, node in now.items()}
         done += 1
         if done == 1:
-            used = {
-                path: _population.was_used("/".join(path), start[path], now[path], done)
-                for path in now
-            }
-    used = {
-        path: _population.was_used("/".join(path), start[path], now[path], done) for path in now
-    }
+            _population.uses(start, now, done)
+    used = _population.uses(start, now, done)
     _population.check_any(used.values(), done)
     new = {}
     for path in (path for path in old if used[path]):
@@ -96,40 +91,22 @@ def population_statistics(
     return _replaced(tree, new)
 
 
-def _pairs(tree: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The dicts of a collection that hold a mean and a var."""
+def _nodes(tree: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The dicts of a collection that hold running statistics, without what is nested in them."""
     if isinstance(tree, Mapping):
-        if {"mean", "var"} <= set(tree) and not any(
-            isinstance(tree[name], Mapping) for name in ("mean", "var")
-        ):
-            yield path, dict(tree)
+        arrays = {name: t for name, t in tree.items() if not isinstance(t, Mapping)}
+        if _population.STATISTICS & set(arrays):
+            yield path, arrays
         for name, node in tree.items():
-            yield from _pairs(node, (*path, name))
-
-
-def _unpaired(tree: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The running statistics in a collection that are not a mean and a var."""
-    if isinstance(tree, Mapping):
-        own = {
-            name: t
-            for name, t in tree.items()
-            if name in _population.STATISTICS and not isinstance(t, Mapping)
-        }
-        if own and not {"mean", "var"} <= set(own):
-            yield path, own
-        for name, node in tree.items():
-            yield from _unpaired(node, (*path, name))
+            yield from _nodes(node, (*path, name))
 
 
 def _replaced(tree: dict[str, Any], nodes: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
     """Variables with other dicts at these paths of batch_stats."""
 
     def at(node: Any, path: Path) -> Any:
-        node = nodes.get(path, node)
-        return (
-            {name: at(t, (*path, name)) for name, t in node.items()}
-            if isinstance(node, dict)
-            else node
-        )
+        if not isinstance(node, dict):
+            return node
+        return {name: at(t, (*path, name)) for name, t in (node | nodes.get(path, {})).items()}
 
     return tree | {"batch_stats": at(tree["batch_stats"], ())}

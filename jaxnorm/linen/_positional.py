@@ -7,8 +7,8 @@ from flax.linen import initializers
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
-from jaxnorm._core.moments import Moments, as_array, check_moments
-from jaxnorm.positional import scale_and_shift
+from jaxnorm import _layers
+from jaxnorm._core.moments import Moments
 
 
 class DynamicMomentShortcut(nn.Module):
@@ -64,16 +64,11 @@ class DynamicMomentShortcut(nn.Module):
     @nn.compact
     def __call__(self, x: ArrayLike, m: Moments) -> jax.Array:
         """Scale and shift x; m has one channel, as `norm` returns it for `positional_norm`."""
-        x = as_array(x)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        check_moments(m, "m")
-        mean, std = m.mean, jnp.sqrt(m.var + self.epsilon)
-        t = jnp.concatenate([jnp.moveaxis(t, self.channel_axis, -1) for t in (mean, std)], axis=-1)
+        of_moments = {"epsilon": self.epsilon, "channel_axis": self.channel_axis}
+        t = _layers.network_input(m, **of_moments)
         t = nn.relu(nn.Conv(self.hidden_features, self.kernel_size, **dtypes)(t))
-        channels = x.shape[self.channel_axis]
+        channels = jnp.shape(x)[self.channel_axis]
         init = initializers.zeros if self.residual else initializers.lecun_normal()
         t = nn.Conv(2 * channels, self.kernel_size, kernel_init=init, **dtypes)(t)
-        scale, shift = (jnp.moveaxis(m, -1, self.channel_axis) for m in jnp.split(t, 2, axis=-1))
-        if self.residual:
-            scale, shift = std + scale.astype(std.dtype), mean + shift.astype(mean.dtype)
-        return scale_and_shift(x, scale, shift, channel_axis=self.channel_axis)
+        return _layers.shortcut_by_network(x, m, t, residual=self.residual, **of_moments)

@@ -91,16 +91,14 @@ def population_statistics(
             path: {name: getattr(layer, name)[...] for name in names}
             for path, layer in layers.items()
         }
-        return {
-            p: _population.was_used("/".join(map(str, p)), start[p], end[p], done) for p in layers
-        }
+        return _population.uses(start, end, done)
 
     used, done = {}, 0
     for batch in batches:
         state = step(parameters, state, batch)
         done += 1
         if done == 1:
-            used = found(done)
+            found(done)
     used = found(done) if done else used
     _population.check_any(used.values(), done)
     for path, module in nnx.iter_modules(model):

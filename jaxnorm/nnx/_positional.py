@@ -7,8 +7,8 @@ from flax.nnx.nn import initializers
 from flax.typing import Dtype
 from jax.typing import ArrayLike
 
-from jaxnorm._core.moments import Moments, as_array, check_moments
-from jaxnorm.positional import scale_and_shift
+from jaxnorm import _layers
+from jaxnorm._core.moments import Moments
 
 
 class DynamicMomentShortcut(nnx.Module):
@@ -79,11 +79,6 @@ class DynamicMomentShortcut(nnx.Module):
 
     def __call__(self, x: ArrayLike, m: Moments) -> jax.Array:
         """Scale and shift x; m has one channel, as `norm` returns it for `positional_norm`."""
-        check_moments(m, "m")
-        mean, std = m.mean, jnp.sqrt(m.var + self.epsilon)
-        t = jnp.concatenate([jnp.moveaxis(t, self.channel_axis, -1) for t in (mean, std)], axis=-1)
-        t = self.second(nnx.relu(self.first(t)))
-        scale, shift = (jnp.moveaxis(m, -1, self.channel_axis) for m in jnp.split(t, 2, axis=-1))
-        if self.residual:
-            scale, shift = std + scale.astype(std.dtype), mean + shift.astype(mean.dtype)
-        return scale_and_shift(as_array(x), scale, shift, channel_axis=self.channel_axis)
+        of_moments = {"epsilon": self.epsilon, "channel_axis": self.channel_axis}
+        t = self.second(nnx.relu(self.first(_layers.network_input(m, **of_moments))))
+        return _layers.shortcut_by_network(x, m, t, residual=self.residual, **of_moments)
