@@ -3,7 +3,7 @@
 A layer holds parameters and state; everything it computes is the `apply` of its method.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypedDict
 
 import jax
@@ -51,7 +51,7 @@ def check_call(method: Method, options: Mapping[str, Any], learned: Mapping[str,
         )
 
 
-def check_inits(method: Method, inits: Mapping[str, Any], learned: Mapping[str, Any]) -> None:
+def check_inits(method: Method, inits: Mapping[str, Any], learned: Iterable[str]) -> None:
     """Initializers are given for what the method learns."""
     if unknown := sorted(set(inits) - set(learned)):
         raise ValueError(
@@ -60,8 +60,13 @@ def check_inits(method: Method, inits: Mapping[str, Any], learned: Mapping[str, 
         )
 
 
-def check_works_on_layers(method: Method) -> None:
-    """A layer in front is given for a method that works on it."""
+def check_works_on_layers(method: Method, layer: Any) -> None:
+    """A layer in front is given for a method that works on it, and has its outputs last."""
+    if getattr(layer, "transpose_kernel", False):
+        raise ValueError(
+            f"the kernel of {type(layer).__name__}(transpose_kernel=True) has its outputs not "
+            "last. Expected a layer whose kernel has them there."
+        )
     if method.in_front is None:
         raise ValueError(
             f"layer=... was given for {method}, which does nothing with the layer in front of it. "
@@ -139,6 +144,17 @@ def is_constant(x: jax.Array, axis: Axes, use: bool | None, options: Mapping[str
     """
     given = {name for name, value in options.items() if value is not None and value is not False}
     return bool(use) and given <= {"activation"} and axes_of(axis, x.shape) == (x.ndim - 1,)
+
+
+def check_channels_last(x: jax.Array, kernel_shape: Shape, channel_axis: int) -> None:
+    """The outputs of a layer in front are the channels of the normalization, the last axis."""
+    last = axes_of(channel_axis, x.shape) == (x.ndim - 1,)
+    if not last or x.shape[-1] != kernel_shape[-1]:
+        raise ValueError(
+            f"the layer in front, with a kernel of shape {kernel_shape}, makes x of shape "
+            f"{x.shape}, and channel_axis is {channel_axis}. Expected its outputs, the last axis, "
+            "to be the channels."
+        )
 
 
 def moments_to_fold(method: Any, state: State, x_shape: Shape) -> Any:

@@ -1,6 +1,8 @@
 """Settings of all tests: several devices, and no silent conversion of dtypes or ranks."""
 
+import collections
 import os
+import zlib
 
 import chex
 
@@ -31,6 +33,29 @@ PROGRAMS = {
     "test_training_epoch.py",
 }
 """The tests that need more than the extra test-core installs."""
+
+
+HALVED = {
+    f"test_{name}.py"
+    for name in (
+        "cross_iteration", "devices", "equations", "every_layer", "every_method",
+        "explicit_meshes", "flax_differences", "flax_parity", "group_plus", "identities",
+        "inference", "laws", "layers", "linen", "loops", "memory", "methods", "moments", "nnx",
+        "normalize", "rounding", "running", "transforms",
+    )
+}  # fmt: skip
+"""Tests of many cases, each of which compiles: the default run takes half of the cases of a test,
+and the slow run the others."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    cases = collections.Counter(item.nodeid.split("[")[0] for item in items)
+    for item in items:
+        many = cases[item.nodeid.split("[")[0]] >= 4 and item.path.name in HALVED
+        # By a hash of its name, so that no parameter has one value in all of a half.
+        if many and zlib.crc32(item.nodeid.encode()) % 2:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_addoption(parser):

@@ -211,7 +211,7 @@ def row_of(
     groups: Specification, x_shape: Shape, batch_axis: int, channel_axis: int | Sequence[int]
 ) -> tuple[Groups | Sequence[int], Literal[0] | None]:
     """The sets and the fixed mean of a method; other specifications as they are, with no mean."""
-    if isinstance(groups, Groups | Sequence) or not hasattr(groups, "row"):
+    if isinstance(groups, Groups | Sequence | type) or not hasattr(groups, "row"):
         return groups, None  # type: ignore[return-value]  # what else it is, its user says
     channel = axes_of(channel_axis, x_shape)[-1]
     row = groups.row(x_shape, batch_axis=batch_axis, channel_axis=channel)

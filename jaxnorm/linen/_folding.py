@@ -121,7 +121,7 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
             _layers.moments_to_fold(method, statistics, options["x_shape"]),
             scale=scale + 1 if scale is not None and options["unit_offset"] else scale,
             shift=affine.get("bias"),
-            epsilon=method.epsilon,
+            epsilon=getattr(method, "epsilon", 0.0),
             **layers[layer],
         )
         tree["params"] = _without(tree["params"], of)
@@ -186,6 +186,8 @@ def _is_norm(module: Any, x: Any, use_running_average: bool | None = None, **opt
     use = module.use_running_average if use_running_average is None else use_running_average
     axis = module.channel_axis if isinstance(module, Norm) else module.axis
     if not _layers.is_constant(x, axis, use, options) or "batch_stats" not in module.variables:
+        return False
+    if getattr(module, "batch_axis", 0) != 0:  # which no layer in front has
         return False
     statistics = nn.meta.unbox(module.variables["batch_stats"])
     return _layers.moments_to_fold(_method(module), statistics, x.shape) is not None

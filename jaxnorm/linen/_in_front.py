@@ -5,18 +5,18 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from jaxnorm._layers import check_works_on_layers
+from jaxnorm._layers import check_channels_last, check_works_on_layers
 from jaxnorm.methods import Method
 
 
 def in_front(
-    method: Method, layer: Any, inputs: jax.Array
+    method: Method, layer: Any, inputs: jax.Array, channel_axis: int
 ) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
     """What a method makes of a submodule like `nn.Conv` and `nn.Dense`.
 
     It is the method's x, the options of `apply` and those of `init`.
     """
-    check_works_on_layers(method)
+    check_works_on_layers(method, layer)
     if (
         not isinstance(layer, nn.Module)
         or getattr(layer, "use_bias", True)
@@ -37,4 +37,5 @@ def in_front(
     kernel = nn.meta.unbox(layer.variables["params"]["kernel"])
     groups = inputs.shape[-1] // kernel.shape[-2]
     x, options = method.in_front(inputs, kernel, function)  # type: ignore[misc]
+    check_channels_last(x, kernel.shape, channel_axis)
     return x, options, {"kernel_shape": kernel.shape, "feature_group_count": groups}

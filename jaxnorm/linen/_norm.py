@@ -136,7 +136,9 @@ class Norm(nn.Module):
         channels = x.shape[single_axis(self.channel_axis, x.shape)]
         _layers.check_call(method, options, method.parameters(channels))
         if self.layer is not None:
-            x, more, front = in_front(method, self.layer, _flax_rules.wide_enough(x, x.dtype))
+            x, more, front = in_front(
+                method, self.layer, _flax_rules.wide_enough(x, x.dtype), self.channel_axis
+            )
             options |= more
         if self.is_initializing():  # any batch initializes, also one that ghosts do not divide
             method = method.any_batch()

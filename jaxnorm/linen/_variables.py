@@ -117,7 +117,8 @@ def learned(module: Any, method: Method, num_channels: int) -> dict[str, jax.Arr
     """What a method learns beside scale and bias: parameters of the layer."""
     inits: Mapping[str, Any] = module.inits or {}
     first = method.parameters(num_channels)
-    _layers.check_inits(method, inits, first)
+    own = [name for name in first if name not in method.overwritten_by_gradient]
+    _layers.check_inits(method, inits, own)
     values = {}
     for name, value in first.items():
         init = inits.get(name, lambda _, shape, dtype, value=value: jnp.asarray(value, dtype))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Unpack, final
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
@@ -132,7 +133,7 @@ class batch_group_norm(Method):
     def keeps_positions(self, num_channels: int) -> bool:
         return num_channels % self.num_groups != 0
 
-    def init(self, x_shape: Sequence[int], **options: Unpack[InitOptions]) -> State:
+    def _init(self, x_shape: Shape, options: InitOptions) -> State:
         axes = {"batch_axis": 0, "channel_axis": -1} | axes_in(options)
         channels, positions = checked_sizes(self.num_groups, x_shape, **axes)
         if not self.keeps_positions(channels) or self.momentum is None:
@@ -168,14 +169,14 @@ class batch_group_norm(Method):
         if jnp.issubdtype(x.dtype, jnp.complexfloating):
             raise TypeError(
                 f"{self} is defined for real x where its groups do not divide the channels. Got "
-                f"{x.dtype}, shape {x.shape}; norm takes complex x."
+                f"{x.dtype}, shape {x.shape}; rows of the table take complex x."
             )
         batch, channel = (single_axis(axis, x.shape) for axis in axes_in(options).values())
         _, positions = checked_sizes(self.num_groups, x.shape, batch, channel)
         if self.momentum is None:
             check_state(state, self)
         else:
-            check_state(state, self, ("count",), mean=1, var=1, positions=len(positions))
+            check_state(state, self, self.also_in_state, **self._axes_of_state(positions))
             self._check_fits(state, x.shape, positions)
         grid = grid_of(self.num_groups, x.shape, batch, channel)
         if train or not state:
@@ -185,7 +186,9 @@ class batch_group_norm(Method):
                 measured(x, grid, **per_device(options)),
             )
             m = pool(features, (self.num_groups, 1), **devices)
-            state = updated(state, m, momentum, self.correction) if state else state  # type: ignore[arg-type]
+            if state:
+                flat = jax.tree.map(lambda t: t.reshape(-1), lax.stop_gradient(m))
+                state = updated(state, flat, momentum=momentum, correction=self.correction)
         else:
             mean, var = (
                 state[name].reshape(-1, 1).astype(statistic_dtype(x.dtype))
@@ -194,6 +197,10 @@ class batch_group_norm(Method):
             m = Moments(jnp.ones_like(mean), mean, var)
         used = jax.tree.map(lambda t: at_features(t, grid, channel), m)
         return applied(x, used, self.epsilon, **options), state
+
+    def _axes_of_state(self, positions: Shape) -> dict[str, int]:
+        counted = {"count": 1} if self.debias else {}
+        return {"mean": 1, "var": 1, "positions": len(positions)} | counted
 
     def _check_fits(self, state: State, x_shape: Shape, positions: Shape) -> None:
         if not state["mean"].shape == state["var"].shape == (self.num_groups,):

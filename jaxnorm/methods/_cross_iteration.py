@@ -4,7 +4,6 @@ Those of past batches are carried over to the present weights.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Unpack, final
 
 import jax
@@ -12,19 +11,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._core.axes import single_axis
+from jaxnorm._core.axes import Shape, single_axis
 from jaxnorm._core.checks import check_count, check_number
-from jaxnorm._core.moments import Moments, as_weights, inexact
+from jaxnorm._core.moments import as_weights, inexact
 from jaxnorm._core.pooling import pool
 from jaxnorm._core.running import usable
 from jaxnorm._core.shared import own_and_wide, shared
 from jaxnorm.methods._carried_over import Linear, carried_over, derivatives
 from jaxnorm.methods._frame import (
-    along_channels,
     applied,
     averages,
     check_state,
+    first_running,
     measured,
+    recalled,
     remembered,
 )
 from jaxnorm.methods._method import InitOptions, Method, Options, State
@@ -120,7 +120,7 @@ class cross_iteration_norm(Method):
         check_count(self.window, "window")
         check_number(self.rho, "rho", at_least=0, at_most=1)
 
-    def init(self, x_shape: Sequence[int], **options: Unpack[InitOptions]) -> State:
+    def _init(self, x_shape: Shape, options: InitOptions) -> State:
         shape, groups = (
             tuple(options.get("kernel_shape", ())),
             options.get("feature_group_count", 1),
@@ -138,10 +138,8 @@ class cross_iteration_norm(Method):
             "past_patch": (*shape[:-1], groups),
             "past_slope": shape,
         }
-        return {
-            "mean": jnp.zeros(shape[-1], jnp.float32),
-            "var": jnp.ones(shape[-1], jnp.float32),
-        } | {name: jnp.zeros((self.window, *t), jnp.float32) for name, t in zeros.items()}
+        past = {name: jnp.zeros((self.window, *t), jnp.float32) for name, t in zeros.items()}
+        return first_running(shape[-1:]) | past
 
     def in_front(  # type: ignore[override]  # the hook that layers call
         self, inputs: jax.Array, kernel: jax.Array, layer: Linear
@@ -178,18 +176,15 @@ class cross_iteration_norm(Method):
             past_slope=kernel.ndim + 1,
         )
         _check(state, x, inputs, kernel, channel_axis, options.get("weights"))
-        mean, var = (along_channels(state[name], x, options) for name in ("mean", "var"))
         if not train:
-            return applied(
-                x, Moments(jnp.ones_like(mean), mean, var), self.epsilon, **options
-            ), state
+            return applied(x, recalled(state, x, options), self.epsilon, **options), state
         check_number(rho, "rho", at_least=0, at_most=1)
         check_number(window, "window", at_least=0)
         present = measured(x, batch_norm(), **options)
         past = carried_over(state, lax.stop_gradient(kernel), window, rho, x, options)
         union = pool(
             jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), present, past),
-            (1, *mean.shape),
+            (1, *present.mean.shape),
         )
         z = applied(x, jax.tree.map(lambda t: t[0], union), self.epsilon, **options)
 

@@ -21,6 +21,7 @@ from jaxnorm.methods._frame import (
     applied,
     averages,
     check_state,
+    first_running,
     measured,
     per_device,
     pooled,
@@ -82,8 +83,7 @@ class domain_batch_norm(Method):
         check_count(self.num_domains, "num_domains")
 
     def first_state(self, num_channels: int) -> State:
-        shape = (self.num_domains, num_channels)
-        return {"mean": jnp.zeros(shape, jnp.float32), "var": jnp.ones(shape, jnp.float32)}
+        return first_running((self.num_domains, num_channels))
 
     def rule(
         self,

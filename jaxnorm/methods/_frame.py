@@ -24,6 +24,7 @@ from jaxnorm._core.pooling import pool, toward
 from jaxnorm._core.running import rate_of, update_running, warn_of_half_precision
 from jaxnorm._core.shared import own_and_wide
 from jaxnorm._core.state import init_running
+from jaxnorm._population import POPULATION
 from jaxnorm.methods._method import Method, Options, State
 
 
@@ -160,15 +161,29 @@ def averages(state: State, momentum: ArrayLike, keep: ArrayLike, **new: jax.Arra
     return {name: averaged(state[name], value, momentum, keep) for name, value in new.items()}
 
 
-def updated(state: State, m: Moments, momentum: ArrayLike, correction: int = 0) -> State:
-    """State of `mean`, `var` and perhaps `count` after a batch with moments m, of as many sets.
+def updated(state: State, m: Moments, old: Moments | None = None, **options: Any) -> State:
+    """State of `mean` and `var` after a batch with moments m: `update_running` of `old`.
 
-    It is `update_running`, without a derivative.
+    `old` is the state in the shape of m's sets. Where a count of `POPULATION` stands in the state,
+    the update is that of a population.
     """
-    m = jax.tree.map(lambda t: t.reshape(state["mean"].shape), m)
-    old = Moments(state.get("count"), state["mean"], state["var"])  # pyright: ignore[reportArgumentType]  # None is no count
-    new = jax.lax.stop_gradient(update_running(old, m, momentum=momentum, correction=correction))
-    return state | {name: getattr(new, name) for name in ("count", "mean", "var") if name in state}
+    population = population_in(state)
+    if old is None:
+        old = Moments(state.get(population or "count"), state["mean"], state["var"])  # type: ignore[arg-type]  # None is no count
+    if population is not None:
+        new = POPULATION[population](old, m, batch_axis=options.get("batch_axis", 0))
+        state = state | {"calls": state["calls"] + 1}
+    else:
+        new = update_running(old, m, **options)
+    values = {"mean": new.mean, "var": new.var, population or "count": new.count}
+    return state | {
+        name: t.reshape(state[name].shape) for name, t in values.items() if name in state
+    }
+
+
+def population_in(state: State) -> str | None:
+    """The count in a state whose update is that of a population, if there is one."""
+    return next((name for name in POPULATION if name in state), None)
 
 
 def output_dtype(x: jax.Array, options: Options) -> DTypeLike:

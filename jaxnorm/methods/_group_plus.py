@@ -1,7 +1,6 @@
 """GN+: group normalization mixed with its own output standardized over the batch."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Unpack, final
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
-from jaxnorm._core.axes import single_axis
+from jaxnorm._core.axes import Shape, single_axis
 from jaxnorm._core.checks import check_count
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.divisor import with_divisor
@@ -104,7 +103,7 @@ class group_norm_plus(Method):
     def keeps_positions(self, num_channels: int) -> bool:
         return self.per_position
 
-    def init(self, x_shape: Sequence[int], **options: Unpack[InitOptions]) -> State:
+    def _init(self, x_shape: Shape, options: InitOptions) -> State:
         shape, _ = running_shape(self._second_branch, tuple(x_shape), **axes_in(options))
         return first_running(shape)
 
@@ -147,7 +146,8 @@ class group_norm_plus(Method):
         several: jax.Array | bool = True
         if train:
             m = measured(z, second, **options)
-            state = updated(state, m, momentum, self.correction)
+            flat = jax.tree.map(lambda t: t.reshape(state["mean"].shape), jax.lax.stop_gradient(m))
+            state = updated(state, flat, momentum=momentum, correction=self.correction)
             # u of one example is 0 whatever it is divided by. Divided by epsilon, the difference of
             # two roundings of z would be seen, in y and in its gradient.
             if weights is None or jnp.issubdtype(jnp.result_type(weights), jnp.bool_):

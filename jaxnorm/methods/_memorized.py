@@ -19,7 +19,14 @@ from jaxnorm._core.moments import Moments
 from jaxnorm._core.pooling import pool
 from jaxnorm._core.running import usable
 from jaxnorm._core.shared import shared
-from jaxnorm.methods._frame import along_channels, applied, check_state, measured, remembered
+from jaxnorm.methods._frame import (
+    along_channels,
+    applied,
+    check_state,
+    first_running,
+    measured,
+    remembered,
+)
 from jaxnorm.methods._method import Method, Options, State
 from jaxnorm.methods._table import batch_norm
 
@@ -91,12 +98,8 @@ class memorized_batch_norm(Method):
             )
 
     def first_state(self, num_channels: int) -> State:
-        shape = (len(self.memory_weights) - 1, num_channels)
-        return {
-            "mean": jnp.zeros(shape, jnp.float32),
-            "var": jnp.ones(shape, jnp.float32),
-            "count": jnp.zeros(num_channels, jnp.float32),
-        }
+        first = first_running((len(self.memory_weights) - 1, num_channels))
+        return first | {"count": jnp.zeros(num_channels, jnp.float32)}
 
     def rule(
         self,

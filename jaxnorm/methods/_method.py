@@ -9,22 +9,20 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Required, SupportsIndex, TypedDict, Unpack
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Required, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._core.axes import axes_of, single_axis
-from jaxnorm._core.checks import check_epsilon, check_flag, check_number
+from jaxnorm._core.axes import Shape, axes_of, single_axis
+from jaxnorm._core.checks import check_flag
 from jaxnorm._core.devices import AxisName, DeviceGroups
-from jaxnorm._core.groups import Groups, Size
 from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, inexact
+from jaxnorm.methods._fields import check_fields, typed
 
 State = dict[str, jax.Array]
 
@@ -99,23 +97,17 @@ class Method(abc.ABC):
     layers offer to store."""
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # all methods are dataclasses
-            what = f"{type(self).__name__}({field.name}=...)"
-            object.__setattr__(self, field.name, _static(getattr(self, field.name), what))
-        if hasattr(self, "epsilon"):
-            check_epsilon(self.epsilon)  # type: ignore[attr-defined]
-        if getattr(self, "momentum", None) is not None:
-            check_number(self.momentum, "momentum", at_least=0, at_most=1)  # type: ignore[attr-defined]
+        check_fields(self)
 
     def __repr__(self) -> str:
         """As it is typed; fields with their default are left out."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         given = [(f, getattr(self, f.name)) for f in fields if getattr(self, f.name) != f.default]
-        typed = (
-            _typed(value) if f.default is dataclasses.MISSING else f"{f.name}={_typed(value)}"
+        parts = (
+            typed(value) if f.default is dataclasses.MISSING else f"{f.name}={typed(value)}"
             for f, value in given
         )
-        return f"{type(self).__name__}({', '.join(typed)})"
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     @abc.abstractmethod
     def rule(
@@ -162,7 +154,16 @@ class Method(abc.ABC):
         Returns:
             Arrays by name, float32; {} where nothing is remembered.
         """
-        x_shape = tuple(x_shape)
+        if unknown := sorted(set(options) - set(InitOptions.__annotations__)):
+            raise TypeError(
+                f"init got an unexpected option {', '.join(unknown)}. Expected some of "
+                f"{', '.join(InitOptions.__annotations__)}."
+            )
+        if hasattr(x_shape, "shape"):
+            raise TypeError("init takes the shape of x. Got an array; expected x.shape.")
+        return self._init(tuple(x_shape), options)
+
+    def _init(self, x_shape: Shape, options: InitOptions) -> State:
         return self.first_state(x_shape[single_axis(options.get("channel_axis", -1), x_shape)])
 
     def first_state(self, num_channels: int) -> State:
@@ -216,18 +217,30 @@ def _apply(
             f"{', '.join([*own, *Options.__annotations__])}."
         )
     x, options = inexact(x), {"batch_axis": 0, "channel_axis": -1} | options
+    state = dict(state) if isinstance(state, Mapping) else state
+    if options.get("momentum") is not None and not state:
+        raise ValueError(
+            f"momentum={options['momentum']} was given, and there is no state to average. Got "
+            f"{method}; expected no momentum, or the state that its init makes."
+        )
     if not method.takes_complex and jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(
             f"{name} is defined for real x. Got {x.dtype}, shape {x.shape}; rows of the table take "
             "complex x."
         )
     features = axes_of(options["channel_axis"], x.shape)
+    if features == (single_axis(options["batch_axis"], x.shape),) and not method.takes_complex:
+        raise ValueError(
+            f"batch_axis and channel_axis are both axis {features[0]} of x, which has shape "
+            f"{x.shape}. Expected two different axes; x needs a rank of 2 or more."
+        )
     learned = method.parameters(math.prod(x.shape[i] for i in features))
+    fields = {field.name for field in dataclasses.fields(method)}  # type: ignore[arg-type]
     for option in own:
         if options.get(option) is None:
             if option in learned and option not in method.overwritten_by_gradient:
                 options[option] = learned[option]
-            elif hasattr(method, option):
+            elif option in fields:
                 options[option] = getattr(method, option)
     if missing := [n for n, needed in own.items() if needed and n not in options]:
         raise TypeError(f"{name} needs {', '.join(missing)}; got {', '.join(sorted(options))}.")
@@ -242,32 +255,3 @@ def options_of(function: Callable[..., Any]) -> dict[str, bool]:
         for p in inspect.signature(function).parameters.values()
         if p.kind is p.KEYWORD_ONLY and p.name not in {"train", *Options.__annotations__}
     }
-
-
-def _static(value: Any, what: str) -> Any:
-    """A hyperparameter as a hashable Python value."""
-    if isinstance(value, jax.Array | np.ndarray | Tracer):
-        raise TypeError(
-            f"{what} is an array of shape {value.shape}. Expected a Python number: methods are "
-            "static. Give what changes or is traced to apply."
-        )
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, tuple | list):
-        return tuple(_static(part, what) for part in value)
-    if isinstance(value, float) and math.isnan(value):
-        raise ValueError(f"{what} is NaN. Expected a number.")
-    if value is None or isinstance(value, bool | int | float | str | Size | Groups | Method):
-        return value
-    if is_symbolic_dim(value):  # in a statistic's shape, while a program is exported
-        return value
-    if isinstance(value, SupportsIndex):
-        return value.__index__()
-    raise TypeError(
-        f"{what} is {value!r}. Expected a number, a string, None, a tuple, Size, Groups or a "
-        "method; functions and arrays are given to apply."
-    )
-
-
-def _typed(value: Any) -> str:
-    return f"float('{value}')" if isinstance(value, float) and math.isinf(value) else repr(value)

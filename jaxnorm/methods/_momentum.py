@@ -12,7 +12,7 @@ from jaxnorm._core.checks import check_number
 from jaxnorm._core.pooling import toward
 from jaxnorm._core.running import rate_of, usable
 from jaxnorm._core.shared import shared
-from jaxnorm.methods._frame import applied, averages, check_state, measured, recalled
+from jaxnorm.methods._frame import applied, averages, check_state, first_running, measured, recalled
 from jaxnorm.methods._method import Method, Options, State
 from jaxnorm.methods._table import batch_norm
 
@@ -74,8 +74,8 @@ class momentum_batch_norm(Method):
             check_number(self.train_momentum, "train_momentum", at_least=0, at_most=1)
 
     def first_state(self, num_channels: int) -> State:
-        zeros, ones = jnp.zeros(num_channels, jnp.float32), jnp.ones(num_channels, jnp.float32)
-        return {"train_mean": zeros, "train_var": ones, "mean": zeros, "var": ones}
+        first = first_running((num_channels,))
+        return {f"train_{name}": t for name, t in first.items()} | first
 
     def rule(
         self,

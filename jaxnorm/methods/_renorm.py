@@ -12,7 +12,14 @@ from jaxnorm._core.checks import check_number
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.running import usable
 from jaxnorm._core.shared import shared
-from jaxnorm.methods._frame import along_channels, applied, averages, check_state, measured
+from jaxnorm.methods._frame import (
+    along_channels,
+    applied,
+    averages,
+    check_state,
+    first_running,
+    measured,
+)
 from jaxnorm.methods._method import Method, Options, State
 from jaxnorm.methods._table import batch_norm
 
@@ -76,8 +83,8 @@ class batch_renorm(Method):
         check_number(self.dmax, "dmax", at_least=0)
 
     def first_state(self, num_channels: int) -> State:
-        zeros, ones = jnp.zeros(num_channels, jnp.float32), jnp.ones(num_channels, jnp.float32)
-        return {"mean": zeros, "std": ones}
+        first = first_running((num_channels,))
+        return {"mean": first["mean"], "std": first["var"]}
 
     def rule(
         self,

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm._core.axes import Shape
-from jaxnorm._core.checks import check_count, check_number
+from jaxnorm._core.checks import check_number
 from jaxnorm._core.ghosts import GhostUpdate, check_ghost_update
 from jaxnorm._core.groups import EACH, Groups, Size, check_mean, resolve
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.running import update_running
 from jaxnorm._core.shared import shared
 from jaxnorm._core.state import pooled_to, running_shape, serving
 from jaxnorm._population import POPULATION
@@ -26,7 +25,9 @@ from jaxnorm.methods._frame import (
     measured,
     per_device,
     pooled,
+    population_in,
     select_options,
+    updated,
 )
 from jaxnorm.methods._method import InitOptions, Method, Options, State
 
@@ -111,7 +112,6 @@ class Row(Method):
                 "channel)."
             )
         check_mean(self.mean)
-        check_count(self.correction, "correction", at_least=0)
         check_ghost_update(self.ghost_update)
         if self.example_weight != "share":
             check_number(self.example_weight, "example_weight", at_least=0, at_most=1)
@@ -143,18 +143,23 @@ class Row(Method):
         if not isinstance(self.groups, Groups) or not self.pools_batch:
             return self
         groups, weight = dataclasses.replace(self.groups, batch=1), self.example_weight
-        if weight == "share" and isinstance(self.groups.batch, Size):
-            weight = self._share()
+        if weight == "share":
+            weight = self._share() if isinstance(self.groups.batch, Size) else 0.0
         return dataclasses.replace(self, groups=groups, example_weight=weight)
 
     def keeps_positions(self, num_channels: int) -> bool:
-        return self.remembers and isinstance(self.groups, Groups) and self.groups.spatial != 1
+        kept = self.running or self.groups
+        if not self.remembers or not isinstance(kept, Groups):
+            return False
+        return any(
+            n != 1 for n in (kept.spatial if isinstance(kept.spatial, tuple) else (kept.spatial,))
+        )
 
-    def init(self, x_shape: Sequence[int], **options: Unpack[InitOptions]) -> State:
+    def _init(self, x_shape: Shape, options: InitOptions) -> State:
         if not self.remembers:
             return {}
         kept: Any = self.running or self.groups  # a shape has no state of its own
-        shape, _ = running_shape(kept, tuple(x_shape), **axes_in(options))
+        shape, _ = running_shape(kept, x_shape, **axes_in(options))
         return first_running(shape, options.get("dtype", jnp.float32), counted=self.debias)
 
     def apply(
@@ -184,11 +189,12 @@ class Row(Method):
             check_state(state, self)
             m = measured(x, self, two_pass=self.two_pass, **options)
             return applied(x, m, self.epsilon, **options), state
-        check_state(state, self, ("count", *self.also_in_state), mean=None, var=None)
+        counted = {"count": None} if self.debias else {}
+        check_state(state, self, self.also_in_state, mean=None, var=None, **counted)
         batch_axis, channel_axis = axes_in(options).values()
         running = self._serving(state, x.shape, batch_axis, channel_axis)
         if not train:
-            weight = self._share() if isinstance(example_weight, str) else example_weight
+            weight = self._share() if example_weight == "share" else example_weight
             if isinstance(weight, int | float) and weight == 0:
                 used = self._pooled(running, x.shape, batch_axis, channel_axis)
             else:
@@ -201,22 +207,15 @@ class Row(Method):
             coarse, _ = resolve(self, x.shape, batch_axis, channel_axis)
             used = pooled(batch, coarse, **per_device(options))
         y = applied(x, used, self.epsilon, **options)
-        if (population := _population_in(state)) is not None:
-            new = POPULATION[population](running, batch, batch_axis=batch_axis)
-            state = state | {"calls": state["calls"] + 1}
-        else:
-            new = update_running(
-                running,
-                batch,
-                momentum=momentum,  # type: ignore[arg-type]  # not None where there is state
-                correction=self.correction,
-                ghost_update=self.ghost_update,
-                batch_axis=batch_axis,
-            )
-        values = {"mean": new.mean, "var": new.var, population or "count": new.count}
-        return y, state | {
-            name: t.reshape(state[name].shape) for name, t in values.items() if name in state
-        }
+        return y, updated(
+            state,
+            batch,
+            running,
+            momentum=momentum,
+            correction=self.correction,
+            ghost_update=self.ghost_update,
+            batch_axis=batch_axis,
+        )
 
     def inference_moments(
         self, state: State, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1
@@ -235,7 +234,7 @@ class Row(Method):
 
     def _serving(self, state: State, x_shape: Shape, batch_axis: int, channel_axis: int) -> Moments:
         """The running statistics in the shape that serves x, the batch pooled."""
-        old = Moments(state.get(_population_in(state) or "count"), state["mean"], state["var"])  # type: ignore[arg-type]  # None is no count
+        old = Moments(state.get(population_in(state) or "count"), state["mean"], state["var"])  # type: ignore[arg-type]  # None is no count
         if not isinstance(self.groups, Groups):  # the statistic's numbers, in any arrangement
             return serving(old, jnp.shape(old.mean), self.groups, x_shape)
         kept = self.running or self.groups
@@ -272,8 +271,3 @@ def as_method(method: object) -> Method:
         f"method is a value of jaxnorm.methods or a Groups. Got {method!r}; expected for example "
         "methods.layer_norm() or methods.group_norm(4)."
     )
-
-
-def _population_in(state: State) -> str | None:
-    """The count in a state whose update is that of a population, if there is one."""
-    return next((name for name in POPULATION if name in state), None)

@@ -16,6 +16,7 @@ from jaxnorm.methods._frame import (
     applied,
     averages,
     check_state,
+    first_running,
     measured,
     per_device,
     pooled,
@@ -85,10 +86,7 @@ class switchable_norm(Method):
             )
 
     def first_state(self, num_channels: int) -> State:
-        if not self.use_batch:
-            return {}
-        zeros, ones = jnp.zeros(num_channels, jnp.float32), jnp.ones(num_channels, jnp.float32)
-        return {"mean": zeros, "var": ones}
+        return first_running((num_channels,)) if self.use_batch else {}
 
     def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
         logits = np.ones(1 + self.use_instance + self.use_batch, np.float32)

@@ -125,7 +125,7 @@ def _fold(layer: Any, norm: Any, x_shape: Shape, dtype: Any) -> None:
         _layers.moments_to_fold(method, _statistics(norm), x_shape),
         scale=scale + 1 if scale is not None and getattr(norm, "unit_offset", False) else scale,
         shift=shift,
-        epsilon=method.epsilon,
+        epsilon=getattr(method, "epsilon", 0.0),
         output_axis=output_axis,
     )
     layer.kernel[...] = kernel
@@ -225,7 +225,7 @@ def _is_constant(
     }
     options = set_options | {name: value for name, value in options.items() if value is not None}
     axis = module.channel_axis if isinstance(module, Norm) else module.axis
-    if not _layers.is_constant(x, axis, use, options):
+    if not _layers.is_constant(x, axis, use, options) or getattr(module, "batch_axis", 0):
         return False
     method = _method(module)
     return _layers.moments_to_fold(method, _statistics(module), x.shape) is not None

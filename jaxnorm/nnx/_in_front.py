@@ -5,11 +5,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxnorm._layers import check_works_on_layers
+from jaxnorm._layers import check_channels_last, check_works_on_layers
 from jaxnorm.methods import Method
 
 
-def in_front(method: Method, layer: Any, inputs: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+def in_front(
+    method: Method, layer: Any, inputs: jax.Array, channel_axis: int
+) -> tuple[jax.Array, dict[str, Any]]:
     """What a method makes of a layer like `nnx.Conv` and `nnx.Linear`.
 
     It is the method's x, and the options of `apply`.
@@ -22,12 +24,14 @@ def in_front(method: Method, layer: Any, inputs: jax.Array) -> tuple[jax.Array, 
         copy: Any = nnx.merge(definition, state)
         return copy(inputs)
 
-    return method.in_front(inputs, layer.kernel[...], function)  # type: ignore[misc]
+    x, options = method.in_front(inputs, layer.kernel[...], function)  # type: ignore[misc]
+    check_channels_last(x, layer.kernel[...].shape, channel_axis)
+    return x, options
 
 
 def check_in_front(method: Method, layer: Any, num_features: int) -> dict[str, Any]:
     """The options of `init` that describe the layer, once it is known to be one."""
-    check_works_on_layers(method)
+    check_works_on_layers(method, layer)
     if (
         not isinstance(layer, nnx.Module)
         or not hasattr(layer, "kernel")

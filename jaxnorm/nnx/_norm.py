@@ -139,13 +139,14 @@ class Norm(StatefulLayer):
         for name, value in first.items():
             setattr(self, name, nnx.BatchStat(value))
         learned = self.method.parameters(num_features)
-        _layers.check_inits(self.method, inits, learned)
+        taps = self.method.overwritten_by_gradient
+        _layers.check_inits(self.method, inits, [name for name in learned if name not in taps])
         for name, value in learned.items():
-            value = jnp.asarray(value)
-            if name in inits:
-                value = inits[name](rngs.params(), value.shape, param_dtype)
-            is_tap = name in self.method.overwritten_by_gradient
-            setattr(self, name, Tap(value) if is_tap else nnx.Param(value.astype(param_dtype)))
+            if name in taps:
+                setattr(self, name, Tap(jnp.asarray(value)))
+                continue
+            init = inits.get(name, lambda _, shape, dtype, t=value: jnp.asarray(t, dtype))
+            setattr(self, name, nnx.Param(init(rngs.params(), value.shape, param_dtype)))
 
     def _first_state(self, x_shape: Shape | None) -> State:
         method, front = self.method, {}
@@ -192,7 +193,9 @@ class Norm(StatefulLayer):
         _layers.check_call(method, options, learned)
         options |= {name: getattr(self, name)[...] for name in learned}
         if self.layer is not None:
-            x, more = in_front(method, self.layer, _flax_rules.wide_enough(x, x.dtype))
+            x, more = in_front(
+                method, self.layer, _flax_rules.wide_enough(x, x.dtype), self.channel_axis
+            )
             options |= more
         options |= {"mask": mask, "scale": scale, "bias": bias, "activation": activation}
         if not self._names:
