@@ -48,9 +48,10 @@ A method is a value, a `Method` with its hyperparameters. What it remembers is a
     of several domains            methods.domain_batch_norm
     with its activation           methods.filter_response_norm, thresholded_linear_unit,
                                   evonorm_b0, evonorm_s0, proxy_norm
+    in a rule of your own         methods.measured, applied
 
-Rows also go into `norm`, `moments` and `pool`; the others have a rule of their own, in a file of
-their name in `methods/`. Around them:
+Rows also go into `norm`, `moments` and `pool`; each of the others has a rule and a file of its own
+in `methods/`. Around them:
 
     what changes by the step      schedules.batch_renorm_bounds, train_momentum_schedule,
                                   inference_momentum, cross_iteration_window

@@ -70,7 +70,7 @@ def check_unchanged(name: str, start: Mapping[str, Any], end: Mapping[str, Any])
         raise ValueError(
             f"layer {name} updates its running statistics by a rule of its own. Got "
             f"{', '.join(sorted(own))}; expected a layer of jaxnorm that keeps the moments of "
-            "its input: BatchNorm (which loads the checkpoints of Flax's), Norm and the other "
+            "its input: BatchNorm (which loads the checkpoints of Flax's), or Norm of one of the "
             "rows of the table."
         )
 

@@ -216,9 +216,8 @@ def choose_example_weight(
 ) -> ExampleWeights:
     """The weight of inference example weighing that does best on held-out data.
 
-    It is one weight for the whole network.
-
-    Nothing is trained. Every batch is read once and evaluated with all weights.
+    It is one weight for the whole network, and nothing is trained. Every batch is read once and
+    evaluated with all weights.
 
     Args:
         evaluate: (alpha, batch) -> (sum, count), such as the number of right predictions and of

@@ -26,8 +26,8 @@ OTHERS = {
 }
 """Other parameters of norms and of standardized kernels, which nothing here decays."""
 PROXY = {"proxy_scale", "proxy_bias"}
-"""Those of `ProxyNorm`, which decay as weights do: its authors decay them, and not its scale and
-bias."""
+"""Those of `methods.proxy_norm`, which decay as weights do: its authors decay them, and not its
+scale and bias."""
 
 
 def norm_mask(params: Any) -> Any:

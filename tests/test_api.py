@@ -69,11 +69,11 @@ BY_POSITION = {
     "num_groups", "batch_size", "num_channels", "num_devices", "running", "batch", "bias",
     "threshold", "scale", "shift", "step", "epoch", "distances", "forward", "num_domains",
     "evaluate", "batches", "loss", "update", "params", "weight_decay", "variables", "model",
-    "sizes", "counts", "ax", "name", "row",
+    "sizes", "counts", "ax", "name", "row", "epsilon",
 }  # fmt: skip
 # of these no paper is known, or the text below says where they come from
 WITHOUT_REFERENCE = {
-    "Method", "Row", "linen.Norm", "nnx.Norm", "nnx.Tap", "nnx.Observation", "nnx.FoldedNorm",
+    "Method", "Row", "measured", "applied", "linen.Norm", "nnx.Norm", "nnx.Tap", "nnx.Observation", "nnx.FoldedNorm",
     "inference.ExampleWeights", "linen.fold_norms", "optim.norm_mask", "optim.decay_mask",
 }  # fmt: skip
 

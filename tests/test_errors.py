@@ -343,8 +343,8 @@ ERRORS = {
     "pieces across rows": (
         ValueError,
         (
-            r"batch_group_norm\(18\) is no row of the table for x of shape \(8, 4, 6, 6\): groups "
-            r"of 6 channels are a divisor of 6\. Call its apply"
+            r"batch_group_norm\(18\) is no row of the table for x of shape \(8, 4, 6, 6\): "
+            r"expected a number of groups that divides the 6 channels\. Call its apply"
         ),
         lambda: norm(ones(8, 4, 6, 6), methods.batch_group_norm(18)),
     ),

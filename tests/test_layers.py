@@ -423,3 +423,38 @@ def test_state_of_one_image_size_is_made_by_the_shape_of_an_input():
         for name, shape in names.items():
             assert getattr(layer, name).shape == variables["batch_stats"][name].shape == shape
         assert layer(data()).shape == SHAPE
+
+
+@pytest.mark.parametrize("method", [methods.moving_average_norm(), methods.cross_iteration_norm()])
+def test_channels_of_a_layer_in_front_are_its_outputs(method):
+    """The last axis, also where another has as many."""
+    front = fnn.Dense(8, use_bias=False)
+    layer = linen.Norm(method, layer=front, channel_axis=1)
+    with pytest.raises(ValueError, match="Expected its outputs, the last axis, to be the channels"):
+        layer.init(KEY, jnp.ones((2, 8, 3, 8)), **TRAIN)
+    dense = fnnx.Linear(8, 8, use_bias=False, rngs=fnnx.Rngs(0))
+    layer = nnx.Norm(8, method, layer=dense, channel_axis=1, rngs=fnnx.Rngs(0))
+    with pytest.raises(ValueError, match="Expected its outputs, the last axis, to be the channels"):
+        layer(jnp.ones((2, 8, 3, 8)))
+    transposed = fnn.ConvTranspose(8, (1,), transpose_kernel=True, use_bias=False)
+    with pytest.raises(ValueError, match="whose kernel has them there"):
+        linen.Norm(method, layer=transposed).init(KEY, jnp.ones((2, 3, 8)), **TRAIN)
+
+
+def test_populations_of_pieces_are_measured():
+    """Also where groups do not divide the channels, in both frameworks."""
+    x = jnp.arange(48.0).reshape(2, 3, 8)
+    method = methods.batch_group_norm(12)
+    layer = linen.Norm(method, use_running_average=False)
+    variables = layer.init(KEY, x)
+
+    def forward(variables, x):
+        return layer.apply(variables, x, mutable="batch_stats")
+
+    found = linen.population_statistics(forward, variables, [x])["batch_stats"]
+    _, want = methods.batch_group_norm(12, momentum=0.0).apply(x, method.init(x.shape), train=True)
+    theirs = nnx.Norm(8, method, x_shape=x.shape, rngs=fnnx.Rngs(0))
+    nnx.population_statistics(lambda layer, x: layer(x), theirs, [x])
+    for name in ("mean", "var"):
+        np.testing.assert_allclose(found[name], want[name], rtol=1e-5)
+        np.testing.assert_allclose(getattr(theirs, name)[...], want[name], rtol=1e-5)

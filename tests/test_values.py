@@ -182,3 +182,51 @@ def test_a_method_of_ones_own_gets_an_array(dtype):
     np.testing.assert_array_equal(step(x), jnp.full((2, 3), 0.5, dtype))
     y, _ = Halved().apply(x, {}, train=True, factor=0.25)
     np.testing.assert_array_equal(y, 0.25 * x.astype("float32"))
+
+
+def test_flags_and_corrections_are_checked_when_a_method_is_made():
+    for make in (
+        lambda: methods.filter_response_norm(use_threshold="False"),
+        lambda: methods.group_norm_plus(4, per_position="no"),
+        lambda: methods.switchable_norm(use_batch=3),
+        lambda: Row(Groups(1, 1, EACH), two_pass="no"),
+        lambda: methods.batch_renorm(momentum=None),
+        lambda: methods.memorized_batch_norm(None),
+    ):
+        with pytest.raises((TypeError, ValueError), match="expected|Expected"):
+            make()
+    for make in (methods.group_norm_plus, methods.batch_group_norm):
+        with pytest.raises(ValueError, match="correction is -1"):
+            make(4, correction=-1)
+
+
+def test_what_makes_no_sense_is_refused():
+    """A momentum where nothing is averaged, options of init by another name, an array as shape."""
+    x = jnp.ones((4, 2, 6))
+    for method in (
+        methods.layer_norm(),
+        methods.batch_norm(momentum=None),
+        methods.switchable_norm(use_batch=False),
+        methods.batch_group_norm(4, None),
+    ):
+        with pytest.raises(ValueError, match="momentum=0.3 was given, and there is no state"):
+            method.apply(x, {}, train=True, momentum=0.3)
+    with pytest.raises(TypeError, match="init got an unexpected option channel_axes"):
+        methods.batch_renorm().init(x.shape, channel_axes=1)
+    with pytest.raises(TypeError, match="Got an array; expected x.shape"):
+        methods.batch_renorm().init(x)
+    with pytest.raises(ValueError, match="both axis 0 of x"):
+        methods.batch_renorm().apply(jnp.ones(3), methods.batch_renorm().init((3,)), train=False)
+    with pytest.raises(TypeError, match="example_weight is 'bogus'"):
+        method = methods.ghost_batch_norm(ghost_size=2)
+        method.apply(x, method.init(x.shape), train=False, example_weight="bogus")
+    with pytest.raises(TypeError, match="a row of the table or the statistic's shape"):
+        jaxnorm.norm(x, methods.batch_renorm)
+
+
+def test_a_count_stands_in_the_state_of_debiased_averages_alone():
+    x = jnp.ones((4, 2, 6))
+    for one, other in ((True, False), (False, True)):
+        method, of_other = (methods.batch_norm(debias=t) for t in (one, other))
+        with pytest.raises(ValueError, match="Row got a state with"):
+            method.apply(x, of_other.init(x.shape), train=True)

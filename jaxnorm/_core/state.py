@@ -151,8 +151,7 @@ def check_running(state: Any, name: str) -> None:
     """`state` is running statistics, with a mean and a variance of one shape."""
     if not isinstance(state, Moments):
         hint = (
-            "Moments(None, d['mean'], d['var']), or the function of the method, which takes its "
-            "dict"
+            "Moments(None, d['mean'], d['var']), or call the method's apply, which takes the dict"
             if isinstance(state, Mapping)
             else "Moments, such as init_running(shape)"
         )

@@ -38,8 +38,8 @@ def sync_running(
     Args:
         state: `Moments`, or a pytree with mappings that have "mean" and "var" (and "count") in it,
             such as the collection batch_stats of linen and the pure dict of `nnx.BatchStat`
-            variables. "train_mean" and "train_var" beside them (`MomentumBatchNorm`) are such a
-            pair too; "positions", equal on all devices, stays.
+            variables. "train_mean" and "train_var" beside them (momentum batch norm) are such
+            a pair too; "positions", equal on all devices, stays.
         axis_name: axis or axes of pmap, shard_map or vmap over which the devices differ.
         axis_index_groups: groups of indices of that axis that become equal, see `device_groups`.
         weights: how much this device counts, 0 or more, such as its number of examples, in place of
@@ -51,7 +51,7 @@ def sync_running(
 
     Raises:
         TypeError: a leaf that belongs to no running statistics, or another array beside them, such
-            as the window of `CrossIterationBatchNorm`, whose union is not defined.
+            as the window of cross-iteration norm, whose union is not defined.
         ValueError: negative weights or NaN.
 
     Example:

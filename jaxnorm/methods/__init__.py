@@ -12,6 +12,8 @@ other methods put a rule of their own between statistics and their use.
 
 from jaxnorm.methods._method import Method as Method
 from jaxnorm.methods._row import Row as Row
+from jaxnorm.methods._frame import applied as applied
+from jaxnorm.methods._frame import measured as measured
 from jaxnorm.methods._table import batch_and_group_norm as batch_and_group_norm
 from jaxnorm.methods._table import batch_norm as batch_norm
 from jaxnorm.methods._table import ghost_batch_norm as ghost_batch_norm

@@ -107,9 +107,9 @@ class batch_group_norm(Method):
         channels = x_shape[single_axis(channel_axis, x_shape)]
         if self.keeps_positions(channels):
             raise ValueError(
-                f"{self} is no row of the table for x of shape {tuple(x_shape)}: groups of "
-                f"{channels} channels are a divisor of {channels}. Call its apply, which takes "
-                "every divisor of all features; whole parts of every channel are "
+                f"{self} is no row of the table for x of shape {tuple(x_shape)}: expected a "
+                f"number of groups that divides the {channels} channels. Call its apply, which "
+                "takes every divisor of all features; whole parts of every channel are "
                 "Groups(batch=1, spatial=(parts, 1), channel=EACH)."
             )
         return self._row

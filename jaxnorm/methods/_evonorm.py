@@ -38,7 +38,7 @@ from jaxnorm.methods._table import batch_norm, group_norm, instance_norm
 class evonorm_b0(Method):
     """Divide x by the batch's standard deviation, or by a line in x where that is larger.
 
-    The line lies above the example's own standard deviation:
+    The line is v x plus the example's own standard deviation:
 
         y = x / max(sqrt(var_nhw + epsilon), v x + sqrt(var_hw + epsilon)) * scale + bias
 

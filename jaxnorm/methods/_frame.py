@@ -65,10 +65,24 @@ def measured(
     two_pass: bool = False,
     **options: Unpack[Options],
 ) -> Moments:
-    """`moments` of x, with the options that concern them.
+    """`moments` of x in a rule, with those of its options that concern them.
 
-    Over devices they are taken about `center`, which spares a round of sums; on one device a second
-    read of x, where it is needed, costs less. With `two_pass` it is the mean of a pass of its own.
+    Args:
+        x: as the rule got it.
+        groups: which elements share statistics: `Groups`, a row of the table or the statistic's
+            shape.
+        center: a value near the mean, such as the running one. Over devices sums are taken about
+            it, which spares a round; on one device a second read of x, where it is needed, costs
+            less.
+        two_pass: take them about the mean of a pass of its own, always.
+        **options: of `Method.apply`.
+
+    Returns:
+        `Moments` of the sets.
+
+    Example:
+        >>> measured(jnp.array([[1.0, 3.0]]), (1, 1), scale=jnp.ones(2)).mean.tolist()
+        [[2.0]]
     """
     names = ("weights", "axis_name", "axis_index_groups", "batch_axis", "channel_axis")
     sets = select_options(options, *names)
@@ -93,7 +107,22 @@ def pooled(m: Moments, groups: Specification, **options: Unpack[Options]) -> Mom
 
 
 def applied(x: jax.Array, m: Moments, epsilon: float, **options: Unpack[Options]) -> jax.Array:
-    """`normalize` x with m, with the options that concern it."""
+    """`normalize` x in a rule, with those of its options that concern it.
+
+    Args:
+        x: as the rule got it, or what was made of it.
+        m: moments whose shape divides x's.
+        epsilon: added to the variance, in the unit of x squared.
+        **options: of `Method.apply`.
+
+    Returns:
+        y, of x's shape: the result of the rule.
+
+    Example:
+        >>> m = Moments(jnp.ones((1, 1)), jnp.full((1, 1), 2.0), jnp.ones((1, 1)))
+        >>> applied(jnp.array([[1.0, 3.0]]), m, 0.0, bias=jnp.ones(2), axis_name=None).tolist()
+        [[0.0, 2.0]]
+    """
     names = ("scale", "bias", "weights", "activation", "dtype", "batch_axis", "channel_axis")
     return normalize(x, m, epsilon=epsilon, **select_options(options, *names))
 

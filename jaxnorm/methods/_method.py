@@ -60,23 +60,24 @@ class Method(abc.ABC):
     field of the same name.
 
     A method of your own is a frozen dataclass that subclasses this one and defines `rule`; if it
-    remembers or learns something it also defines `first_state` or `parameters`.
+    remembers or learns something it also defines `first_state` or `parameters`. Of the options that
+    every method takes, `methods.measured` and `methods.applied` pick those of theirs.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from jaxnorm import Moments, methods, moments, normalize
+        >>> from jaxnorm import Moments, methods
         >>> @dataclasses.dataclass(frozen=True)
         ... class Floored(Method):
         ...     epsilon: float = 1e-5
         ...
         ...     def rule(self, x, state, *, train, floor=1.0, **options):
-        ...         m = moments(x, methods.layer_norm())
+        ...         m = methods.measured(x, methods.layer_norm(), **options)
         ...         m = Moments(m.count, m.mean, jnp.maximum(m.var, floor))
-        ...         return normalize(x, m, epsilon=self.epsilon), state
+        ...         return methods.applied(x, m, self.epsilon, **options), state
         >>> x = jnp.array([[1.0, 3.0]])
-        >>> y, _ = Floored(epsilon=0.0).apply(x, {}, train=True, floor=4.0)
+        >>> y, _ = Floored(epsilon=0.0).apply(x, {}, train=True, floor=4.0, bias=jnp.ones(2))
         >>> y.tolist()
-        [[-0.5, 0.5]]
+        [[0.5, 1.5]]
     """
 
     takes_complex: ClassVar[bool] = False
@@ -133,8 +134,8 @@ class Method(abc.ABC):
                 docstring lists, with what it learns by the names of `parameters`.
 
         Returns:
-            y, of x's shape, and the new state. A batch with empty or
-            non-finite sets leaves the state of these sets.
+            y, of x's shape, and the new state. A batch with empty or non-finite sets leaves the
+            state of these sets unchanged.
 
         Raises:
             TypeError: an option of another name or one that is missing, x of another dtype.
