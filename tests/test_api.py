@@ -73,7 +73,8 @@ BY_POSITION = {
 }  # fmt: skip
 # of these no paper is known, or the text below says where they come from
 WITHOUT_REFERENCE = {
-    "Method", "Row", "measured", "applied", "linen.Norm", "nnx.Norm", "nnx.Tap", "nnx.Observation", "nnx.FoldedNorm",
+    "Method", "Row", "measured", "applied", "linen.Norm", "nnx.Norm", "nnx.Tap",
+    "nnx.Observation", "nnx.FoldedNorm",
     "inference.ExampleWeights", "linen.fold_norms", "optim.norm_mask", "optim.decay_mask",
 }  # fmt: skip
 
