@@ -539,7 +539,9 @@ def test_no_momentum_remembers_nothing_or_is_refused(entry):
         y, state = method.apply(jnp.ones(SHAPE), {}, train=False)
         assert state == {} and not y.any()
         return
-    with pytest.raises((TypeError, ValueError), match="momentum .*expected a number of at least 0"):
+    with pytest.raises(
+        (TypeError, ValueError), match="momentum.*(expected a number of at least 0|is None)"
+    ):
         method = dataclasses.replace(entry.method, momentum=None)
         outputs(dataclasses.replace(entry, method=method), jnp.ones(SHAPE), entry.init(SHAPE))
 

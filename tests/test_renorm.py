@@ -112,10 +112,12 @@ def test_bounds_that_are_none_are_refused(name, bound, least):
     x, state = data(*SHAPE).astype("f4"), METHOD.init(SHAPE)
     for wrong in (bound, np.nan, np.full(4, 2.0)):
         for train in (True, False):
-            with pytest.raises((TypeError, ValueError), match=f"{name} .*at least {least}"):
+            with pytest.raises(
+                (TypeError, ValueError), match=f"{name}.*(at least {least}|is None)"
+            ):
                 METHOD.apply(x, state, train=train, **{name: wrong})
     for wrong in (bound, None):
-        with pytest.raises((TypeError, ValueError), match=f"{name} .*at least {least}"):
+        with pytest.raises((TypeError, ValueError), match=f"{name}.*(at least {least}|is None)"):
             methods.batch_renorm(**{name: wrong})
     run = jit(lambda value: METHOD.apply(x, state, train=True, **{name: value})[0])
     np.testing.assert_array_equal(run(bound), run(float(least)))

@@ -218,7 +218,8 @@ def _apply(
             f"{', '.join([*own, *Options.__annotations__])}."
         )
     x, options = inexact(x), {"batch_axis": 0, "channel_axis": -1} | options
-    state = dict(state) if isinstance(state, Mapping) else state
+    if isinstance(state, Mapping) and not isinstance(state, dict):
+        state = dict(state)
     if options.get("momentum") is not None and not state:
         raise ValueError(
             f"momentum={options['momentum']} was given, and there is no state to average. Got "
