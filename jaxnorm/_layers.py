@@ -15,7 +15,7 @@ from jaxnorm._core.axes import Shape, axes_of
 from jaxnorm._core.checks import check_flag, known
 from jaxnorm._core.moments import Moments, as_array, check_moments
 from jaxnorm._core.state import serves_channels
-from jaxnorm._flax_rules import Axes
+from jaxnorm._flax_rules import Axes, wide_enough
 from jaxnorm.methods import Method, Row
 from jaxnorm.methods._method import State, options_of
 from jaxnorm.positional import scale_and_shift
@@ -98,11 +98,20 @@ def _wide(t: jax.Array) -> jax.Array:
 
 
 def observations(
-    method: Method, x: jax.Array, state: State, options: Mapping[str, Any]
+    layer: Any,
+    method: Method,
+    x: jax.Array,
+    state: State,
+    options: dict[str, Any],
+    mask: ArrayLike | None,
 ) -> dict[str, jax.Array]:
-    """What a method has to say about x beside y."""
-    assert method.observe is not None
+    """What the method of a layer has to say about x beside y."""
+    if method.observe is None:
+        return {}
     names = {"weights", "batch_axis", "channel_axis", *options_of(type(method).observe)}
+    options = options | {"weights": mask, "batch_axis": layer.batch_axis}
+    options |= {"channel_axis": layer.channel_axis}
+    x = wide_enough(x, jax.numpy.float32)
     return method.observe(x, state, **{n: t for n, t in options.items() if n in names})
 
 

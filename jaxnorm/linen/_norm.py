@@ -157,11 +157,9 @@ class Norm(nn.Module):
             update_running_average=update_running_average,
             **options,
         )
-        observing = self.is_mutable_collection("observations") and not self.is_initializing()
-        if observing and method.observe is not None:
+        if self.is_mutable_collection("observations") and not self.is_initializing():
             state = {name: self.get_variable("batch_stats", name) for name in first}
-            wide = _flax_rules.wide_enough(x, jnp.float32)
-            seen = _layers.observations(method, wide, state, options | axes | {"weights": mask})
+            seen = _layers.observations(self, method, x, state, options, mask)
             for name, value in seen.items():
                 self.sow("observations", name, value)
         return y

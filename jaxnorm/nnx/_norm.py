@@ -209,11 +209,9 @@ class Norm(StatefulLayer):
             state = self._state(method, self._names)
             y = self._call(method, x, self.channel_axis, state=state, **flags, **options)
         # Elsewhere nnx would keep what it is given, and warn.
-        if method.observe is not None and hasattr(self, "__captures__"):
-            axes = {"batch_axis": self.batch_axis, "channel_axis": self.channel_axis}
+        if hasattr(self, "__captures__"):
             state = self._state(method, self._names)
-            wide = _flax_rules.wide_enough(x, jnp.float32)
-            seen = _layers.observations(method, wide, state, options | axes | {"weights": mask})
+            seen = _layers.observations(self, method, x, state, options, mask)
             for name, value in seen.items():
                 self.sow(Observation, name, value)
         return y
