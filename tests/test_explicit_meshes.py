@@ -26,6 +26,7 @@ from jaxnorm import (
     normalize,
     pool,
     running_moments,
+    update_averaged,
     update_cumulative,
     update_running,
 )
@@ -67,25 +68,26 @@ def test_every_step_between_statistics_and_output(set_mesh):
         fine = moments(x, methods.instance_norm())
         whole, groups = pool(fine, method), pool(fine, methods.group_norm(3))
         both = merge(whole, moments(x * 2, method))
-        state = update_running(init_running((12,)), moments(x, methods.ghost_batch_norm(4)))
-        total = update_cumulative(init_running((12,), counted=True), both)
+        ghosts, first = moments(x, methods.ghost_batch_norm(4)), init_running((12,), counted=True)
+        states = update_running(init_running((12,)), ghosts), update_averaged(first, ghosts)
+        total = update_cumulative(first, both)
         return (
             (fine, whole, groups, both),
-            (state, total),
+            (*states, total),
             normalize(x, running_moments(total, method, x.shape)),
         )
 
     x = sharded(x=X.astype("f8"))
     with entered(x, set_mesh):
-        (fine, whole, groups, both), state, y = jax.jit(f)(x)
+        (fine, whole, groups, both), states, y = jax.jit(f)(x)
     assert specs(fine) == [spec("NC")] * 3
     assert specs(groups) == [spec("N")] * 3
     assert specs((whole, both)) == [P(None, None, None, "j")] * 6
-    assert set(specs(state)) == {P(None)}
+    assert set(specs(states)) == {P(None)}
     assert y.sharding.spec == spec("NC")
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-        ((fine, whole, groups, both), state, y),
+        ((fine, whole, groups, both), states, y),
         jax.jit(f)(X.astype("f8")),
     )
 
