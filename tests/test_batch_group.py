@@ -173,6 +173,16 @@ def test_layers_debias_correct_and_keep_no_state():
     close((y, twin(x)), (flat(np, np.asarray(x, "f8"), 1, 0, 4)[0],) * 2, atol=1e-5)
 
 
+def test_the_unbiased_variance_counts_each_device_once():
+    """Pieces are pooled over devices after they are made, in one sum."""
+    x = jnp.asarray(draw()[0], "f4")
+    method = batch_group_norm(4, correction=1, momentum=0.0)
+    step = partial(method.apply, state=method.init(SHAPE), train=True)
+    y, want = jax.jit(step)(x)
+    parts, got = jax.jit(jax.vmap(partial(step, axis_name="i"), axis_name="i"))(x[:, None])
+    close((parts[:, 0], jax.tree.map(lambda t: t[0], got)), (y, want), 1e-5)
+
+
 @pytest.mark.parametrize("num_channels", (1, 6, 16, 48))
 def test_batch_group_count_divides_the_channels_and_grows_to_them(num_channels):
     counts = [methods.batch_group_count(size, num_channels) for size in (1, 2, 4, 8, 16, 32)]

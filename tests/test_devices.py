@@ -185,6 +185,21 @@ def test_large_means_on_all_devices(context, center):
     )
 
 
+def test_the_running_mean_is_the_center_over_devices_alone():
+    """It never changes y, so what shows is whether y is computed with it."""
+    method, x = methods.batch_norm(), normal((8, 4, 6), dtype="f4")
+
+    def running_means(**options):
+        def f(mean, x):
+            return method.apply(x, {"mean": mean, "var": jnp.ones(6)}, train=True, **options)[0]
+
+        over = jax.jit(jax.vmap(f, in_axes=(None, 0), axis_name="i"))
+        arguments = re.search(r"@main\((.*?)\) ->", over.lower(np.zeros(6, "f4"), x).as_text())[1]
+        return arguments.count("tensor<6xf32>")
+
+    assert (running_means(axis_name="i"), running_means()) == (1, 0)
+
+
 PARTS = [
     ((2, 4), "j", None, 2),
     ((2, 4), "j", [[0, 1], [2, 3]], 4),

@@ -62,6 +62,20 @@ def test_a_mixed_batch_is_one_batch_for_each_domain():
     close((y, dx), ((x - mean) / np.sqrt(var + E), gy / np.sqrt(var + E)))
 
 
+@pytest.mark.usefixtures("x64")
+def test_devices_with_examples_of_several_domains():
+    """Each domain's statistics are those of its examples, on whatever device they are."""
+    x, state, method = data(*SHAPE), bank(), methods.domain_batch_norm(D, epsilon=E)
+
+    def step(x, domain, **options):
+        return method.apply(x, state, train=True, domain=domain, **options)
+
+    want = jit(step)(x, DOMAIN)
+    over = jax.vmap(partial(step, axis_name="i"), axis_name="i")
+    y, new = jit(over)(x[:, None], DOMAIN[:, None])
+    close((y[:, 0], jax.tree.map(lambda t: t[0], new)), want)
+
+
 def mean_of(x):
     return x.mean((0, 1))
 

@@ -108,6 +108,35 @@ def test_use_and_update_are_apart(entry):
         close((stats["batch_stats"], kept), (want, want))
 
 
+AVERAGING = [entry for entry in STATEFUL if "momentum" in entry.method.options]
+
+
+@pytest.mark.parametrize("entry", AVERAGING, ids=str)
+def test_state_in_half_precision_warns_where_it_is_updated(entry):
+    """And nowhere else: what is not stored is not rounded."""
+    x, call = jnp.ones(SHAPE), entry.options | entry.by_example(8)
+    half = {
+        name: t if name == "count" else t.astype(jnp.bfloat16)
+        for name, t in entry.init(SHAPE).items()
+    }
+    layer, variables, theirs = entry.in_linen(), linen_variables(entry, half), nnx_layer(entry)
+    for name, value in half.items():
+        setattr(theirs, name, fnnx.BatchStat(value))
+
+    def in_linen(**flags):
+        f = partial(layer.apply, use_running_average=False, **flags, **call, mutable="batch_stats")
+        jax.eval_shape(f, variables, x)
+
+    def in_nnx(**flags):
+        flags |= {"use_running_average": False, **call}
+        fnnx.eval_shape(lambda layer, x: layer(x, **flags), theirs, x)
+
+    for run in (in_linen, in_nnx):
+        run(update_running_average=False)
+        with pytest.warns(UserWarning, match="running statistics in bfloat16"):
+            run(update_running_average=True)
+
+
 @pytest.mark.parametrize("entry", REGISTRY, ids=str)
 def test_layers_refuse_options_of_other_names(entry):
     x, flags = jax.ShapeDtypeStruct(SHAPE, "f4"), {"use_running_average": True, "weights": 1}

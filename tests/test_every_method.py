@@ -273,7 +273,7 @@ def test_cell(entry, column):
 @pytest.mark.usefixtures("x64")
 @by_turns()
 def test_layouts_agree(entry):
-    """Channels first, the batch last, and both; with a scale for each example."""
+    """Channels first, the batch last, and both; with a scale for each example. Inference too."""
     x, scale, state = data(*SHAPE), data(8, C, seed=2), entry.some_state(dtype="f8")
 
     images = {name for name, t in state.items() if t.shape == SHAPE[1:]}
@@ -285,8 +285,10 @@ def test_layouts_agree(entry):
     def in_order(x, order):
         back, features = np.argsort(order), [i - 1 for i in order if i != 0]
         axes = {"batch_axis": int(back[0]), "channel_axis": int(back[3])}
-        y, new = entry(x.transpose(order), turned(state, features), scale=scale, **axes)
-        return y.transpose(back), turned(new, np.argsort(features))
+        arrays = x.transpose(order), turned(state, features)
+        y, new = entry(*arrays, scale=scale, **axes)
+        evaluated, _ = entry(*arrays, train=False, scale=scale, **axes)
+        return *(t.transpose(back) for t in (y, evaluated)), turned(new, np.argsort(features))
 
     @jit
     def run(x):

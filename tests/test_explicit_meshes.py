@@ -26,6 +26,7 @@ from jaxnorm import (
     normalize,
     pool,
     running_moments,
+    update_averaged,
     update_cumulative,
     update_running,
 )
@@ -60,31 +61,33 @@ def test_outside_of_jit(context):
 @pytest.mark.parametrize("set_mesh", (True, False))
 def test_every_step_between_statistics_and_output(set_mesh):
     """moments, pool, merge, running state, normalize: typed as they should be, and equal to what
-    one device computes."""
+    one device computes; also where a group of channels spans devices."""
     method = methods.batch_norm()
 
     def f(x):
         fine = moments(x, methods.instance_norm())
-        whole = pool(fine, method)
+        whole, groups = pool(fine, method), pool(fine, methods.group_norm(3))
         both = merge(whole, moments(x * 2, method))
-        state = update_running(init_running((12,)), moments(x, methods.ghost_batch_norm(4)))
-        total = update_cumulative(init_running((12,), counted=True), both)
+        ghosts, first = moments(x, methods.ghost_batch_norm(4)), init_running((12,), counted=True)
+        states = update_running(init_running((12,)), ghosts), update_averaged(first, ghosts)
+        total = update_cumulative(first, both)
         return (
-            (fine, whole, both),
-            (state, total),
+            (fine, whole, groups, both),
+            (*states, total),
             normalize(x, running_moments(total, method, x.shape)),
         )
 
     x = sharded(x=X.astype("f8"))
     with entered(x, set_mesh):
-        (fine, whole, both), state, y = jax.jit(f)(x)
+        (fine, whole, groups, both), states, y = jax.jit(f)(x)
     assert specs(fine) == [spec("NC")] * 3
+    assert specs(groups) == [spec("N")] * 3
     assert specs((whole, both)) == [P(None, None, None, "j")] * 6
-    assert set(specs(state)) == {P(None)}
+    assert set(specs(states)) == {P(None)}
     assert y.sharding.spec == spec("NC")
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-        ((fine, whole, both), state, y),
+        ((fine, whole, groups, both), states, y),
         jax.jit(f)(X.astype("f8")),
     )
 

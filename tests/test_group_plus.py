@@ -77,6 +77,15 @@ def test_values_gradients_and_state(per_position):
     )
 
 
+def test_the_first_branch_stays_on_its_device():
+    """Statistics of one example are not summed over devices, those of the batch are."""
+    x, method = draw()[0], group_norm_plus(GROUPS)
+    step = partial(method.apply, state=method.init(SHAPE), train=True)
+    want = jax.jit(step)(x)
+    y, new = jax.jit(jax.vmap(partial(step, axis_name="i"), axis_name="i"))(x[:, None])
+    close((y[:, 0], jax.tree.map(lambda t: t[0], new)), want, 1e-7)
+
+
 def test_parity_with_the_released_code():
     args, switches = draw(), {"correction": 1, "epsilon_outside": True}
     y, gradients, _ = differentiated(partial(ours, **switches))(*args)

@@ -151,6 +151,18 @@ def test_channels_first_masks_and_the_plain_shape():
     np.testing.assert_array_equal(masked.mean[2:], running.mean)  # an example without elements
 
 
+def test_examples_on_another_axis():
+    """Running moments of each channel are pooled to groups wherever the examples are."""
+    x = jnp.asarray(data(*SHAPE, dtype=np.float32))
+    row = methods.batch_and_group_norm(1, 3)
+    running = jaxnorm.running_moments(state_of((C,), jnp.float32), methods.batch_norm(), SHAPE)
+    m = weigh_example(x, running, row, example_weight=0.25)
+    x, running = jax.tree.map(lambda t: jnp.moveaxis(t, 0, 2), (x, running))
+    turned = weigh_example(x, running, row, example_weight=0.25, batch_axis=2)
+    for ours, theirs in ((turned.mean, m.mean), (turned.var, m.var)):
+        np.testing.assert_allclose(jnp.moveaxis(ours, 2, 0), theirs, rtol=1e-6)
+
+
 def test_the_bound_of_training_and_that_it_is_reached(x64):
     """|y| <= sqrt((1 - w) / w) with w the weight of one value; alpha = 1/B gives training's sqrt(B
     H W - 1)."""

@@ -399,6 +399,29 @@ def test_every_method_of_nnx_takes_a_promote_dtype(method, size):
         np.testing.assert_allclose(value, usual, rtol=0.05, atol=0.05)
 
 
+def test_a_second_pass_always_where_it_is_asked_for():
+    """By the field of a row and of Flax's layers. It changes rounding alone, so passes count."""
+    x = data()
+
+    def passes(f):
+        return str(jax.make_jaxpr(f)(x)).count("name=mean_var")
+
+    def of_row(two_pass):
+        row = Row(methods.layer_norm().groups, two_pass=two_pass)
+        return lambda x: row.apply(x, {}, train=True)[0]
+
+    def in_linen(two_pass):
+        layer = linen.BatchNorm(use_fast_variance=not two_pass)
+        return lambda x: layer.init_with_output(KEY, x, **TRAIN)[0]
+
+    def in_nnx(two_pass):
+        options = {"use_fast_variance": not two_pass}
+        return lambda x: nnx.BatchNorm(6, **options, rngs=fnnx.Rngs(0))(x)
+
+    for make in (of_row, in_linen, in_nnx):
+        assert passes(make(True)) == 2 * passes(make(False)) > 0
+
+
 def test_a_tap_may_be_left_out_at_inference():
     layer, x = linen.Norm(methods.moving_average_norm(2)), data()
     variables = layer.init(KEY, x, **TRAIN)
