@@ -194,7 +194,8 @@ class Row(Method):
         batch_axis, channel_axis = axes_in(options).values()
         running = self._serving(state, x.shape, batch_axis, channel_axis)
         if not train:
-            weight = self._share() if example_weight == "share" else example_weight
+            asked = isinstance(example_weight, str) and example_weight == "share"
+            weight = self._share() if asked else example_weight
             if isinstance(weight, int | float) and weight == 0:
                 used = self._pooled(running, x.shape, batch_axis, channel_axis)
             else:
