@@ -195,7 +195,7 @@ class Row(Method):
         running = self._serving(state, x.shape, batch_axis, channel_axis)
         if not train:
             asked = isinstance(example_weight, str) and example_weight == "share"
-            weight = self._share() if asked else example_weight
+            weight: Any = self._share() if asked else example_weight
             if isinstance(weight, int | float) and weight == 0:
                 used = self._pooled(running, x.shape, batch_axis, channel_axis)
             else:
