@@ -3,6 +3,7 @@ take numbers alone."""
 
 import dataclasses
 import pickle
+from xml.etree import ElementTree
 
 import chex
 import jax
@@ -230,3 +231,30 @@ def test_a_count_stands_in_the_state_of_debiased_averages_alone():
         method, of_other = (methods.batch_norm(debias=t) for t in (one, other))
         with pytest.raises(ValueError, match="Row got a state with"):
             method.apply(x, of_other.init(x.shape), train=True)
+
+
+@pytest.mark.parametrize(
+    "row, sets",
+    [
+        (methods.batch_norm(), 6),
+        (methods.layer_norm(), 4),
+        (methods.instance_norm(), 24),
+        (methods.token_layer_norm(), 16),
+        (methods.batch_and_group_norm(2, 3), 6),
+        (methods.batch_group_norm(32), 2),
+        (Row(Groups(batch=Size(16), spatial=(2, 1), channel=EACH)), 24),
+    ],
+    ids=str,
+)
+def test_a_picture_of_the_sets(row, sets):
+    """A rectangle for each of 4 x 4 x 6 elements, apart and inside the frame; as many sets as are
+    said, of which neighbours differ in colour."""
+    html = row._repr_html_()
+    root = ElementTree.fromstring(f"<p>{html.replace('<br>', '')}</p>")
+    svg = root.find("svg")
+    places = {(float(r.get("x")), float(r.get("y"))): r.get("fill") for r in svg}
+    assert len(places) == len(svg) == 4 * 4 * 6
+    assert max(x for x, _ in places) + 11 <= float(svg.get("width"))
+    assert max(y for _, y in places) + 11 <= float(svg.get("height"))
+    assert f"; {sets} sets here" in html and root.find("code").text.startswith("Groups(")
+    assert len(set(places.values())) == min(sets, 6)
