@@ -256,5 +256,7 @@ def test_a_picture_of_the_sets(row, sets):
     assert len(places) == len(svg) == 4 * 4 * 6
     assert max(x for x, _ in places) + 11 <= float(svg.get("width"))
     assert max(y for _, y in places) + 11 <= float(svg.get("height"))
+    for of_axis in zip(*places, strict=True):
+        assert min(np.diff(sorted(set(of_axis)))) >= 12  # no element lies on another
     assert f"; {sets} sets here" in html and root.find("code").text.startswith("Groups(")
     assert len(set(places.values())) == min(sets, 6)
