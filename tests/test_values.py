@@ -257,6 +257,6 @@ def test_a_picture_of_the_sets(row, sets):
     assert max(x for x, _ in places) + 11 <= float(svg.get("width"))
     assert max(y for _, y in places) + 11 <= float(svg.get("height"))
     for of_axis in zip(*places, strict=True):
-        assert min(np.diff(sorted(set(of_axis)))) >= 12  # no element lies on another
+        assert min(np.diff(sorted(set(of_axis)))) >= 11  # no element lies on another
     assert f"; {sets} sets here" in html and root.find("code").text.startswith("Groups(")
     assert len(set(places.values())) == min(sets, 6)
