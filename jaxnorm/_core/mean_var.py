@@ -87,14 +87,6 @@ def _totals(
     )
 
 
-def _square_sum(
-    sets: Sets, p: Platform, x: jax.Array, w: jax.Array | None, c: jax.Array | None
-) -> jax.Array:
-    """sum w |x - c|^2 at the resolution of the first sums."""
-    c = None if c is None else p.to_channels(c, x.shape)
-    return block_sum(_weighed(abs2(_counted(x, w, c)), w), p.first_sums(x.shape, sets.channels))
-
-
 def _statistics(
     sets: Sets, p: Platform, x: jax.Array, w: jax.Array | None, c: jax.Array | None, n: jax.Array
 ) -> tuple[jax.Array, ...]:
@@ -103,18 +95,22 @@ def _statistics(
     They are made of sums about c, and again about the mean where cancellation would show.
     """
 
-    def about(c: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        shift = None if c is None else p.to_channels(c, x.shape)
-        first = block_sum(_weighed(_counted(x, w, shift), w), p.first_sums(x.shape, sets.channels))
-        alias = p.alias((x, c))
-        total, square = _totals(sets, [first, _square_sum(sets, p, alias[0], w, alias[1])])
-        e = divide(total, n)
-        v = jnp.maximum(divide(square, n) - abs2(e), 0)
+    def deviations(x: jax.Array, w: jax.Array | None, c: jax.Array | None) -> tuple[jax.Array, ...]:
+        d = _counted(x, w, None if c is None else p.to_channels(c, x.shape))
+        square = _weighed(abs2(d), w)
+        return (_weighed(d, w), square) if sets.centered else (square,)
+
+    def about(c: jax.Array | None) -> tuple[jax.Array, ...]:
+        sums = _totals(sets, p.sums(deviations, (x, w, c), sets.channels))
+        if not sets.centered:
+            return (divide(sums[0], n),)
+        e = divide(sums[0], n)
+        v = jnp.maximum(divide(sums[1], n) - abs2(e), 0)
         exact = (abs2(e) <= CANCELLATION * v) & jnp.isfinite(v)  # also false where squares overflow
         return e if c is None else c + e, v, exact
 
     if not sets.centered:
-        return (divide(_totals(sets, [_square_sum(sets, p, x, w, None)])[0], n),)
+        return about(None)
     if _are_rows(p, x.shape, sets):
         m, v, exact = _of_rows(p, x, w, sets.shape, n)
         if p.rows_on_chip:
@@ -195,8 +191,7 @@ def _along_dx(sets, p, dx, x, w, m, n):
     x, m = p.alias((x, m))
     d = _counted(x, w, None if m is None else p.to_channels(m, x.shape))
     product = d.real * dx.real + d.imag * dx.imag if jnp.iscomplexobj(d) else d * dx
-    shape = p.first_sums(x.shape, sets.channels)
-    sums = [block_sum(t, shape) for t in ((dx, product) if sets.centered else (product,))]
+    sums = [block_sum(t, sets.channels) for t in ((dx, product) if sets.centered else (product,))]
     sums = _totals(sets, sums, p.to_groups)
     return tuple(divide(s, n) for s in (*sums[:-1], 2 * sums[-1]))
 

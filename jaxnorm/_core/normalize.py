@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
@@ -17,7 +18,7 @@ from jaxnorm._core.devices import AxisName, DeviceGroups, varying_like
 from jaxnorm._core.groups import Specification, check_divides
 from jaxnorm._core.moments import Moments, as_weights, check_moments, inexact, moments
 from jaxnorm._core.shared import own_and_wide, shared
-from jaxnorm._core.standardize import standardized
+from jaxnorm._core.standardize import Result, standardized
 
 
 def normalize(
@@ -92,10 +93,23 @@ def normalize(
     arguments = (x, wide, w, mean.astype(statistic_dtype(x.dtype)), v, g, b)
     out = jnp.dtype(x.dtype if dtype is None else dtype)
     if activation is None:
-        return standardized(out, False, *arguments)
-    return jax.checkpoint(
-        lambda *args: activation(standardized(out, False, *args)), prevent_cse=False
-    )(*arguments)
+        return standardized(Result(out, None, False), *arguments)
+    after, arrays = _hoisted(activation, x)
+    if any(isinstance(t, Tracer) for t in jax.tree.leaves((arguments, arrays))):
+        return standardized(Result(out, after, False), *arguments, *arrays)
+    wide_dtype = jnp.dtype(statistic_dtype(x.dtype))
+    return activation(standardized(Result(wide_dtype, None, False), *arguments)).astype(out)
+
+
+def _hoisted(activation, x):
+    """A function (y, *arrays) that is the activation, and the traced arrays it is closed over."""
+    if isinstance(activation, jax.tree_util.Partial) and not activation.keywords:
+        # the function itself, which is the same at every call
+        arrays = activation.args
+        return activation.func, arrays
+    y = jax.ShapeDtypeStruct(x.shape, statistic_dtype(x.dtype))
+    after, arrays = jax.closure_convert(activation, y)
+    return (after, arrays) if arrays else (activation, [])
 
 
 def _check_holds(mean: jax.Array, x: jax.Array, dtype: DTypeLike | None) -> None:

@@ -7,7 +7,7 @@ bytes), the others are what XLA's compilation for an H200 needs (bytes that kern
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,10 @@ from jax.typing import DTypeLike
 
 from jaxnorm._core.axes import Shape
 from jaxnorm._core.blocks import block_sum, elements, spread
-from jaxnorm._core.xla import barrier
+from jaxnorm._core.paired import complex_steps, paired_spread, paired_sums
+from jaxnorm._core.xla import barrier, stored
+
+Terms = Callable[..., Sequence[jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,23 +30,27 @@ class Platform:
 
     Args:
         alias: tree -> tree, through which each full-size pass reads its arguments.
-        first_sums: (x's shape, the channels' shape) -> the shape of the sums taken at full size.
-        by_first_sums: (v, x's shape) -> v spread over x, so that in reverse mode its cotangent is
-            summed in two stages, the first of them `first_sums`.
+        sums: (terms, args, shape) -> sums of the one or two tensors terms(*args), in `shape`
+            or finer. It is called once for each read of them.
+        pairs: (x's shape, the sums' shape) -> whether two sums of real tensors share a read.
+        spread_all: (vs, x's shape) -> one array, or two of one shape that are paired, spread over
+            x, so that in reverse mode their cotangents are added up as by `sums`.
         to_groups: (sums, groups) -> `block_sum`, whose transpose is `to_channels`.
         to_channels: (v, shape) -> `spread` over groups of the last axis.
-        as_result: (term, shape, dtype) -> a term of the derivative, as it enters their sum.
+        as_result: (term, dtype) -> a term of the derivative, as it enters their sum.
         holds_rows: (x's shape, sets' shape) -> whether rows of memory are still at hand at the next
             read, so that statistics of each row are best taken in several reads.
         rows_on_chip: they then are so at no cost, from the first read to the pass that uses them.
     """
 
     alias: Callable[[Any], Any]
-    first_sums: Callable[[Shape, Shape], Shape]
-    by_first_sums: Callable[[jax.Array, Shape], jax.Array]
+    sums: Callable[[Terms, Sequence[Any], Shape], list[jax.Array]]
+    pairs: Callable[[Shape, Shape], bool]
+    spread_all: Callable[[Sequence[jax.Array], Shape], list[jax.Array]]
     to_groups: Callable[[jax.Array, Shape], jax.Array]
     to_channels: Callable[[jax.Array, Shape], jax.Array]
-    as_result: Callable[[jax.Array, Shape, DTypeLike], jax.Array]
+    stored: Callable[[jax.Array], jax.Array]
+    as_result: Callable[[jax.Array, DTypeLike], jax.Array]
     holds_rows: Callable[[Shape, Shape], bool]
     rows_on_chip: bool
 
@@ -87,17 +94,35 @@ def _spread_by_product(v: jax.Array, shape: Shape) -> jax.Array:
     return spread(v, shape)
 
 
+def _cpu_sums(terms: Terms, args: Sequence[Any], shape: Shape) -> list[jax.Array]:
+    tensors = terms(*args)
+    steps = complex_steps(tensors[0].shape, shape)
+    if len(tensors) == 2 and steps and not jnp.iscomplexobj(tensors[0]):
+        return paired_sums(*tensors, shape, steps)
+    # Each reads an alias of its own.
+    aliases = (terms(*(args if i == 0 else barrier(args))) for i in range(len(tensors)))
+    return [block_sum(ts[i], shape) for i, ts in enumerate(aliases)]
+
+
+def _cpu_spread_all(vs: Sequence[jax.Array], shape: Shape) -> list[jax.Array]:
+    if len(vs) == 2:
+        return paired_spread(*barrier(tuple(vs)), shape, complex_steps(shape, vs[0].shape))
+    return [spread(barrier(v), shape) for v in vs]
+
+
 CPU = Platform(
     # Each pass has its own alias of x, without which XLA:CPU stores a float32 copy that several
     # passes share: bfloat16 is 2.6 to 3.4 times slower forward, 1.8 to 2 times in a step.
     alias=barrier,
     # Sums that are cut for a GPU cost 1.6 to 3.9 times the forward pass.
-    first_sums=lambda shape, channels: channels,
-    by_first_sums=lambda v, shape: spread(barrier(v), shape),
+    stored=stored,
+    sums=_cpu_sums,
+    pairs=lambda shape, sums: bool(complex_steps(shape, sums)),
+    spread_all=_cpu_spread_all,
     to_groups=_summed_by_product,
     to_channels=_spread_by_product,
     # In its own loop each term is stored in the dtype of the result.
-    as_result=lambda term, shape, dtype: jnp.broadcast_to(term, shape).astype(dtype),
+    as_result=lambda term, dtype: term.astype(dtype),
     holds_rows=_short_rows,
     rows_on_chip=False,
 )
@@ -137,7 +162,11 @@ def _keeps_shards(cuts: int, n: int) -> bool:
     return (n & -n) % cuts == 0 or cuts % (n & -n) == 0
 
 
-def _by_cut_sums(v: jax.Array, shape: Shape) -> jax.Array:
+def _sums_of_cuts(terms: Terms, args: Sequence[Any], shape: Shape) -> list[jax.Array]:
+    return [block_sum(t, _cut_sums(t.shape, shape)) for t in terms(*args)]
+
+
+def _spread_by_cuts(v: jax.Array, shape: Shape) -> jax.Array:
     if v.shape[-1] == shape[-1] and v.shape[:-1] != shape[:-1]:
         v = jnp.broadcast_to(v, _cut_sums(shape, v.shape))
     return spread(barrier(v), shape)
@@ -145,11 +174,13 @@ def _by_cut_sums(v: jax.Array, shape: Shape) -> jax.Array:
 
 OTHERS = Platform(
     alias=lambda tree: tree,  # a GPU wants the passes together
-    first_sums=_cut_sums,
-    by_first_sums=_by_cut_sums,
+    stored=lambda t: t,
+    sums=_sums_of_cuts,
+    pairs=lambda shape, sums: False,
+    spread_all=lambda vs, shape: [_spread_by_cuts(v, shape) for v in vs],
     to_groups=block_sum,
     to_channels=spread,
-    as_result=lambda term, shape, dtype: term,
+    as_result=lambda term, dtype: term,
     # Where the last axis alone is pooled, one kernel goes from x to what uses its statistics, and
     # moves x and y alone. Over several axes XLA breaks it up, which moves 4 times the tensor.
     holds_rows=lambda shape, sets: sets == (*shape[:-1], 1),

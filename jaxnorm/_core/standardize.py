@@ -1,9 +1,12 @@
 """Stroke 3: x standardized with given statistics, in one full-size pass, with its derivative.
 
-Each statistic is spread to the elements on small arrays first; then one pass over x does the rest.
+Each statistic is spread to the elements on small arrays first; then one pass over x does the rest,
+and whatever function of the result follows.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +35,18 @@ def _(primals, tangents):
     return a, -0.5 * a * (tangents[0] / primals[0])
 
 
+class Result(NamedTuple):
+    """What is known of the result when the program is traced."""
+
+    dtype: jnp.dtype
+    after: Callable[..., jax.Array] | None  # (y, *arrays) -> what becomes of y, in the same pass
+    kept: bool  # for the backward pass
+
+
 def _coefficients(
     p: Platform, shape: Shape, mean: jax.Array, v: jax.Array, g: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """s, a and g of y = (x - s) a g + b, spread over the groups of every axis that is split.
+    """s, a and g, spread over the groups of every axis that is split.
 
     g is None where a carries it.
     """
@@ -49,20 +60,22 @@ def _coefficients(
     return s, a, g
 
 
-def _seen(t: jax.Array, x: jax.Array, w: jax.Array | None) -> jax.Array:
-    """t, and 0 where x does not count and is not finite."""
-    return t if w is None else jnp.where(counts(w) | jnp.isfinite(x), t, 0)
+def _affine(x, seen, s, a, g, b):
+    """(x - s) a g + b for x in the dtype of the statistics. Where x was not seen, x - s is 0."""
+    y = _scaled(_masked(x - s, seen) * a, g)
+    return y if b is None else y + b
 
 
-def _shifted(x: jax.Array, w: jax.Array | None, s: jax.Array) -> jax.Array:
-    return _seen(x.astype(statistic_dtype(x.dtype)) - s, x, w)
+def _wide_and_seen(x: jax.Array, w: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """x in the dtype of its statistics, and where it counts or is finite."""
+    seen = None if w is None else counts(w) | jnp.isfinite(x)
+    return x.astype(statistic_dtype(x.dtype)), seen
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.jit, static_argnums=0)
 def standardized(
-    dtype: jnp.dtype,
-    kept: bool,
+    result: Result,
     x: jax.Array,
     wide: jax.Array | None,
     w: jax.Array | None,
@@ -70,24 +83,24 @@ def standardized(
     v: jax.Array,
     g: jax.Array | None,
     b: jax.Array | None,
+    *rest: jax.Array,
 ) -> jax.Array:
-    """y = (x - mean) / sqrt(v) g + b, in one pass; `kept` where it will be differentiated.
+    """after((x - mean) / sqrt(v) g + b, *rest), in one pass.
 
     The derivative by x goes by `wide` where it is given, see `Shared`.
     """
-    return by_platform(partial(_pass, dtype, kept), x, w, mean, v, g, b)
+    return by_platform(partial(_pass, result), x, w, mean, v, g, b, *rest)
 
 
-def _pass(dtype, kept, p, x, w, mean, v, g, b):
+def _pass(result, p, x, w, mean, v, g, b, *rest):
     s, a, g = _coefficients(p, x.shape, mean, v, g)
     # Rows of channels with a scale go on from their statistics in one kernel on a GPU, which a
     # barrier would break in two. Everywhere else the pass must not be joined with what made s and
     # a: XLA would make them again for every element.
-    if kept or g is None or not p.rows_on_chip:
+    if result.kept or g is None or not p.rows_on_chip:
         x, s, a, g, b = barrier((x, s, a, g, b))
-    y = _shifted(x, w, s) * a
-    y = y if g is None else y * g
-    return (y if b is None else y + b).astype(dtype)
+    y = _affine(*_wide_and_seen(x, w), s, a, g, b)
+    return (y if result.after is None else result.after(y, *rest)).astype(result.dtype)
 
 
 def _coefficients_along(p, shape, primals, tangents):
@@ -113,64 +126,146 @@ def _coefficients_along(p, shape, primals, tangents):
     )
 
 
-def _along(dtype, p, tangents, x, w, mean, v, g):
-    """Derivative of y along the tangents that are there.
+def _along(result, p, tangents, x, w, mean, v, g, b, *rest):
+    """Derivative of the result along the tangents that are there.
+
+    Without a function after it,
 
         dy = dx a g + (x - s) g da - a g ds + (x - s) a dg + db
 
-    It is linear in the tangents. In reverse mode JAX transposes it: each term becomes one full-size
+    It is linear in the tangents. In reverse mode JAX transposes it: each term becomes a full-size
     pass over the cotangent, a product for dx and a sum for each small array, which together are the
     closed form. Reverse mode keeps x and the statistics, from which s and a are made again.
     """
-    (s, a, g), small = _coefficients_along(p, x.shape, (mean, v, g), tangents[1:4])
-    tangents = zip(("dx", "ds", "da", "dg", "db"), (tangents[0], *small, tangents[4]), strict=True)
-    tangents = {name: t for name, t in tangents if t is not None}
+    dx, dmean, dv, dg, db, *drest = tangents
+    (s, a, g), (ds, da, dg) = _coefficients_along(p, x.shape, (mean, v, g), (dmean, dv, dg))
     # The gradient by s is -a g times the sum of the cotangent, that by b the sum itself. Where a
     # carries g and nothing is masked, one sum therefore serves both.
-    if g is None and w is None and "ds" in tangents:
-        small = -a * tangents.pop("ds")
-        tangents["db"] = tangents["db"] + small if "db" in tangents else small
+    if g is None and w is None and ds is not None:
+        small = -a * ds
+        ds, db = None, small if db is None else db + small
 
-    def scaled(t, g):
-        return t if g is None else t * g
+    def read(x):
+        return _wide_and_seen(x, w)
 
-    passes = {
-        "dx": lambda t, x, s, a, g: scaled(_seen(t.astype(statistic_dtype(t.dtype)), x, w) * a, g),
-        "da": lambda t, x, s, a, g: scaled(_shifted(x, w, s), g) * t,
-        "ds": lambda t, x, s, a, g: _seen(scaled(-a * t, g), x, w),
-        "dg": lambda t, x, s, a, g: _shifted(x, w, s) * a * t,
-        "db": lambda t, x, s, a, g: t,
-    }
+    dy = _sum_of_passes(p, result.dtype, read, _OF_AFFINE, (x,), (s, a, g), (dx, da, ds, dg, db))
+    if result.after is None:
+        return dy
+
+    def standardize(x, *small):
+        return _affine(*read(x), *small), None
+
+    # Along y, and along each array.
+    after = [partial(_along_argument, result.after, i) for i in range(1 + len(rest))]
+    tangents = (None if dy is None else p.stored(dy), *drest)
+    return _sum_of_passes(p, result.dtype, standardize, after, (x, s, a, g, b), rest, tangents)
+
+
+def _scaled(t, g):
+    return t if g is None else t * g
+
+
+def _masked(t, seen):
+    return t if seen is None else jnp.where(seen, t, 0)
+
+
+_OF_AFFINE = (
+    lambda t, x, seen, s, a, g: _scaled(_masked(t, seen) * a, g),
+    lambda t, x, seen, s, a, g: _scaled(_masked(x - s, seen), g) * t,
+    lambda t, x, seen, s, a, g: _masked(_scaled(-a * t, g), seen),
+    lambda t, x, seen, s, a, g: _masked(x - s, seen) * a * t,
+    lambda t, x, seen, s, a, g: t,
+)
+"""The derivative of `_affine` along x, a, s, g and b. XLA:CPU stores products that two of them
+share, so t comes last where it can."""
+
+
+def _along_argument(f, i, t, x, _, *small):
+    """The derivative of f(x, *small) along its i-th argument."""
+    arguments = [x, *small]
+    arguments[i] = jnp.broadcast_to(arguments[i], t.shape)
+    return jax.jvp(
+        lambda v: f(*arguments[:i], v, *arguments[i + 1 :]),
+        (arguments[i],),
+        (t.astype(arguments[i].dtype),),
+    )[1]
+
+
+def _sum_of_passes(p, dtype, read, derivatives, source, small, tangents):
+    """The derivative along the tangents of x and of each small array, if there is one.
+
+    x and what was seen of it are read(*source), in each pass anew. There is one pass for x, and one
+    for each small array, or for two of them.
+    """
+    passes = _in_passes(p, source[0].shape, tangents)
+    ahead = [[tangents[i] for i in ids] for ids in passes]
     terms = []
-    x, s, a, g = p.alias((x, s, a, g))
-    for name in [name for name in passes if name in tangents]:
-        t = tangents.pop(name)
-        # The tangent of a small array is spread in two steps, so that in reverse mode the sum over
-        # the cotangent is taken in two: at channel resolution, and over groups.
-        term = passes[name](t if name == "dx" else p.by_first_sums(t, x.shape), x, s, a, g)
-        term = p.as_result(term, x.shape, dtype)
+    source, small = p.alias((source, small))
+    for ids in passes:
+        along, *ahead = ahead
+        x, seen = read(*source)
+        if ids[0] == 0:
+            along = [along[0].astype(x.dtype)]
+        elif _is_spread(along[0].shape, x.shape):
+            # The tangent of a small array is spread in two steps, so that in reverse mode the sum
+            # over the cotangent is taken in two: at channel resolution, and over groups.
+            joint = jnp.broadcast_shapes(*(t.shape for t in along))
+            along = p.spread_all([jnp.broadcast_to(t, joint) for t in along], x.shape)
+        parts = [derivatives[i](t, x, seen, *small) for i, t in zip(ids, along, strict=True)]
+        term = p.as_result(jnp.broadcast_to(sum(parts[1:], parts[0]), x.shape), dtype)
         # On a CPU every pass reads an alias of its own, made after the pass before: otherwise XLA
         # stores a float32 copy of x that several share. The tangents are tied apart from x,
         # because JAX takes whatever is tied to a tangent for linear, too.
-        x, s, a, g = p.alias((x, s, a, g))
-        term, tangents = p.alias((term, tangents))
+        source, small = p.alias((source, small))
+        term, ahead = p.alias((term, ahead))
         terms.append(term)
-    return jnp.broadcast_to(sum(terms[1:], terms[0]), x.shape).astype(dtype)
+    return sum(terms[1:], terms[0]).astype(dtype) if terms else None
 
 
-def _along_by_platform(dtype, *args):
-    return by_platform(partial(_along, dtype), *args)
+def _in_passes(p, shape, tangents):
+    """Indices of the tangents that are there, in groups of one or of two that are summed at once.
+
+    Two are, if one is spread over x by the shape of the other. The first tangent is that of x.
+    """
+    small = [t for t in tangents if t is not None and _is_spread(t.shape, shape)]
+    # XLA:CPU makes one loop of sums over the last axis and all that uses them; a pair breaks it up.
+    pairs = not any(jnp.iscomplexobj(t) or t.shape[-1] != shape[-1] for t in small)
+    passes = []
+    for i, t in enumerate(tangents):
+        if t is None:
+            continue
+        for j, ids in enumerate(passes):
+            both = [t.shape, tangents[ids[0]].shape]
+            if pairs and len(ids) == 1 and all(_is_spread(s, shape) for s in both):
+                joint = jnp.broadcast_shapes(*both)
+                if joint in both and p.pairs(shape, joint):
+                    passes[j] = (*ids, i)
+                    break
+        else:
+            passes.append((i,))
+    return passes
 
 
-def _tangent(dtype, kept, primals, tangents):
-    x, wide, w, mean, v, g, b = primals
-    dx, dwide, _, *small = tangents
+def _is_spread(small, shape):
+    """Whether an array of shape `small` broadcasts over x and is not as large."""
+    return len(small) == len(shape) and small != shape
+
+
+def _along_by_platform(result, *args):
+    return by_platform(partial(_along, result), *args)
+
+
+def _tangent(result, primals, tangents):
+    x, wide, w, *small = primals
+    dx, dwide, _, *d_small = tangents
     dx = dx if wide is None else dwide
-    y = standardized(dtype, True, x, None, *primals[2:])
-    live = tuple(None if t is None or isinstance(t, SymbolicZero) else t for t in (dx, *small))
+    y = standardized(result._replace(kept=True), x, None, w, *small)
+    live = tuple(None if t is None or isinstance(t, SymbolicZero) else t for t in (dx, *d_small))
     if all(t is None for t in live):
         return y, jnp.zeros_like(y)
-    return y, kept_small(_along_by_platform, dtype, live, x, w, mean, v, g)
+    if result.after is None:
+        small[3] = None  # the derivative of what is linear in b does not depend on b
+    return y, kept_small(_along_by_platform, result, live, x, w, *small)
 
 
 standardized.defjvp(_tangent, symbolic_zeros=True)
