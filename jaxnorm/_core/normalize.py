@@ -18,7 +18,7 @@ from jaxnorm._core.devices import AxisName, DeviceGroups, varying_like
 from jaxnorm._core.groups import Specification, check_divides
 from jaxnorm._core.moments import Moments, as_weights, check_moments, inexact, moments
 from jaxnorm._core.shared import own_and_wide, shared
-from jaxnorm._core.standardize import Result, standardized
+from jaxnorm._core.standardize import Result, standardized, traced
 
 
 def normalize(
@@ -53,8 +53,9 @@ def normalize(
         weights: the weights that the moments were computed with, if some are 0: where x is not
             finite under a zero weight, y is the bias and the gradient 0. Elsewhere they change
             nothing.
-        activation: applied to y. It is recomputed in the backward pass, so that normalization and
-            activation together keep x and small arrays.
+        activation: applied to y in the precision of the statistics, before y is rounded to its
+            dtype. It is recomputed in the backward pass, so that normalization and activation
+            together keep x and small arrays.
         dtype: of y. None keeps x's.
         batch_axis: axis of the examples, for scale and bias of shape (N, C).
         channel_axis: axis of the channels, -1 for NHWC, 1 for NCHW; a tuple gives scale and bias
@@ -94,22 +95,14 @@ def normalize(
     out = jnp.dtype(x.dtype if dtype is None else dtype)
     if activation is None:
         return standardized(Result(out, None, False), *arguments)
-    after, arrays = _hoisted(activation, x)
-    if any(isinstance(t, Tracer) for t in jax.tree.leaves((arguments, arrays))):
-        return standardized(Result(out, after, False), *arguments, *arrays)
     wide_dtype = jnp.dtype(statistic_dtype(x.dtype))
-    return activation(standardized(Result(wide_dtype, None, False), *arguments)).astype(out)
-
-
-def _hoisted(activation, x):
-    """A function (y, *arrays) that is the activation, and the traced arrays it is closed over."""
-    if isinstance(activation, jax.tree_util.Partial) and not activation.keywords:
-        # the function itself, which is the same at every call
-        arrays = activation.args
-        return activation.func, arrays
-    y = jax.ShapeDtypeStruct(x.shape, statistic_dtype(x.dtype))
-    after, arrays = jax.closure_convert(activation, y)
-    return (after, arrays) if arrays else (activation, [])
+    if not any(isinstance(t, Tracer) for t in jax.tree.leaves(arguments)):
+        return activation(standardized(Result(wide_dtype, None, False), *arguments)).astype(out)
+    y = x.astype(wide_dtype)  # only its type is used
+    for t in jax.tree.leaves((mean, v, g, b, w)):
+        y = varying_like(y, t)
+    after, arrays = traced(activation, y)
+    return standardized(Result(out, after, False), *arguments, *arrays)
 
 
 def _check_holds(mean: jax.Array, x: jax.Array, dtype: DTypeLike | None) -> None:

@@ -16,7 +16,7 @@ from jaxnorm._core.axes import Shape
 from jaxnorm._core.blocks import block_sum, spread
 from jaxnorm._core.xla import barrier
 
-WIDEST = 14
+WIDEST = 8
 """How many are added at a time, at most: XLA unrolls a sum of so many, and a longer one takes up to
 30 times as long (jaxlib 0.10.2)."""
 

@@ -60,6 +60,11 @@ def by_platform(f: Callable[..., Any], *args: Any) -> Any:
     return lax.platform_dependent(*args, cpu=partial(f, CPU), default=partial(f, OTHERS))
 
 
+def spread_to_channels(v: jax.Array, shape: Shape) -> jax.Array:
+    """A statistic of groups of channels, for each channel of x."""
+    return by_platform(lambda p, v: p.to_channels(v, shape), v)
+
+
 SHORT_ROW = 128
 """Elements of a row up to which XLA:CPU takes two reads faster than sums about `center`: positional
 norm of 16 and 64 channels is 1.7 and 1.2 times faster forward."""

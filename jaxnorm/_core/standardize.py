@@ -4,7 +4,8 @@ Each statistic is spread to the elements on small arrays first; then one pass ov
 and whatever function of the result follows.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from jaxnorm._core.arithmetic import counts, statistic_dtype
 from jaxnorm._core.axes import Shape
@@ -35,11 +37,31 @@ def _(primals, tangents):
     return a, -0.5 * a * (tangents[0] / primals[0])
 
 
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A function of arrays, equal to another if both compute the same, so that jit knows it again.
+
+    Every call of a layer may define its activation anew.
+    """
+
+    jaxpr: Jaxpr = dataclasses.field(compare=False)  # of consts and arguments
+    text: str
+
+    def __call__(self, y: jax.Array, *consts: jax.Array) -> jax.Array:
+        return jaxpr_as_fun(ClosedJaxpr(self.jaxpr, consts))(y)[0]
+
+
+def traced(f: Callable[[jax.Array], jax.Array], y: jax.Array) -> tuple[Traced, Sequence[jax.Array]]:
+    """A function (y, *arrays) that is f, and the arrays that f is closed over."""
+    closed = jax.make_jaxpr(lambda y: f(y))(y)  # JAX would remember what f itself was closed over
+    return Traced(closed.jaxpr, str(closed.jaxpr)), closed.consts
+
+
 class Result(NamedTuple):
     """What is known of the result when the program is traced."""
 
     dtype: jnp.dtype
-    after: Callable[..., jax.Array] | None  # (y, *arrays) -> what becomes of y, in the same pass
+    after: Traced | None  # what becomes of y, in the same pass
     kept: bool  # for the backward pass
 
 
@@ -210,7 +232,11 @@ def _sum_of_passes(p, dtype, read, derivatives, source, small, tangents):
             # The tangent of a small array is spread in two steps, so that in reverse mode the sum
             # over the cotangent is taken in two: at channel resolution, and over groups.
             joint = jnp.broadcast_shapes(*(t.shape for t in along))
-            along = p.spread_all([jnp.broadcast_to(t, joint) for t in along], x.shape)
+            along = [jnp.broadcast_to(t, joint) for t in along]
+            if len(ids) == 1 and derivatives is not _OF_AFFINE and p.pairs(x.shape, joint):
+                along = p.spread_all([*along, 0 * along[0]], x.shape)[:1]  # takes in any function
+            else:
+                along = p.spread_all(along, x.shape)
         parts = [derivatives[i](t, x, seen, *small) for i, t in zip(ids, along, strict=True)]
         term = p.as_result(jnp.broadcast_to(sum(parts[1:], parts[0]), x.shape), dtype)
         # On a CPU every pass reads an alias of its own, made after the pass before: otherwise XLA
