@@ -12,11 +12,9 @@ def single_axis(axis: SupportsIndex, shape: Sequence[int]) -> int:
     """`axis` counted from the front."""
     index = as_index(axis)
     if index is None or not -len(shape) <= index < len(shape):
-        expected = (
-            f"an integer from {-len(shape)} to {len(shape) - 1}" if shape else "x to have axes"
-        )
+        some = f"an integer from {-len(shape)} to {len(shape) - 1}" if shape else "x to have axes"
         raise ValueError(
-            f"axis {axis!r} is not an axis of x. Got x of shape {tuple(shape)}; expected {expected}."
+            f"axis {axis!r} is not an axis of x. Got x of shape {tuple(shape)}; expected {some}."
         )
     return index % len(shape)
 

@@ -83,7 +83,10 @@ def check_flag(flag: T, name: str) -> T:
     Any other value, such as "False" from a command line, would count as true. A traced one is left
     to JAX, which says what it cannot do.
     """
-    number = isinstance(flag, int | np.integer) and flag in (0, 1)
-    if number or (getattr(flag, "dtype", None) == bool and np.shape(flag) == ()):
+    if isinstance(flag, np.ndarray | np.bool_ | jax.Array):
+        valid = flag.dtype == np.bool_ and flag.shape == ()
+    else:
+        valid = isinstance(flag, int | np.integer) and flag in (0, 1)
+    if valid:
         return flag
     raise TypeError(f"{name} is {flag!r}; expected True or False.")
