@@ -430,7 +430,7 @@ ERRORS = {
     ),
     "a cumulative average without count": (
         ValueError,
-        r"needs a count\. Got a state without one; make it by init_running\(counted=True\)",
+        r"needs a count\. Got running statistics without one; make them by init_running",
         lambda: update_cumulative(init_running((6,)), given(1, 6)),
     ),
 }
