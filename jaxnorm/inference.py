@@ -21,7 +21,7 @@ from jaxnorm._core.divisor import corrected
 from jaxnorm._core.groups import EACH, Groups, Specification, resolve, row_of
 from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, inexact, moments
-from jaxnorm._core.pooling import toward
+from jaxnorm._core.pooling import approached
 from jaxnorm._core.state import pooled_to
 
 
@@ -96,19 +96,13 @@ def weigh_example(
     batch = single_axis(batch_axis, x.shape)
     shape = resized(shape, batch, x.shape[batch])  # the same sets inside each example
     own = moments(x, shape, weights=weights, mean=fixed, channel_axis=channel_axis)
-    known = pooled_to(running, shape, batch_axis)
-    if jnp.iscomplexobj(known.mean) and not jnp.iscomplexobj(own.mean):
-        raise TypeError(
-            f"running.mean is complex ({known.mean.dtype}) and x is {x.dtype}. Expected both real, "
-            "or x complex."
-        )
+    known = _as_known(running, own, batch_axis)
     alpha = jnp.where(own.count > 0, jnp.asarray(example_weight, own.var.dtype), 0)
-    mean, var = known.mean.astype(own.mean.dtype), known.var.astype(own.var.dtype)
     # merge's formula without its care for empty parts, which has no derivative with respect to
     # alpha at 0 and 1
-    between = alpha * (1 - alpha) * abs2(own.mean - mean)
-    mean, var = toward(mean, own.mean, alpha), toward(var, own.var, alpha) + between
-    return Moments(jnp.ones_like(own.count), mean, var)
+    between = alpha * (1 - alpha) * abs2(own.mean - known.mean)
+    m = approached(known, own, alpha, jnp.ones_like(own.count))
+    return dataclasses.replace(m, var=m.var + between)
 
 
 @in_explicit_meshes
@@ -163,13 +157,21 @@ def adapt_moments(
     check_number(source_size, "source_size", at_least=0)
     check_number(size, "size", above=0)
     check_number(correction, "correction", at_least=0)
-    known = pooled_to(running, batch.mean.shape, batch_axis)
-    known = jax.tree.map(lambda t, u: t.astype(u.dtype), known, batch)
+    known = _as_known(running, batch, batch_axis)
     source, target = (jnp.asarray(n, batch.var.dtype) for n in (source_size, size))
     share = jnp.where(batch.count > 0, target / (source + target), 0)
-    own = corrected(batch, correction)
-    mean, var = toward(known.mean, own.mean, share), toward(known.var, own.var, share)
-    return Moments(batch.count, mean, var)
+    return approached(known, corrected(batch, correction), share, batch.count)
+
+
+def _as_known(running: Moments, m: Moments, batch_axis: int) -> Moments:
+    """Running moments of the sets of m, in its dtypes."""
+    known = pooled_to(running, m.mean.shape, batch_axis)
+    if jnp.iscomplexobj(known.mean) and not jnp.iscomplexobj(m.mean):
+        raise TypeError(
+            f"running.mean is complex ({known.mean.dtype}) and the mean of x is {m.mean.dtype}. "
+            "Expected both real, or x complex."
+        )
+    return jax.tree.map(lambda t, like: t.astype(like.dtype), known, m)
 
 
 class ExampleWeights(NamedTuple):

@@ -4,8 +4,8 @@ import dataclasses
 
 from jaxnorm._core.arithmetic import abs2, quotient, scale_by
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.pooling import check_counted
-from jaxnorm._core.running import alike, moved, one_batch, warn_of_half_precision
+from jaxnorm._core.pooling import alike, check_counted
+from jaxnorm._core.running import moved, one_batch, warn_of_half_precision
 from jaxnorm._core.state import check_running
 
 

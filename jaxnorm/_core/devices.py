@@ -90,7 +90,7 @@ def axes_named(axis_name: AxisName, sizes: tuple[int, ...]) -> AbstractContextMa
     in shard_map and pmap, the axes are named already.
     """
     pairs = zip(names_of(axis_name), sizes, strict=True)
-    missing = [(name, size) for name, size in pairs if not _is_named(name, size)]
+    missing = [pair for pair in pairs if not _is_named(*pair)]
     if not missing:
         return contextlib.nullcontext()
     # Private: JAX has no public way to say which axes there are. Imported here, so that a version

@@ -164,10 +164,8 @@ def _count(kind: str, split: Split, axis: int, x_shape: Shape) -> int:
             f"{-(-n // k) * k} and give the padding weights=0."
         )
     else:
-        divisors = [str(d) for d in range(1, n + 1) if n % d == 0]
-        if len(divisors) > 12:
-            divisors[11:-1] = [".."]
-        hint = f" and {kind}={split}; expected a divisor of {n}: {', '.join(divisors)}."
+        divisors = ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+        hint = f" and {kind}={split}; expected a divisor of {n}: {divisors}."
     last = kind == "channel" and axis == len(x_shape) - 1
     raise ValueError(
         f"{kind} axis {-1 if last else axis} of x has size {n}, which does not split into {what}. "

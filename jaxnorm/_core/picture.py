@@ -32,10 +32,11 @@ def picture(batch: Any, spatial: Any, channel: Any, caption: str) -> str:
             f'fill="{COLOURS[sets.index(group) % len(COLOURS)]}"/>'
         )
     width, height = SIZES[0] * across + 12 * GAP, SIZES[1] * CELL + 4 * GAP
+    caption = html.escape(caption)
     return (
-        f"<code>{html.escape(caption)}</code><br>"
-        f'<svg width="{width}" height="{height}" role="img" '
-        f'aria-label="{html.escape(caption, quote=True)}">{"".join(rectangles)}</svg><br>'
+        f"<code>{caption}</code><br>"
+        f'<svg width="{width}" height="{height}" role="img" aria-label="{caption}">'
+        f"{''.join(rectangles)}</svg><br>"
         "<small>4 examples side by side, 4 positions down, 6 channels across; "
         f"{len(sets)} sets here</small>"
     )

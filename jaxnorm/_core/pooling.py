@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxnorm._core.arithmetic import abs2, quotient, scale_by
+from jaxnorm._core.arithmetic import abs2, quotient, scale_by, statistic_dtype
 from jaxnorm._core.blocks import block_sum, spread
 from jaxnorm._core.devices import AxisName, DeviceGroups, all_sum, device_groups_of
 from jaxnorm._core.groups import Specification, resolve
@@ -30,6 +31,18 @@ def toward(old: jax.Array, new: jax.Array, rate: jax.Array) -> jax.Array:
     """
     step = new - old
     return jnp.where(rate < 0.5, old + scale_by(step, rate), new - scale_by(step, 1 - rate))
+
+
+def alike(old: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two values, such as a state's and a batch's, in a precision that holds both."""
+    wide = np.promote_types(statistic_dtype(old.dtype), new.dtype)
+    return old.astype(wide), new.astype(wide)
+
+
+def approached(old: Moments, new: Moments, rate: jax.Array, count: jax.Array | None) -> Moments:
+    """Mean and variance a part of the way from old to new, with that count."""
+    mean, var = (toward(*alike(*ts), rate) for ts in ((old.mean, new.mean), (old.var, new.var)))
+    return Moments(count, mean, var)  # type: ignore[arg-type]  # running statistics may have none
 
 
 def pool(

@@ -15,7 +15,7 @@ from jaxnorm._core.checks import check_number, known
 from jaxnorm._core.divisor import corrected
 from jaxnorm._core.ghosts import GhostUpdate, check_ghost_update, one_update
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.pooling import toward
+from jaxnorm._core.pooling import approached, toward
 from jaxnorm._core.state import check_running
 
 
@@ -99,20 +99,12 @@ def update_running(
     return moved(state, m, rate, count)
 
 
-def alike(old: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A value of the state and of a batch in a precision that holds both."""
-    with jax.numpy_dtype_promotion("standard"):
-        wide = jnp.promote_types(statistic_dtype(old.dtype), new.dtype)
-    return old.astype(wide), new.astype(wide)
-
-
 def moved(state: Moments, m: Moments, rate: jax.Array, count: jax.Array | None) -> Moments:
     """State that has gone a part of its way to m, with that count, in its own dtypes.
 
     It stays where m is not usable, or where something would not be finite as it is stored.
     """
-    mean, var = (toward(*alike(*ts), rate) for ts in ((state.mean, m.mean), (state.var, m.var)))
-    new = Moments(count, mean, var)  # type: ignore[arg-type]  # the state may have no count
+    new = approached(state, m, rate, count)
     new = jax.tree.map(lambda t, old: t.astype(old.dtype), new, state)
     keep = functools.reduce(operator.and_, map(jnp.isfinite, jax.tree.leaves(new)), usable(m))
     return jax.tree.map(lambda t, old: jnp.where(keep, t, old), new, state)

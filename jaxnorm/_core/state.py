@@ -8,7 +8,6 @@ be the carry of a `lax.scan`.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -153,10 +152,10 @@ def pooled_to(running: Moments, shape: Shape, batch_axis: int = 0) -> Moments:
 def check_running(state: Any, name: str) -> None:
     """`state` is running statistics, with a mean and a variance of one shape."""
     if not isinstance(state, Moments):
-        expected = "Moments, such as init_running(shape)"
-        if isinstance(state, Mapping):
-            expected = "Moments(None, d['mean'], d['var']), or the method's apply, which takes it"
-        raise TypeError(f"{name} is a {type(state).__name__}; expected {expected}.")
+        raise TypeError(
+            f"{name} is a {type(state).__name__}; expected Moments, such as init_running(shape), "
+            "or of a dict Moments(None, d['mean'], d['var']); a method's apply takes the dict."
+        )
     check_moments(state, name)
 
 

@@ -6,13 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
-from jaxnorm._core.checks import check_number
 from jaxnorm._core.devices import AxisName, DeviceGroups, all_sum, device_count, device_groups_of
-from jaxnorm._core.moments import Moments
+from jaxnorm._core.moments import Moments, as_weights
 from jaxnorm._core.pooling import pool
 
 
@@ -62,8 +60,6 @@ def sync_running(
         [[2.0], [2.0]]
     """
     groups = device_groups_of(axis_name, axis_index_groups)
-    if weights is not None and not jnp.issubdtype(jnp.result_type(weights), jnp.bool_):
-        check_number(weights, "weights", at_least=0, shape=np.shape(weights))
 
     def synced(s: Any) -> Any:
         if not _holds_statistics(s):
@@ -89,8 +85,10 @@ def sync_running(
 
     def together(s: Moments) -> Moments:
         wide = jax.tree.map(lambda t: t.astype(statistic_dtype(t.dtype)), s)
-        w = weights if weights is not None else 1 if s.count is None else wide.count
-        w = jnp.broadcast_to(jnp.asarray(w).astype(wide.var.dtype), s.var.shape)
+        w = jnp.ones_like(wide.var) if s.count is None else wide.count
+        if weights is not None:
+            w = as_weights(weights, wide.var)
+        w = jnp.broadcast_to(w.astype(wide.var.dtype), s.var.shape)
         sound = jnp.isfinite(wide.mean) & jnp.isfinite(wide.var) & jnp.isfinite(w) & (w >= 0)
         w = jnp.where(sound, w, 0)
         # before the first update all devices count alike
