@@ -238,11 +238,11 @@ def choose_example_weight(
     alphas = tuple(sorted(map(float, alphas)))
     for alpha in alphas:
         check_number(alpha, "example_weight", at_least=0, at_most=1)
-    totals, counts = np.zeros(len(alphas)), np.zeros(len(alphas))
+    sums = np.zeros((len(alphas), 2))
     for batch in batches:
-        found = [evaluate(jnp.float32(alpha), batch) for alpha in alphas]
-        totals += [float(np.asarray(total)) for total, _ in found]
-        counts += [float(np.asarray(count)) for _, count in found]
+        for pair, alpha in zip(sums, alphas, strict=True):  # views, added to in place
+            pair += [float(np.asarray(t)) for t in evaluate(jnp.float32(alpha), batch)]
+    totals, counts = sums.T
     values = totals / np.where(counts > 0, counts, 1)
     finite = np.isfinite(values)
     if not (counts > 0).all() or not finite.any():

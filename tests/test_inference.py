@@ -451,6 +451,9 @@ def test_adaptation(x64):
     for wrong in ({"source_size": -1}, {"source_size": 1, "size": 0}):
         with pytest.raises(ValueError, match="expected a number"):
             adapt_moments(running, batch, **wrong)
+    with pytest.raises(TypeError, match="running.mean is complex .* Expected both real"):
+        other = jaxnorm.Moments(running.count, running.mean.astype(complex), running.var)
+        adapt_moments(other, batch, source_size=1)
     mask = jnp.arange(C) > 0  # no element of the first channel
     m = adapt_moments(
         running, jaxnorm.moments(x, methods.batch_norm(), weights=mask), source_size=16, size=N

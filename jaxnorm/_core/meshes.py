@@ -57,17 +57,18 @@ def _run_in_auto_mode(
         with jax.sharding.use_abstract_mesh(auto):
             return g(*jax.sharding.reshard(args, PartitionSpec()))
 
-    def leave(activation: Callable[..., Any], y: jax.Array) -> jax.Array:
-        """It may use arrays that were made outside of here."""
-        with jax.sharding.use_abstract_mesh(mesh):
-            return enter(lambda y: y, activation(typed(y)))
-
     def run(*arrays: Any) -> Any:
         args, options = jax.tree.unflatten(
             tree, [t if a is None else a for a, t in zip(arrays, rest, strict=True)]
         )
         if (activation := options.get("activation")) is not None:
-            options["activation"] = functools.partial(leave, activation)
+
+            def outside(y: jax.Array) -> jax.Array:
+                """It may use arrays that were made outside of here."""
+                with jax.sharding.use_abstract_mesh(mesh):
+                    return enter(lambda y: y, activation(typed(y)))
+
+            options["activation"] = outside
         return f(*args, **options)
 
     return typed(enter(run, *arrays))

@@ -52,7 +52,7 @@ def running_shape(
             f"{groups!r}."
         )
     statistic = dataclasses.replace(found, batch=1).shape(x_shape, **axes)
-    batch, channel = single_axis(batch_axis, x_shape), single_axis(channel_axis, x_shape)
+    batch, channel = (single_axis(axis, x_shape) for axis in axes.values())
     state = tuple(g for i, g in enumerate(statistic) if i == channel or (i != batch and g != 1))
     return state, statistic
 
