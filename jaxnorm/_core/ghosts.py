@@ -48,7 +48,7 @@ def one_update(
     number = weights.sum(axis, keepdims=True)
     if convention != "averaged":
         rate = rate / usable.shape[axis] if convention == "sequential divided" else rate
-        later = number - jnp.cumsum(weights, axis)
+        later = number - jnp.cumsum(weights, axis)  # updates after each ghost's own
         weights = weights * (1 - rate) ** later
         rate = 1 - (1 - rate) ** number
     weights = quotient(weights, weights.sum(axis, keepdims=True))
