@@ -30,21 +30,26 @@ def check_number(
     at_least: float = -math.inf,
     above: float = -math.inf,
     at_most: float = math.inf,
+    shape: tuple[int, ...] = (),
 ) -> None:
-    """`value` is one real number, within bounds and not NaN.
+    """`value` is a number, or an array of numbers of `shape`, within bounds and not NaN.
 
     The shape and dtype of a traced value are checked, and its value is not.
     """
     limits = {"of at least": at_least, "above": above, "of at most": at_most}
     bounds = (f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
-    expected = f"expected a number {' and '.join(bounds)}".rstrip() + "."
+    what = f"a number, or an array of shape {shape} of numbers" if shape else "a number"
+    expected = f"expected {what} {' and '.join(bounds)}".rstrip() + "."
     numeric = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
     if not numeric or not jnp.isdtype(jnp.result_type(value), ("integral", "real floating")):
         raise TypeError(f"{name} is {value!r}; {expected}")
-    if np.shape(value):
+    if np.shape(value) not in ((), shape):
         raise ValueError(f"{name} has shape {np.shape(value)}; {expected}")
-    number = known(value)
-    if number is not None and not (at_least <= float(number) <= at_most and above < float(number)):
+    values = known(value)
+    if values is None:
+        return
+    values = values.astype(np.float64)
+    if not ((values >= at_least) & (values > above) & (values <= at_most)).all():
         raise ValueError(f"{name} is {value}; {expected}")
 
 
