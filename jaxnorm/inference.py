@@ -15,13 +15,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import abs2
-from jaxnorm._core.axes import Shape, single_axis
+from jaxnorm._core.axes import resized, single_axis
 from jaxnorm._core.checks import check_number
-from jaxnorm._core.divisor import with_divisor
+from jaxnorm._core.divisor import corrected
 from jaxnorm._core.groups import EACH, Groups, Specification, resolve, row_of
 from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, inexact, moments
-from jaxnorm._core.pooling import toward
+from jaxnorm._core.pooling import approached
 from jaxnorm._core.state import pooled_to
 
 
@@ -88,26 +88,21 @@ def weigh_example(
         variance: with alpha = 0 this is exactly the inference of batch normalization.
     """
     x = inexact(x)
-    alpha = _as_weight(example_weight)
-    # The same sets inside each example; the batch may not split as in training.
-    shape, fixed = _inside_examples(groups, x.shape, batch_axis, channel_axis)
+    check_number(example_weight, "example_weight", at_least=0, at_most=1)
+    sets, fixed = row_of(groups, x.shape, batch_axis, channel_axis)
+    if isinstance(sets, Groups):  # the batch may not split as in training
+        sets = dataclasses.replace(sets, batch=EACH)
+    shape, _ = resolve(sets, x.shape, batch_axis, channel_axis)
+    batch = single_axis(batch_axis, x.shape)
+    shape = resized(shape, batch, x.shape[batch])  # the same sets inside each example
     own = moments(x, shape, weights=weights, mean=fixed, channel_axis=channel_axis)
-    known = pooled_to(running, shape, batch_axis)
-    if jnp.iscomplexobj(known.mean) and not jnp.iscomplexobj(own.mean):
-        raise TypeError(
-            f"running.mean is complex ({known.mean.dtype}) and x is {x.dtype}. Expected both real, "
-            "or x complex."
-        )
-    alpha = jnp.where(own.count > 0, alpha.astype(own.var.dtype), 0)
-    mean, var = known.mean.astype(own.mean.dtype), known.var.astype(own.var.dtype)
+    known = _as_known(running, own, batch_axis)
+    alpha = jnp.where(own.count > 0, jnp.asarray(example_weight, own.var.dtype), 0)
     # merge's formula without its care for empty parts, which has no derivative with respect to
     # alpha at 0 and 1
-    between = alpha * (1 - alpha) * abs2(own.mean - mean)
-    return Moments(
-        jnp.ones_like(own.count),
-        toward(mean, own.mean, alpha),
-        toward(var, own.var, alpha) + between,
-    )
+    between = alpha * (1 - alpha) * abs2(own.mean - known.mean)
+    m = approached(known, own, alpha, jnp.ones_like(own.count))
+    return dataclasses.replace(m, var=m.var + between)
 
 
 @in_explicit_meshes
@@ -158,38 +153,25 @@ def adapt_moments(
         n). N = 0: Evaluating Prediction-Time Batch Normalization for Robustness under Covariate
         Shift, 2020, arXiv:2006.10963.
     """
+    size = 1 if size is None else size
     check_number(source_size, "source_size", at_least=0)
-    if size is not None:
-        check_number(size, "size", above=0)
+    check_number(size, "size", above=0)
     check_number(correction, "correction", at_least=0)
-    known = pooled_to(running, batch.mean.shape, batch_axis)
-    known = jax.tree.map(lambda t, u: jnp.broadcast_to(t.astype(u.dtype), u.shape), known, batch)
-    source, target = (
-        jnp.asarray(n, batch.var.dtype) for n in (source_size, 1 if size is None else size)
-    )
+    known = _as_known(running, batch, batch_axis)
+    source, target = (jnp.asarray(n, batch.var.dtype) for n in (source_size, size))
     share = jnp.where(batch.count > 0, target / (source + target), 0)
-    own = with_divisor(batch, 0.0, correction=correction)
-    mean, var = toward(known.mean, own.mean, share), toward(known.var, own.var, share)
-    return Moments(batch.count, mean, var)
+    return approached(known, corrected(batch, correction), share, batch.count)
 
 
-def _inside_examples(
-    groups: Specification, x_shape: Shape, batch_axis: int, channel_axis: int | Sequence[int]
-) -> tuple[Shape, Any]:
-    """The statistic's shape with every example apart, and the fixed mean."""
-    groups, fixed = row_of(groups, x_shape, batch_axis, channel_axis)
-    if isinstance(groups, Groups):
-        groups = dataclasses.replace(groups, batch=EACH)
-        return resolve(groups, x_shape, batch_axis, channel_axis)[0], fixed
-    batch = single_axis(batch_axis, x_shape)
-    shape, _ = resolve(groups, x_shape, batch_axis, channel_axis)
-    return tuple(x_shape[i] if i == batch else g for i, g in enumerate(shape)), fixed
-
-
-def _as_weight(alpha: ArrayLike) -> jax.Array:
-    """A weight, checked where its value is known."""
-    check_number(alpha, "example_weight", at_least=0, at_most=1)
-    return jnp.asarray(alpha, jnp.result_type(float))
+def _as_known(running: Moments, m: Moments, batch_axis: int) -> Moments:
+    """Running moments of the sets of m, in its dtypes."""
+    known = pooled_to(running, m.mean.shape, batch_axis)
+    if jnp.iscomplexobj(known.mean) and not jnp.iscomplexobj(m.mean):
+        raise TypeError(
+            f"running.mean is complex ({known.mean.dtype}) and the mean of x is {m.mean.dtype}. "
+            "Expected both real, or x complex."
+        )
+    return jax.tree.map(lambda t, like: t.astype(like.dtype), known, m)
 
 
 class ExampleWeights(NamedTuple):
@@ -253,25 +235,20 @@ def choose_example_weight(
                 "of 1/B."
             )
         alphas = [i / (2 * examples) for i in range(10) if i <= 2 * examples]
-    alphas = tuple(sorted(float(alpha) for alpha in alphas))
+    alphas = tuple(sorted(map(float, alphas)))
     for alpha in alphas:
-        _as_weight(alpha)
-    totals, counts = np.zeros(len(alphas)), np.zeros(len(alphas))
+        check_number(alpha, "example_weight", at_least=0, at_most=1)
+    sums = np.zeros((len(alphas), 2))
     for batch in batches:
-        found = [evaluate(jnp.float32(alpha), batch) for alpha in alphas]
-        totals += [float(np.asarray(total)) for total, _ in found]
-        counts += [float(np.asarray(count)) for _, count in found]
-    if not counts.size or not (counts > 0).all():
-        raise ValueError(
-            f"nothing to choose by. Got {len(alphas)} weights, counts {counts.tolist()}; expected "
-            "some of both."
-        )
-    values = totals / counts
+        for pair, alpha in zip(sums, alphas, strict=True):  # views, added to in place
+            pair += [float(np.asarray(t)) for t in evaluate(jnp.float32(alpha), batch)]
+    totals, counts = sums.T
+    values = totals / np.where(counts > 0, counts, 1)
     finite = np.isfinite(values)
-    if not finite.any():
+    if not (counts > 0).all() or not finite.any():
         raise ValueError(
-            f"nothing to choose by. Got values {values.tolist()} for {alphas}; expected one that "
-            "is finite."
+            f"nothing to choose by. Got values {values.tolist()} of counts {counts.tolist()} for "
+            f"{alphas}; expected one that is finite, and counts above 0."
         )
     best = int(np.argmax(np.where(finite, values if maximize else -values, -np.inf)))
     return ExampleWeights(alphas, tuple(values.tolist()), alphas[best])

@@ -116,7 +116,7 @@ ERRORS = {
     ),
     "groups of no elements": (
         ValueError,
-        "Got 0; expected an integer of at least 1",
+        r"Size\(n\) is 0; expected an integer of at least 1",
         lambda: Size(0),
     ),
     "one axis for batch and channels": (
@@ -380,7 +380,7 @@ ERRORS = {
     ),
     "a dict as running statistics": (
         TypeError,
-        r"state is a dict; expected Moments\(None, d\['mean'\], d\['var'\]\)",
+        r"state is a dict; expected Moments, .*Moments\(None, d\['mean'\], d\['var'\]\)",
         lambda: update_running({"mean": ones(6), "var": ones(6)}, given(1, 6)),
     ),
     "a dict as running statistics, cumulative": (
@@ -430,7 +430,7 @@ ERRORS = {
     ),
     "a cumulative average without count": (
         ValueError,
-        r"needs a count\. Got a state without one; make it by init_running\(counted=True\)",
+        r"needs a count\. Got running statistics without one; make them by init_running",
         lambda: update_cumulative(init_running((6,)), given(1, 6)),
     ),
 }
@@ -485,7 +485,7 @@ EPSILONS = {
         r"epsilon has shape \(6,\); expected a number of at least 0",
         np.full(6, 1e-5, "f4"),
     ),
-    "complex": (TypeError, "epsilon has dtype complex64", np.complex64(1)),
+    "complex": (TypeError, "epsilon is .*complex64", np.complex64(1)),
 }
 # a method is static, so that what is no Python number is refused by its kind
 EPSILONS_OF_METHODS = EPSILONS | {

@@ -451,6 +451,9 @@ def test_adaptation(x64):
     for wrong in ({"source_size": -1}, {"source_size": 1, "size": 0}):
         with pytest.raises(ValueError, match="expected a number"):
             adapt_moments(running, batch, **wrong)
+    with pytest.raises(TypeError, match="running.mean is complex .* Expected both real"):
+        other = jaxnorm.Moments(running.count, running.mean.astype(complex), running.var)
+        adapt_moments(other, batch, source_size=1)
     mask = jnp.arange(C) > 0  # no element of the first channel
     m = adapt_moments(
         running, jaxnorm.moments(x, methods.batch_norm(), weights=mask), source_size=16, size=N
@@ -727,7 +730,7 @@ def test_averages_of_batches():
     np.testing.assert_allclose(state.mean, averaged(batches)[0], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(state.var, averaged(batches)[1], rtol=1e-6)
     assert state.count.tolist() == [float(len(SIZES))] * 4
-    with pytest.raises(ValueError, match="an average over batches counts them"):
+    with pytest.raises(ValueError, match="an average over batches needs a count"):
         jaxnorm.update_averaged(
             jaxnorm.init_running((4,)), jaxnorm.moments(batches[0], methods.batch_norm())
         )

@@ -270,7 +270,7 @@ def test_state_of_another_size_is_refused():
         ValueError, match=r"moments of shape \(1, 8\) do not fit running statistics of shape \(6,\)"
     ):
         update_running(init_running((6,)), moments(jnp.ones((2, 8)), BN))
-    with pytest.raises(ValueError, match=r"needs a count.*init_running\(counted=True\)"):
+    with pytest.raises(ValueError, match=r"needs a count.*init_running\(shape, counted=True\)"):
         update_cumulative(init_running((6,)), moments(jnp.ones((2, 6)), BN))
 
 

@@ -209,7 +209,9 @@ def test_weights_are_never_negative():
     """Refused where known; traced ones count 0, as NaN does."""
     state = Moments(None, jnp.array([[0.0], [2.0], [8.0]]), jnp.ones((3, 1)))
     for wrong in (-1.0, np.nan, np.array([1.0, -1.0])):
-        with pytest.raises(ValueError, match="weights is .*expected a number.* of at least 0"):
+        with pytest.raises(
+            ValueError, match="weights say how much .*expected numbers of at least 0"
+        ):
             sync_running(Moments(None, jnp.zeros(2), jnp.ones(2)), axis_name=(), weights=wrong)
     for wrong in (-3.0, np.nan, np.inf):
         new = synced(state, jnp.array([1.0, 1.0, wrong]))

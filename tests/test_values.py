@@ -242,6 +242,7 @@ def test_a_count_stands_in_the_state_of_debiased_averages_alone():
         (methods.token_layer_norm(), 16),
         (methods.batch_and_group_norm(2, 3), 6),
         (methods.batch_group_norm(32), 2),
+        (Row(Groups(batch=EACH, spatial=(), channel=1)), 4),  # for x without positions
         (Row(Groups(batch=Size(16), spatial=(2, 1), channel=EACH)), 24),
     ],
     ids=str,

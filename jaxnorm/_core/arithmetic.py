@@ -27,3 +27,8 @@ def scale_by(t: jax.Array, real: jax.Array) -> jax.Array:
 
 def divide(t: jax.Array, real: jax.Array) -> jax.Array:
     return t / real.astype(t.dtype)
+
+
+def quotient(total: jax.Array, count: jax.Array) -> jax.Array:
+    """total / count, and the total itself where nothing is counted."""
+    return divide(total, jnp.where(count > 0, count, 1))

@@ -1,12 +1,11 @@
 """Running statistics in which every element, or every batch, counts alike."""
 
-import jax.numpy as jnp
+import dataclasses
 
-from jaxnorm._core.arithmetic import abs2
-from jaxnorm._core.divisor import corrected
+from jaxnorm._core.arithmetic import abs2, quotient, scale_by
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.pooling import toward
-from jaxnorm._core.running import _alike, _as_state, _stored, warn_of_half_precision
+from jaxnorm._core.pooling import alike, check_counted
+from jaxnorm._core.running import moved, one_batch, warn_of_half_precision
 from jaxnorm._core.state import check_running
 
 
@@ -45,20 +44,16 @@ def update_cumulative(state: Moments, m: Moments, *, batch_axis: int = 0) -> Mom
         ([1.0], [1.0])
     """
     check_running(state, "state")
-    if state.count is None:
-        raise ValueError(
-            "a cumulative average needs a count. Got a state without one; make it by "
-            "init_running(counted=True)."
-        )
+    check_counted(state, "a cumulative average")
     warn_of_half_precision(state.var.dtype, None)
-    m = _as_state(m, state, batch_axis)
-    total = state.count + m.count.astype(state.count.dtype)
-    share = m.count.astype(state.count.dtype) / jnp.where(total > 0, total, 1)
-    mean, new_mean = _alike(state.mean, m.mean)
-    var, new_var = _alike(state.var, m.var)
-    between = (1 - share).astype(var.dtype) * abs2(new_mean - mean)
-    mean, var = toward(mean, new_mean, share), toward(var, new_var + between, share)
-    return _stored(state, m, mean, var, total)
+    m, _ = one_batch(m, state, batch_axis)
+    n = m.count.astype(state.count.dtype)
+    total = state.count + n
+    share = quotient(n, total)
+    old, new = alike(state.mean, m.mean)
+    between = scale_by(abs2(new - old), 1 - share)
+    m = dataclasses.replace(m, var=m.var.astype(between.dtype) + between)
+    return moved(state, m, share, total)
 
 
 def update_averaged(state: Moments, m: Moments, *, batch_axis: int = 0) -> Moments:
@@ -93,13 +88,8 @@ def update_averaged(state: Moments, m: Moments, *, batch_axis: int = 0) -> Momen
         ([1.0], [1.5], [2.0])
     """
     check_running(state, "state")
-    if state.count is None:
-        raise ValueError(
-            "an average over batches counts them. Got no count; make the state by "
-            "init_running(counted=True)."
-        )
+    check_counted(state, "an average over batches")
     warn_of_half_precision(state.var.dtype, None)
-    m = corrected(_as_state(m, state, batch_axis), 1)
-    k = state.count + 1
-    mean, var = (toward(*_alike(*ts), 1 / k) for ts in ((state.mean, m.mean), (state.var, m.var)))
-    return _stored(state, m, mean, var, k)
+    m, _ = one_batch(m, state, batch_axis, correction=1)
+    number = state.count + 1
+    return moved(state, m, 1 / number, number)

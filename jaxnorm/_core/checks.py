@@ -16,12 +16,11 @@ def known(value: object) -> np.ndarray | None:
 
     That is where it, or a number in a list, is traced or lies on the devices of other processes.
     """
-    for leaf in jax.tree.leaves(value):
-        if isinstance(leaf, Tracer):
-            return None
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            return None
-    return np.asarray(jax.device_get(value))
+    hidden = any(
+        isinstance(leaf, Tracer) or not getattr(leaf, "is_fully_addressable", True)
+        for leaf in jax.tree.leaves(value)
+    )
+    return None if hidden else np.asarray(jax.device_get(value))
 
 
 def check_number(
@@ -37,27 +36,20 @@ def check_number(
 
     The shape and dtype of a traced value are checked, and its value is not.
     """
-    bounds = [f"of at least {at_least:g}"] * (at_least > -math.inf)
-    bounds += [f"above {above:g}"] * (above > -math.inf)
-    bounds += [f"of at most {at_most:g}"] * (at_most < math.inf)
-    what = "a number" if not shape else f"a number, or an array of shape {shape} of numbers"
+    limits = {"of at least": at_least, "above": above, "of at most": at_most}
+    bounds = (f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
+    what = f"a number, or an array of shape {shape} of numbers" if shape else "a number"
     expected = f"expected {what} {' and '.join(bounds)}".rstrip() + "."
-    if (
-        not isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
-        or value is True
-        or value is False
-    ):
+    numeric = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
+    if not numeric or not jnp.isdtype(jnp.result_type(value), ("integral", "real floating")):
         raise TypeError(f"{name} is {value!r}; {expected}")
-    dtype = jnp.result_type(value)
-    if not jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(f"{name} has dtype {dtype}; {expected}")
     if np.shape(value) not in ((), shape):
         raise ValueError(f"{name} has shape {np.shape(value)}; {expected}")
     values = known(value)
     if values is None:
         return
     values = values.astype(np.float64)
-    if not ((values >= at_least) & (values > above) & (values <= at_most)).all() and values.size:
+    if not ((values >= at_least) & (values > above) & (values <= at_most)).all():
         raise ValueError(f"{name} is {value}; {expected}")
 
 
@@ -69,13 +61,20 @@ def check_epsilon(epsilon: object, name: str = "epsilon") -> None:
     check_number(epsilon, name, at_least=0)
 
 
+def as_index(value: object) -> int | None:
+    """The integer that `value` is, or None; True and False are none."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, SupportsIndex):
+        return None
+    return value.__index__()
+
+
 def check_count(count: object, name: str, at_least: int = 1) -> int:
     """`count` is an integer of at least so much."""
-    if not isinstance(count, SupportsIndex) or isinstance(count, bool | np.bool_):
-        raise TypeError(f"{name} is {count!r}; expected an integer of at least {at_least}.")
-    if count.__index__() < at_least:
-        raise ValueError(f"{name} is {count!r}; expected an integer of at least {at_least}.")
-    return count.__index__()
+    index = as_index(count)
+    if index is None or index < at_least:
+        error = TypeError if index is None else ValueError
+        raise error(f"{name} is {count!r}; expected an integer of at least {at_least}.")
+    return index
 
 
 def check_flag(flag: T, name: str) -> T:
@@ -84,12 +83,10 @@ def check_flag(flag: T, name: str) -> T:
     Any other value, such as "False" from a command line, would count as true. A traced one is left
     to JAX, which says what it cannot do.
     """
-    if isinstance(flag, int | np.integer | np.bool_) and flag in (0, 1):
-        return flag
-    if (
-        isinstance(flag, np.ndarray | jax.Array)
-        and np.shape(flag) == ()
-        and jnp.issubdtype(flag.dtype, jnp.bool_)
-    ):
+    if isinstance(flag, np.ndarray | np.bool_ | jax.Array):
+        valid = flag.dtype == np.bool_ and flag.shape == ()
+    else:
+        valid = isinstance(flag, int | np.integer) and flag in (0, 1)
+    if valid:
         return flag
     raise TypeError(f"{name} is {flag!r}; expected True or False.")

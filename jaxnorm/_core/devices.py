@@ -13,23 +13,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxnorm._core.checks import check_count
 
 AxisName = Hashable | tuple[Hashable, ...] | None
 DeviceGroups = Sequence[Sequence[int]] | None
+IndexGroups = tuple[tuple[int, ...], ...]
+"""Device groups that are known to name every index of an axis once, in groups of equal size."""
 
 
 def names_of(axis_name: AxisName) -> tuple[Hashable, ...]:
     """The named axes, as a tuple."""
-    return (
-        ()
-        if axis_name is None
-        else tuple(axis_name)
-        if isinstance(axis_name, tuple | list)
-        else (axis_name,)
-    )
+    if isinstance(axis_name, tuple | list):
+        return tuple(axis_name)
+    return () if axis_name is None else (axis_name,)
 
 
 def check_named(axis_name: AxisName, groups: DeviceGroups) -> None:
@@ -41,16 +40,13 @@ def check_named(axis_name: AxisName, groups: DeviceGroups) -> None:
         )
 
 
-def device_groups_of(
-    axis_name: AxisName, groups: DeviceGroups
-) -> tuple[tuple[int, ...], ...] | None:
+def device_groups_of(axis_name: AxisName, groups: DeviceGroups) -> IndexGroups | None:
     """`groups` as a hashable, or the reason why they are none.
 
     JAX takes groups of unequal size and divides by the size of the first, and fails inside XLA on
     groups that do not cover the axis; both are refused here.
     """
-    names = names_of(axis_name)
-    for name in names:
+    for name in names_of(axis_name):
         try:
             lax.axis_size(name)
         except NameError as error:
@@ -63,30 +59,26 @@ def device_groups_of(
     if groups is None:
         return None
     try:
-        groups = tuple(tuple(operator.index(i) for i in group) for group in groups)
+        groups = tuple(tuple(map(operator.index, group)) for group in groups)
     except TypeError as error:
         raise TypeError(
             f"axis_index_groups is a list of lists of device indices. Got {groups!r}; expected for "
             "example [[0, 1], [2, 3]]."
         ) from error
-    size = lax.axis_size(names[0])
-    if len({len(group) for group in groups}) != 1 or sorted(sum(groups, ())) != list(range(size)):
+    (name,) = names_of(axis_name)
+    size = lax.axis_size(name)
+    if len(set(map(len, groups))) != 1 or sorted(sum(groups, ())) != list(range(size)):
         raise ValueError(
             "axis_index_groups must be groups of equal size that name every index of the axis "
-            f"once. Got {[list(group) for group in groups]} for axis {names[0]!r} of size {size}; "
+            f"once. Got {[list(group) for group in groups]} for axis {name!r} of size {size}; "
             f"expected each of 0 to {size - 1} in exactly one group, and as many indices in each."
         )
     return groups
 
 
-def device_count(axis_name: AxisName, groups: tuple[tuple[int, ...], ...] | None) -> int:
+def device_count(axis_name: AxisName, groups: IndexGroups | None) -> int:
     """On how many devices one set of statistics lives."""
-    if groups is not None:
-        return len(groups[0])
-    count = 1
-    for name in names_of(axis_name):
-        count *= lax.axis_size(name)
-    return count
+    return lax.axis_size(names_of(axis_name)) if groups is None else len(groups[0])
 
 
 def axes_named(axis_name: AxisName, sizes: tuple[int, ...]) -> AbstractContextManager[None]:
@@ -98,7 +90,7 @@ def axes_named(axis_name: AxisName, sizes: tuple[int, ...]) -> AbstractContextMa
     in shard_map and pmap, the axes are named already.
     """
     pairs = zip(names_of(axis_name), sizes, strict=True)
-    missing = [(name, size) for name, size in pairs if not _is_named(name, size)]
+    missing = [pair for pair in pairs if not _is_named(*pair)]
     if not missing:
         return contextlib.nullcontext()
     # Private: JAX has no public way to say which axes there are. Imported here, so that a version
@@ -115,7 +107,7 @@ def _is_named(name: Hashable, size: int) -> bool:
         return False
 
 
-def all_sum(tree: Any, axis_name: AxisName, groups: tuple[tuple[int, ...], ...] | None) -> Any:
+def all_sum(tree: Any, axis_name: AxisName, groups: IndexGroups | None) -> Any:
     """The sum of every leaf over the named axes, within `groups` where they are given."""
     if axis_name is None:
         return tree
@@ -134,17 +126,13 @@ def all_sum(tree: Any, axis_name: AxisName, groups: tuple[tuple[int, ...], ...] 
         ) from error
 
 
-def _sum_over(tree: Any, axis_name: AxisName, groups: tuple[tuple[int, ...], ...] | None) -> Any:
+def _sum_over(tree: Any, axis_name: AxisName, groups: IndexGroups | None) -> Any:
     if groups is None:
         return lax.psum(tree, axis_name)
     # JAX has no psum over groups under vmap nor under shard_map's check_vma=True. One sum with a
     # row for each group works in every context and differs only in volume.
-    index = lax.axis_index(names_of(axis_name)[0])
-    group_of = [0] * sum(map(len, groups))
-    for g, members in enumerate(groups):
-        for member in members:
-            group_of[member] = g
-    mine = jnp.asarray(group_of)[index]
+    places = np.argsort(np.ravel(groups))  # of the devices, in the groups one after the other
+    mine = jnp.asarray(places // len(groups[0]))[lax.axis_index(names_of(axis_name)[0])]
 
     def grouped(t: jax.Array) -> jax.Array:
         rows = jnp.zeros((len(groups), *t.shape), t.dtype).at[mine].set(t)
@@ -153,16 +141,15 @@ def _sum_over(tree: Any, axis_name: AxisName, groups: tuple[tuple[int, ...], ...
     return jax.tree.map(grouped, tree)
 
 
-def same_on_all_devices(axis_name: AxisName, groups: tuple[tuple[int, ...], ...] | None) -> bool:
+def same_on_all_devices(axis_name: AxisName, groups: IndexGroups | None) -> bool:
     """Whether a value summed over `axis_name` is equal on every device that runs this program.
 
     A collective may stand inside a `lax.cond` only if all devices take the same branch; a program
     that waits for a device which took the other one hangs. A sum over some of the mesh's axes, or
     within groups, differs between the rest.
     """
-    if groups is not None:
-        return False
-    return set(jax.sharding.get_abstract_mesh().manual_axes) <= set(names_of(axis_name))
+    differing = set(jax.sharding.get_abstract_mesh().manual_axes) - set(names_of(axis_name))
+    return groups is None and not differing
 
 
 def varying(t: jax.Array) -> frozenset[Hashable]:
@@ -181,9 +168,7 @@ def varying_like(t: jax.Array, x: jax.Array) -> jax.Array:
     return lax.pcast(t, missing, to="varying") if missing else t
 
 
-def device_groups(
-    num_devices: int, *, size: int, strided: bool = False
-) -> tuple[tuple[int, ...], ...]:
+def device_groups(num_devices: int, *, size: int, strided: bool = False) -> IndexGroups:
     """Groups of devices for `axis_index_groups`: each index of a named axis in one group of `size`.
 
     Args:
@@ -211,8 +196,7 @@ def device_groups(
             f"number of devices: {[d for d in range(1, num_devices + 1) if num_devices % d == 0]}."
         )
     count = num_devices // size
-    starts = [
-        range(i, num_devices, count) if strided else range(i * size, (i + 1) * size)
+    return tuple(
+        tuple(range(i, num_devices, count) if strided else range(i * size, (i + 1) * size))
         for i in range(count)
-    ]
-    return tuple(tuple(group) for group in starts)
+    )

@@ -14,45 +14,17 @@ smaller by the variance of the ghosts' means; sequential ones forget k times as 
 divided rate undoes but for terms of order (1 - d)^2. Who uses which stands at `update_running`.
 """
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jaxnorm._core.arithmetic import scale_by
+from jaxnorm._core.arithmetic import quotient, scale_by
+from jaxnorm._core.axes import resized
 from jaxnorm._core.moments import Moments
+from jaxnorm._core.pooling import pool
 
 GhostUpdate = Literal["pooled", "averaged", "sequential", "sequential divided"]
-Weights = tuple[jax.Array, jax.Array]
-
-
-def _averaged(valid: jax.Array, axis: int, rate: jax.Array) -> Weights:
-    count = valid.sum(axis, keepdims=True)
-    return valid / jnp.where(count > 0, count, 1), jnp.broadcast_to(rate, count.shape)
-
-
-def _sequential(valid: jax.Array, axis: int, rate: jax.Array) -> Weights:
-    later = jnp.flip(jnp.cumsum(jnp.flip(valid, axis), axis), axis) - valid
-    weights = valid * (1 - rate) ** later
-    total = weights.sum(axis, keepdims=True)
-    return (
-        weights / jnp.where(total > 0, total, 1),
-        1 - (1 - rate) ** valid.sum(axis, keepdims=True),
-    )
-
-
-def _sequential_divided(valid: jax.Array, axis: int, rate: jax.Array) -> Weights:
-    return _sequential(valid, axis, rate / valid.shape[axis])
-
-
-WEIGHTS: dict[str, Callable[[jax.Array, int, jax.Array], Weights]] = {
-    "averaged": _averaged,
-    "sequential": _sequential,
-    "sequential divided": _sequential_divided,
-}
-"""Weights of the ghosts, adding up to 1, and their weight against the old state's. `valid` is 1 for
-ghosts that count, else 0."""
 
 
 def check_ghost_update(convention: str) -> None:
@@ -66,8 +38,20 @@ def check_ghost_update(convention: str) -> None:
 def one_update(
     m: Moments, usable: jax.Array, axis: int, rate: jax.Array, convention: str
 ) -> tuple[Moments, jax.Array]:
-    """The ghosts along an axis as one batch: its moments, and the weight with which it enters."""
-    weights, rate = WEIGHTS[convention](usable.astype(rate.dtype), axis, rate)
+    """The ghosts along an axis as one batch: its moments, and the weight with which it enters.
+
+    Those that are not usable are left out, but for those of a pool.
+    """
+    if convention == "pooled":
+        return pool(m, resized(m.mean.shape, axis, 1)), rate
+    weights = usable.astype(rate.dtype)
+    number = weights.sum(axis, keepdims=True)
+    if convention != "averaged":
+        rate = rate / usable.shape[axis] if convention == "sequential divided" else rate
+        later = number - jnp.cumsum(weights, axis)  # updates after each ghost's own
+        weights = weights * (1 - rate) ** later
+        rate = 1 - (1 - rate) ** number
+    weights = quotient(weights, weights.sum(axis, keepdims=True))
 
     def average(t: jax.Array) -> jax.Array:
         def weighed(t: jax.Array) -> jax.Array:
@@ -76,5 +60,5 @@ def one_update(
         first = weighed(t)  # off by what rounded weights lack of 1, a part of the mean
         return first + weighed(t - first)
 
-    counts = jnp.where(usable, m.count, 0).sum(axis, keepdims=True)
-    return Moments(counts, average(m.mean), average(m.var)), rate
+    count = jnp.where(usable, m.count, 0).sum(axis, keepdims=True)
+    return Moments(count, average(m.mean), average(m.var)), jnp.broadcast_to(rate, count.shape)

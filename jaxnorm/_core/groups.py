@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, SupportsIndex
 from jax.export import is_symbolic_dim
 
 from jaxnorm._core.axes import Shape, axes_of, single_axis
+from jaxnorm._core.checks import as_index, check_count
 from jaxnorm._core.picture import picture
 
 EACH = -1
@@ -34,16 +35,7 @@ class Size:
     n: int
 
     def __post_init__(self):
-        if (
-            not isinstance(self.n, SupportsIndex)
-            or isinstance(self.n, bool)
-            or self.n.__index__() < 1
-        ):
-            raise ValueError(
-                f"Size(n) is a number of elements. Got {self.n!r}; expected an integer of at "
-                "least 1."
-            )
-        object.__setattr__(self, "n", self.n.__index__())
+        object.__setattr__(self, "n", check_count(self.n, "Size(n)"))
 
     def __repr__(self) -> str:
         return f"Size({self.n})"
@@ -79,22 +71,17 @@ class Groups:
     channel: Split = EACH
 
     def __post_init__(self):
-        spatial = (
-            tuple(_split("spatial", s) for s in self.spatial)
-            if isinstance(self.spatial, tuple | list)
-            else None
-        )
-        object.__setattr__(
-            self, "spatial", _split("spatial", self.spatial) if spatial is None else spatial
-        )
-        for kind in ("batch", "channel"):
-            object.__setattr__(self, kind, _split(kind, getattr(self, kind)))
+        for kind, split in vars(self).items():
+            if kind == "spatial" and isinstance(split, tuple | list):
+                split = tuple(_checked(kind, part) for part in split)
+            else:
+                split = _checked(kind, split)
+            object.__setattr__(self, kind, split)
 
     def __repr__(self) -> str:
-        """As it is typed, with EACH by its name."""
-        return "Groups({})".format(
-            ", ".join(f"{f.name}={_typed(getattr(self, f.name))}" for f in dataclasses.fields(self))
-        )
+        """As it is typed, with EACH by its name: no other number is negative."""
+        splits = ", ".join(f"{kind}={split!r}" for kind, split in vars(self).items())
+        return f"Groups({splits})".replace(str(EACH), "EACH")
 
     def _repr_html_(self) -> str:
         """A picture of the sets, for notebooks."""
@@ -121,48 +108,39 @@ class Groups:
             (1, 1, 1, 32)
         """
         x_shape = tuple(x_shape)
-        batch_axis, channel_axis = (
-            single_axis(batch_axis, x_shape),
-            single_axis(channel_axis, x_shape),
-        )
-        if batch_axis == channel_axis:
+        batch, channel = (single_axis(axis, x_shape) for axis in (batch_axis, channel_axis))
+        if batch == channel:
             raise ValueError(
-                f"batch_axis and channel_axis are both axis {batch_axis} of x, which has shape "
+                f"batch_axis and channel_axis are both axis {batch} of x, which has shape "
                 f"{x_shape}. Expected two different axes; x needs a rank of 2 or more."
             )
-        places = [i for i in range(len(x_shape)) if i not in (batch_axis, channel_axis)]
-        spatial = self.spatial if isinstance(self.spatial, tuple) else (self.spatial,) * len(places)
-        if len(spatial) != len(places):
+        places = len(x_shape) - 2
+        spatial = self.spatial if isinstance(self.spatial, tuple) else (self.spatial,) * places
+        if len(spatial) != places:
             raise ValueError(
                 f"spatial={self.spatial} names {len(spatial)} spatial axes. Got x of shape "
-                f"{x_shape}, which has {len(places)}; expected one value for each, or a single "
-                "value for all."
+                f"{x_shape}, which has {places}; expected one value for each, or a single value "
+                "for all."
             )
-        kinds = {batch_axis: ("batch", self.batch), channel_axis: ("channel", self.channel)}
-        kinds |= {axis: ("spatial", split) for axis, split in zip(places, spatial, strict=True)}
-        return tuple(_count(*kinds[axis], axis, x_shape) for axis in range(len(x_shape)))
+        named = {batch: ("batch", self.batch), channel: ("channel", self.channel)}
+        others = (("spatial", split) for split in spatial)
+        return tuple(
+            _count(*(named.get(axis) or next(others)), axis, x_shape)
+            for axis in range(len(x_shape))
+        )
 
 
-def _typed(split: Split | tuple[Split, ...]) -> str:
-    if isinstance(split, tuple):
-        return f"({', '.join(map(_typed, split))}{',' * (len(split) == 1)})"
-    return "EACH" if split == EACH else repr(split)
-
-
-def _split(kind: str, split: object) -> Split:
-    """A number of groups, EACH or Size, once checked."""
+def _checked(kind: str, split: object) -> Split:
+    """A number of groups, EACH or Size."""
     if isinstance(split, Size):
         return split
-    if (
-        isinstance(split, SupportsIndex)
-        and not isinstance(split, bool)
-        and (split.__index__() > 0 or split == EACH)
-    ):
-        return split.__index__()
-    raise ValueError(
-        f"Groups({kind}={split!r}): expected a positive number of groups, EACH (one group for "
-        "every index) or Size(n) (groups of n elements)."
-    )
+    index = as_index(split)
+    if index is None or (index < 1 and index != EACH):
+        raise ValueError(
+            f"Groups({kind}={split!r}): expected a positive number of groups, EACH (one group for "
+            "every index) or Size(n) (groups of n elements)."
+        )
+    return index
 
 
 def _count(kind: str, split: Split, axis: int, x_shape: Shape) -> int:
@@ -170,31 +148,29 @@ def _count(kind: str, split: Split, axis: int, x_shape: Shape) -> int:
     n = x_shape[axis]
     if split == EACH:
         return n
-    k = split.n if isinstance(split, Size) else split
+    sized = isinstance(split, Size)
+    k = split.n if sized else split
     if n % k == 0:
-        return n // k if isinstance(split, Size) else k
-    what = f"groups of {k} elements" if isinstance(split, Size) else f"{k} equal groups"
-    name = axis - len(x_shape) if kind == "channel" and axis == len(x_shape) - 1 else axis
-    message = f"{kind} axis {name} of x has size {n}, which does not split into {what}. "
+        return n // k if sized else k
+    what = f"groups of {k} elements" if sized else f"{k} equal groups"
     if is_symbolic_dim(n):
-        message += (
-            f"Got x of shape {x_shape}, to be exported with sizes that are not known yet. Expected "
-            f"a size that says it divides, such as {k}*n in jax.export.symbolic_shape."
+        hint = (
+            ", to be exported with sizes that are not known yet. Expected a size that says it "
+            f"divides, such as {k}*n in jax.export.symbolic_shape."
         )
     elif kind == "batch":
-        message += (
-            f"Got x of shape {x_shape}. If this is the short last batch of an epoch, drop it, or "
-            f"pad it to {-(-n // k) * k} and give the padding weights=0."
+        hint = (
+            ". If this is the short last batch of an epoch, drop it, or pad it to "
+            f"{-(-n // k) * k} and give the padding weights=0."
         )
     else:
-        divisors = [str(d) for d in range(1, n + 1) if n % d == 0]
-        if len(divisors) > 12:
-            divisors = divisors[:11] + ["..", divisors[-1]]
-        message += (
-            f"Got x of shape {x_shape} and {kind}={split}; expected a divisor of {n}: "
-            f"{', '.join(divisors)}."
-        )
-    raise ValueError(message)
+        divisors = ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+        hint = f" and {kind}={split}; expected a divisor of {n}: {divisors}."
+    last = kind == "channel" and axis == len(x_shape) - 1
+    raise ValueError(
+        f"{kind} axis {-1 if last else axis} of x has size {n}, which does not split into {what}. "
+        f"Got x of shape {x_shape}{hint}"
+    )
 
 
 class HasRow(Protocol):
@@ -211,31 +187,17 @@ def row_of(
     groups: Specification, x_shape: Shape, batch_axis: int, channel_axis: int | Sequence[int]
 ) -> tuple[Groups | Sequence[int], Literal[0] | None]:
     """The sets and the fixed mean of a method; other specifications as they are, with no mean."""
-    if isinstance(groups, Groups | Sequence | type) or not hasattr(groups, "row"):
+    if isinstance(groups, type) or not hasattr(groups, "row"):
         return groups, None  # type: ignore[return-value]  # what else it is, its user says
     channel = axes_of(channel_axis, x_shape)[-1]
-    row = groups.row(x_shape, batch_axis=batch_axis, channel_axis=channel)
+    row = groups.row(x_shape, batch_axis=batch_axis, channel_axis=channel)  # type: ignore[union-attr]
     return row.groups, row.mean
-
-
-def groups_of(
-    groups: Groups | HasRow, x_shape: Shape, *, batch_axis: int = 0, channel_axis: int = -1
-) -> Groups:
-    """The split of each axis that a method is for x of this shape."""
-    found, _ = row_of(groups, x_shape, batch_axis, channel_axis)
-    if not isinstance(found, Groups):
-        raise TypeError(
-            "expected a Groups, or a row of the table such as methods.group_norm(32). Got "
-            f"{groups!r}."
-        )
-    return found
 
 
 def check_mean(mean: object) -> None:
     """A fixed mean is 0 or there is none."""
-    if mean is not None and (
-        isinstance(mean, bool) or not isinstance(mean, int | float) or mean != 0
-    ):
+    zero = isinstance(mean, int | float) and mean == 0 and mean is not False
+    if mean is not None and not zero:
         raise ValueError(
             f"mean is None (the mean of each set) or 0 (root mean square). Got {mean!r}. To "
             "compute sums about a value near the mean, which changes only the rounding, pass it as "
@@ -256,16 +218,13 @@ def resolve(
                 f"{len(axes)} axes. Pass one channel axis, or the statistic's shape as a tuple."
             )
         return groups.shape(x_shape, batch_axis=batch_axis, channel_axis=axes[0]), mean
-    if not isinstance(groups, Sequence) or isinstance(groups, str):
+    if not isinstance(groups, Sequence) or not all(
+        isinstance(g, SupportsIndex) or is_symbolic_dim(g) for g in groups
+    ):
         raise TypeError(
             f"groups is a Groups, a row of the table or the statistic's shape. Got {groups!r}; "
             "expected for example Groups(batch=EACH, spatial=1, channel=32), "
-            "methods.group_norm(32) or (64, 1, 1, 32)."
-        )
-    if not all(isinstance(g, SupportsIndex) or is_symbolic_dim(g) for g in groups):
-        raise TypeError(
-            f"a statistic's shape is made of integers. Got {tuple(groups)}; expected for example "
-            "(64, 1, 1, 32)."
+            "methods.group_norm(32) or the integers (64, 1, 1, 32)."
         )
     shape = tuple(groups)
     check_divides(shape, x_shape, "groups")

@@ -2,13 +2,12 @@
 
 import functools
 import math
-import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxnorm._core.devices import names_of
 
@@ -24,30 +23,24 @@ def in_explicit_meshes(f: F) -> F:
     them, hashable options and functions, of which the activation sees arrays as they are typed
     outside; the first array's sharding is the one that results take.
     """
-    implementation = _in_auto_mode
 
+    @functools.wraps(f)
     def call(*args: Any, **options: Any) -> Any:
-        return implementation(f, args, options)
+        leaves, tree = jax.tree.flatten((args, options))
+        arrays = [t if isinstance(t, jax.Array | np.ndarray) else None for t in leaves]
+        meshes = (jax.typeof(t).sharding.mesh for t in arrays if t is not None)
+        mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+        if mesh is None:
+            return f(*args, **options)
+        rest = tuple(t if array is None else None for t, array in zip(leaves, arrays, strict=True))
+        with jax.sharding.use_abstract_mesh(mesh):
+            if not any(callable(t) and not isinstance(t, type) for t in rest):
+                return _compiled(f, tree, rest, arrays)
+            # compiled for this call only: what a function closes over may be another value, or
+            # tracer, next time
+            return jax.jit(functools.partial(_run_in_auto_mode, f, tree, rest))(arrays)
 
-    # doctest takes only functions whose globals are the module's that it looks at
-    same_module = types.FunctionType(call.__code__, f.__globals__, closure=call.__closure__)
-    return functools.wraps(f)(same_module)  # type: ignore[return-value]  # with the signature of f
-
-
-def _in_auto_mode(f: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    leaves, tree = jax.tree.flatten((args, options))
-    arrays = [t if isinstance(t, jax.Array | np.ndarray) else None for t in leaves]
-    meshes = (jax.typeof(t).sharding.mesh for t in arrays if t is not None)
-    mesh = next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
-    if mesh is None:
-        return f(*args, **options)
-    rest = tuple(t if array is None else None for t, array in zip(leaves, arrays, strict=True))
-    with jax.sharding.use_abstract_mesh(mesh):
-        if not any(callable(t) and not isinstance(t, type) for t in rest):
-            return _compiled(f, tree, rest, arrays)
-        # compiled for this call only: what a function closes over may be another value, or
-        # tracer, next time
-        return jax.jit(lambda arrays: _run_in_auto_mode(f, tree, rest, arrays))(arrays)
+    return call  # type: ignore[return-value]  # with the signature of f
 
 
 def _run_in_auto_mode(
@@ -55,26 +48,27 @@ def _run_in_auto_mode(
 ) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     first = jax.typeof(next(t for t in arrays if t is not None))
-    auto = mesh.update_axis_types(dict.fromkeys(_explicit_axes(mesh), AxisType.Auto))
+    auto = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
 
     def typed(out: Any) -> Any:
         return jax.sharding.reshard(out, jax.tree.map(lambda t: _spec(t.shape, first), out))
 
-    def enter(g: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def enter(g: Callable[..., Any], *args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(auto):
-            return g(*jax.sharding.reshard(args, PartitionSpec()), **options)
-
-    def leave(activation: Callable[..., Any], y: jax.Array) -> jax.Array:
-        """It may use arrays that were made outside of here."""
-        with jax.sharding.use_abstract_mesh(mesh):
-            return enter(lambda y: y, activation(typed(y)))
+            return g(*jax.sharding.reshard(args, PartitionSpec()))
 
     def run(*arrays: Any) -> Any:
         args, options = jax.tree.unflatten(
             tree, [t if a is None else a for a, t in zip(arrays, rest, strict=True)]
         )
         if (activation := options.get("activation")) is not None:
-            options["activation"] = functools.partial(leave, activation)
+
+            def outside(y: jax.Array) -> jax.Array:
+                """It may use arrays that were made outside of here."""
+                with jax.sharding.use_abstract_mesh(mesh):
+                    return enter(lambda y: y, activation(typed(y)))
+
+            options["activation"] = outside
         return f(*args, **options)
 
     return typed(enter(run, *arrays))
@@ -82,14 +76,6 @@ def _run_in_auto_mode(
 
 # Under jit, because outside of it what f makes from nothing belongs to no mesh.
 _compiled = jax.jit(_run_in_auto_mode, static_argnums=(0, 1, 2))
-
-
-def _explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:
-    return tuple(
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    )
 
 
 def _spec(shape: tuple[int, ...], x: Any) -> PartitionSpec:

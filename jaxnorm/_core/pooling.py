@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxnorm._core.arithmetic import abs2, divide, scale_by
+from jaxnorm._core.arithmetic import abs2, quotient, scale_by, statistic_dtype
 from jaxnorm._core.blocks import block_sum, spread
 from jaxnorm._core.devices import AxisName, DeviceGroups, all_sum, device_groups_of
 from jaxnorm._core.groups import Specification, resolve
@@ -32,8 +33,16 @@ def toward(old: jax.Array, new: jax.Array, rate: jax.Array) -> jax.Array:
     return jnp.where(rate < 0.5, old + scale_by(step, rate), new - scale_by(step, 1 - rate))
 
 
-def _divide(total: jax.Array, count: jax.Array) -> jax.Array:
-    return divide(total, jnp.where(count > 0, count, 1))
+def alike(old: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two values, such as a state's and a batch's, in a precision that holds both."""
+    wide = np.promote_types(statistic_dtype(old.dtype), new.dtype)
+    return old.astype(wide), new.astype(wide)
+
+
+def approached(old: Moments, new: Moments, rate: jax.Array, count: jax.Array | None) -> Moments:
+    """Mean and variance a part of the way from old to new, with that count."""
+    mean, var = (toward(*alike(*ts), rate) for ts in ((old.mean, new.mean), (old.var, new.var)))
+    return Moments(count, mean, var)  # type: ignore[arg-type]  # running statistics may have none
 
 
 def pool(
@@ -78,27 +87,25 @@ def pool(
         >>> pool(halves, (1, 1)).var.tolist()  # the blend of the variances would be 0
         [[1.0]]
     """
-    _check_counted(m, "pool")
+    check_counted(m, "pool")
     fine = m.mean.shape
     shape, _ = resolve(groups, fine, batch_axis, channel_axis)
     device_groups = device_groups_of(axis_name, axis_index_groups)
 
-    def totals(*sums: jax.Array) -> tuple[jax.Array, ...]:
-        parts = tuple(block_sum(t, shape) for t in sums)
-        return jax.tree.map(
-            lambda t: checkpoint_name(t, SYNCED), all_sum(parts, axis_name, device_groups)
-        )
+    def totals(*sums: jax.Array) -> list[jax.Array]:
+        parts = [block_sum(t, shape) for t in sums]
+        return checkpoint_name(all_sum(parts, axis_name, device_groups), SYNCED)
 
     some = m.count > 0  # an empty set may hold anything
     means, variances = (jnp.where(some, t, 0) for t in (m.mean, m.var))
     count, total = totals(m.count, scale_by(means, m.count))
     # Sums about a value near the mean, whatever it is. The rounding of that value is a part of the
     # mean and may be many times the variance, so what it lacks is measured and taken out of both.
-    center = jax.lax.stop_gradient(_divide(total, count))
+    center = jax.lax.stop_gradient(quotient(total, count))
     d = jnp.where(some, means - spread(center, fine), 0)
     total, square = totals(scale_by(d, m.count), m.count * (variances + abs2(d)))
-    rest = _divide(total, count)
-    mean, var = center + rest, _divide(square, count) - abs2(rest)
+    rest = quotient(total, count)
+    mean, var = center + rest, quotient(square, count) - abs2(rest)
     var = var + jax.lax.stop_gradient(jnp.maximum(-var, 0))  # 0 where rounding is below it
     return Moments(count, mean, var)
 
@@ -123,7 +130,7 @@ def merge(*parts: Moments) -> Moments:
         [[3.0, 4.0]]
     """
     for part in parts:
-        _check_counted(part, "merge")
+        check_counted(part, "merge")
     _check_shapes(parts, "merge")
     stacked = jax.tree.map(lambda *ts: jnp.stack(ts), *parts)
     pooled = pool(stacked, (1, *parts[0].mean.shape))
@@ -162,20 +169,15 @@ def blend(parts: Sequence[Moments], weights: Sequence[ArrayLike]) -> Moments:
             "weights."
         )
     _check_shapes(parts, "blend")
-
-    def average(name: str) -> jax.Array:
-        values = [getattr(part, name) for part in parts]
-        return _sum(
-            [jnp.asarray(w).astype(t.dtype) * t for w, t in zip(weights, values, strict=True)]
+    counted = all(part.count is not None for part in parts)
+    weighed = [
+        Moments(
+            part.count if counted else None,  # type: ignore[arg-type]  # as running statistics
+            *(jnp.asarray(w).astype(t.dtype) * t for t in (part.mean, part.var)),
         )
-
-    counts = [part.count for part in parts]
-    count = None if any(n is None for n in counts) else _sum(counts)
-    return Moments(count, average("mean"), average("var"))  # type: ignore[arg-type]  # running statistics may have no count
-
-
-def _sum(terms: Sequence[jax.Array]) -> jax.Array:
-    return functools.reduce(operator.add, terms)
+        for w, part in zip(weights, parts, strict=True)
+    ]
+    return functools.reduce(functools.partial(jax.tree.map, operator.add), weighed)
 
 
 def _check_shapes(parts: Sequence[Moments], verb: str) -> None:
@@ -184,9 +186,10 @@ def _check_shapes(parts: Sequence[Moments], verb: str) -> None:
         raise ValueError(f"{verb} needs one or more moments of equal shape. Got shapes {shapes}.")
 
 
-def _check_counted(m: Moments, verb: str) -> None:
+def check_counted(m: Moments, what: str) -> None:
+    """Moments whose count is needed have one."""
     if m.count is None:
         raise ValueError(
-            f"{verb} weighs by count. Got running statistics without one; make them by "
+            f"{what} needs a count. Got running statistics without one; make them by "
             "init_running(shape, counted=True)."
         )

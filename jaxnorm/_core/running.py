@@ -1,22 +1,21 @@
 """Running statistics as an exponential average of those of batches."""
 
-import dataclasses
 import functools
 import operator
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._core.arithmetic import statistic_dtype
+from jaxnorm._core.arithmetic import quotient, statistic_dtype
 from jaxnorm._core.axes import single_axis
 from jaxnorm._core.checks import check_number, known
 from jaxnorm._core.divisor import corrected
 from jaxnorm._core.ghosts import GhostUpdate, check_ghost_update, one_update
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.pooling import pool, toward
+from jaxnorm._core.pooling import approached, toward
 from jaxnorm._core.state import check_running
 
 
@@ -92,42 +91,23 @@ def update_running(
     rate = rate_of(momentum, statistic_dtype(state.var.dtype))
     warn_of_half_precision(state.var.dtype, momentum)
     check_ghost_update(ghost_update)
-    if ghost_update == "pooled" or not _has_ghosts(m, state, batch_axis):
-        m = corrected(_as_state(m, state, batch_axis), correction)
-    else:
-        m = corrected(m, correction)
-        m, rate = one_update(
-            m, usable(m), single_axis(batch_axis, m.mean.shape), rate, ghost_update
-        )
-        m, rate = _as_state(m, state, batch_axis), rate.reshape(state.mean.shape)
+    m, rate = one_batch(m, state, batch_axis, correction, rate, ghost_update)
     count = state.count
     if count is not None:
         count = toward(count, jnp.ones_like(count), rate)
-        rate = rate / jnp.where(count > 0, count, 1)
-    mean, var = (toward(*_alike(*ts), rate) for ts in ((state.mean, m.mean), (state.var, m.var)))
-    return _stored(state, m, mean, var, count)
+        rate = quotient(rate, count)
+    return moved(state, m, rate, count)
 
 
-def _alike(old: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A value of the state and of a batch in a precision that holds both."""
-    with jax.numpy_dtype_promotion("standard"):
-        wide = jnp.promote_types(statistic_dtype(old.dtype), new.dtype)
-    return old.astype(wide), new.astype(wide)
+def moved(state: Moments, m: Moments, rate: jax.Array, count: jax.Array | None) -> Moments:
+    """State that has gone a part of its way to m, with that count, in its own dtypes.
 
-
-def _stored(
-    state: Moments, m: Moments, mean: jax.Array, var: jax.Array, count: jax.Array | None
-) -> Moments:
-    """New values in the dtypes of the state.
-
-    The old ones stay where m is not usable, or where a new one would not be finite as it is stored.
+    It stays where m is not usable, or where something would not be finite as it is stored.
     """
-    old = (state.mean, state.var) + (() if state.count is None else (state.count,))
-    new = (mean, var) + (() if count is None else (count,))
-    new = [t.astype(t_old.dtype) for t, t_old in zip(new, old, strict=True)]
-    keep = functools.reduce(operator.and_, map(jnp.isfinite, new), usable(m))
-    new = [jnp.where(keep, t, t_old) for t, t_old in zip(new, old, strict=True)]
-    return Moments(new[2] if len(new) > 2 else None, new[0], new[1])  # type: ignore[arg-type]
+    new = approached(state, m, rate, count)
+    new = jax.tree.map(lambda t, old: t.astype(old.dtype), new, state)
+    keep = functools.reduce(operator.and_, map(jnp.isfinite, jax.tree.leaves(new)), usable(m))
+    return jax.tree.map(lambda t, old: jnp.where(keep, t, old), new, state)
 
 
 def rate_of(momentum: ArrayLike, dtype: jnp.dtype, name: str = "momentum") -> jax.Array:
@@ -166,41 +146,39 @@ def usable(m: Moments) -> jax.Array:
     return (m.count > 0) & jnp.isfinite(m.mean) & jnp.isfinite(m.var)
 
 
-def _has_ghosts(m: Moments, state: Moments, batch_axis: int) -> bool:
-    shape = m.mean.shape
-    return (
-        m.count is not None
-        and shape != state.mean.shape
-        and shape[single_axis(batch_axis, shape)] != 1
-    )
-
-
-def _as_state(m: Moments, state: Moments, batch_axis: int) -> Moments:
-    """A batch's moments with ghost batches pooled, in the state's shape."""
+def one_batch(
+    m: Moments,
+    state: Moments,
+    batch_axis: int,
+    correction: int = 0,
+    rate: Any = None,
+    ghost_update: GhostUpdate = "pooled",
+) -> tuple[Moments, Any]:
+    """A batch's moments in the state's shape, ghosts joined, and the rate at which they enter."""
     check_running(m, "m")
     if m.count is None:
         raise ValueError(
             "m has no count. Expected a batch's moments, as moments(x, groups) returns, not "
             "running statistics."
         )
-    shape = m.mean.shape
-    if shape != state.mean.shape:
+    shape, fits = m.mean.shape, state.mean.shape
+    if ghost_update != "pooled":  # the variance of each ghost, not that of their average
+        m, correction = corrected(m, correction), 0
+    if shape != fits:
         batch = single_axis(batch_axis, shape)
         if shape[batch] != 1:
-            m = pool(m, (*shape[:batch], 1, *shape[batch + 1 :]))
-        if [n for n in m.mean.shape if n != 1] != [n for n in state.mean.shape if n != 1]:
+            m, rate = one_update(m, usable(m), batch, rate, ghost_update)
+        if [n for n in m.mean.shape if n != 1] != [n for n in fits if n != 1]:
             raise ValueError(
-                f"moments of shape {shape} do not fit running statistics of shape "
-                f"{state.mean.shape}. Expected the statistic's shape, whose batch axis and "
-                "spatial axes of size 1 are dropped."
+                f"moments of shape {shape} do not fit running statistics of shape {fits}. "
+                "Expected the statistic's shape, whose batch axis and spatial axes of size 1 are "
+                "dropped."
             )
-        m = jax.tree.map(lambda t: t.reshape(state.mean.shape), m)
+        m, rate = jax.tree.map(lambda t: t.reshape(fits) if t.ndim else t, (m, rate))
     if jnp.iscomplexobj(m.mean) and not jnp.iscomplexobj(state.mean):
         raise TypeError(
             f"the batch's mean is complex and the running mean {state.mean.dtype}. Expected a "
             "complex running mean for complex x: make it so from the start, init_running(shape, "
             "dtype=jnp.complex64)."
         )
-    if jnp.iscomplexobj(state.mean):
-        m = dataclasses.replace(m, mean=lax.complex(m.mean.real, m.mean.imag))
-    return m
+    return corrected(m, correction), rate

@@ -8,7 +8,6 @@ be the carry of a `lax.scan`.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,8 +15,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
-from jaxnorm._core.axes import Shape, single_axis
-from jaxnorm._core.groups import Groups, HasRow, check_divides, groups_of
+from jaxnorm._core.axes import Shape, resized, single_axis
+from jaxnorm._core.groups import Groups, HasRow, check_divides, row_of
 from jaxnorm._core.moments import Moments, check_moments
 from jaxnorm._core.pooling import pool
 
@@ -46,9 +45,14 @@ def running_shape(
         ((256,), (1, 1, 1, 256))
     """
     axes = {"batch_axis": batch_axis, "channel_axis": channel_axis}
-    groups = groups_of(groups, x_shape, **axes)
-    statistic = dataclasses.replace(groups, batch=1).shape(x_shape, **axes)
-    batch, channel = single_axis(batch_axis, x_shape), single_axis(channel_axis, x_shape)
+    found, _ = row_of(groups, x_shape, **axes)
+    if not isinstance(found, Groups):
+        raise TypeError(
+            "expected a Groups, or a row of the table such as methods.group_norm(32). Got "
+            f"{groups!r}."
+        )
+    statistic = dataclasses.replace(found, batch=1).shape(x_shape, **axes)
+    batch, channel = (single_axis(axis, x_shape) for axis in axes.values())
     state = tuple(g for i, g in enumerate(statistic) if i == channel or (i != batch and g != 1))
     return state, statistic
 
@@ -117,9 +121,7 @@ def running_moments(
 def serving(state: Moments, expected: Shape, statistic: Shape, x_shape: Shape) -> Moments:
     """State of the expected shape, in the statistic's shape."""
     check_running(state, "state")
-    if not state.mean.shape == state.var.shape == expected or math.prod(expected) != math.prod(
-        statistic
-    ):
+    if state.mean.shape != expected or state.mean.size != math.prod(statistic):
         raise ValueError(
             f"running statistics of shape {state.mean.shape} do not fit x of shape "
             f"{tuple(x_shape)}, whose statistics have shape {statistic}. State that keeps "
@@ -134,28 +136,26 @@ def pooled_to(running: Moments, shape: Shape, batch_axis: int = 0) -> Moments:
 
     The batch axis stays of size 1.
     """
-    if running.mean.ndim != len(shape) or running.mean.shape[single_axis(batch_axis, shape)] != 1:
+    fine, batch = running.mean.shape, single_axis(batch_axis, shape)
+    if len(fine) != len(shape) or fine[batch] != 1:
         raise ValueError(
-            f"running moments of shape {running.mean.shape} do not serve statistics of shape "
-            f"{shape}. Expected the statistic's shape with 1 for the batch, as "
-            "running_moments(state, groups, x.shape) returns."
+            f"running moments of shape {fine} do not serve statistics of shape {shape}. Expected "
+            "the statistic's shape with 1 for the batch, as running_moments(state, groups, "
+            "x.shape) returns."
         )
-    batch = single_axis(batch_axis, shape)
-    coarse = tuple(1 if i == batch else g for i, g in enumerate(shape))
-    check_divides(coarse, running.mean.shape, "statistics")
-    known = dataclasses.replace(running, count=jnp.ones(running.var.shape, running.var.dtype))
-    return known if coarse == running.mean.shape else pool(known, coarse)
+    coarse = resized(shape, batch, 1)
+    check_divides(coarse, fine, "statistics")
+    known = dataclasses.replace(running, count=jnp.ones_like(running.var))
+    return known if coarse == fine else pool(known, coarse)
 
 
 def check_running(state: Any, name: str) -> None:
     """`state` is running statistics, with a mean and a variance of one shape."""
     if not isinstance(state, Moments):
-        hint = (
-            "Moments(None, d['mean'], d['var']), or call the method's apply, which takes the dict"
-            if isinstance(state, Mapping)
-            else "Moments, such as init_running(shape)"
+        raise TypeError(
+            f"{name} is a {type(state).__name__}; expected Moments, such as init_running(shape), "
+            "or of a dict Moments(None, d['mean'], d['var']); a method's apply takes the dict."
         )
-        raise TypeError(f"{name} is a {type(state).__name__}; expected {hint}.")
     check_moments(state, name)
 
 

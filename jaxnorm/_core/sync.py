@@ -6,13 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
-from jaxnorm._core.checks import check_number
 from jaxnorm._core.devices import AxisName, DeviceGroups, all_sum, device_count, device_groups_of
-from jaxnorm._core.moments import Moments
+from jaxnorm._core.moments import Moments, as_weights
 from jaxnorm._core.pooling import pool
 
 
@@ -62,43 +60,37 @@ def sync_running(
         [[2.0], [2.0]]
     """
     groups = device_groups_of(axis_name, axis_index_groups)
-    if weights is not None and not jnp.issubdtype(jnp.result_type(weights), jnp.bool_):
-        check_number(weights, "weights", at_least=0, shape=np.shape(weights))
 
     def synced(s: Any) -> Any:
-        if isinstance(s, Moments):
-            return together(s)
         if not _holds_statistics(s):
             raise TypeError(
                 f"sync_running takes running statistics. Got a leaf of type {type(s).__name__}; "
                 'expected Moments, or mappings with "mean" and "var", such as batch_stats.'
             )
-        known, new = (
-            {"mean", "var", "count", "positions"},
-            together(Moments(s.get("count"), s["mean"], s["var"])),
-        )
-        values = {"mean": new.mean, "var": new.var, "count": new.count}
+        if isinstance(s, Moments):
+            return together(s)
+        new = together(Moments(s.get("count"), s["mean"], s["var"]))
+        values = vars(new) | {"positions": s.get("positions")}
         if "train_mean" in s and "train_var" in s:
-            known |= {"train_mean", "train_var"}
-            trained = together(Moments(None, s["train_mean"], s["train_var"]))  # type: ignore[arg-type]  # no count
-            values |= {"train_mean": trained.mean, "train_var": trained.var}
-        inner = {name: t for name, t in s.items() if isinstance(t, Mapping)}
-        if unknown := sorted(set(s) - known - set(inner)):
+            new = together(Moments(None, s["train_mean"], s["train_var"]))  # type: ignore[arg-type]  # no count
+            values |= {"train_mean": new.mean, "train_var": new.var}
+        values |= {name: tree(t) for name, t in s.items() if isinstance(t, Mapping)}
+        if unknown := sorted(set(s) - set(values)):
             raise TypeError(
                 f"sync_running knows no union of {', '.join(unknown)}. Got {', '.join(sorted(s))}; "
                 "expected mean and var, and beside them count, train_mean and train_var, or "
                 "positions. Keep such layers equal by their axis_name."
             )
-        return type(s)(
-            {name: tree(t) if name in inner else values.get(name, t) for name, t in s.items()}
-        )
+        return type(s)({name: values[name] for name in s})
 
     def together(s: Moments) -> Moments:
         wide = jax.tree.map(lambda t: t.astype(statistic_dtype(t.dtype)), s)
-        w = weights if weights is not None else 1 if s.count is None else wide.count
-        w = jnp.broadcast_to(jnp.asarray(w).astype(wide.var.dtype), s.var.shape)
-        sound = jnp.isfinite(wide.mean) & jnp.isfinite(wide.var)
-        w = jnp.where(sound & (w >= 0) & jnp.isfinite(w), w, 0)
+        w = jnp.ones_like(wide.var) if s.count is None else wide.count
+        if weights is not None:
+            w = as_weights(weights, wide.var)
+        w = jnp.broadcast_to(w.astype(wide.var.dtype), s.var.shape)
+        sound = jnp.isfinite(wide.mean) & jnp.isfinite(wide.var) & jnp.isfinite(w) & (w >= 0)
+        w = jnp.where(sound, w, 0)
         # before the first update all devices count alike
         w = jnp.where(all_sum(w, axis_name, groups) > 0, w, 1)
         m = Moments(w, wide.mean, wide.var)
@@ -106,17 +98,14 @@ def sync_running(
         count = jax.tree.map(
             lambda n: all_sum(n, axis_name, groups) / device_count(axis_name, groups), wide.count
         )
-        return jax.tree.map(
-            lambda old, t: t.astype(old.dtype), s, dataclasses.replace(new, count=count)
-        )
+        new = dataclasses.replace(new, count=count)
+        return jax.tree.map(lambda old, t: t.astype(old.dtype), s, new)
 
     def tree(state: Any) -> Any:
-        return jax.tree.map(
-            synced, state, is_leaf=lambda t: isinstance(t, Moments) or _holds_statistics(t)
-        )
+        return jax.tree.map(synced, state, is_leaf=_holds_statistics)
 
     return tree(state)
 
 
 def _holds_statistics(t: Any) -> bool:
-    return isinstance(t, Mapping) and "mean" in t and "var" in t
+    return isinstance(t, Moments) or (isinstance(t, Mapping) and {"mean", "var"} <= set(t))
