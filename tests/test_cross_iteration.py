@@ -478,9 +478,12 @@ def test_errors():
     def call(y=x @ w, state=state, **options):
         return method.apply(y, state, **{"train": True, "inputs": x, "kernel": w} | options)
 
-    for options in ({"kernel": w[:3]}, {"inputs": x[:, :3]}, {"y": x}, {"state": init((6, 5))}):
-        with pytest.raises(ValueError, match="Expected the state that init makes for this kernel"):
+    for options in ({"kernel": w[:3]}, {"inputs": x[:, :3]}, {"y": x}):
+        with pytest.raises(ValueError, match="Got y of .*Expected a kernel of shape .* C channels"):
             call(**options)
+    for state_of_other in (init((6, 5)), init((5, 6), 5), {"mean": state["mean"]}):
+        with pytest.raises(ValueError, match=r"own state, .*past_slope of shape \(3, 5, 6\)"):
+            call(state=state_of_other)
     with pytest.raises(ValueError, match="differ between the channels"):
         call(weights=jnp.ones((4, 6)))
     with pytest.raises(TypeError, match="defined for real x"):

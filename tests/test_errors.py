@@ -489,6 +489,7 @@ EPSILONS = {
 }
 # a method is static, so that what is no Python number is refused by its kind
 EPSILONS_OF_METHODS = EPSILONS | {
+    "None": (TypeError, r"\(epsilon=\.\.\.\) is None\. Expected a value such as", None),
     "NaN": (ValueError, r"\(epsilon=\.\.\.\) is NaN\. Expected a number", float("nan")),
     "for each channel": (
         TypeError,
@@ -762,7 +763,8 @@ ERRORS |= {
     "state of another method": (
         ValueError,
         r"batch_renorm got a state with mean of shape \(6,\), var of shape \(6,\)\. Expected its "
-        "own state, a dict with mean of 1 axis, std of 1 axis",
+        r"own state, a dict with mean of shape \(6,\), std of shape \(6,\), as its init makes it for "
+        r"x of shape \(8, 4, 4, 6\): state belongs to one method and number of channels",
         lambda: methods.batch_renorm().apply(X, BN.init(NHWC), train=True),
     ),
     "state of a method without": (
@@ -772,7 +774,7 @@ ERRORS |= {
     ),
     "moments as state": (
         TypeError,
-        "Row got a Moments. Expected its own state, a dict with mean, var",
+        r"Row got a Moments. Expected its own state, a dict with mean of shape \(6,\), var",
         lambda: BN.apply(X, init_running((6,)), train=True),
     ),
     "an example's weight in training": (

@@ -3,8 +3,8 @@
 Those of past batches are carried over to the present weights.
 """
 
-import dataclasses
-from typing import Any, Unpack, final
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +12,25 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm._core.axes import Shape, single_axis
-from jaxnorm._core.checks import check_count, check_number
 from jaxnorm._core.moments import as_weights, inexact
 from jaxnorm._core.pooling import pool
 from jaxnorm._core.running import usable
 from jaxnorm._core.shared import own_and_wide, shared
 from jaxnorm.methods._carried_over import Linear, carried_over, derivatives
+from jaxnorm.methods._fields import Count, NotNegative, Share, as_value
 from jaxnorm.methods._frame import (
     applied,
     averages,
-    check_state,
     first_running,
     measured,
+    pushed,
     recalled,
-    remembered,
 )
-from jaxnorm.methods._method import InitOptions, Method, Options, State
+from jaxnorm.methods._method import InitOptions, Method, Options, Result, State
 from jaxnorm.methods._table import batch_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class cross_iteration_norm(Method):
     """Batch normalization of y = layer(inputs, kernel) over this batch and the last ones.
 
@@ -110,21 +108,14 @@ class cross_iteration_norm(Method):
         CmBN: AlexeyAB's darknet.
     """
 
-    window: int = 3
+    window: Count = 3
     rho: float = 1.0
     momentum: float = 0.9
     epsilon: float = 1e-5
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_count(self.window, "window")
-        check_number(self.rho, "rho", at_least=0, at_most=1)
-
     def _init(self, x_shape: Shape, options: InitOptions) -> State:
-        shape, groups = (
-            tuple(options.get("kernel_shape", ())),
-            options.get("feature_group_count", 1),
-        )
+        shape = tuple(options.get("kernel_shape", ()))
+        groups = options.get("feature_group_count", 1)
         if len(shape) < 2 or groups < 1 or shape[-1] % groups:
             raise ValueError(
                 f"Got a kernel_shape of {shape} and a feature_group_count of {groups}. "
@@ -141,6 +132,17 @@ class cross_iteration_norm(Method):
         past = {name: jnp.zeros((self.window, *t), jnp.float32) for name, t in zeros.items()}
         return first_running(shape[-1:]) | past
 
+    def describe_front(self, x_shape: Shape, options: Mapping[str, Any]) -> dict[str, Any]:
+        inputs, kernel = (jnp.shape(options[name]) for name in ("inputs", "kernel"))
+        channel = single_axis(options["channel_axis"], x_shape)
+        if len(kernel) < 2 or kernel[-1] != x_shape[channel] or inputs[channel] % kernel[-2]:
+            raise ValueError(
+                f"Got y of shape {x_shape} with channel_axis={options['channel_axis']}, inputs of "
+                f"shape {inputs} and a kernel of shape {kernel}. Expected a kernel of shape (..., "
+                "inputs of a group, C) that makes the C channels of y of those of the inputs."
+            )
+        return {"kernel_shape": kernel, "feature_group_count": inputs[channel] // kernel[-2]}
+
     def in_front(  # type: ignore[override]  # the hook that layers call
         self, inputs: jax.Array, kernel: jax.Array, layer: Linear
     ) -> tuple[jax.Array, dict[str, Any]]:
@@ -155,31 +157,23 @@ class cross_iteration_norm(Method):
         train: bool,
         inputs: ArrayLike,
         kernel: ArrayLike,
-        window: ArrayLike,
-        rho: ArrayLike,
+        window: NotNegative,
+        rho: Share,
         momentum: ArrayLike,
         layer: Linear = jnp.matmul,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
+    ) -> Result:
         x = shared(x)
         inputs, kernel = (own_and_wide(inexact(t))[0] for t in (inputs, kernel))
-        channel_axis = options["channel_axis"]
-        check_state(
-            state,
-            self,
-            mean=1,
-            var=1,
-            past_count=1,
-            past_mean=2,
-            past_var=2,
-            past_patch=kernel.ndim + 1,
-            past_slope=kernel.ndim + 1,
-        )
-        _check(state, x, inputs, kernel, channel_axis, options.get("weights"))
+        channel, weights = single_axis(options["channel_axis"], x.shape), options.get("weights")
+        if weights is not None and as_weights(weights, x).shape[channel] != 1:
+            raise ValueError(
+                f"weights of shape {jnp.shape(weights)} differ between the channels of y, shape "
+                f"{x.shape}. Expected size 1 on axis {channel}: all channels of cross-iteration "
+                "statistics have the same input patches."
+            )
         if not train:
             return applied(x, recalled(state, x, options), self.epsilon, **options), state
-        check_number(rho, "rho", at_least=0, at_most=1)
-        check_number(window, "window", at_least=0)
         present = measured(x, batch_norm(), **options)
         past = carried_over(state, lax.stop_gradient(kernel), window, rho, x, options)
         union = pool(
@@ -194,7 +188,6 @@ class cross_iteration_norm(Method):
             state["past_patch"].shape[-1],
             options,
         )
-        keep = usable(present)
         entry = {
             "count": present.count.reshape(-1)[0],
             "mean": present.mean,
@@ -202,39 +195,8 @@ class cross_iteration_norm(Method):
             "patch": patch,
             "slope": slope,
         }
-        finite = keep.all() & jnp.isfinite(patch).all() & jnp.isfinite(slope).all()
-        new = averages(state, momentum, keep, mean=present.mean, var=present.var)
+        finite = usable(present).all() & jnp.isfinite(patch).all() & jnp.isfinite(slope).all()
+        new = averages(state, present, momentum, mean=present.mean, var=present.var)
         for name, value in entry.items():
-            old = state[f"past_{name}"]
-            pushed = jnp.concatenate([value.reshape(1, *old.shape[1:]).astype(old.dtype), old[:-1]])
-            new[f"past_{name}"] = remembered(old, pushed, finite)
+            new[f"past_{name}"] = pushed(state[f"past_{name}"], value, finite)
         return z, new
-
-
-def _check(
-    state: State,
-    y: jax.Array,
-    inputs: jax.Array,
-    kernel: jax.Array,
-    channel_axis: int,
-    weights: ArrayLike | None,
-) -> None:
-    shape, groups = state["past_slope"].shape[1:], state["past_patch"].shape[-1]
-    channel = single_axis(channel_axis, y.shape)
-    if (
-        kernel.shape != shape
-        or shape[-1] != y.shape[channel]
-        or shape[-2] * groups != inputs.shape[channel]
-    ):
-        raise ValueError(
-            f"state is that of a kernel of shape {shape} in {groups} groups: {shape[-2] * groups} "
-            f"channels in, {shape[-1]} out. Got a kernel of shape {kernel.shape}, inputs of shape "
-            f"{inputs.shape}, y of shape {y.shape} with channel_axis={channel_axis}. Expected the "
-            "state that init makes for this kernel."
-        )
-    if weights is not None and as_weights(weights, y).shape[channel] != 1:
-        raise ValueError(
-            f"weights of shape {jnp.shape(weights)} differ between the channels of y, shape "
-            f"{y.shape}. Expected size 1 on axis {channel_axis}: all channels of cross-iteration "
-            "statistics have the same input patches."
-        )

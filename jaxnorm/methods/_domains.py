@@ -4,35 +4,32 @@ The statistics of a domain over all layers are its embedding; an example of an u
 placed among them by its own statistics: see `domains`.
 """
 
-import dataclasses
-from typing import Any, Unpack, final
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm._core.axes import single_axis
-from jaxnorm._core.checks import check_count
 from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, inexact
-from jaxnorm._core.running import usable
 from jaxnorm._core.shared import shared
+from jaxnorm.methods._fields import Count, as_value
 from jaxnorm.methods._frame import (
     applied,
     averages,
-    check_state,
     first_running,
     measured,
     per_device,
     pooled,
     recalled,
 )
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._method import Method, Options, Result, State
+from jaxnorm.methods._state import check_state
 from jaxnorm.methods._table import batch_norm, instance_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class domain_batch_norm(Method):
     """Batch normalization of each domain's examples by themselves.
 
@@ -74,13 +71,9 @@ class domain_batch_norm(Method):
         Normalization for Unsupervised Domain Adaptation, 2019, arXiv:1906.03950.
     """
 
-    num_domains: int
+    num_domains: Count
     momentum: float = 0.99
     epsilon: float = 1e-5
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_count(self.num_domains, "num_domains")
 
     def first_state(self, num_channels: int) -> State:
         return first_running((self.num_domains, num_channels))
@@ -94,9 +87,8 @@ class domain_batch_norm(Method):
         domain: ArrayLike,
         momentum: ArrayLike,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
+    ) -> Result:
         x = shared(x)
-        self._check_fits(state)
         batch_axis = options["batch_axis"]
         domain = _labels(domain, x, batch_axis)
         bank = recalled(state, x, options)
@@ -104,15 +96,8 @@ class domain_batch_norm(Method):
             used = _rows(bank, domain, x, batch_axis)
             return applied(x, used, self.epsilon, **options), state
         m = _of_each_domain(x, domain, bank.mean.shape, options)
-        new = averages(state, momentum, usable(m), mean=m.mean, var=m.var)
+        new = averages(state, m, momentum, mean=m.mean, var=m.var)
         return applied(x, _rows(m, domain, x, batch_axis), self.epsilon, **options), new
-
-    def _check_fits(self, state: State) -> None:
-        check_state(state, self, mean=2, var=2)
-        if (count := len(state["mean"])) != self.num_domains:
-            raise ValueError(
-                f"state of {count} domains was given to {self}; expected {self.num_domains}."
-            )
 
     @in_explicit_meshes
     def observe(  # type: ignore[override]  # the hook that layers call
@@ -161,8 +146,8 @@ class domain_batch_norm(Method):
             That the distance is squared, and which pass it is measured in, are our choice.
         """
         x = inexact(x)
-        self._check_fits(state)
         options: Any = {"batch_axis": batch_axis, "channel_axis": channel_axis}
+        check_state(self, state, x.shape, **options)
         bank = recalled(state, x, options)
         row = _rows(bank, _labels(domain, x, batch_axis), x, batch_axis)
         m = measured(x, instance_norm(), **options | {"weights": weights})

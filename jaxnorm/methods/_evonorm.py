@@ -3,25 +3,21 @@
 x is not centered.
 """
 
-import dataclasses
-from typing import Unpack, final
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxnorm._core.axes import single_axis
-from jaxnorm._core.checks import check_count
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.running import usable
 from jaxnorm._core.shared import shared, widened
+from jaxnorm.methods._fields import Count, as_value
 from jaxnorm.methods._frame import (
     along_channels,
     applied,
     averages,
-    check_state,
     measured,
     output_dtype,
     parameter,
@@ -29,12 +25,11 @@ from jaxnorm.methods._frame import (
     pooled,
     zero_masked,
 )
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._method import Method, Options, Parameters, Result, State, channels_of
 from jaxnorm.methods._table import batch_norm, group_norm, instance_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class evonorm_b0(Method):
     """Divide x by the batch's standard deviation, or by a line in x where that is larger.
 
@@ -79,7 +74,7 @@ class evonorm_b0(Method):
     def first_state(self, num_channels: int) -> State:
         return {"var": jnp.ones(num_channels, jnp.float32)}
 
-    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+    def parameters(self, num_channels: int) -> Parameters:
         return {"v": np.ones(num_channels, np.float32)}
 
     def rule(
@@ -91,14 +86,13 @@ class evonorm_b0(Method):
         v: ArrayLike,
         momentum: ArrayLike,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
+    ) -> Result:
         x = shared(x)
-        check_state(state, self, var=1)
         own = measured(x, instance_norm(), **per_device(options))
         var = along_channels(state["var"], x, options)
         if train:
             m = pooled(own, batch_norm(), **options)
-            var, state = m.var, averages(state, momentum, usable(m), var=m.var)
+            var, state = m.var, averages(state, m, momentum, var=m.var)
 
         @jax.checkpoint
         def divided(x: jax.Array, var: jax.Array, own_var: jax.Array) -> jax.Array:
@@ -112,8 +106,7 @@ class evonorm_b0(Method):
         return divided(x, var, own.var), state
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class evonorm_s0(Method):
     """Divide x sigmoid(v x) by the standard deviation of x over positions and a group of channels.
 
@@ -145,14 +138,10 @@ class evonorm_s0(Method):
         the authors' code.
     """
 
-    num_groups: int = 32
+    num_groups: Count = 32
     epsilon: float = 1e-5
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_count(self.num_groups, "num_groups")
-
-    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+    def parameters(self, num_channels: int) -> Parameters:
         return {"v": np.ones(num_channels, np.float32)}
 
     def rule(
@@ -163,10 +152,9 @@ class evonorm_s0(Method):
         train: bool,
         v: ArrayLike,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
+    ) -> Result:
         x = shared(x)
-        check_state(state, self)
-        channels = x.shape[single_axis(options["channel_axis"], x.shape)]
+        channels = channels_of(x.shape, options)
         if channels % self.num_groups != 0:
             lower = max(n for n in range(1, self.num_groups) if channels % n == 0)
             raise ValueError(

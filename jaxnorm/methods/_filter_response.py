@@ -1,7 +1,6 @@
 """Filter Response Normalization with its thresholded linear unit."""
 
-import dataclasses
-from typing import Any, Unpack, final
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +11,19 @@ from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.checks import check_number
 from jaxnorm._core.moments import inexact
 from jaxnorm._core.shared import shared, widened
+from jaxnorm.methods._fields import as_value
 from jaxnorm.methods._frame import (
     applied,
-    check_state,
+    axes_in,
     measured,
     output_dtype,
     parameter,
-    select_options,
 )
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._method import Method, Options, Parameters, Result, State
 from jaxnorm.methods._table import instance_rms_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class filter_response_norm(Method):
     """Divide each channel of each example by its root mean square, then threshold it.
 
@@ -81,7 +79,7 @@ class filter_response_norm(Method):
                 "use_slope=True; expected both, or no slope."
             )
 
-    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+    def parameters(self, num_channels: int) -> Parameters:
         zeros = np.zeros(num_channels, np.float32)
         learned = {"threshold": zeros} if self.use_threshold else {}
         learned |= {"slope": zeros} if self.use_slope else {}
@@ -98,9 +96,8 @@ class filter_response_norm(Method):
         slope: ArrayLike | None = None,
         learned_epsilon: ArrayLike | None = None,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
+    ) -> Result:
         x = shared(x)
-        check_state(state, self)
         given = {"threshold": threshold, "slope": slope, "learned_epsilon": learned_epsilon}
         for name in given.keys() - self.parameters(1).keys():
             if given[name] is not None:
@@ -117,8 +114,8 @@ class filter_response_norm(Method):
             after, dtype = options.get("activation"), output_dtype(x, options)
 
             def thresholded(y: jax.Array) -> jax.Array:
-                axes = select_options(options, "batch_axis", "channel_axis")
-                y = thresholded_linear_unit(y, threshold, slope=slope, **axes).astype(dtype)
+                y = thresholded_linear_unit(y, threshold, slope=slope, **axes_in(options))
+                y = y.astype(dtype)
                 return y if after is None else after(y)
 
             options |= {"activation": thresholded, "dtype": wide}  # type: ignore[assignment]

@@ -1,7 +1,6 @@
 """GN+: group normalization mixed with its own output standardized over the batch."""
 
-import dataclasses
-from typing import Unpack, final
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +9,16 @@ from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, single_axis
-from jaxnorm._core.checks import check_count
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.divisor import with_divisor
 from jaxnorm._core.groups import EACH, Groups
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.shared import own_and_wide, shared
 from jaxnorm._core.state import running_shape, serving
+from jaxnorm.methods._fields import Count, as_value
 from jaxnorm.methods._frame import (
     applied,
     axes_in,
-    check_state,
     first_running,
     measured,
     output_dtype,
@@ -28,12 +26,11 @@ from jaxnorm.methods._frame import (
     per_device,
     updated,
 )
-from jaxnorm.methods._method import InitOptions, Method, Options, State
+from jaxnorm.methods._method import InitOptions, Method, Options, Parameters, Result, State
 from jaxnorm.methods._table import group_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class group_norm_plus(Method):
     """Group normalization, mixed with its own output standardized over the batch.
 
@@ -85,16 +82,12 @@ class group_norm_plus(Method):
         Online Continual Learning, 2022, arXiv:2203.16102.
     """
 
-    num_groups: int = 32
+    num_groups: Count = 32
     per_position: bool = True
     momentum: float = 0.99
     epsilon: float = 1e-5
     correction: int = 0
     epsilon_outside: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_count(self.num_groups, "num_groups")
 
     @property
     def _second_branch(self) -> Groups:
@@ -107,7 +100,7 @@ class group_norm_plus(Method):
         shape, _ = running_shape(self._second_branch, tuple(x_shape), **axes_in(options))
         return first_running(shape)
 
-    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+    def parameters(self, num_channels: int) -> Parameters:
         return {"mixture": np.ones((), np.float32)}
 
     def rule(
@@ -119,12 +112,11 @@ class group_norm_plus(Method):
         mixture: ArrayLike,
         momentum: ArrayLike,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
+    ) -> Result:
         x = shared(x)
         second = self._second_branch
         wide = statistic_dtype(x.dtype)
         shape, _ = shapes = running_shape(second, x.shape, **axes_in(options))
-        check_state(state, self, mean=len(shape), var=len(shape))
         running = serving(
             Moments(state["mean"], state["mean"], state["var"]),
             *shapes,

@@ -5,9 +5,8 @@ nor the weights, nor how variances are combined. The weights are the user's, and
 of variances are here.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Literal, Unpack, final
+from typing import Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +18,19 @@ from jaxnorm._core.moments import Moments
 from jaxnorm._core.pooling import pool
 from jaxnorm._core.running import usable
 from jaxnorm._core.shared import shared
+from jaxnorm.methods._fields import as_value
 from jaxnorm.methods._frame import (
     along_channels,
     applied,
-    check_state,
     first_running,
     measured,
     remembered,
 )
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._method import Method, Options, Result, State
 from jaxnorm.methods._table import batch_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class memorized_batch_norm(Method):
     """Batch normalization by a weighted combination of this batch's statistics and the last K's.
 
@@ -109,9 +107,8 @@ class memorized_batch_norm(Method):
         train: bool,
         memory_weights: ArrayLike | Sequence[float],
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
+    ) -> Result:
         x = shared(x)
-        check_state(state, self, mean=2, var=2, count=1)
         mean, var, count = (
             lax.stop_gradient(along_channels(state[n], x, options))
             for n in ("mean", "var", "count")

@@ -3,8 +3,7 @@
 No mean is subtracted.
 """
 
-import dataclasses
-from typing import Any, ClassVar, Unpack, final
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +11,19 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._core.checks import check_count, check_number
 from jaxnorm._core.devices import AxisName, device_count, device_groups_of, names_of, varying_like
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.running import usable
 from jaxnorm._core.shared import own_and_wide, shared
 from jaxnorm.kernels import centralize_kernel
-from jaxnorm.methods._frame import (
-    along_channels,
-    applied,
-    averaged,
-    check_state,
-    measured,
-    remembered,
-)
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._fields import Count, NotNegative, OneOrMore, as_value
+from jaxnorm.methods._frame import along_channels, applied, averages, measured, pushed
+from jaxnorm.methods._method import Method, Options, Parameters, Result, State
 from jaxnorm.methods._row import Row
 from jaxnorm.methods._table import batch_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class moving_average_norm(Method):
     """Division by the root of a mean square that is averaged over the last K batches.
 
@@ -122,17 +113,12 @@ class moving_average_norm(Method):
 
     overwritten_by_gradient: ClassVar[tuple[str, ...]] = ("tap",)
 
-    window: int = 16
+    window: Count = 16
     average_from: int = 100
     correct_from: int = 1001
     rmax: float = 5.0
     momentum: float = 0.98
     epsilon: float = 1e-5
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_count(self.window, "window")
-        self._check_schedule(self.average_from, self.correct_from, self.rmax)
 
     def first_state(self, num_channels: int) -> State:
         past = jnp.zeros((self.window, num_channels), jnp.float32)
@@ -143,7 +129,7 @@ class moving_average_norm(Method):
             "step": jnp.zeros((), jnp.float32),
         }
 
-    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+    def parameters(self, num_channels: int) -> Parameters:
         return {"tap": np.zeros(num_channels, np.float32)}
 
     def in_front(  # type: ignore[override]  # the hook that layers call
@@ -152,26 +138,20 @@ class moving_average_norm(Method):
         """The output of the layer in front with a kernel that leaves no mean."""
         return layer(inputs, centralize_kernel(kernel)), {}
 
-    def _check_schedule(self, average_from: Any, correct_from: Any, rmax: Any) -> None:
-        check_number(average_from, "average_from", at_least=0)
-        check_number(correct_from, "correct_from", at_least=0)
-        check_number(rmax, "rmax", at_least=1)
-
     def rule(
         self,
         x: jax.Array,
         state: State,
         *,
         train: bool,
-        average_from: ArrayLike,
-        correct_from: ArrayLike,
-        rmax: ArrayLike,
+        average_from: NotNegative,
+        correct_from: NotNegative,
+        rmax: OneOrMore,
         momentum: ArrayLike,
         tap: ArrayLike | None = None,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
+    ) -> Result:
         x = shared(x)
-        check_state(state, self, mean_square=1, past_mean_square=2, past_gradient=2, step=0)
         running = along_channels(state["mean_square"], x, options)
         if not train:
             used = Moments(jnp.ones_like(running), jnp.zeros_like(running), running)
@@ -182,12 +162,11 @@ class moving_average_norm(Method):
                 f"{state['mean_square'].shape}, one number a channel: zeros in the first step, "
                 "then the gradient by the tap in the step before."
             )
-        self._check_schedule(average_from, correct_from, rmax)
         tap = jnp.asarray(tap)
         m = measured(x, Row(batch_norm().groups, mean=0), **options)
-        keep, (window, _) = usable(m), state["past_gradient"].shape
-        squares = _pushed(state["past_mean_square"], m.var, keep)
-        gradients = _pushed(state["past_gradient"], tap, jnp.isfinite(tap))
+        keep, window = usable(m), self.window
+        squares = pushed(state["past_mean_square"], m.var, keep.reshape(1, -1))
+        gradients = pushed(state["past_gradient"], tap, jnp.isfinite(tap)[None])
         step = state["step"] + keep.any().astype(state["step"].dtype)
         average_from, correct_from = (
             jnp.asarray(t, step.dtype) for t in (average_from, correct_from)
@@ -216,20 +195,9 @@ class moving_average_norm(Method):
         )
         divided: jax.Array = _corrected(square_and_tap, var, r, past / parts, share, count)
         y = applied(x, Moments(m.count, jnp.zeros_like(running), divided), 0.0, **options)
-        new = {
-            "mean_square": averaged(state["mean_square"], square, momentum, keep),
-            "past_mean_square": squares,
-            "past_gradient": gradients,
-            "step": lax.stop_gradient(step),
-        }
-        return y, new
-
-
-def _pushed(old: jax.Array, new: jax.Array, keep: jax.Array) -> jax.Array:
-    """The window `old`, newest first, with `new` in front, in the channels that `keep`."""
-    return remembered(
-        old, jnp.concatenate([new.reshape(1, -1).astype(old.dtype), old[:-1]]), keep.reshape(1, -1)
-    )
+        new = averages(state, m, momentum, mean_square=square)
+        new |= {"past_mean_square": squares, "past_gradient": gradients}
+        return y, new | {"step": lax.stop_gradient(step)}
 
 
 def _own(t: jax.Array, axis_name: AxisName) -> jax.Array:

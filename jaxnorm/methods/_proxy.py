@@ -1,9 +1,8 @@
 """Proxy Normalization: the activation's output standardized as if its input were Gaussian."""
 
-import dataclasses
 import functools
 import statistics
-from typing import Unpack, final
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +11,17 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
-from jaxnorm._core.checks import check_count, check_epsilon
+from jaxnorm._core.checks import check_epsilon
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.groups import Groups
 from jaxnorm._core.shared import shared
-from jaxnorm.methods._frame import applied, check_state, measured, output_dtype, parameter
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._fields import Count, as_value
+from jaxnorm.methods._frame import applied, measured, output_dtype, parameter
+from jaxnorm.methods._method import Method, Options, Parameters, Result, State
 from jaxnorm.methods._row import Row
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class proxy_norm(Method):
     """Normalization, activation, and standardization of each channel by a Gaussian proxy.
 
@@ -69,7 +68,7 @@ class proxy_norm(Method):
     """
 
     method: Row
-    num_quantiles: int = 200
+    num_quantiles: Count = 200
     proxy_epsilon: float = 0.03
     epsilon: float = 1e-3
 
@@ -88,10 +87,9 @@ class proxy_norm(Method):
                 "which pools it; expected a row with batch=EACH such as methods.layer_norm() or "
                 "methods.group_norm(4)."
             )
-        check_count(self.num_quantiles, "num_quantiles")
         check_epsilon(self.proxy_epsilon, "proxy_epsilon")
 
-    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+    def parameters(self, num_channels: int) -> Parameters:
         zeros = np.zeros(num_channels, np.float32)
         return {"proxy_scale": zeros, "proxy_bias": zeros}
 
@@ -104,9 +102,8 @@ class proxy_norm(Method):
         proxy_scale: ArrayLike,
         proxy_bias: ArrayLike,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
+    ) -> Result:
         x = shared(x)
-        check_state(state, self)
         dtype, wide = output_dtype(x, options), statistic_dtype(x.dtype)
         activation = options.get("activation") or (lambda y: y)
         names = {"scale": (options.get("scale"), 1), "bias": (options.get("bias"), 0)}
