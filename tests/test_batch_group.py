@@ -113,7 +113,7 @@ def test_another_image_size_is_refused_also_under_jit():
         run = jax.jit(partial(method.apply, train=train))
         with pytest.raises(
             ValueError,
-            match=r"positions of shape .*positions of shape \(6, 2\).*x of shape \(2, 6, 2, 6\).*one image",
+            match=r"positions of shape .*positions of shape \(6, 2\).*\(2, 6, 2, 6\): .* one image",
         ):
             run(x, method.init(SHAPE))
     layer = linen.Norm(method, use_running_average=True)

@@ -289,7 +289,7 @@ def test_authors_code():
     """
     layer, shape, inputs, _ = LAYERS["grouped"]
     xs, ws = batches(inputs, 8), kernels(shape, 8, step=0.02)
-    state, entries, running = first_state("grouped", window=2), [], (np.zeros(6), np.ones(6))
+    state, entries, running = first_state("grouped"), [], (np.zeros(6), np.ones(6))
     for it, (x, w) in enumerate(zip(xs, ws, strict=True), start=1):
         y = np.asarray(layer(x, w))
         n = y[..., 0].size
@@ -479,7 +479,9 @@ def test_errors():
         return method.apply(y, state, **{"train": True, "inputs": x, "kernel": w} | options)
 
     for options in ({"kernel": w[:3]}, {"inputs": x[:, :3]}, {"y": x}):
-        with pytest.raises(ValueError, match="Got y of .*Expected a kernel of shape .* C channels"):
+        with pytest.raises(
+            ValueError, match="Expected the shape of the kernel in front, .* groups that"
+        ):
             call(**options)
     for state_of_other in (init((6, 5)), init((5, 6), 5), {"mean": state["mean"]}):
         with pytest.raises(ValueError, match=r"own state, .*past_slope of shape \(3, 5, 6\)"):

@@ -763,8 +763,8 @@ ERRORS |= {
     "state of another method": (
         ValueError,
         r"batch_renorm got a state with mean of shape \(6,\), var of shape \(6,\)\. Expected its "
-        r"own state, a dict with mean of shape \(6,\), std of shape \(6,\), as its init makes it for "
-        r"x of shape \(8, 4, 4, 6\): state belongs to one method and number of channels",
+        r"own state, a dict with mean of shape \(6,\), std of shape \(6,\), as its init makes it "
+        r"for x of shape \(8, 4, 4, 6\): state belongs to one method and number of channels",
         lambda: methods.batch_renorm().apply(X, BN.init(NHWC), train=True),
     ),
     "state of a method without": (
@@ -789,12 +789,12 @@ ERRORS |= {
     ),
     "an option of another method, linen": (
         TypeError,
-        r"unexpected keyword argument domain at the call of a layer with evonorm_b0\(\)",
+        r"a layer with evonorm_b0\(\) got an unexpected option domain. Expected some of mask",
         lambda: linen.Norm(EVONORM_B0).init(jax.random.key(0), X, False, domain=1),
     ),
     "an option of another method, nnx": (
         TypeError,
-        r"unexpected keyword argument domain at the call of a layer with evonorm_b0\(\).*momentum",
+        r"a layer with evonorm_b0\(\) got an unexpected option domain. Expected some of .*momentum",
         lambda: nnx.Norm(6, EVONORM_B0, rngs=fnnx.Rngs(0))(X, domain=1),
     ),
     "initializers of what is not learned": (

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, single_axis
 from jaxnorm._core.checks import check_count
 from jaxnorm._core.groups import Groups
@@ -25,6 +24,7 @@ from jaxnorm.methods._frame import (
     measured,
     per_device,
     pooled,
+    running_in,
     updated,
 )
 from jaxnorm.methods._method import (
@@ -173,11 +173,7 @@ class batch_group_norm(Method):
                 flat = jax.tree.map(lambda t: t.reshape(-1), lax.stop_gradient(m))
                 state = updated(state, flat, momentum=momentum, correction=self.correction)
         else:
-            mean, var = (
-                state[name].reshape(-1, 1).astype(statistic_dtype(x.dtype))
-                for name in ("mean", "var")
-            )
-            m = Moments(jnp.ones_like(mean), mean, var)
+            m = jax.tree.map(lambda t: t.reshape(-1, 1), running_in(state))
         used = jax.tree.map(lambda t: at_features(t, grid, channel), m)
         return applied(x, used, self.epsilon, **options), state
 

@@ -3,6 +3,7 @@
 This is what `cross_iteration_norm` remembers and how it is used.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -14,7 +15,7 @@ from jaxnorm._core.arithmetic import counts, statistic_dtype
 from jaxnorm._core.axes import single_axis
 from jaxnorm._core.devices import all_sum, device_groups_of, varying_like
 from jaxnorm._core.moments import Moments, as_weights
-from jaxnorm.methods._frame import along_channels
+from jaxnorm.methods._frame import along_channels, axes_in
 from jaxnorm.methods._method import Options, State
 
 Linear = Callable[[jax.Array, jax.Array], jax.Array]
@@ -37,19 +38,14 @@ def carried_over(
         lax.stop_gradient(state[f"past_{name}"]).astype(wide)
         for name in ("count", "mean", "var", "patch", "slope")
     )
-    used = (count > 0) & (jnp.arange(len(count), dtype=wide) < jnp.asarray(window, wide))
+    size, groups, channels = len(count), patch.shape[-1], kernel.shape[-1]
+    used = (count > 0) & (jnp.arange(size, dtype=wide) < jnp.asarray(window, wide))
     kernel, rho = kernel.astype(wide), jnp.asarray(rho, wide)
-    by_group = kernel.reshape(-1, patch.shape[-1], kernel.shape[-1] // patch.shape[-1])
-    patch, slope = (
-        patch.reshape(len(count), *by_group.shape[:2]),
-        slope.reshape(len(count), -1, kernel.shape[-1]),
-    )
-    exact = lax.Precision.HIGHEST
-    d = jnp.einsum("krg,rgc->kgc", patch, by_group, precision=exact).reshape(mean.shape) - mean
-    e = (
-        jnp.einsum("kro,ro->ko", slope, kernel.reshape(-1, kernel.shape[-1]), precision=exact)
-        - 2 * var
-    )
+    patch, slope = patch.reshape(size, -1, groups), slope.reshape(size, -1, channels)
+    product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    d = product("krg,rgc->kgc", patch, kernel.reshape(-1, groups, channels // groups))
+    d = d.reshape(mean.shape) - mean
+    e = product("kro,ro->ko", slope, kernel.reshape(-1, channels)) - 2 * var
     mean, var = mean + rho * d, jnp.maximum(var + rho * e - jnp.square(rho * d), 0)
     count = jnp.broadcast_to(jnp.where(used, count, 0)[:, None], mean.shape)
     return Moments(*(along_channels(t, y, options) for t in (count, mean, var)))
@@ -69,8 +65,8 @@ def derivatives(
     That of the mean is the mean input patch, the same for all channels of a group; that of the
     variance is twice the mean of patch times centered y.
     """
-    axis_name, batch = options.get("axis_name"), single_axis(options["batch_axis"], y.shape)
-    channel, weights = single_axis(options["channel_axis"], y.shape), options.get("weights")
+    batch, channel = (single_axis(axis, y.shape) for axis in axes_in(options).values())
+    axis_name, weights = options.get("axis_name"), options.get("weights")
     w = None if weights is None else as_weights(weights, y)
     inputs, kernel = (t.astype(statistic_dtype(y.dtype)) for t in (inputs, kernel))
     # else shard_map's check_vma=True sums over devices also without an axis_name
@@ -94,12 +90,8 @@ def derivatives(
 
     # 0, but for the rounding of the mean
     residual = centered.sum([i for i in range(y.ndim) if i != channel])
-    sums = all_sum(
-        (patch, slope, residual),
-        axis_name,
-        device_groups_of(axis_name, options.get("axis_index_groups")),
-    )
-    patch, slope, residual = sums
+    devices = device_groups_of(axis_name, options.get("axis_index_groups"))
+    patch, slope, residual = all_sum((patch, slope, residual), axis_name, devices)
     residual = residual.reshape([1] * (kernel.ndim - 1) + [-1])
     return patch, 2 * (slope - residual * jnp.repeat(patch, kernel.shape[-1] // groups, axis=-1))
 

@@ -3,6 +3,7 @@
 Those of past batches are carried over to the present weights.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Unpack
 
@@ -26,7 +27,15 @@ from jaxnorm.methods._frame import (
     pushed,
     recalled,
 )
-from jaxnorm.methods._method import InitOptions, Method, Options, Result, State
+from jaxnorm.methods._method import (
+    InFront,
+    InitOptions,
+    Method,
+    Options,
+    Result,
+    State,
+    channels_of,
+)
 from jaxnorm.methods._table import batch_norm
 
 
@@ -115,37 +124,35 @@ class cross_iteration_norm(Method):
 
     def _init(self, x_shape: Shape, options: InitOptions) -> State:
         shape = tuple(options.get("kernel_shape", ()))
-        groups = options.get("feature_group_count", 1)
-        if len(shape) < 2 or groups < 1 or shape[-1] % groups:
+        groups, channels = options.get("feature_group_count", 1), channels_of(x_shape, options)
+        if len(shape) < 2 or groups < 1 or shape[-1] != channels or channels % groups:
             raise ValueError(
-                f"Got a kernel_shape of {shape} and a feature_group_count of {groups}. "
-                "Expected the shape of the kernel in front, (..., inputs, C), and groups that "
-                "divide C; a layer knows them by Norm(method, layer=...)."
+                f"Got a kernel_shape of {shape} and a feature_group_count of {groups} for x of "
+                f"shape {x_shape}. Expected the shape of the kernel in front, (..., inputs of a "
+                "group, C), and the number of groups of its inputs, which are groups that divide "
+                "C; a layer knows them by Norm(method, layer=...)."
             )
-        zeros = {
-            "past_count": (),
-            "past_mean": shape[-1:],
-            "past_var": shape[-1:],
-            "past_patch": (*shape[:-1], groups),
-            "past_slope": shape,
+        past = {
+            "count": (),
+            "mean": shape[-1:],
+            "var": shape[-1:],
+            "patch": (*shape[:-1], groups),
+            "slope": shape,
         }
-        past = {name: jnp.zeros((self.window, *t), jnp.float32) for name, t in zeros.items()}
-        return first_running(shape[-1:]) | past
+        return first_running(shape[-1:]) | {
+            f"past_{name}": jnp.zeros((self.window, *t), jnp.float32) for name, t in past.items()
+        }
 
     def describe_front(self, x_shape: Shape, options: Mapping[str, Any]) -> dict[str, Any]:
         inputs, kernel = (jnp.shape(options[name]) for name in ("inputs", "kernel"))
-        channel = single_axis(options["channel_axis"], x_shape)
-        if len(kernel) < 2 or kernel[-1] != x_shape[channel] or inputs[channel] % kernel[-2]:
-            raise ValueError(
-                f"Got y of shape {x_shape} with channel_axis={options['channel_axis']}, inputs of "
-                f"shape {inputs} and a kernel of shape {kernel}. Expected a kernel of shape (..., "
-                "inputs of a group, C) that makes the C channels of y of those of the inputs."
-            )
-        return {"kernel_shape": kernel, "feature_group_count": inputs[channel] // kernel[-2]}
+        channels = inputs[single_axis(options["channel_axis"], x_shape)]
+        groups, rest = divmod(channels, math.prod(kernel[-2:-1]))
+        # There are no groups of such inputs, which init refuses.
+        return {"kernel_shape": kernel, "feature_group_count": 0 if rest else groups}
 
     def in_front(  # type: ignore[override]  # the hook that layers call
         self, inputs: jax.Array, kernel: jax.Array, layer: Linear
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    ) -> InFront:
         """The output of the layer in front, and what `apply` takes of it."""
         return layer(inputs, kernel), {"inputs": inputs, "kernel": kernel, "layer": layer}
 
@@ -164,7 +171,7 @@ class cross_iteration_norm(Method):
         **options: Unpack[Options],
     ) -> Result:
         x = shared(x)
-        inputs, kernel = (own_and_wide(inexact(t))[0] for t in (inputs, kernel))
+        inputs, kernel = inexact(inputs), inexact(kernel)
         channel, weights = single_axis(options["channel_axis"], x.shape), options.get("weights")
         if weights is not None and as_weights(weights, x).shape[channel] != 1:
             raise ValueError(

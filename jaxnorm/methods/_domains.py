@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm._core.axes import single_axis
+from jaxnorm._core.axes import Shape, single_axis
 from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, inexact
 from jaxnorm._core.shared import shared
@@ -88,16 +88,14 @@ class domain_batch_norm(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> Result:
-        x = shared(x)
-        batch_axis = options["batch_axis"]
-        domain = _labels(domain, x, batch_axis)
-        bank = recalled(state, x, options)
-        if not train:
-            used = _rows(bank, domain, x, batch_axis)
-            return applied(x, used, self.epsilon, **options), state
-        m = _of_each_domain(x, domain, bank.mean.shape, options)
-        new = averages(state, m, momentum, mean=m.mean, var=m.var)
-        return applied(x, _rows(m, domain, x, batch_axis), self.epsilon, **options), new
+        x, batch = shared(x), single_axis(options["batch_axis"], x.shape)
+        domain = _labels(domain, x.shape, batch)
+        if train:
+            bank = _of_each_domain(x, domain, self.num_domains, batch, options)
+            state = averages(state, bank, momentum, mean=bank.mean, var=bank.var)
+        else:
+            bank = recalled(state, x, options)
+        return applied(x, _rows(bank, domain, batch), self.epsilon, **options), state
 
     @in_explicit_meshes
     def observe(  # type: ignore[override]  # the hook that layers call
@@ -148,33 +146,31 @@ class domain_batch_norm(Method):
         x = inexact(x)
         options: Any = {"batch_axis": batch_axis, "channel_axis": channel_axis}
         check_state(self, state, x.shape, **options)
-        bank = recalled(state, x, options)
-        row = _rows(bank, _labels(domain, x, batch_axis), x, batch_axis)
+        batch = single_axis(batch_axis, x.shape)
+        row = _rows(recalled(state, x, options), _labels(domain, x.shape, batch), batch)
         m = measured(x, instance_norm(), **options | {"weights": weights})
         squared = jnp.square(row.mean - m.mean) + jnp.square(_root(row.var) - _root(m.var))
         squared = jnp.where(m.count > 0, squared, 0)
-        batch = single_axis(batch_axis, x.shape)
         return {"distance": squared.sum([i for i in range(x.ndim) if i != batch])}
 
 
-def _labels(domain: ArrayLike, x: jax.Array, batch_axis: int) -> jax.Array:
+def _labels(domain: ArrayLike, x_shape: Shape, batch: int) -> jax.Array:
     """The domain of the batch, a scalar, or of each example, (N,)."""
-    domain = jnp.asarray(domain)
+    domain, examples = jnp.asarray(domain), x_shape[batch]
     if not jnp.issubdtype(domain.dtype, jnp.integer):
         raise TypeError(
             f"domain is the number of a domain. Got {domain.dtype}, shape {domain.shape}; expected "
             "integers."
         )
-    examples = x.shape[single_axis(batch_axis, x.shape)]
     if domain.shape not in ((), (examples,)):
         raise ValueError(
-            f"domain has shape {domain.shape}, and x of shape {x.shape} has {examples} examples. "
+            f"domain has shape {domain.shape}, and x of shape {x_shape} has {examples} examples. "
             f"Expected (), one domain for the batch, or ({examples},), one for each example."
         )
     return domain
 
 
-def _rows(bank: Moments, domain: jax.Array, x: jax.Array, batch_axis: int) -> Moments:
+def _rows(bank: Moments, domain: jax.Array, batch: int) -> Moments:
     """Of moments with a row for each domain, those that serve x.
 
     They are the row of x's domain, or one row for each example.
@@ -182,36 +178,30 @@ def _rows(bank: Moments, domain: jax.Array, x: jax.Array, batch_axis: int) -> Mo
 
     def row(t: jax.Array) -> jax.Array:
         t = t.at[domain].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        return (
-            t
-            if domain.ndim == 0
-            else jnp.swapaxes(t, 0, 1 + single_axis(batch_axis, x.shape)).squeeze(0)
-        )
+        return t if domain.ndim == 0 else jnp.swapaxes(t, 0, 1 + batch).squeeze(0)
 
     return jax.tree.map(row, bank)
 
 
 def _of_each_domain(
-    x: jax.Array, domain: jax.Array, shape: tuple[int, ...], options: Options
+    x: jax.Array, domain: jax.Array, num_domains: int, batch: int, options: Options
 ) -> Moments:
     """Moments of the batch's examples of each domain, with a row for each.
 
     The row of an absent domain is empty.
     """
-    domains = jnp.arange(shape[0], dtype=domain.dtype)
-    if domain.ndim == 0:
+    several = domain.ndim > 0
+    if several:
+        domain = domain.reshape([-1 if i == batch else 1 for i in range(x.ndim)])
+        m = measured(x, instance_norm(), **per_device(options))
+    else:
         m = measured(x, batch_norm(), **options)
-        mean, var = (jnp.broadcast_to(t, shape) for t in (m.mean, m.var))
-        return Moments(jax.vmap(lambda d: jnp.where(d == domain, m.count, 0))(domains), mean, var)
-    instance = measured(x, instance_norm(), **per_device(options))
-    batch = single_axis(options["batch_axis"], x.shape)
-    domain = domain.reshape([-1 if i == batch else 1 for i in range(x.ndim)])
 
     def of(d: jax.Array) -> Moments:
-        mine = Moments(jnp.where(domain == d, instance.count, 0), instance.mean, instance.var)
-        return pooled(mine, batch_norm(), **options)
+        mine = Moments(jnp.where(domain == d, m.count, 0), m.mean, m.var)
+        return pooled(mine, batch_norm(), **options) if several else mine
 
-    return jax.vmap(of)(domains)
+    return jax.vmap(of)(jnp.arange(num_domains, dtype=domain.dtype))
 
 
 def _root(var: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """The fields of a method: hyperparameters as Python values, so that methods hash and compare."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from types import NoneType
@@ -34,8 +35,7 @@ def as_value(method: type[T]) -> type[T]:
 class Bounds(NamedTuple):
     """The numbers that a field, or an option of a rule, takes: it is annotated with them.
 
-    Fields are checked when a method is made, options when it is applied. A field also has the
-    bounds of the option that stands in its place.
+    Fields are checked when a method is made, options when it is applied.
     """
 
     at_least: int
@@ -51,10 +51,9 @@ BY_NAME = {"epsilon": NotNegative, "momentum": Share, "correction": Annotated[in
 """Fields that mean the same in every method, also in one of the user's own."""
 
 
-def check_value(value: Any, name: str, *annotations: Any) -> None:
-    """`value` is within the bounds of its annotations; None stands for no value."""
-    parts = (part for annotation in annotations for part in (annotation, *get_args(annotation)))
-    for part in parts:  # `Share`, or that of `Share | None`
+def check_value(value: Any, annotation: Any, name: str) -> None:
+    """`value` is within the bounds of its annotation; None stands for no value."""
+    for part in (annotation, *get_args(annotation)):  # `Share`, or that of `Share | None`
         for bounds in getattr(part, "__metadata__", ()):
             if value is None or not isinstance(bounds, Bounds):
                 continue
@@ -64,10 +63,10 @@ def check_value(value: Any, name: str, *annotations: Any) -> None:
                 check_number(value, name, **bounds._asdict())
 
 
-def check_fields(method: Any, of_options: Mapping[str, Any]) -> None:
+def check_fields(method: Any, options: Mapping[str, inspect.Parameter]) -> None:
     """Replace the fields of a method by Python values, once they are known to be such.
 
-    `of_options` are the annotations of its options.
+    A field has the bounds of its annotation, and of the option that stands in its place.
     """
     for field in dataclasses.fields(method):
         name, what = field.name, f"{type(method).__name__}({field.name}=...)"
@@ -76,7 +75,9 @@ def check_fields(method: Any, of_options: Mapping[str, Any]) -> None:
             raise TypeError(f"{what} is None. Expected a value such as {field.default!r}.")
         if isinstance(field.default, bool):
             check_flag(value, name)
-        check_value(value, name, field.type, of_options.get(name), BY_NAME.get(name))
+        option = options[name].annotation if name in options else None
+        for annotation in (field.type, option, BY_NAME.get(name)):
+            check_value(value, annotation, name)
         object.__setattr__(method, name, value)
 
 

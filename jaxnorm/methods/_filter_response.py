@@ -81,10 +81,9 @@ class filter_response_norm(Method):
 
     def parameters(self, num_channels: int) -> Parameters:
         zeros = np.zeros(num_channels, np.float32)
-        learned = {"threshold": zeros} if self.use_threshold else {}
-        learned |= {"slope": zeros} if self.use_slope else {}
-        more = {"learned_epsilon": np.asarray(1e-4, np.float32)}
-        return learned | (more if self.use_learned_epsilon else {})
+        first = {"threshold": zeros, "slope": zeros}
+        first |= {"learned_epsilon": np.asarray(1e-4, np.float32)}
+        return {name: t for name, t in first.items() if getattr(self, f"use_{name}")}
 
     def rule(
         self,
@@ -99,8 +98,8 @@ class filter_response_norm(Method):
     ) -> Result:
         x = shared(x)
         given = {"threshold": threshold, "slope": slope, "learned_epsilon": learned_epsilon}
-        for name in given.keys() - self.parameters(1).keys():
-            if given[name] is not None:
+        for name, t in given.items():
+            if t is not None and not getattr(self, f"use_{name}"):
                 raise ValueError(
                     f"{name} was given to {self}, which has none. Expected use_{name}=True."
                 )

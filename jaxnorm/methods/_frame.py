@@ -7,8 +7,6 @@ schedules enter as numbers or traced scalars.
 State is a dict of arrays of fixed shapes, float32, with the channels last.
 """
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
@@ -27,7 +25,7 @@ from jaxnorm._core.running import rate_of, update_running, usable, warn_of_half_
 from jaxnorm._core.shared import own_and_wide
 from jaxnorm._core.state import init_running
 from jaxnorm._population import POPULATION
-from jaxnorm.methods._method import AXES, Options, State
+from jaxnorm.methods._method import AXES, Options, State, signature
 
 
 def measured(
@@ -96,12 +94,7 @@ def applied(x: jax.Array, m: Moments, epsilon: float, **options: Unpack[Options]
 
 def taken_by(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a function takes, of those given."""
-    return {name: options[name] for name in _arguments(function) if name in options}
-
-
-@functools.cache
-def _arguments(function: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
+    return {name: options[name] for name in signature(function).parameters if name in options}
 
 
 def axes_in(options: Mapping[str, Any]) -> dict[str, Any]:

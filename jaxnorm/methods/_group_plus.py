@@ -14,7 +14,7 @@ from jaxnorm._core.divisor import with_divisor
 from jaxnorm._core.groups import EACH, Groups
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.shared import own_and_wide, shared
-from jaxnorm._core.state import running_shape, serving
+from jaxnorm._core.state import running_moments, running_shape
 from jaxnorm.methods._fields import Count, as_value
 from jaxnorm.methods._frame import (
     applied,
@@ -24,6 +24,7 @@ from jaxnorm.methods._frame import (
     output_dtype,
     parameter,
     per_device,
+    running_in,
     updated,
 )
 from jaxnorm.methods._method import InitOptions, Method, Options, Parameters, Result, State
@@ -113,53 +114,45 @@ class group_norm_plus(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> Result:
-        x = shared(x)
-        second = self._second_branch
-        wide = statistic_dtype(x.dtype)
-        shape, _ = shapes = running_shape(second, x.shape, **axes_in(options))
-        running = serving(
-            Moments(state["mean"], state["mean"], state["var"]),
-            *shapes,
-            x.shape,
-        )
+        x, wide = shared(x), statistic_dtype(x.dtype)
 
-        def divisors(m: Moments) -> Moments:
-            return with_divisor(
-                m, self.epsilon, correction=self.correction, epsilon_outside=self.epsilon_outside
-            )
+        def divided(m: Moments, correction: int) -> Moments:
+            outside = self.epsilon_outside
+            return with_divisor(m, self.epsilon, correction=correction, epsilon_outside=outside)
 
-        m = divisors(measured(x, group_norm(self.num_groups), **per_device(options)))
+        m = measured(x, group_norm(self.num_groups), **per_device(options))
         plain = {"scale": None, "bias": None, "activation": None, "dtype": wide}
         bare: Options = options | plain  # type: ignore[assignment]
-        z = applied(x, m, 0.0, **bare)
+        z = applied(x, divided(m, self.correction), 0.0, **bare)
         weights = options.get("weights")
         if weights is not None:  # what does not count must not come back as a number
             z = jnp.where(jnp.isfinite(own_and_wide(x)[0]), z, jnp.nan)
         several: jax.Array | bool = True
         if train:
-            m = measured(z, second, **options)
-            flat = jax.tree.map(lambda t: t.reshape(state["mean"].shape), jax.lax.stop_gradient(m))
-            state = updated(state, flat, momentum=momentum, correction=self.correction)
+            m = measured(z, self._second_branch, **options)
+            state = updated(
+                state,
+                jax.lax.stop_gradient(m),
+                momentum=momentum,
+                correction=self.correction,
+                batch_axis=options["batch_axis"],
+            )
             # u of one example is 0 whatever it is divided by. Divided by epsilon, the difference of
             # two roundings of z would be seen, in y and in its gradient.
             if weights is None or jnp.issubdtype(jnp.result_type(weights), jnp.bool_):
                 several = m.count > 1
-            m = divisors(m)
-        else:
-            running = Moments(
-                jnp.ones_like(running.mean, wide),
-                running.mean.astype(wide),
-                running.var.astype(wide),
-            )
-            m = with_divisor(running, self.epsilon, epsilon_outside=self.epsilon_outside)
+            m = divided(m, self.correction)
+        else:  # its variance is corrected already, if at all
+            m = running_moments(running_in(state), self._second_branch, x.shape, **axes_in(options))
+            m = divided(jax.tree.map(lambda t: t.astype(wide), m), 0)
         w = jax.nn.sigmoid(jnp.asarray(mixture, wide))
         r = jnp.where(several, jax.lax.rsqrt(jnp.where(several, m.var, 1)), 0)
         # For one example a is w alone, and a^-2 and its derivative have to stay finite.
         a = jnp.maximum(w + (1 - w) * r, 1e-12)
         # y = (z - mean) a scale + shift, which takes the difference first
         scale, bias = (
-            None if t is None else parameter(t, name, x, options)
-            for name, t in (("scale", options.get("scale")), ("bias", options.get("bias")))
+            None if (t := options.get(name)) is None else parameter(t, name, x, options)
+            for name in ("scale", "bias")
         )
         shift = w * m.mean if scale is None else w * m.mean * scale
         if bias is not None:
@@ -168,11 +161,8 @@ class group_norm_plus(Method):
             shift = jnp.where(jnp.isfinite(z), shift, 0 if bias is None else bias)
         m = jax.tree.map(lambda t: varying_like(t, z), Moments(m.count, m.mean, a**-2))
         batch, channel = (single_axis(axis, x.shape) for axis in axes_in(options).values())
-        features = [
-            i for i in range(x.ndim) if i == channel or (i != batch and m.mean.shape[i] > 1)
-        ]
-        if weights is not None:  # per element
-            features = [i for i in range(x.ndim) if i != batch]
+        shifted = z.shape if weights is not None else m.mean.shape  # per element, or per set
+        features = [i for i in range(x.ndim) if i == channel or (i != batch and shifted[i] > 1)]
 
         def along(t: jax.Array) -> jax.Array:
             """t, of x's rank, over the features, and before them the examples if it has them."""

@@ -134,11 +134,9 @@ class memorized_batch_norm(Method):
         own = Moments(jnp.where(m.count > 0, weights[-1], 0), m.mean, m.var)
         entries = jax.tree.map(lambda old, t: jnp.concatenate([old, t[None]]), memory, own)
         keep = usable(m)
-        new = {
-            "mean": remembered(state["mean"], entries.mean[1:], keep),
-            "var": remembered(state["var"], entries.var[1:], keep),
-            "count": remembered(state["count"], jnp.minimum(count + 1, size), keep),
-        }
+        new = {"mean": entries.mean[1:], "var": entries.var[1:]}
+        new |= {"count": jnp.minimum(count + 1, size)}
+        new = {name: remembered(state[name], t, keep) for name, t in new.items()}
         return applied(x, self._combined(entries), self.epsilon, **options), new
 
     def _combined(self, entries: Moments) -> Moments:

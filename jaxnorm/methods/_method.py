@@ -29,8 +29,11 @@ State = dict[str, jax.Array]
 Result = tuple[jax.Array, State]
 """y, and the new state."""
 Parameters = dict[str, np.ndarray]
+InFront = tuple[jax.Array, dict[str, Any]]
+"""x, as the layer in front makes it, and the options of `apply` that describe this layer."""
 
 
+signature = functools.cache(inspect.signature)
 AXES = {"batch_axis": 0, "channel_axis": -1}
 
 
@@ -106,7 +109,7 @@ class Method(abc.ABC):
     overwritten_by_gradient: ClassVar[tuple[str, ...]] = ()
     """Names of parameters that a training step replaces by their gradient."""
 
-    in_front: ClassVar[Callable[..., tuple[jax.Array, dict[str, Any]]] | None] = None
+    in_front: ClassVar[Callable[..., InFront] | None] = None
     """Where a method works on the layer in front of it, `in_front(inputs, kernel, layer)`: x, and
     the options of `apply` that describe the layer. `layer(inputs, kernel)` applies it."""
 
@@ -115,8 +118,7 @@ class Method(abc.ABC):
     layers offer to store."""
 
     def __post_init__(self):
-        options = options_of(type(self).rule)
-        check_fields(self, {name: option.annotation for name, option in options.items()})
+        check_fields(self, options_of(type(self).rule))
 
     def __repr__(self) -> str:
         """As it is typed; fields with their default are left out."""
@@ -231,14 +233,13 @@ class Method(abc.ABC):
 
 @in_explicit_meshes
 def _apply(method: Method, x: Any, state: State, *, train: bool, **options: Any) -> Result:
-    x, axes = inexact(x), AXES | options
-    features = axes_of(axes["channel_axis"], x.shape)
+    x, options = inexact(x), AXES | options
+    features = axes_of(options["channel_axis"], x.shape)
     num_channels = math.prod(x.shape[i] for i in features)
     method = method.for_channels(num_channels)
     name, own = type(method).__name__, options_of(type(method).rule)
     check_flag(train, "train")
     check_names(options, [*own, *Options.__annotations__], name)
-    options = axes
     if options.get("momentum") is not None and not state:
         raise ValueError(
             f"momentum={options['momentum']} was given, and there is no state to average. Got "
@@ -268,17 +269,17 @@ def _apply(method: Method, x: Any, state: State, *, train: bool, **options: Any)
     if missing := [n for n, o in own.items() if o.default is o.empty and n not in options]:
         raise TypeError(f"{name} needs {', '.join(missing)}; got {', '.join(sorted(options))}.")
     for option, parameter in own.items():
-        check_value(options.get(option), option, parameter.annotation)
+        check_value(options.get(option), parameter.annotation, option)
     front = method.describe_front(x.shape, options)
     check_state(method, state, x.shape, batch_axis=batch, channel_axis=features[-1], **front)
-    return method.rule(x, dict(state), train=train, **options)
+    state = state if isinstance(state, dict) else dict(state)
+    return method.rule(x, state, train=train, **options)
 
 
-@functools.cache
-def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def options_of(function: Any) -> dict[str, inspect.Parameter]:
     """The options of a rule beside those of every method."""
     return {
         name: p
-        for name, p in inspect.signature(function).parameters.items()
+        for name, p in signature(function).parameters.items()
         if p.kind is p.KEYWORD_ONLY and name not in {"train", *Options.__annotations__}
     }

@@ -18,7 +18,7 @@ from jaxnorm._core.shared import own_and_wide, shared
 from jaxnorm.kernels import centralize_kernel
 from jaxnorm.methods._fields import Count, NotNegative, OneOrMore, as_value
 from jaxnorm.methods._frame import along_channels, applied, averages, measured, pushed
-from jaxnorm.methods._method import Method, Options, Parameters, Result, State
+from jaxnorm.methods._method import InFront, Method, Options, Parameters, Result, State
 from jaxnorm.methods._row import Row
 from jaxnorm.methods._table import batch_norm
 
@@ -134,7 +134,7 @@ class moving_average_norm(Method):
 
     def in_front(  # type: ignore[override]  # the hook that layers call
         self, inputs: jax.Array, kernel: jax.Array, layer: Any
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    ) -> InFront:
         """The output of the layer in front with a kernel that leaves no mean."""
         return layer(inputs, centralize_kernel(kernel)), {}
 
@@ -156,22 +156,22 @@ class moving_average_norm(Method):
         if not train:
             used = Moments(jnp.ones_like(running), jnp.zeros_like(running), running)
             return applied(x, used, self.epsilon, **options), state
-        if tap is None or jnp.shape(tap) != state["mean_square"].shape:
+        given, expected = None if tap is None else jnp.shape(tap), state["mean_square"].shape
+        if given != expected:
             raise ValueError(
-                f"tap has shape {None if tap is None else jnp.shape(tap)}. Expected "
-                f"{state['mean_square'].shape}, one number a channel: zeros in the first step, "
-                "then the gradient by the tap in the step before."
+                f"tap has shape {given}. Expected {expected}, one number a channel: zeros in the "
+                "first step, then the gradient by the tap in the step before."
             )
         tap = jnp.asarray(tap)
         m = measured(x, Row(batch_norm().groups, mean=0), **options)
-        keep, window = usable(m), self.window
+        keep = usable(m)
         squares = pushed(state["past_mean_square"], m.var, keep.reshape(1, -1))
         gradients = pushed(state["past_gradient"], tap, jnp.isfinite(tap)[None])
         step = state["step"] + keep.any().astype(state["step"].dtype)
         average_from, correct_from = (
             jnp.asarray(t, step.dtype) for t in (average_from, correct_from)
         )
-        averaging = (step > window) & (step >= average_from)
+        averaging = (step > self.window) & (step >= average_from)
 
         square = jnp.where(
             averaging, along_channels(squares, x, options).mean(0), lax.stop_gradient(m.var)
@@ -182,8 +182,8 @@ class moving_average_norm(Method):
             1,
             jnp.clip(jnp.sqrt(var / (running + self.epsilon)), 1 / rmax, rmax),
         )
-        past = jnp.where(averaging, along_channels(gradients[: window - 1].sum(0), x, options), 0)
-        share = jnp.where(averaging, jnp.asarray(1 / window, var.dtype), 1)
+        past = jnp.where(averaging, along_channels(gradients[:-1].sum(0), x, options), 0)
+        share = jnp.where(averaging, jnp.asarray(1 / self.window, var.dtype), 1)
         count = jnp.where(m.count > 0, m.count, 1)
         axis_name, groups = options.get("axis_name"), options.get("axis_index_groups")
         parts = device_count(axis_name, device_groups_of(axis_name, groups))
@@ -193,7 +193,9 @@ class moving_average_norm(Method):
         square_and_tap, var = (
             _own(varying_like(t, like), axis_name) for t in (jnp.stack([m.var, tap]), var)
         )
-        divided: jax.Array = _corrected(square_and_tap, var, r, past / parts, share, count)
+        divided: jax.Array = _corrected(
+            square_and_tap, var / jnp.square(r), var, past / parts, share, count
+        )
         y = applied(x, Moments(m.count, jnp.zeros_like(running), divided), 0.0, **options)
         new = averages(state, m, momentum, mean_square=square)
         new |= {"past_mean_square": squares, "past_gradient": gradients}
@@ -212,15 +214,8 @@ def _own(t: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 @jax.custom_vjp
-def _corrected(
-    square_and_tap: jax.Array,
-    var: jax.Array,
-    r: jax.Array,
-    past: jax.Array,
-    share: jax.Array,
-    count: jax.Array,
-) -> jax.Array:
-    """What x is divided by, squared.
+def _corrected(square_and_tap: jax.Array, divided: jax.Array, *kept: jax.Array) -> jax.Array:
+    """What x is divided by, squared: `divided`, where kept are var, past, share and count.
 
     Backward, the gradient by the mean square is that of the window.
 
@@ -231,12 +226,7 @@ def _corrected(
     from which psi comes. To subtract z Psi / sqrt(var) = x Psi / var from dL/dx, the gradient by
     mean(x^2) has to be -count Psi / (2 var).
     """
-    return var / jnp.square(r)
-
-
-def _corrected_forward(square_and_tap, var, r, past, share, count):
-    divided = var / jnp.square(r)
-    return divided, (divided, var, past, share, count)
+    return divided
 
 
 def _corrected_backward(kept, gradient):
@@ -246,4 +236,4 @@ def _corrected_backward(kept, gradient):
     return jnp.stack([by_square, psi]), None, None, None, None, None
 
 
-_corrected.defvjp(_corrected_forward, _corrected_backward)
+_corrected.defvjp(lambda _, *kept: (kept[0], kept), _corrected_backward)

@@ -14,7 +14,7 @@ from jaxnorm._core.ghosts import GhostUpdate, check_ghost_update
 from jaxnorm._core.groups import EACH, Groups, Size, Split, check_mean, resolve
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.shared import shared
-from jaxnorm._core.state import pooled_to, running_shape, serving
+from jaxnorm._core.state import pooled_to, running_moments, running_shape, serving
 from jaxnorm._population import POPULATION
 from jaxnorm.inference import weigh_example
 from jaxnorm.methods._fields import as_value
@@ -162,7 +162,9 @@ class Row(Method):
     def _init(self, x_shape: Shape, options: InitOptions) -> State:
         if not self.remembers:
             return {}
-        shape, _ = self._running_shape(x_shape, axes_in(options))
+        shape: Any = self.running or self.groups
+        if isinstance(shape, Groups):
+            shape, _ = running_shape(shape, x_shape, **axes_in(options))
         return first_running(shape, options.get("dtype", jnp.float32), counted=self.debias)
 
     def rule(
@@ -213,17 +215,12 @@ class Row(Method):
         x_shape, both = tuple(x_shape), axes_in(axes)
         return self._pooled(self._serving(state, x_shape, both), x_shape, both)
 
-    def _running_shape(self, x_shape: Shape, axes: dict[str, Any]) -> tuple[Shape, Shape]:
-        """The shape of the running statistics, and that in which they serve x."""
-        if not isinstance(self.groups, Groups):
-            return tuple(g for g in self.groups if g != 1), self.groups
-        return running_shape(self.running or self.groups, x_shape, **axes)
-
     def _serving(self, state: State, x_shape: Shape, axes: dict[str, Any]) -> Moments:
         """The running statistics in the shape that serves x, the batch pooled."""
-        old, (shape, statistic) = running_in(state), self._running_shape(x_shape, axes)
-        shape = jnp.shape(old.mean) if self.any_arrangement else shape
-        return serving(old, shape, statistic, x_shape)
+        old = running_in(state)
+        if not isinstance(self.groups, Groups):
+            return serving(old, jnp.shape(old.mean), self.groups, x_shape)
+        return running_moments(old, self.running or self.groups, x_shape, **axes)
 
     def _pooled(self, running: Moments, x_shape: Shape, axes: dict[str, Any]) -> Moments:
         """Running statistics of finer sets as those of this row's."""
