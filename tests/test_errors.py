@@ -678,17 +678,18 @@ ERRORS |= {
     },
     "groups of an evonorm that do not divide": (
         ValueError,
-        r"num_groups=32 does not divide the 6 channels of x.*pass num_groups=6, to which",
+        r"channel axis -1 of x has size 6, which does not split into 32 equal groups.*expected a "
+        "divisor of 6: 1, 2, 3, 6",
         lambda: applied(methods.evonorm_s0()),
     ),
     "groups of an evonorm that do not divide, channels first": (
         ValueError,
-        r"num_groups=4 does not divide the 6 channels.*pass num_groups=3",
+        "channel axis 1 of x has size 6, which does not split into 4 equal groups.*divisor of 6",
         lambda: methods.evonorm_s0(4).apply(ones(2, 6, 4), {}, train=True, channel_axis=1),
     ),
     "groups of an evonorm in a layer": (
         ValueError,
-        "num_groups=32 does not divide the 6 channels",
+        "size 6, which does not split into 32 equal groups",
         lambda: layer(linen, "Norm", methods.evonorm_s0()),
     ),
     "half a quantile": (

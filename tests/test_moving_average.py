@@ -309,7 +309,7 @@ def test_gradient_between_two_maps_and_of_sharded_arrays():
     expected = whole_batch(x, dy, state, tap)
 
     def loss(x, dy, tap, names=None):
-        y, _ = moving_average_norm(correct_from=10**6).apply(
+        y, _ = moving_average_norm(window=3, correct_from=10**6).apply(
             x, state, train=True, tap=tap, axis_name=names
         )
         return (y * dy).sum()

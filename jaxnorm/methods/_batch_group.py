@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._core.axes import Shape, single_axis
+from jaxnorm._core.axes import Shape
 from jaxnorm._core.checks import check_count
 from jaxnorm._core.groups import Groups
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.shared import shared
 from jaxnorm.methods._fields import Count, as_value
 from jaxnorm.methods._frame import (
     applied,
@@ -154,14 +153,13 @@ class batch_group_norm(Method):
         example_weight: ArrayLike | None = None,
         **options: Unpack[Options],
     ) -> Result:
-        x = shared(x)
         if example_weight is not None:
             raise ValueError(
                 f"example_weight={example_weight} with groups that are not groups of channels. "
                 "Expected a number of groups that divides the channels; inference.weigh_example "
                 "takes any row of the table of methods."
             )
-        channel = single_axis(options["channel_axis"], x.shape)
+        channel = options["channel_axis"]
         grid = grid_of(self.num_groups, x.shape, **axes_in(options))
         if train or not state:
             features = jax.tree.map(

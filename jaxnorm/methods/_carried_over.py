@@ -12,10 +12,9 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import counts, statistic_dtype
-from jaxnorm._core.axes import single_axis
 from jaxnorm._core.devices import all_sum, device_groups_of, varying_like
 from jaxnorm._core.moments import Moments, as_weights
-from jaxnorm.methods._frame import along_channels, axes_in
+from jaxnorm.methods._frame import along_channels
 from jaxnorm.methods._method import Options, State
 
 Linear = Callable[[jax.Array, jax.Array], jax.Array]
@@ -65,7 +64,7 @@ def derivatives(
     That of the mean is the mean input patch, the same for all channels of a group; that of the
     variance is twice the mean of patch times centered y.
     """
-    batch, channel = (single_axis(axis, y.shape) for axis in axes_in(options).values())
+    batch, channel = options["batch_axis"], options["channel_axis"]
     axis_name, weights = options.get("axis_name"), options.get("weights")
     w = None if weights is None else as_weights(weights, y)
     inputs, kernel = (t.astype(statistic_dtype(y.dtype)) for t in (inputs, kernel))

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._core.axes import Shape, single_axis
+from jaxnorm._core.axes import Shape
 from jaxnorm._core.moments import as_weights, inexact
 from jaxnorm._core.pooling import pool
 from jaxnorm._core.running import usable
-from jaxnorm._core.shared import own_and_wide, shared
+from jaxnorm._core.shared import own_and_wide
 from jaxnorm.methods._carried_over import Linear, carried_over, derivatives
 from jaxnorm.methods._fields import Count, NotNegative, Share, as_value
 from jaxnorm.methods._frame import (
@@ -145,7 +145,7 @@ class cross_iteration_norm(Method):
 
     def describe_front(self, x_shape: Shape, options: Mapping[str, Any]) -> dict[str, Any]:
         inputs, kernel = (jnp.shape(options[name]) for name in ("inputs", "kernel"))
-        channels = inputs[single_axis(options["channel_axis"], x_shape)]
+        channels = inputs[options["channel_axis"]]
         groups, rest = divmod(channels, math.prod(kernel[-2:-1]))
         # There are no groups of such inputs, which init refuses.
         return {"kernel_shape": kernel, "feature_group_count": 0 if rest else groups}
@@ -170,9 +170,8 @@ class cross_iteration_norm(Method):
         layer: Linear = jnp.matmul,
         **options: Unpack[Options],
     ) -> Result:
-        x = shared(x)
         inputs, kernel = inexact(inputs), inexact(kernel)
-        channel, weights = single_axis(options["channel_axis"], x.shape), options.get("weights")
+        channel, weights = options["channel_axis"], options.get("weights")
         if weights is not None and as_weights(weights, x).shape[channel] != 1:
             raise ValueError(
                 f"weights of shape {jnp.shape(weights)} differ between the channels of y, shape "
@@ -203,7 +202,7 @@ class cross_iteration_norm(Method):
             "slope": slope,
         }
         finite = usable(present).all() & jnp.isfinite(patch).all() & jnp.isfinite(slope).all()
-        new = averages(state, present, momentum, mean=present.mean, var=present.var)
+        new = averages(state, present, momentum)
         for name, value in entry.items():
             new[f"past_{name}"] = pushed(state[f"past_{name}"], value, finite)
         return z, new

@@ -13,7 +13,6 @@ from jax.typing import ArrayLike
 from jaxnorm._core.axes import Shape, single_axis
 from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, inexact
-from jaxnorm._core.shared import shared
 from jaxnorm.methods._fields import Count, as_value
 from jaxnorm.methods._frame import (
     applied,
@@ -88,11 +87,11 @@ class domain_batch_norm(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> Result:
-        x, batch = shared(x), single_axis(options["batch_axis"], x.shape)
+        batch = options["batch_axis"]
         domain = _labels(domain, x.shape, batch)
         if train:
             bank = _of_each_domain(x, domain, self.num_domains, batch, options)
-            state = averages(state, bank, momentum, mean=bank.mean, var=bank.var)
+            state = averages(state, bank, momentum)
         else:
             bank = recalled(state, x, options)
         return applied(x, _rows(bank, domain, batch), self.epsilon, **options), state
@@ -144,9 +143,9 @@ class domain_batch_norm(Method):
             That the distance is squared, and which pass it is measured in, are our choice.
         """
         x = inexact(x)
-        options: Any = {"batch_axis": batch_axis, "channel_axis": channel_axis}
+        batch, channel = single_axis(batch_axis, x.shape), single_axis(channel_axis, x.shape)
+        options: Any = {"batch_axis": batch, "channel_axis": channel}
         check_state(self, state, x.shape, **options)
-        batch = single_axis(batch_axis, x.shape)
         row = _rows(recalled(state, x, options), _labels(domain, x.shape, batch), batch)
         m = measured(x, instance_norm(), **options | {"weights": weights})
         squared = jnp.square(row.mean - m.mean) + jnp.square(_root(row.var) - _root(m.var))

@@ -12,20 +12,19 @@ from jax.typing import ArrayLike
 
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.shared import shared, widened
+from jaxnorm._core.shared import widened
 from jaxnorm.methods._fields import Count, as_value
 from jaxnorm.methods._frame import (
     along_channels,
     applied,
     averages,
     measured,
-    output_dtype,
     parameter,
     per_device,
     pooled,
     zero_masked,
 )
-from jaxnorm.methods._method import Method, Options, Parameters, Result, State, channels_of
+from jaxnorm.methods._method import Method, Options, Parameters, Result, State
 from jaxnorm.methods._table import batch_norm, group_norm, instance_norm
 
 
@@ -87,7 +86,6 @@ class evonorm_b0(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> Result:
-        x = shared(x)
         own = measured(x, instance_norm(), **per_device(options))
         var = along_channels(state["var"], x, options)
         if train:
@@ -96,12 +94,10 @@ class evonorm_b0(Method):
 
         @jax.checkpoint
         def divided(x: jax.Array, var: jax.Array, own_var: jax.Array) -> jax.Array:
-            dtype = output_dtype(x, options)
             x = zero_masked(widened(x), options.get("weights"))
             line = parameter(v, "v", x, options) * x + jnp.sqrt(own_var + self.epsilon)
             x = x / jnp.maximum(varying_like(jnp.sqrt(var + self.epsilon), x), line)
-            out: Options = options | {"dtype": dtype}  # type: ignore[assignment]
-            return applied(x, _unit(x), 0.0, **out)
+            return applied(x, _unit(x), 0.0, **options)
 
         return divided(x, var, own.var), state
 
@@ -153,24 +149,14 @@ class evonorm_s0(Method):
         v: ArrayLike,
         **options: Unpack[Options],
     ) -> Result:
-        x = shared(x)
-        channels = channels_of(x.shape, options)
-        if channels % self.num_groups != 0:
-            lower = max(n for n in range(1, self.num_groups) if channels % n == 0)
-            raise ValueError(
-                f"num_groups={self.num_groups} does not divide the {channels} channels of x, which "
-                f"has shape {x.shape}. Expected a divisor: pass num_groups={lower}, to which the "
-                "authors' code would lower it."
-            )
         m = measured(x, group_norm(self.num_groups), **options)
 
         @jax.checkpoint
         def gated(x: jax.Array, m: Moments) -> jax.Array:
-            dtype = output_dtype(x, options)
             x = zero_masked(widened(x), options.get("weights"))
             x = x * jax.nn.sigmoid(parameter(v, "v", x, options) * x)
-            out: Options = options | {"dtype": dtype}  # type: ignore[assignment]
-            return applied(x, Moments(m.count, jnp.zeros_like(m.mean), m.var), self.epsilon, **out)
+            m = Moments(m.count, jnp.zeros_like(m.mean), m.var)
+            return applied(x, m, self.epsilon, **options)
 
         return gated(x, m), state
 

@@ -28,7 +28,11 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True)
 def as_value(method: type[T]) -> type[T]:
-    """The class of a method as a value: a frozen dataclass that prints as `Method` says."""
+    """The class of a method of the library: a frozen dataclass that prints as `Method` says.
+
+    Its rule hands x to functions of the library alone, which take it as `Shared`.
+    """
+    method.reads_shared = True  # type: ignore[attr-defined]  # of `Method`
     return final(dataclasses.dataclass(frozen=True, repr=False)(method))
 
 

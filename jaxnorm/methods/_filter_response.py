@@ -16,7 +16,6 @@ from jaxnorm.methods._frame import (
     applied,
     axes_in,
     measured,
-    output_dtype,
     parameter,
 )
 from jaxnorm.methods._method import Method, Options, Parameters, Result, State
@@ -96,7 +95,6 @@ class filter_response_norm(Method):
         learned_epsilon: ArrayLike | None = None,
         **options: Unpack[Options],
     ) -> Result:
-        x = shared(x)
         given = {"threshold": threshold, "slope": slope, "learned_epsilon": learned_epsilon}
         for name, t in given.items():
             if t is not None and not getattr(self, f"use_{name}"):
@@ -110,12 +108,11 @@ class filter_response_norm(Method):
             learned = jnp.abs(jnp.asarray(learned_epsilon, wide))
             epsilon = learned + jnp.asarray(epsilon, wide)
         if threshold is not None:
-            after, dtype = options.get("activation"), output_dtype(x, options)
+            after, dtype = options.get("activation") or (lambda y: y), options["dtype"]
 
             def thresholded(y: jax.Array) -> jax.Array:
                 y = thresholded_linear_unit(y, threshold, slope=slope, **axes_in(options))
-                y = y.astype(dtype)
-                return y if after is None else after(y)
+                return after(y.astype(dtype))
 
             options |= {"activation": thresholded, "dtype": wide}  # type: ignore[assignment]
         return applied(x, measured(x, instance_rms_norm(), **options), epsilon, **options), state
@@ -163,7 +160,7 @@ def thresholded_linear_unit(
             f"complex numbers have no order. Got x of {x.dtype}, shape {x.shape}; expected real x."
         )
     x = shared(x)
-    options: Options = {"batch_axis": batch_axis, "channel_axis": channel_axis}
+    options: Any = {"batch_axis": batch_axis, "channel_axis": channel_axis}
     wide = widened(x)
     floor = parameter(threshold, "threshold", x, options)
     if slope is not None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._core.arithmetic import counts, statistic_dtype
-from jaxnorm._core.axes import Shape, axes_of, single_axis
+from jaxnorm._core.axes import Shape, axes_of
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.groups import Specification
 from jaxnorm._core.moments import Moments, as_weights, moments
@@ -110,8 +110,8 @@ def first_running(shape: Shape, dtype: DTypeLike = jnp.float32, *, counted: bool
 
 def along_channels(t: ArrayLike, x: jax.Array, options: Options) -> jax.Array:
     """State t, (..., C), in the shape and dtype of statistics that serve x: (..., 1, 1, 1, C)."""
-    t, channel = jnp.asarray(t), single_axis(options["channel_axis"], x.shape)
-    sizes = [t.shape[-1] if i == channel else 1 for i in range(x.ndim)]
+    t = jnp.asarray(t)
+    sizes = [t.shape[-1] if i == options["channel_axis"] else 1 for i in range(x.ndim)]
     return t.reshape(*t.shape[:-1], *sizes).astype(statistic_dtype(x.dtype))
 
 
@@ -126,16 +126,18 @@ def remembered(old: jax.Array, new: jax.Array, keep: ArrayLike = True) -> jax.Ar
 
     `old` where `keep` is false, or where what would be stored is not finite.
     """
-    new = jax.lax.stop_gradient(new).astype(old.dtype)
-    kept = jnp.where(jnp.asarray(keep), new, old.reshape(new.shape))
-    return jnp.where(jnp.isfinite(new), kept, old.reshape(new.shape)).reshape(old.shape)
+    new, was = jax.lax.stop_gradient(new).astype(old.dtype), old.reshape(new.shape)
+    kept = jnp.where(jnp.asarray(keep), new, was)
+    return jnp.where(jnp.isfinite(new), kept, was).reshape(old.shape)
 
 
 def averages(state: State, m: Moments, momentum: ArrayLike, **new: jax.Array) -> State:
-    """momentum old + (1 - momentum) new for these names of the state, where m is usable.
+    """momentum old + (1 - momentum) new for names of the state, where m is usable.
 
-    In their shapes and dtypes. The momentum is checked as `update_running` does.
+    They are m's mean and var where no others are given; shapes and dtypes are those of the state.
+    The momentum is checked as `update_running` does.
     """
+    new = new or {"mean": m.mean, "var": m.var}
 
     def average(old: jax.Array, new: jax.Array) -> jax.Array:
         rate = rate_of(momentum, new.dtype)
@@ -175,12 +177,6 @@ def updated(state: State, m: Moments, **options: Any) -> State:
 def _count_in(state: State) -> str:
     """The name of the count: of a population, if it is one that is measured."""
     return next((name for name in POPULATION if name in state), "count")
-
-
-def output_dtype(x: jax.Array, options: Options) -> DTypeLike:
-    """The dtype of y: what was asked for, or x's."""
-    dtype = options.get("dtype")
-    return x.dtype if dtype is None else dtype
 
 
 def parameter(t: ArrayLike, name: str, x: jax.Array, options: Options) -> jax.Array:

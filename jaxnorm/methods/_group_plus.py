@@ -8,12 +8,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
-from jaxnorm._core.axes import Shape, single_axis
+from jaxnorm._core.axes import Shape
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.divisor import with_divisor
 from jaxnorm._core.groups import EACH, Groups
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.shared import own_and_wide, shared
+from jaxnorm._core.shared import own_and_wide
 from jaxnorm._core.state import running_moments, running_shape
 from jaxnorm.methods._fields import Count, as_value
 from jaxnorm.methods._frame import (
@@ -21,7 +21,6 @@ from jaxnorm.methods._frame import (
     axes_in,
     first_running,
     measured,
-    output_dtype,
     parameter,
     per_device,
     running_in,
@@ -114,7 +113,7 @@ class group_norm_plus(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> Result:
-        x, wide = shared(x), statistic_dtype(x.dtype)
+        wide = statistic_dtype(x.dtype)
 
         def divided(m: Moments, correction: int) -> Moments:
             outside = self.epsilon_outside
@@ -160,7 +159,7 @@ class group_norm_plus(Method):
         if weights is not None:
             shift = jnp.where(jnp.isfinite(z), shift, 0 if bias is None else bias)
         m = jax.tree.map(lambda t: varying_like(t, z), Moments(m.count, m.mean, a**-2))
-        batch, channel = (single_axis(axis, x.shape) for axis in axes_in(options).values())
+        batch, channel = options["batch_axis"], options["channel_axis"]
         shifted = z.shape if weights is not None else m.mean.shape  # per element, or per set
         features = [i for i in range(x.ndim) if i == channel or (i != batch and shifted[i] > 1)]
 
@@ -176,6 +175,5 @@ class group_norm_plus(Method):
             "scale": None if scale is None else along(scale),
             "bias": along(shift),
             "channel_axis": features,
-            "dtype": output_dtype(x, options),
         }
         return applied(z, m, 0.0, **(options | out)), state  # type: ignore[arg-type]

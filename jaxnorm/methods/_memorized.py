@@ -17,7 +17,6 @@ from jaxnorm._core.checks import check_number, known
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.pooling import pool
 from jaxnorm._core.running import usable
-from jaxnorm._core.shared import shared
 from jaxnorm.methods._fields import as_value
 from jaxnorm.methods._frame import (
     along_channels,
@@ -108,7 +107,6 @@ class memorized_batch_norm(Method):
         memory_weights: ArrayLike | Sequence[float],
         **options: Unpack[Options],
     ) -> Result:
-        x = shared(x)
         mean, var, count = (
             lax.stop_gradient(along_channels(state[n], x, options))
             for n in ("mean", "var", "count")
@@ -125,9 +123,11 @@ class memorized_batch_norm(Method):
         check_number(
             weights if values is None else values, "memory_weights", at_least=0, shape=weights.shape
         )
-        weights = jnp.where(weights >= 0, weights, 0).reshape(-1, *(1 for _ in x.shape))
-        age = jnp.arange(size, 0, -1, dtype=count.dtype).reshape(-1, *(1 for _ in x.shape))
-        memory = Moments(jnp.where(age <= count[None], weights[:-1], 0), mean, var)
+        ages = jnp.arange(size, 0, -1, dtype=count.dtype)
+        ages, weights = (
+            t.reshape(-1, *(1,) * x.ndim) for t in (ages, jnp.where(weights >= 0, weights, 0))
+        )
+        memory = Moments(jnp.where(ages <= count[None], weights[:-1], 0), mean, var)
         if not train:
             return applied(x, self._combined(memory), self.epsilon, **options), state
         m = measured(x, batch_norm(), center=mean[-1], **options)

@@ -22,6 +22,7 @@ from jaxnorm._core.checks import check_flag
 from jaxnorm._core.devices import AxisName, DeviceGroups
 from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, inexact
+from jaxnorm._core.shared import shared
 from jaxnorm.methods._fields import check_fields, check_names, check_value, typed
 from jaxnorm.methods._state import check_state
 
@@ -45,13 +46,16 @@ class Axes(TypedDict, total=False):
 
 
 class Options(TypedDict, total=False):
-    """What every method takes at `apply`, as `norm` does; see there. Rules get the axes always."""
+    """What every method takes at `apply`, as `norm` does; see there.
+
+    Rules always get the dtype of y, and the axes, counted from the front.
+    """
 
     scale: ArrayLike | None
     bias: ArrayLike | None
     weights: ArrayLike | None
     activation: Callable[[jax.Array], jax.Array] | None
-    dtype: DTypeLike | None
+    dtype: Required[DTypeLike]
     axis_name: AxisName
     axis_index_groups: DeviceGroups
     batch_axis: Required[int]
@@ -108,6 +112,9 @@ class Method(abc.ABC):
 
     overwritten_by_gradient: ClassVar[tuple[str, ...]] = ()
     """Names of parameters that a training step replaces by their gradient."""
+
+    reads_shared: ClassVar[bool] = False
+    """Whether `rule` takes x of half precision as `Shared`, which `as_value` says."""
 
     in_front: ClassVar[Callable[..., InFront] | None] = None
     """Where a method works on the layer in front of it, `in_front(inputs, kernel, layer)`: x, and
@@ -257,6 +264,7 @@ def _apply(method: Method, x: Any, state: State, *, train: bool, **options: Any)
             "complex x."
         )
     batch = single_axis(options["batch_axis"], x.shape)
+    channel = features[0] if len(features) == 1 else features
     if features == (batch,) and not method.takes_complex:
         raise ValueError(
             f"batch_axis and channel_axis are both axis {batch} of x, which has shape {x.shape}. "
@@ -266,6 +274,9 @@ def _apply(method: Method, x: Any, state: State, *, train: bool, **options: Any)
     defaults = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}  # type: ignore[arg-type]
     defaults |= {n: t for n, t in learned.items() if n not in method.overwritten_by_gradient}
     options |= {n: defaults[n] for n in own if n in defaults and options.get(n) is None}
+    options |= {"batch_axis": batch, "channel_axis": channel}
+    if options.get("dtype") is None:
+        options["dtype"] = x.dtype
     if missing := [n for n, o in own.items() if o.default is o.empty and n not in options]:
         raise TypeError(f"{name} needs {', '.join(missing)}; got {', '.join(sorted(options))}.")
     for option, parameter in own.items():
@@ -273,6 +284,7 @@ def _apply(method: Method, x: Any, state: State, *, train: bool, **options: Any)
     front = method.describe_front(x.shape, options)
     check_state(method, state, x.shape, batch_axis=batch, channel_axis=features[-1], **front)
     state = state if isinstance(state, dict) else dict(state)
+    x = shared(x) if method.reads_shared else x
     return method.rule(x, state, train=train, **options)
 
 

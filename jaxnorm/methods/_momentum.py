@@ -9,7 +9,6 @@ from jax.typing import ArrayLike
 
 from jaxnorm._core.pooling import toward
 from jaxnorm._core.running import rate_of
-from jaxnorm._core.shared import shared
 from jaxnorm.methods._fields import Share, as_value
 from jaxnorm.methods._frame import applied, averages, first_running, measured, recalled
 from jaxnorm.methods._method import Method, Options, Result, State
@@ -80,7 +79,6 @@ class momentum_batch_norm(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> Result:
-        x = shared(x)
         if not train:
             return applied(x, recalled(state, x, options), self.epsilon, **options), state
         if train_momentum is None:
@@ -94,5 +92,5 @@ class momentum_batch_norm(Method):
         rate = rate_of(train_momentum, old.var.dtype, "train_momentum")
         used = jax.tree.map(lambda t, new: jnp.where(m.count > 0, toward(t, new, rate), t), old, m)
         new = averages(state, m, train_momentum, train_mean=m.mean, train_var=m.var)
-        new |= averages(state, m, momentum, mean=m.mean, var=m.var)
+        new |= averages(state, m, momentum)
         return applied(x, used, self.epsilon, **options), new

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxnorm._core.devices import AxisName, device_count, device_groups_of, names_of, varying_like
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.running import usable
-from jaxnorm._core.shared import own_and_wide, shared
+from jaxnorm._core.shared import own_and_wide
 from jaxnorm.kernels import centralize_kernel
 from jaxnorm.methods._fields import Count, NotNegative, OneOrMore, as_value
 from jaxnorm.methods._frame import along_channels, applied, averages, measured, pushed
@@ -151,7 +151,6 @@ class moving_average_norm(Method):
         tap: ArrayLike | None = None,
         **options: Unpack[Options],
     ) -> Result:
-        x = shared(x)
         running = along_channels(state["mean_square"], x, options)
         if not train:
             used = Moments(jnp.ones_like(running), jnp.zeros_like(running), running)

@@ -14,9 +14,8 @@ from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.checks import check_epsilon
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.groups import Groups
-from jaxnorm._core.shared import shared
 from jaxnorm.methods._fields import Count, as_value
-from jaxnorm.methods._frame import applied, measured, output_dtype, parameter
+from jaxnorm.methods._frame import applied, measured, parameter
 from jaxnorm.methods._method import Method, Options, Parameters, Result, State
 from jaxnorm.methods._row import Row
 
@@ -103,8 +102,7 @@ class proxy_norm(Method):
         proxy_bias: ArrayLike,
         **options: Unpack[Options],
     ) -> Result:
-        x = shared(x)
-        dtype, wide = output_dtype(x, options), statistic_dtype(x.dtype)
+        dtype, wide = options["dtype"], statistic_dtype(x.dtype)
         activation = options.get("activation") or (lambda y: y)
         names = {"scale": (options.get("scale"), 1), "bias": (options.get("bias"), 0)}
         names |= {"proxy_scale": (proxy_scale, 0), "proxy_bias": (proxy_bias, 0)}
@@ -112,10 +110,9 @@ class proxy_norm(Method):
             jnp.full((1,) * x.ndim, first, wide) if t is None else parameter(t, name, x, options)
             for name, (t, first) in names.items()
         )
-        q = jnp.asarray(_quantiles(self.num_quantiles), wide).reshape(-1, *(1,) * x.ndim)
-        proxy = activation(
-            scale[None] * (more_bias[None] + (1 + more_scale[None]) * q) + bias[None]
-        )
+        q = jnp.asarray(_quantiles(self.num_quantiles), wide)
+        proxy = jax.vmap(lambda q: scale * (more_bias + (1 + more_scale) * q) + bias)(q)
+        proxy = activation(proxy)
         mean, var = proxy.mean(0), proxy.var(0)
 
         def standardized(y: jax.Array) -> jax.Array:

@@ -8,7 +8,6 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.shared import shared
 from jaxnorm.methods._fields import NotNegative, OneOrMore, as_value
 from jaxnorm.methods._frame import (
     along_channels,
@@ -88,7 +87,6 @@ class batch_renorm(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> Result:
-        x = shared(x)
         mean, std = (along_channels(state[name], x, options) for name in ("mean", "std"))
         # An epsilon larger than the one that the state was made with still bounds the division.
         std = jnp.maximum(std, jnp.sqrt(jnp.asarray(self.epsilon, std.dtype)))

@@ -13,7 +13,6 @@ from jaxnorm._core.checks import check_number
 from jaxnorm._core.ghosts import GhostUpdate, check_ghost_update
 from jaxnorm._core.groups import EACH, Groups, Size, Split, check_mean, resolve
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.shared import shared
 from jaxnorm._core.state import pooled_to, running_moments, running_shape, serving
 from jaxnorm._population import POPULATION
 from jaxnorm.inference import weigh_example
@@ -177,7 +176,7 @@ class Row(Method):
         example_weight: ArrayLike | Literal["share"] = 0.0,
         **options: Unpack[Options],
     ) -> Result:
-        x, axes = shared(x), axes_in(options)
+        axes = axes_in(options)
         if not self.remembers:
             m = measured(x, self, two_pass=self.two_pass, **options)
             return applied(x, m, self.epsilon, **options), state

@@ -13,14 +13,13 @@ from jaxnorm._core.axes import Shape
 def check_state(method: Any, state: Any, x_shape: Shape, **options: Any) -> None:
     """`state` has the names and shapes of what `init` makes for x of this shape."""
     expected = _shapes_of_state(method, x_shape, **options)
-    if not isinstance(state, Mapping):
-        error, got = TypeError, f"a {type(state).__name__}"
-    else:
-        error, shapes = ValueError, {name: jnp.shape(state[name]) for name in sorted(state)}
+    error, got = TypeError, f"a {type(state).__name__}"
+    if isinstance(state, Mapping):
+        shapes = {name: jnp.shape(state[name]) for name in sorted(state)}
         own = {name: shapes[name] for name in shapes if name not in method.also_in_state}
         if own == expected or (method.any_arrangement and own.keys() == expected.keys()):
             return
-        got = f"a state with {_listed(shapes) or 'nothing in it'}"
+        error, got = ValueError, f"a state with {_listed(shapes) or 'nothing in it'}"
     raise error(
         f"{type(method).__name__} got {got}. Expected its own state, "
         f"{expected and 'a dict with ' + _listed(expected)}, as its init makes it for x of shape "

@@ -9,7 +9,6 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.shared import shared
 from jaxnorm.methods._fields import as_value
 from jaxnorm.methods._frame import (
     applied,
@@ -100,7 +99,6 @@ class switchable_norm(Method):
         momentum: ArrayLike,
         **options: Unpack[Options],
     ) -> Result:
-        x = shared(x)
         instance = measured(x, instance_norm(), **per_device(options))
         dtype = instance.var.dtype
         shares = [jax.nn.softmax(jnp.asarray(t, dtype)) for t in (mean_logits, var_logits)]
@@ -117,7 +115,7 @@ class switchable_norm(Method):
             m = recalled(state, x, options)
             if train:
                 m = pooled(instance, batch_norm(), **options)
-                state = averages(state, m, momentum, mean=m.mean, var=m.var)
+                state = averages(state, m, momentum)
             parts.append(m)
         shape = instance.mean.shape
         parts = [jax.tree.map(lambda t: jnp.broadcast_to(t, shape), m) for m in parts]
