@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ class batch_group_norm(Method):
         and in two independent implementations; running statistics are as in one of them.
     """
 
-    also_in_state: ClassVar[tuple[str, ...]] = Row.also_in_state
+    also_in_state = Row.also_in_state
 
     num_groups: Count
     momentum: float | None = 0.99

@@ -66,33 +66,32 @@ def derivatives(
     """
     batch, channel = options["batch_axis"], options["channel_axis"]
     axis_name, weights = options.get("axis_name"), options.get("weights")
-    w = None if weights is None else as_weights(weights, y)
     inputs, kernel = (t.astype(statistic_dtype(y.dtype)) for t in (inputs, kernel))
     # else shard_map's check_vma=True sums over devices also without an axis_name
     kernel = varying_like(kernel, y)
+    of_group = kernel.shape[-1] // groups
     count = jnp.where(m.count > 0, m.count, 1)
-
     centered = y.astype(m.mean.dtype) - m.mean
-    if w is not None:
-        centered = jnp.where(counts(w), centered, 0) * w.astype(centered.dtype)
-    centered = centered / count
-    slope = _by_kernel(layer, inputs, kernel, centered)
-
     # The patches do not depend on the output channel: one for each group will do, and without
     # weights the sum over examples is taken first.
-    share = (
-        jnp.full([1] * y.ndim, y.shape[batch], count.dtype) if w is None else w.astype(count.dtype)
-    )
+    if weights is None:
+        share = jnp.full([1] * y.ndim, y.shape[batch], count.dtype)
+        examples = inputs.mean(batch, keepdims=True)
+    else:
+        w = as_weights(weights, y)
+        centered = jnp.where(counts(w), centered, 0) * w.astype(centered.dtype)
+        share, examples = w.astype(count.dtype), inputs
+    centered = centered / count
+    slope = _by_kernel(layer, inputs, kernel, centered)
     share = share / lax.slice_in_dim(count, 0, 1, axis=channel)
-    inputs = inputs.mean(batch, keepdims=True) if w is None else inputs
-    patch = _by_kernel(layer, inputs, kernel[..., :: kernel.shape[-1] // groups], share)
+    patch = _by_kernel(layer, examples, kernel[..., ::of_group], share)
 
     # 0, but for the rounding of the mean
     residual = centered.sum([i for i in range(y.ndim) if i != channel])
     devices = device_groups_of(axis_name, options.get("axis_index_groups"))
     patch, slope, residual = all_sum((patch, slope, residual), axis_name, devices)
     residual = residual.reshape([1] * (kernel.ndim - 1) + [-1])
-    return patch, 2 * (slope - residual * jnp.repeat(patch, kernel.shape[-1] // groups, axis=-1))
+    return patch, 2 * (slope - residual * jnp.repeat(patch, of_group, axis=-1))
 
 
 def _by_kernel(

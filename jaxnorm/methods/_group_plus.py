@@ -9,7 +9,6 @@ from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape
-from jaxnorm._core.devices import varying_like
 from jaxnorm._core.divisor import with_divisor
 from jaxnorm._core.groups import EACH, Groups
 from jaxnorm._core.moments import Moments
@@ -158,7 +157,7 @@ class group_norm_plus(Method):
             shift = shift + bias
         if weights is not None:
             shift = jnp.where(jnp.isfinite(z), shift, 0 if bias is None else bias)
-        m = jax.tree.map(lambda t: varying_like(t, z), Moments(m.count, m.mean, a**-2))
+        m = Moments(m.count, m.mean, a**-2)
         batch, channel = options["batch_axis"], options["channel_axis"]
         shifted = z.shape if weights is not None else m.mean.shape  # per element, or per set
         features = [i for i in range(x.ndim) if i == channel or (i != batch and shifted[i] > 1)]

@@ -273,10 +273,10 @@ def _apply(method: Method, x: Any, state: State, *, train: bool, **options: Any)
     learned = method.parameters(num_channels)
     defaults = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}  # type: ignore[arg-type]
     defaults |= {n: t for n, t in learned.items() if n not in method.overwritten_by_gradient}
-    options |= {n: defaults[n] for n in own if n in defaults and options.get(n) is None}
+    defaults["dtype"] = x.dtype
+    absent = (n for n in (*own, "dtype") if n in defaults and options.get(n) is None)
+    options |= {n: defaults[n] for n in absent}
     options |= {"batch_axis": batch, "channel_axis": channel}
-    if options.get("dtype") is None:
-        options["dtype"] = x.dtype
     if missing := [n for n, o in own.items() if o.default is o.empty and n not in options]:
         raise TypeError(f"{name} needs {', '.join(missing)}; got {', '.join(sorted(options))}.")
     for option, parameter in own.items():

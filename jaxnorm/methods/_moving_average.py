@@ -3,7 +3,7 @@
 No mean is subtracted.
 """
 
-from typing import Any, ClassVar, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,7 @@ class moving_average_norm(Method):
         closest: averages as soon as the window is full, of batches.
     """
 
-    overwritten_by_gradient: ClassVar[tuple[str, ...]] = ("tap",)
+    overwritten_by_gradient = ("tap",)
 
     window: Count = 16
     average_from: int = 100

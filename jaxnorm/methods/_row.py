@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -88,8 +88,8 @@ class Row(Method):
         Row(Groups(batch=EACH, spatial=EACH, channel=1), mean=0)
     """
 
-    takes_complex: ClassVar[bool] = True
-    also_in_state: ClassVar[tuple[str, ...]] = (*POPULATION, "calls")
+    takes_complex = True
+    also_in_state = (*POPULATION, "calls")
 
     groups: Groups | Shape
     mean: Literal[0] | None = None
@@ -180,20 +180,18 @@ class Row(Method):
         if not self.remembers:
             m = measured(x, self, two_pass=self.two_pass, **options)
             return applied(x, m, self.epsilon, **options), state
-        running = self._serving(state, x.shape, axes)
         if not train:
-            asked = isinstance(example_weight, str) and example_weight == "share"
-            weight: Any = self._share() if asked else example_weight
-            if isinstance(weight, int | float) and weight == 0:
-                used = self._pooled(running, x.shape, axes)
-            else:
-                more = taken_by(weigh_example, options)
-                used = weigh_example(x, running, self, example_weight=weight, **more)
+            used, weight = self._of_inference(state, x.shape, axes), example_weight
+            if isinstance(weight, str) and weight == "share":
+                weight = self._share()
+            if not isinstance(weight, int | float) or weight != 0:
+                more: Any = {"example_weight": weight, **taken_by(weigh_example, options)}
+                used = weigh_example(x, used, self, **more)
             return applied(x, used, self.epsilon, **options), state
-        sets = self
+        center, sets = self._serving(state, x.shape, axes).mean, self
         if self.running is not None:  # in each ghost batch
             sets = Row(dataclasses.replace(self.running, batch=self._batch), self.mean)
-        batch = measured(x, sets, center=running.mean, two_pass=self.two_pass, **options)
+        batch = measured(x, sets, center=center, two_pass=self.two_pass, **options)
         used = batch
         if self.running is not None:  # synchronized already
             used = pooled(batch, self.shape(x.shape, **axes), **per_device(options))
@@ -211,8 +209,7 @@ class Row(Method):
     ) -> Moments | None:
         if not self.remembers or self.example_weight != 0:
             return None
-        x_shape, both = tuple(x_shape), axes_in(axes)
-        return self._pooled(self._serving(state, x_shape, both), x_shape, both)
+        return self._of_inference(state, tuple(x_shape), axes_in(axes))
 
     def _serving(self, state: State, x_shape: Shape, axes: dict[str, Any]) -> Moments:
         """The running statistics in the shape that serves x, the batch pooled."""
@@ -221,8 +218,9 @@ class Row(Method):
             return serving(old, jnp.shape(old.mean), self.groups, x_shape)
         return running_moments(old, self.running or self.groups, x_shape, **axes)
 
-    def _pooled(self, running: Moments, x_shape: Shape, axes: dict[str, Any]) -> Moments:
-        """Running statistics of finer sets as those of this row's."""
+    def _of_inference(self, state: State, x_shape: Shape, axes: dict[str, Any]) -> Moments:
+        """The running statistics of the row's own sets, which may be coarser."""
+        running = self._serving(state, x_shape, axes)
         if self.running is None:
             return running
         return pooled_to(running, self.any_batch().shape(x_shape, **axes), axes["batch_axis"])
