@@ -141,7 +141,8 @@ class Method(abc.ABC):
         """What `apply` does once its arguments are checked.
 
         Its keyword arguments beside `train` are the options of this method. Options that are not
-        given are the fields of the same names, or the initial values of the parameters.
+        given are the fields of the same names, or the initial values of the parameters. `state` has
+        the names and shapes that `init` gives it for x.
         """
 
     def apply(self, x: ArrayLike, state: State, *, train: bool, **options: Any) -> Result:

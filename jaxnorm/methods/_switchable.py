@@ -117,8 +117,6 @@ class switchable_norm(Method):
                 m = pooled(instance, batch_norm(), **options)
                 state = averages(state, m, momentum)
             parts.append(m)
-        shape = instance.mean.shape
-        parts = [jax.tree.map(lambda t: jnp.broadcast_to(t, shape), m) for m in parts]
         mean = _mixture([m.mean for m in parts], shares[0])
         var = _mixture([m.var for m in parts], shares[1])
         return applied(x, Moments(instance.count, mean, var), self.epsilon, **options), state
