@@ -289,6 +289,7 @@ def _apply(method: Method, x: Any, state: State, *, train: bool, **options: Any)
     return method.rule(x, state, train=train, **options)
 
 
+@functools.cache
 def options_of(function: Any) -> dict[str, inspect.Parameter]:
     """The options of a rule beside those of every method."""
     return {
