@@ -80,8 +80,11 @@ class filter_response_norm(Method):
 
     def parameters(self, num_channels: int) -> Parameters:
         zeros = np.zeros(num_channels, np.float32)
-        first = {"threshold": zeros, "slope": zeros}
-        first |= {"learned_epsilon": np.asarray(1e-4, np.float32)}
+        first = {
+            "threshold": zeros,
+            "slope": zeros,
+            "learned_epsilon": np.asarray(1e-4, np.float32),
+        }
         return {name: t for name, t in first.items() if getattr(self, f"use_{name}")}
 
     def rule(

@@ -98,7 +98,7 @@ def taken_by(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[s
 
 
 def axes_in(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The axes among the options, the batch's first."""
+    """The axes among the options, or their defaults, the batch's first."""
     return {name: options.get(name, default) for name, default in AXES.items()}
 
 

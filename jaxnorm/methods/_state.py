@@ -28,6 +28,7 @@ def check_state(method: Any, state: Any, x_shape: Shape, **options: Any) -> None
     )
 
 
+# Cached, and without values: otherwise every step outside of jit would make a state anew.
 @functools.lru_cache
 def _shapes_of_state(method: Any, x_shape: Shape, **options: Any) -> dict[str, Shape]:
     first = jax.eval_shape(lambda: method.init(x_shape, **options))
