@@ -17,6 +17,7 @@ from jaxnorm._core.moments import Moments, as_array, check_moments
 from jaxnorm._core.state import serves_channels
 from jaxnorm._flax_rules import Axes, wide_enough
 from jaxnorm.methods import Method, Row
+from jaxnorm.methods._fields import check_names
 from jaxnorm.methods._method import State, options_of
 from jaxnorm.positional import scale_and_shift
 
@@ -44,11 +45,7 @@ IN_FRONT = ("inputs", "kernel", "layer")
 def check_call(method: Method, options: Mapping[str, Any], learned: Mapping[str, Any]) -> None:
     """What a layer was called with beside its own arguments are options of its method."""
     own = [name for name in method.options if name not in {*learned, *IN_FRONT}]
-    if unknown := sorted(set(options) - set(own)):
-        raise TypeError(
-            f"unexpected keyword argument {', '.join(unknown)} at the call of a layer with "
-            f"{method}. Expected some of {', '.join([*OF_LAYERS, *own])}."
-        )
+    check_names(options, [*OF_LAYERS, *own], f"a layer with {method}")
 
 
 def check_inits(method: Method, inits: Mapping[str, Any], learned: Iterable[str]) -> None:

@@ -227,7 +227,8 @@ CORE = (
 )  # fmt: skip
 ABOVE = (
     "_population", "inference", "kernels",
-    "methods._fields", "methods._method", "methods._frame", "methods._row", "methods._table",
+    "methods._fields", "methods._state", "methods._method", "methods._frame", "methods._row",
+    "methods._table",
     "methods._renorm", "methods._momentum", "methods._memorized", "methods._switchable",
     "methods._domains", "methods._evonorm", "methods._filter_response", "methods._group_plus",
     "methods._proxy", "methods._moving_average", "methods._carried_over",

@@ -113,17 +113,17 @@ def test_another_image_size_is_refused_also_under_jit():
         run = jax.jit(partial(method.apply, train=train))
         with pytest.raises(
             ValueError,
-            match=r"belongs to images of \(2, 6\) does not fit x of shape \(2, 6, 2, 6\)",
+            match=r"positions of shape .*positions of shape \(6, 2\).*\(2, 6, 2, 6\): .* one image",
         ):
             run(x, method.init(SHAPE))
     layer = linen.Norm(method, use_running_average=True)
     variables = layer.init(KEY, jnp.ones(SHAPE))
     with pytest.raises(
-        ValueError, match=r"belongs to images of \(2, 6\)|positions has shape \(6, 2\)"
+        ValueError, match=r"positions of shape \(6, 2\)|positions has shape \(6, 2\)"
     ):
         layer.apply(variables, x)
     with pytest.raises(
-        ValueError, match=r"belongs to images of \(2, 6\)|positions has shape \(6, 2\)"
+        ValueError, match=r"positions of shape \(6, 2\)|positions has shape \(6, 2\)"
     ):
         nnx_layers.Norm(6, method, x_shape=SHAPE, rngs=nnx.Rngs(0))(x)
     for layer_groups in (3, 6):  # groups of channels serve any size
@@ -137,13 +137,16 @@ def test_errors():
         ValueError, match="5 groups do not divide the features of x.*a divisor of 72"
     ):
         batch_group_norm(5).init(SHAPE)
-    with pytest.raises(ValueError, match="positions of 2 axes"):
+    with pytest.raises(
+        ValueError, match="Expected its own state, a dict with .*positions of shape"
+    ):
         batch_group_norm(4).apply(x, batch_group_norm(3).init(SHAPE), train=True)
     with pytest.raises(
-        ValueError, match="state of 9 groups, with var of shape .9,., does not fit 4 groups"
+        ValueError,
+        match=r"got a state with mean of shape \(9,\).* a dict with mean of shape \(4,\)",
     ):
         batch_group_norm(4).apply(x, batch_group_norm(9).init(SHAPE), train=True)
-    with pytest.raises(ValueError, match="Expected its own state, a dict with mean, var,"):
+    with pytest.raises(ValueError, match="Expected its own state, a dict with mean of .*, var of"):
         batch_group_norm(3).apply(x, batch_group_norm(4).init(SHAPE), train=True)
     with pytest.raises(ValueError, match="keep positions apart. Got x_shape=None"):
         nnx_layers.Norm(6, batch_group_norm(4), rngs=nnx.Rngs(0))

@@ -289,7 +289,7 @@ def test_authors_code():
     """
     layer, shape, inputs, _ = LAYERS["grouped"]
     xs, ws = batches(inputs, 8), kernels(shape, 8, step=0.02)
-    state, entries, running = first_state("grouped", window=2), [], (np.zeros(6), np.ones(6))
+    state, entries, running = first_state("grouped"), [], (np.zeros(6), np.ones(6))
     for it, (x, w) in enumerate(zip(xs, ws, strict=True), start=1):
         y = np.asarray(layer(x, w))
         n = y[..., 0].size
@@ -478,9 +478,14 @@ def test_errors():
     def call(y=x @ w, state=state, **options):
         return method.apply(y, state, **{"train": True, "inputs": x, "kernel": w} | options)
 
-    for options in ({"kernel": w[:3]}, {"inputs": x[:, :3]}, {"y": x}, {"state": init((6, 5))}):
-        with pytest.raises(ValueError, match="Expected the state that init makes for this kernel"):
+    for options in ({"kernel": w[:3]}, {"inputs": x[:, :3]}, {"y": x}):
+        with pytest.raises(
+            ValueError, match="Expected the shape of the kernel in front, .* groups that"
+        ):
             call(**options)
+    for state_of_other in (init((6, 5)), init((5, 6), 5), {"mean": state["mean"]}):
+        with pytest.raises(ValueError, match=r"own state, .*past_slope of shape \(3, 5, 6\)"):
+            call(state=state_of_other)
     with pytest.raises(ValueError, match="differ between the channels"):
         call(weights=jnp.ones((4, 6)))
     with pytest.raises(TypeError, match="defined for real x"):

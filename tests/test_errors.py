@@ -489,6 +489,7 @@ EPSILONS = {
 }
 # a method is static, so that what is no Python number is refused by its kind
 EPSILONS_OF_METHODS = EPSILONS | {
+    "None": (TypeError, r"\(epsilon=\.\.\.\) is None\. Expected a value such as", None),
     "NaN": (ValueError, r"\(epsilon=\.\.\.\) is NaN\. Expected a number", float("nan")),
     "for each channel": (
         TypeError,
@@ -677,17 +678,18 @@ ERRORS |= {
     },
     "groups of an evonorm that do not divide": (
         ValueError,
-        r"num_groups=32 does not divide the 6 channels of x.*pass num_groups=6, to which",
+        r"channel axis -1 of x has size 6, which does not split into 32 equal groups.*expected a "
+        "divisor of 6: 1, 2, 3, 6",
         lambda: applied(methods.evonorm_s0()),
     ),
     "groups of an evonorm that do not divide, channels first": (
         ValueError,
-        r"num_groups=4 does not divide the 6 channels.*pass num_groups=3",
+        "channel axis 1 of x has size 6, which does not split into 4 equal groups.*divisor of 6",
         lambda: methods.evonorm_s0(4).apply(ones(2, 6, 4), {}, train=True, channel_axis=1),
     ),
     "groups of an evonorm in a layer": (
         ValueError,
-        "num_groups=32 does not divide the 6 channels",
+        "size 6, which does not split into 32 equal groups",
         lambda: layer(linen, "Norm", methods.evonorm_s0()),
     ),
     "half a quantile": (
@@ -762,7 +764,8 @@ ERRORS |= {
     "state of another method": (
         ValueError,
         r"batch_renorm got a state with mean of shape \(6,\), var of shape \(6,\)\. Expected its "
-        "own state, a dict with mean of 1 axis, std of 1 axis",
+        r"own state, a dict with mean of shape \(6,\), std of shape \(6,\), as its init makes it "
+        r"for x of shape \(8, 4, 4, 6\): state belongs to one method and number of channels",
         lambda: methods.batch_renorm().apply(X, BN.init(NHWC), train=True),
     ),
     "state of a method without": (
@@ -772,7 +775,7 @@ ERRORS |= {
     ),
     "moments as state": (
         TypeError,
-        "Row got a Moments. Expected its own state, a dict with mean, var",
+        r"Row got a Moments. Expected its own state, a dict with mean of shape \(6,\), var",
         lambda: BN.apply(X, init_running((6,)), train=True),
     ),
     "an example's weight in training": (
@@ -787,12 +790,12 @@ ERRORS |= {
     ),
     "an option of another method, linen": (
         TypeError,
-        r"unexpected keyword argument domain at the call of a layer with evonorm_b0\(\)",
+        r"a layer with evonorm_b0\(\) got an unexpected option domain. Expected some of mask",
         lambda: linen.Norm(EVONORM_B0).init(jax.random.key(0), X, False, domain=1),
     ),
     "an option of another method, nnx": (
         TypeError,
-        r"unexpected keyword argument domain at the call of a layer with evonorm_b0\(\).*momentum",
+        r"a layer with evonorm_b0\(\) got an unexpected option domain. Expected some of .*momentum",
         lambda: nnx.Norm(6, EVONORM_B0, rngs=fnnx.Rngs(0))(X, domain=1),
     ),
     "initializers of what is not learned": (

@@ -140,7 +140,7 @@ def test_state_in_half_precision_warns_where_it_is_updated(entry):
 @pytest.mark.parametrize("entry", REGISTRY, ids=str)
 def test_layers_refuse_options_of_other_names(entry):
     x, flags = jax.ShapeDtypeStruct(SHAPE, "f4"), {"use_running_average": True, "weights": 1}
-    message = "argument weights at the call of a layer with .* Expected some of mask, update"
+    message = "a layer with .* got an unexpected option weights. Expected some of mask, update"
     with pytest.raises(TypeError, match=message):
         jax.eval_shape(partial(entry.in_linen().init, **flags), jax.random.key(0), x)
     with pytest.raises(TypeError, match=message):

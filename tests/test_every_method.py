@@ -22,7 +22,7 @@ from registry import COUNTS, NAMES, REGISTRY, SHAPE, STATEFUL, C, by_turns, labe
 
 import jaxnorm
 from jaxnorm import init_running, methods, norm, normalize
-from jaxnorm.methods._frame import averaged, remembered
+from jaxnorm.methods._frame import averages, remembered
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
@@ -460,7 +460,10 @@ OF_CHANNELS = [
 @every(OF_CHANNELS)
 def test_state_of_other_channels_is_refused(entry):
     """What works on a kernel, and groups, say so in the files of their own names."""
-    message = r"of shape \(.*8,?\) (has 8 channels,|do not fit) x of shape \(8, 16\)"
+    message = (
+        r"got a state with .* of shape \(.*8,?\).* Expected its own state, a dict with .* of shape "
+        r"\(.*16,?\).* as its init makes it for x of shape \(8, 16\)"
+    )
     for train in (True, False):
         with pytest.raises(ValueError, match=message):
             outputs(entry, jnp.ones((8, 16)), entry.init(SHAPE), train)
@@ -481,7 +484,7 @@ WRONG_STATES = {
     ),
     "arrays of other axes": (
         ValueError,
-        r"(got a state with .*mean|running statistics) of shape \(8, 1, 2, 3, 1\)",
+        r"got a state with .*mean of shape \(8, 1, 2, 3, 1\)",
         {n: np.zeros((C, 1, 2, 3, 1)) for n in ("mean", "var")},
     ),
 }
@@ -501,16 +504,18 @@ def test_the_state_of_batch_normalization_is_not_that_of_renormalization():
     x, state = jnp.ones((6, C)), {"mean": jnp.zeros(C), "var": jnp.ones(C)}
     message = (
         r"batch_renorm got a state with mean of shape \(8,\), var of shape \(8,\)\. Expected its "
-        r"own state, a dict with mean of 1 axis, std of 1 axis, as its init makes"
+        r"own state, a dict with mean of shape \(8,\), std of shape \(8,\), as its init makes"
     )
     with pytest.raises(ValueError, match=message):
         methods.batch_renorm().apply(x, state, train=True)
-    with pytest.raises(ValueError, match="evonorm_b0 got .* a dict with var of 1 axis"):
+    with pytest.raises(ValueError, match=r"evonorm_b0 got .* a dict with var of shape \(8,\)"):
         methods.evonorm_b0().apply(x, state, train=True)
-    with pytest.raises(ValueError, match="domain_batch_norm got .* mean of 2 axes, var of 2 axes"):
+    with pytest.raises(
+        ValueError, match=r"domain_batch_norm got .* a dict with mean of shape \(2,"
+    ):
         methods.domain_batch_norm(2).observe(x, state, domain=0)
     narrow = {"mean": jnp.zeros(C), "var": jnp.ones(1)}
-    with pytest.raises(ValueError, match=r"mean has shape \(8,\) and .*var \(1,\)"):
+    with pytest.raises(ValueError, match=r"mean of shape \(8,\), var of shape \(1,\)\. Expected"):
         methods.batch_group_norm(C).apply(x, narrow, train=True)
 
 
@@ -567,6 +572,12 @@ def test_traced_momentum_never_destroys_the_state(entry):
     for name in state.keys() & set(AVERAGES):
         np.testing.assert_array_equal(new[name], state[name])
         assert np.abs(slow[name] - fast[name]).max() > 1e-3
+
+
+def averaged(old, new, momentum):
+    """Of a state that holds one array, after a batch that is usable."""
+    m = jaxnorm.Moments(*(jnp.ones_like(new),) * 3)
+    return averages({"mean": old}, m, momentum, mean=new)["mean"]
 
 
 def test_averages_are_exact_at_both_ends():

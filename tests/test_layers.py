@@ -164,7 +164,7 @@ def test_arguments_that_a_method_has_no_use_for_are_refused(make):
         (Centered(), {"shfit": 0.5}, "momentum, shift"),
     ):
         with pytest.raises(
-            TypeError, match=f"unexpected keyword argument {[*wrong][0]} .*some of {called}{names}"
+            TypeError, match=f"got an unexpected option {[*wrong][0]}. .*some of {called}{names}"
         ):
             use(method, called=wrong)
     with pytest.raises(TypeError, match="domain_batch_norm needs domain"):

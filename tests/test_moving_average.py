@@ -29,6 +29,11 @@ def init(channels, window=16):
     return moving_average_norm(window=window).init((1, channels))
 
 
+def of(state):
+    """The method with as long a window as the state has."""
+    return moving_average_norm(window=len(state["past_gradient"]))
+
+
 def batch(seed, shape=SHAPE):
     rng = np.random.default_rng(seed)
     # x, and the loss's gradient by y
@@ -40,9 +45,7 @@ def step(x, weight, state, tap, scale, bias, **options):
     """y and the new state, then the gradients by x, tap, scale and bias of sum(y weight)."""
 
     def loss(x, tap, scale, bias):
-        y, new = moving_average_norm().apply(
-            x, state, train=True, tap=tap, scale=scale, bias=bias, **options
-        )
+        y, new = of(state).apply(x, state, train=True, tap=tap, scale=scale, bias=bias, **options)
         return (y * weight).sum(), (y, new)
 
     gradients, (y, new) = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(x, tap, scale, bias)
@@ -176,7 +179,7 @@ def test_no_forward_mode():
 
         def f(x):
             def y(x):
-                return moving_average_norm().apply(x, state, train=True, tap=tap)[0]
+                return of(state).apply(x, state, train=True, tap=tap)[0]
 
             return jax.jvp(y, (x,), (x,))
 
@@ -273,7 +276,7 @@ def test_every_order_of_gradient_and_map(kind, own_tap):
 
         def loss(x, dy, tap, groups=groups):
             options = {"axis_name": "i", "axis_index_groups": groups, "correct_from": 10**6}
-            y, _ = moving_average_norm().apply(x, state, train=True, tap=tap, **options)
+            y, _ = of(state).apply(x, state, train=True, tap=tap, **options)
             return (y * dy).sum()
 
         def outside(x, dy, tap, loss=loss):
@@ -306,7 +309,7 @@ def test_gradient_between_two_maps_and_of_sharded_arrays():
     expected = whole_batch(x, dy, state, tap)
 
     def loss(x, dy, tap, names=None):
-        y, _ = moving_average_norm(correct_from=10**6).apply(
+        y, _ = moving_average_norm(window=3, correct_from=10**6).apply(
             x, state, train=True, tap=tap, axis_name=names
         )
         return (y * dy).sum()
@@ -337,7 +340,7 @@ def test_smallest_case_of_a_gradient_outside():
 
     def loss(x, dy):
         tap = jnp.full(2, 0.3)
-        y, _ = moving_average_norm().apply(x, state, train=True, tap=tap, axis_name="i")
+        y, _ = of(state).apply(x, state, train=True, tap=tap, axis_name="i")
         return (y * dy).sum()
 
     def outside(x):
@@ -354,7 +357,7 @@ def test_history_gets_no_gradient():
     x, dy = (jnp.asarray(t) for t in batch(1))
 
     def loss(state):
-        y, _ = moving_average_norm().apply(x, state, train=True, tap=jnp.zeros(5))
+        y, _ = of(state).apply(x, state, train=True, tap=jnp.zeros(5))
         return (y * dy).sum()
 
     assert all(
@@ -366,13 +369,13 @@ def test_history_gets_no_gradient():
 
 def test_half_precision_and_inference():
     x = jnp.asarray(batch(1)[0], jnp.bfloat16)
-    run = jax.jit(partial(moving_average_norm().apply, train=True))
+    run = jax.jit(partial(moving_average_norm(window=4).apply, train=True))
     y, state = run(x, init(5, window=4), tap=jnp.zeros(5))
     assert y.dtype == jnp.bfloat16 and all(t.dtype == jnp.float32 for t in state.values())
     x = x.astype(jnp.float32)
     square = np.square(np.asarray(x, np.float64)).mean(AXES)
     np.testing.assert_allclose(state["past_mean_square"][0], square, rtol=1e-5)
-    y, same = moving_average_norm().apply(x, state, train=False)
+    y, same = of(state).apply(x, state, train=False)
     np.testing.assert_allclose(y, np.asarray(x) / np.sqrt(0.98 + 0.02 * square + 1e-5), rtol=1e-4)
     assert same is state
 
@@ -381,7 +384,7 @@ def test_bad_batches_leave_their_channels():
     state = jax.tree.map(lambda t: t.astype(jnp.float32), init(5, window=2))
     x = jnp.asarray(batch(1)[0], jnp.float32)
     tap = jnp.array([jnp.nan, 1.0, jnp.inf, 2.0, 3.0])
-    run = jax.jit(partial(moving_average_norm().apply, train=True))
+    run = jax.jit(partial(of(state).apply, train=True))
     _, new = run(x.at[0, 0, 0, 1].set(jnp.nan), state, tap=tap)
     changed = [
         np.atleast_2d(new[name] != state[name])[0].tolist()
@@ -419,7 +422,9 @@ def test_errors():
             ValueError, match="zeros in the first step, then the gradient by the tap"
         ):
             apply(jnp.ones((4, 3)), state, train=True, tap=tap)
-    with pytest.raises(ValueError, match="has 3 channels"):
+    with pytest.raises(
+        ValueError, match=r"mean_square of shape \(3,\).* mean_square of shape \(5,\)"
+    ):
         apply(jnp.ones((4, 5)), state, train=True, tap=jnp.zeros(3))
     with pytest.raises(TypeError, match="defined for real x"):
         apply(jnp.ones((4, 3), jnp.complex64), state, train=False)

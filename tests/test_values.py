@@ -3,6 +3,7 @@ take numbers alone."""
 
 import dataclasses
 import pickle
+from typing import Annotated
 from xml.etree import ElementTree
 
 import chex
@@ -183,6 +184,54 @@ def test_a_method_of_ones_own_gets_an_array(dtype):
     np.testing.assert_array_equal(step(x), jnp.full((2, 3), 0.5, dtype))
     y, _ = Halved().apply(x, {}, train=True, factor=0.25)
     np.testing.assert_array_equal(y, 0.25 * x.astype("float32"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted(Method):
+    """One that remembers how many steps it took, and the sum of an option."""
+
+    size: Annotated[float, "an annotation of its author's"] = 1.0
+
+    def first_state(self, num_channels):
+        return {"size": jnp.zeros(num_channels), "steps": jnp.zeros(())}
+
+    def rule(self, x, state, *, train, size, **options):
+        return x, {"size": state["size"] + size, "steps": state["steps"] + 1}
+
+
+def test_the_state_of_a_method_of_ones_own_is_checked():
+    """By names and shapes, before the rule sees it; annotations of others say nothing to us."""
+    x, method = jnp.ones((2, 3)), Counted()
+    _, state = method.apply(x, method.init(x.shape), train=True)
+    assert jax.tree.map(jnp.shape, state) == {"size": (3,), "steps": ()}
+    for wrong in ({}, {"size": jnp.zeros(3)}, method.init((2, 4)), {**state, "more": 0.0}):
+        with pytest.raises(
+            ValueError, match=r"Counted got .*a dict with size of shape \(3,\), steps of shape \(\)"
+        ):
+            method.apply(x, wrong, train=True)
+    with pytest.raises(TypeError, match="Counted got a list. Expected its own state"):
+        method.apply(x, [], train=True)
+
+
+@pytest.mark.parametrize("train", (True, False))
+def test_options_are_within_the_bounds_of_their_fields(train):
+    """In training and in inference."""
+    x = jnp.ones((4, 6))
+    kernel = {"inputs": x, "kernel": jnp.eye(6)}
+    for method, wrong, more in (
+        (methods.batch_renorm(), {"rmax": 0.5}, {}),
+        (methods.batch_renorm(), {"dmax": -1.0}, {}),
+        (methods.momentum_batch_norm(), {"train_momentum": 1.5}, {}),
+        (methods.moving_average_norm(), {"correct_from": -1}, {"tap": jnp.zeros(6)}),
+        (methods.cross_iteration_norm(), {"rho": 2.0}, kernel),
+        (methods.cross_iteration_norm(), {"window": -1}, kernel),
+    ):
+        name = next(iter(wrong))
+        state = method.init(x.shape, **({"kernel_shape": (6, 6)} if more is kernel else {}))
+        with pytest.raises(ValueError, match=f"{name} is .*; expected a number of at least"):
+            method.apply(x, state, train=train, **wrong, **more)
+        with pytest.raises(ValueError, match=f"{name} is .*; expected a"):
+            dataclasses.replace(method, **wrong)
 
 
 def test_flags_and_corrections_are_checked_when_a_method_is_made():

@@ -3,34 +3,39 @@
 `_pieces` says which features such a group holds.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Unpack, final
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._core.arithmetic import statistic_dtype
-from jaxnorm._core.axes import Shape, single_axis
+from jaxnorm._core.axes import Shape
 from jaxnorm._core.checks import check_count
 from jaxnorm._core.groups import Groups
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.pooling import pool
-from jaxnorm._core.shared import shared
+from jaxnorm.methods._fields import Count, as_value
 from jaxnorm.methods._frame import (
     applied,
     axes_in,
-    check_state,
     first_running,
     measured,
     per_device,
-    select_options,
+    pooled,
+    running_in,
     updated,
 )
-from jaxnorm.methods._method import InitOptions, Method, Options, State
-from jaxnorm.methods._pieces import at_features, checked_sizes, grid_of, in_pieces
+from jaxnorm.methods._method import (
+    Axes,
+    InitOptions,
+    Method,
+    Options,
+    Result,
+    State,
+    channels_of,
+)
+from jaxnorm.methods._pieces import at_features, grid_of, in_pieces, positions_of
 from jaxnorm.methods._row import Row
 
 BATCH_ENOUGH = 16
@@ -38,8 +43,7 @@ BATCH_ENOUGH = 16
 norm is batch norm."""
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class batch_group_norm(Method):
     """Standardize each of G equal pieces of the flattened features over the whole batch.
 
@@ -89,22 +93,20 @@ class batch_group_norm(Method):
         and in two independent implementations; running statistics are as in one of them.
     """
 
-    takes_complex: ClassVar[bool] = True
-    also_in_state: ClassVar[tuple[str, ...]] = Row.also_in_state
+    also_in_state = Row.also_in_state
 
-    num_groups: int
+    num_groups: Count
     momentum: float | None = 0.99
     epsilon: float = 1e-5
     correction: int = 0
     debias: bool = False
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_count(self.num_groups, "num_groups")
+    def for_channels(self, num_channels: int) -> Method:
+        return self if self.keeps_positions(num_channels) else self._row
 
-    def row(self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1) -> Row:
+    def row(self, x_shape: Sequence[int], **axes: Unpack[Axes]) -> Row:
         """The row of the table, for x whose channels G divides."""
-        channels = x_shape[single_axis(channel_axis, x_shape)]
+        channels = channels_of(x_shape, axes)
         if self.keeps_positions(channels):
             raise ValueError(
                 f"{self} is no row of the table for x of shape {tuple(x_shape)}: expected a "
@@ -116,15 +118,16 @@ class batch_group_norm(Method):
 
     @property
     def _row(self) -> Row:
-        fields = ("epsilon", "momentum", "correction", "debias")
-        groups = Groups(batch=1, spatial=1, channel=self.num_groups)
-        return Row(groups, **{name: getattr(self, name) for name in fields})
+        return Row(
+            Groups(batch=1, spatial=1, channel=self.num_groups),
+            epsilon=self.epsilon,
+            momentum=self.momentum,
+            correction=self.correction,
+            debias=self.debias,
+        )
 
-    def shape(
-        self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1
-    ) -> Shape:
+    def shape(self, x_shape: Sequence[int], **axes: Unpack[Axes]) -> Shape:
         """The shape of the statistic for x whose channels G divides: `Groups.shape`."""
-        axes = {"batch_axis": batch_axis, "channel_axis": channel_axis}
         return self.row(x_shape, **axes).shape(x_shape, **axes)
 
     def _repr_html_(self) -> str | None:
@@ -134,20 +137,11 @@ class batch_group_norm(Method):
         return num_channels % self.num_groups != 0
 
     def _init(self, x_shape: Shape, options: InitOptions) -> State:
-        axes = {"batch_axis": 0, "channel_axis": -1} | axes_in(options)
-        channels, positions = checked_sizes(self.num_groups, x_shape, **axes)
-        if not self.keeps_positions(channels) or self.momentum is None:
-            return self._row.init(x_shape, **options)
+        positions = positions_of(self.num_groups, x_shape, **axes_in(options))
+        if self.momentum is None:
+            return {}
         state = first_running((self.num_groups,), counted=self.debias)
         return state | {"positions": jnp.zeros(positions, jnp.float32)}
-
-    def apply(
-        self, x: ArrayLike, state: State, *, train: bool, **options: Any
-    ) -> tuple[jax.Array, State]:
-        channels = jnp.shape(x)[single_axis(options.get("channel_axis", -1), jnp.shape(x))]
-        if not self.keeps_positions(channels):
-            return self._row.apply(x, state, train=train, **options)
-        return super().apply(x, state, train=train, **options)
 
     def rule(
         self,
@@ -158,69 +152,33 @@ class batch_group_norm(Method):
         momentum: ArrayLike | None = None,
         example_weight: ArrayLike | None = None,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
-        x = shared(x)
+    ) -> Result:
         if example_weight is not None:
             raise ValueError(
                 f"example_weight={example_weight} with groups that are not groups of channels. "
                 "Expected a number of groups that divides the channels; inference.weigh_example "
                 "takes any row of the table of methods."
             )
-        if jnp.issubdtype(x.dtype, jnp.complexfloating):
-            raise TypeError(
-                f"{self} is defined for real x where its groups do not divide the channels. Got "
-                f"{x.dtype}, shape {x.shape}; rows of the table take complex x."
-            )
-        batch, channel = (single_axis(axis, x.shape) for axis in axes_in(options).values())
-        _, positions = checked_sizes(self.num_groups, x.shape, batch, channel)
-        if self.momentum is None:
-            check_state(state, self)
-        else:
-            check_state(state, self, self.also_in_state, **self._axes_of_state(positions))
-            self._check_fits(state, x.shape, positions)
-        grid = grid_of(self.num_groups, x.shape, batch, channel)
+        channel = options["channel_axis"]
+        grid = grid_of(self.num_groups, x.shape, **axes_in(options))
         if train or not state:
-            devices = select_options(options, "axis_name", "axis_index_groups")
             features = jax.tree.map(
                 lambda t: in_pieces(t, self.num_groups, channel),
                 measured(x, grid, **per_device(options)),
             )
-            m = pool(features, (self.num_groups, 1), **devices)
+            m = pooled(features, (self.num_groups, 1), **options)
             if state:
                 flat = jax.tree.map(lambda t: t.reshape(-1), lax.stop_gradient(m))
                 state = updated(state, flat, momentum=momentum, correction=self.correction)
         else:
-            mean, var = (
-                state[name].reshape(-1, 1).astype(statistic_dtype(x.dtype))
-                for name in ("mean", "var")
-            )
-            m = Moments(jnp.ones_like(mean), mean, var)
+            m = jax.tree.map(lambda t: t.reshape(-1, 1), running_in(state))
         used = jax.tree.map(lambda t: at_features(t, grid, channel), m)
         return applied(x, used, self.epsilon, **options), state
 
-    def _axes_of_state(self, positions: Shape) -> dict[str, int]:
-        counted = {"count": 1} if self.debias else {}
-        return {"mean": 1, "var": 1, "positions": len(positions)} | counted
-
-    def _check_fits(self, state: State, x_shape: Shape, positions: Shape) -> None:
-        if not state["mean"].shape == state["var"].shape == (self.num_groups,):
-            raise ValueError(
-                f"state of {state['mean'].shape[0]} groups, with var of shape "
-                f"{state['var'].shape}, does not fit {self.num_groups} groups of x of shape "
-                f"{x_shape}. Expected {self}.init({x_shape})."
-            )
-        if state["positions"].shape != positions:
-            raise ValueError(
-                f"state that belongs to images of {state['positions'].shape} does not fit x of "
-                f"shape {x_shape}. With {self.num_groups} groups, which do not divide the "
-                "channels, statistics depend on the position; feed x of that size."
-            )
-
     def inference_moments(
-        self, state: State, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1
+        self, state: State, x_shape: Sequence[int], **axes: Unpack[Axes]
     ) -> Moments | None:
-        axes = {"batch_axis": batch_axis, "channel_axis": channel_axis}
-        if self.keeps_positions(x_shape[single_axis(channel_axis, x_shape)]):
+        if self.keeps_positions(channels_of(x_shape, axes)):
             return None
         return self._row.inference_moments(state, x_shape, **axes)
 

@@ -3,6 +3,7 @@
 This is what `cross_iteration_norm` remembers and how it is used.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,7 +12,6 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import counts, statistic_dtype
-from jaxnorm._core.axes import single_axis
 from jaxnorm._core.devices import all_sum, device_groups_of, varying_like
 from jaxnorm._core.moments import Moments, as_weights
 from jaxnorm.methods._frame import along_channels
@@ -37,19 +37,14 @@ def carried_over(
         lax.stop_gradient(state[f"past_{name}"]).astype(wide)
         for name in ("count", "mean", "var", "patch", "slope")
     )
-    used = (count > 0) & (jnp.arange(len(count), dtype=wide) < jnp.asarray(window, wide))
+    size, groups, channels = len(count), patch.shape[-1], kernel.shape[-1]
+    used = (count > 0) & (jnp.arange(size, dtype=wide) < jnp.asarray(window, wide))
     kernel, rho = kernel.astype(wide), jnp.asarray(rho, wide)
-    by_group = kernel.reshape(-1, patch.shape[-1], kernel.shape[-1] // patch.shape[-1])
-    patch, slope = (
-        patch.reshape(len(count), *by_group.shape[:2]),
-        slope.reshape(len(count), -1, kernel.shape[-1]),
-    )
-    exact = lax.Precision.HIGHEST
-    d = jnp.einsum("krg,rgc->kgc", patch, by_group, precision=exact).reshape(mean.shape) - mean
-    e = (
-        jnp.einsum("kro,ro->ko", slope, kernel.reshape(-1, kernel.shape[-1]), precision=exact)
-        - 2 * var
-    )
+    patch, slope = patch.reshape(size, -1, groups), slope.reshape(size, -1, channels)
+    product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    d = product("krg,rgc->kgc", patch, kernel.reshape(-1, groups, channels // groups))
+    d = d.reshape(mean.shape) - mean
+    e = product("kro,ro->ko", slope, kernel.reshape(-1, channels)) - 2 * var
     mean, var = mean + rho * d, jnp.maximum(var + rho * e - jnp.square(rho * d), 0)
     count = jnp.broadcast_to(jnp.where(used, count, 0)[:, None], mean.shape)
     return Moments(*(along_channels(t, y, options) for t in (count, mean, var)))
@@ -69,39 +64,34 @@ def derivatives(
     That of the mean is the mean input patch, the same for all channels of a group; that of the
     variance is twice the mean of patch times centered y.
     """
-    axis_name, batch = options.get("axis_name"), single_axis(options["batch_axis"], y.shape)
-    channel, weights = single_axis(options["channel_axis"], y.shape), options.get("weights")
-    w = None if weights is None else as_weights(weights, y)
+    batch, channel = options["batch_axis"], options["channel_axis"]
+    axis_name, weights = options.get("axis_name"), options.get("weights")
     inputs, kernel = (t.astype(statistic_dtype(y.dtype)) for t in (inputs, kernel))
     # else shard_map's check_vma=True sums over devices also without an axis_name
     kernel = varying_like(kernel, y)
+    of_group = kernel.shape[-1] // groups
     count = jnp.where(m.count > 0, m.count, 1)
-
     centered = y.astype(m.mean.dtype) - m.mean
-    if w is not None:
-        centered = jnp.where(counts(w), centered, 0) * w.astype(centered.dtype)
-    centered = centered / count
-    slope = _by_kernel(layer, inputs, kernel, centered)
-
     # The patches do not depend on the output channel: one for each group will do, and without
     # weights the sum over examples is taken first.
-    share = (
-        jnp.full([1] * y.ndim, y.shape[batch], count.dtype) if w is None else w.astype(count.dtype)
-    )
+    if weights is None:
+        share = jnp.full([1] * y.ndim, y.shape[batch], count.dtype)
+        examples = inputs.mean(batch, keepdims=True)
+    else:
+        w = as_weights(weights, y)
+        centered = jnp.where(counts(w), centered, 0) * w.astype(centered.dtype)
+        share, examples = w.astype(count.dtype), inputs
+    centered = centered / count
+    slope = _by_kernel(layer, inputs, kernel, centered)
     share = share / lax.slice_in_dim(count, 0, 1, axis=channel)
-    inputs = inputs.mean(batch, keepdims=True) if w is None else inputs
-    patch = _by_kernel(layer, inputs, kernel[..., :: kernel.shape[-1] // groups], share)
+    patch = _by_kernel(layer, examples, kernel[..., ::of_group], share)
 
     # 0, but for the rounding of the mean
     residual = centered.sum([i for i in range(y.ndim) if i != channel])
-    sums = all_sum(
-        (patch, slope, residual),
-        axis_name,
-        device_groups_of(axis_name, options.get("axis_index_groups")),
-    )
-    patch, slope, residual = sums
+    devices = device_groups_of(axis_name, options.get("axis_index_groups"))
+    patch, slope, residual = all_sum((patch, slope, residual), axis_name, devices)
     residual = residual.reshape([1] * (kernel.ndim - 1) + [-1])
-    return patch, 2 * (slope - residual * jnp.repeat(patch, kernel.shape[-1] // groups, axis=-1))
+    return patch, 2 * (slope - residual * jnp.repeat(patch, of_group, axis=-1))
 
 
 def _by_kernel(

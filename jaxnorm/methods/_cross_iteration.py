@@ -3,36 +3,43 @@
 Those of past batches are carried over to the present weights.
 """
 
-import dataclasses
-from typing import Any, Unpack, final
+import math
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._core.axes import Shape, single_axis
-from jaxnorm._core.checks import check_count, check_number
+from jaxnorm._core.axes import Shape
 from jaxnorm._core.moments import as_weights, inexact
 from jaxnorm._core.pooling import pool
 from jaxnorm._core.running import usable
-from jaxnorm._core.shared import own_and_wide, shared
+from jaxnorm._core.shared import own_and_wide
 from jaxnorm.methods._carried_over import Linear, carried_over, derivatives
+from jaxnorm.methods._fields import Count, NotNegative, Share, as_value
 from jaxnorm.methods._frame import (
     applied,
     averages,
-    check_state,
     first_running,
     measured,
+    pushed,
     recalled,
-    remembered,
 )
-from jaxnorm.methods._method import InitOptions, Method, Options, State
+from jaxnorm.methods._method import (
+    InFront,
+    InitOptions,
+    Method,
+    Options,
+    Result,
+    State,
+    channels_of,
+)
 from jaxnorm.methods._table import batch_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class cross_iteration_norm(Method):
     """Batch normalization of y = layer(inputs, kernel) over this batch and the last ones.
 
@@ -110,40 +117,42 @@ class cross_iteration_norm(Method):
         CmBN: AlexeyAB's darknet.
     """
 
-    window: int = 3
+    window: Count = 3
     rho: float = 1.0
     momentum: float = 0.9
     epsilon: float = 1e-5
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_count(self.window, "window")
-        check_number(self.rho, "rho", at_least=0, at_most=1)
-
     def _init(self, x_shape: Shape, options: InitOptions) -> State:
-        shape, groups = (
-            tuple(options.get("kernel_shape", ())),
-            options.get("feature_group_count", 1),
-        )
-        if len(shape) < 2 or groups < 1 or shape[-1] % groups:
+        shape = tuple(options.get("kernel_shape", ()))
+        groups, channels = options.get("feature_group_count", 1), channels_of(x_shape, options)
+        if len(shape) < 2 or groups < 1 or shape[-1] != channels or channels % groups:
             raise ValueError(
-                f"Got a kernel_shape of {shape} and a feature_group_count of {groups}. "
-                "Expected the shape of the kernel in front, (..., inputs, C), and groups that "
-                "divide C; a layer knows them by Norm(method, layer=...)."
+                f"Got a kernel_shape of {shape} and a feature_group_count of {groups} for x of "
+                f"shape {x_shape}. Expected the shape of the kernel in front, (..., inputs of a "
+                "group, C), and the number of groups of its inputs, which are groups that divide "
+                "C; a layer knows them by Norm(method, layer=...)."
             )
-        zeros = {
-            "past_count": (),
-            "past_mean": shape[-1:],
-            "past_var": shape[-1:],
-            "past_patch": (*shape[:-1], groups),
-            "past_slope": shape,
+        past = {
+            "count": (),
+            "mean": shape[-1:],
+            "var": shape[-1:],
+            "patch": (*shape[:-1], groups),
+            "slope": shape,
         }
-        past = {name: jnp.zeros((self.window, *t), jnp.float32) for name, t in zeros.items()}
-        return first_running(shape[-1:]) | past
+        return first_running(shape[-1:]) | {
+            f"past_{name}": jnp.zeros((self.window, *t), jnp.float32) for name, t in past.items()
+        }
+
+    def describe_front(self, x_shape: Shape, options: Mapping[str, Any]) -> dict[str, Any]:
+        inputs, kernel = (jnp.shape(options[name]) for name in ("inputs", "kernel"))
+        channels = inputs[options["channel_axis"]]
+        groups, rest = divmod(channels, math.prod(kernel[-2:-1]))
+        # There are no groups of such inputs, which init refuses.
+        return {"kernel_shape": kernel, "feature_group_count": 0 if rest else groups}
 
     def in_front(  # type: ignore[override]  # the hook that layers call
         self, inputs: jax.Array, kernel: jax.Array, layer: Linear
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    ) -> InFront:
         """The output of the layer in front, and what `apply` takes of it."""
         return layer(inputs, kernel), {"inputs": inputs, "kernel": kernel, "layer": layer}
 
@@ -155,31 +164,22 @@ class cross_iteration_norm(Method):
         train: bool,
         inputs: ArrayLike,
         kernel: ArrayLike,
-        window: ArrayLike,
-        rho: ArrayLike,
+        window: NotNegative,
+        rho: Share,
         momentum: ArrayLike,
         layer: Linear = jnp.matmul,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
-        x = shared(x)
-        inputs, kernel = (own_and_wide(inexact(t))[0] for t in (inputs, kernel))
-        channel_axis = options["channel_axis"]
-        check_state(
-            state,
-            self,
-            mean=1,
-            var=1,
-            past_count=1,
-            past_mean=2,
-            past_var=2,
-            past_patch=kernel.ndim + 1,
-            past_slope=kernel.ndim + 1,
-        )
-        _check(state, x, inputs, kernel, channel_axis, options.get("weights"))
+    ) -> Result:
+        inputs, kernel = inexact(inputs), inexact(kernel)
+        channel, weights = options["channel_axis"], options.get("weights")
+        if weights is not None and as_weights(weights, x).shape[channel] != 1:
+            raise ValueError(
+                f"weights of shape {jnp.shape(weights)} differ between the channels of y, shape "
+                f"{x.shape}. Expected size 1 on axis {channel}: all channels of cross-iteration "
+                "statistics have the same input patches."
+            )
         if not train:
             return applied(x, recalled(state, x, options), self.epsilon, **options), state
-        check_number(rho, "rho", at_least=0, at_most=1)
-        check_number(window, "window", at_least=0)
         present = measured(x, batch_norm(), **options)
         past = carried_over(state, lax.stop_gradient(kernel), window, rho, x, options)
         union = pool(
@@ -194,7 +194,6 @@ class cross_iteration_norm(Method):
             state["past_patch"].shape[-1],
             options,
         )
-        keep = usable(present)
         entry = {
             "count": present.count.reshape(-1)[0],
             "mean": present.mean,
@@ -202,39 +201,8 @@ class cross_iteration_norm(Method):
             "patch": patch,
             "slope": slope,
         }
-        finite = keep.all() & jnp.isfinite(patch).all() & jnp.isfinite(slope).all()
-        new = averages(state, momentum, keep, mean=present.mean, var=present.var)
+        finite = usable(present).all() & jnp.isfinite(patch).all() & jnp.isfinite(slope).all()
+        new = averages(state, present, momentum)
         for name, value in entry.items():
-            old = state[f"past_{name}"]
-            pushed = jnp.concatenate([value.reshape(1, *old.shape[1:]).astype(old.dtype), old[:-1]])
-            new[f"past_{name}"] = remembered(old, pushed, finite)
+            new[f"past_{name}"] = pushed(state[f"past_{name}"], value, finite)
         return z, new
-
-
-def _check(
-    state: State,
-    y: jax.Array,
-    inputs: jax.Array,
-    kernel: jax.Array,
-    channel_axis: int,
-    weights: ArrayLike | None,
-) -> None:
-    shape, groups = state["past_slope"].shape[1:], state["past_patch"].shape[-1]
-    channel = single_axis(channel_axis, y.shape)
-    if (
-        kernel.shape != shape
-        or shape[-1] != y.shape[channel]
-        or shape[-2] * groups != inputs.shape[channel]
-    ):
-        raise ValueError(
-            f"state is that of a kernel of shape {shape} in {groups} groups: {shape[-2] * groups} "
-            f"channels in, {shape[-1]} out. Got a kernel of shape {kernel.shape}, inputs of shape "
-            f"{inputs.shape}, y of shape {y.shape} with channel_axis={channel_axis}. Expected the "
-            "state that init makes for this kernel."
-        )
-    if weights is not None and as_weights(weights, y).shape[channel] != 1:
-        raise ValueError(
-            f"weights of shape {jnp.shape(weights)} differ between the channels of y, shape "
-            f"{y.shape}. Expected size 1 on axis {channel_axis}: all channels of cross-iteration "
-            "statistics have the same input patches."
-        )

@@ -4,35 +4,31 @@ The statistics of a domain over all layers are its embedding; an example of an u
 placed among them by its own statistics: see `domains`.
 """
 
-import dataclasses
-from typing import Any, Unpack, final
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm._core.axes import single_axis
-from jaxnorm._core.checks import check_count
+from jaxnorm._core.axes import Shape, single_axis
 from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, inexact
-from jaxnorm._core.running import usable
-from jaxnorm._core.shared import shared
+from jaxnorm.methods._fields import Count, as_value
 from jaxnorm.methods._frame import (
     applied,
     averages,
-    check_state,
     first_running,
     measured,
     per_device,
     pooled,
     recalled,
 )
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._method import Method, Options, Result, State
+from jaxnorm.methods._state import check_state
 from jaxnorm.methods._table import batch_norm, instance_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class domain_batch_norm(Method):
     """Batch normalization of each domain's examples by themselves.
 
@@ -74,13 +70,9 @@ class domain_batch_norm(Method):
         Normalization for Unsupervised Domain Adaptation, 2019, arXiv:1906.03950.
     """
 
-    num_domains: int
+    num_domains: Count
     momentum: float = 0.99
     epsilon: float = 1e-5
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_count(self.num_domains, "num_domains")
 
     def first_state(self, num_channels: int) -> State:
         return first_running((self.num_domains, num_channels))
@@ -94,25 +86,15 @@ class domain_batch_norm(Method):
         domain: ArrayLike,
         momentum: ArrayLike,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
-        x = shared(x)
-        self._check_fits(state)
-        batch_axis = options["batch_axis"]
-        domain = _labels(domain, x, batch_axis)
-        bank = recalled(state, x, options)
-        if not train:
-            used = _rows(bank, domain, x, batch_axis)
-            return applied(x, used, self.epsilon, **options), state
-        m = _of_each_domain(x, domain, bank.mean.shape, options)
-        new = averages(state, momentum, usable(m), mean=m.mean, var=m.var)
-        return applied(x, _rows(m, domain, x, batch_axis), self.epsilon, **options), new
-
-    def _check_fits(self, state: State) -> None:
-        check_state(state, self, mean=2, var=2)
-        if (count := len(state["mean"])) != self.num_domains:
-            raise ValueError(
-                f"state of {count} domains was given to {self}; expected {self.num_domains}."
-            )
+    ) -> Result:
+        batch = options["batch_axis"]
+        domain = _labels(domain, x.shape, batch)
+        if train:
+            bank = _of_each_domain(x, domain, self.num_domains, batch, options)
+            state = averages(state, bank, momentum)
+        else:
+            bank = recalled(state, x, options)
+        return applied(x, _rows(bank, domain, batch), self.epsilon, **options), state
 
     @in_explicit_meshes
     def observe(  # type: ignore[override]  # the hook that layers call
@@ -161,35 +143,33 @@ class domain_batch_norm(Method):
             That the distance is squared, and which pass it is measured in, are our choice.
         """
         x = inexact(x)
-        self._check_fits(state)
-        options: Any = {"batch_axis": batch_axis, "channel_axis": channel_axis}
-        bank = recalled(state, x, options)
-        row = _rows(bank, _labels(domain, x, batch_axis), x, batch_axis)
+        batch, channel = single_axis(batch_axis, x.shape), single_axis(channel_axis, x.shape)
+        options: Any = {"batch_axis": batch, "channel_axis": channel}
+        check_state(self, state, x.shape, **options)
+        row = _rows(recalled(state, x, options), _labels(domain, x.shape, batch), batch)
         m = measured(x, instance_norm(), **options | {"weights": weights})
         squared = jnp.square(row.mean - m.mean) + jnp.square(_root(row.var) - _root(m.var))
         squared = jnp.where(m.count > 0, squared, 0)
-        batch = single_axis(batch_axis, x.shape)
         return {"distance": squared.sum([i for i in range(x.ndim) if i != batch])}
 
 
-def _labels(domain: ArrayLike, x: jax.Array, batch_axis: int) -> jax.Array:
+def _labels(domain: ArrayLike, x_shape: Shape, batch: int) -> jax.Array:
     """The domain of the batch, a scalar, or of each example, (N,)."""
-    domain = jnp.asarray(domain)
+    domain, examples = jnp.asarray(domain), x_shape[batch]
     if not jnp.issubdtype(domain.dtype, jnp.integer):
         raise TypeError(
             f"domain is the number of a domain. Got {domain.dtype}, shape {domain.shape}; expected "
             "integers."
         )
-    examples = x.shape[single_axis(batch_axis, x.shape)]
     if domain.shape not in ((), (examples,)):
         raise ValueError(
-            f"domain has shape {domain.shape}, and x of shape {x.shape} has {examples} examples. "
+            f"domain has shape {domain.shape}, and x of shape {x_shape} has {examples} examples. "
             f"Expected (), one domain for the batch, or ({examples},), one for each example."
         )
     return domain
 
 
-def _rows(bank: Moments, domain: jax.Array, x: jax.Array, batch_axis: int) -> Moments:
+def _rows(bank: Moments, domain: jax.Array, batch: int) -> Moments:
     """Of moments with a row for each domain, those that serve x.
 
     They are the row of x's domain, or one row for each example.
@@ -197,36 +177,30 @@ def _rows(bank: Moments, domain: jax.Array, x: jax.Array, batch_axis: int) -> Mo
 
     def row(t: jax.Array) -> jax.Array:
         t = t.at[domain].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        return (
-            t
-            if domain.ndim == 0
-            else jnp.swapaxes(t, 0, 1 + single_axis(batch_axis, x.shape)).squeeze(0)
-        )
+        return t if domain.ndim == 0 else jnp.swapaxes(t, 0, 1 + batch).squeeze(0)
 
     return jax.tree.map(row, bank)
 
 
 def _of_each_domain(
-    x: jax.Array, domain: jax.Array, shape: tuple[int, ...], options: Options
+    x: jax.Array, domain: jax.Array, num_domains: int, batch: int, options: Options
 ) -> Moments:
     """Moments of the batch's examples of each domain, with a row for each.
 
     The row of an absent domain is empty.
     """
-    domains = jnp.arange(shape[0], dtype=domain.dtype)
-    if domain.ndim == 0:
+    several = domain.ndim > 0
+    if several:
+        domain = domain.reshape([-1 if i == batch else 1 for i in range(x.ndim)])
+        m = measured(x, instance_norm(), **per_device(options))
+    else:
         m = measured(x, batch_norm(), **options)
-        mean, var = (jnp.broadcast_to(t, shape) for t in (m.mean, m.var))
-        return Moments(jax.vmap(lambda d: jnp.where(d == domain, m.count, 0))(domains), mean, var)
-    instance = measured(x, instance_norm(), **per_device(options))
-    batch = single_axis(options["batch_axis"], x.shape)
-    domain = domain.reshape([-1 if i == batch else 1 for i in range(x.ndim)])
 
     def of(d: jax.Array) -> Moments:
-        mine = Moments(jnp.where(domain == d, instance.count, 0), instance.mean, instance.var)
-        return pooled(mine, batch_norm(), **options)
+        mine = Moments(jnp.where(domain == d, m.count, 0), m.mean, m.var)
+        return pooled(mine, batch_norm(), **options) if several else mine
 
-    return jax.vmap(of)(domains)
+    return jax.vmap(of)(jnp.arange(num_domains, dtype=domain.dtype))
 
 
 def _root(var: jax.Array) -> jax.Array:

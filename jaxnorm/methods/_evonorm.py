@@ -3,38 +3,32 @@
 x is not centered.
 """
 
-import dataclasses
-from typing import Unpack, final
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxnorm._core.axes import single_axis
-from jaxnorm._core.checks import check_count
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.running import usable
-from jaxnorm._core.shared import shared, widened
+from jaxnorm._core.shared import widened
+from jaxnorm.methods._fields import Count, as_value
 from jaxnorm.methods._frame import (
     along_channels,
     applied,
     averages,
-    check_state,
     measured,
-    output_dtype,
     parameter,
     per_device,
     pooled,
     zero_masked,
 )
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._method import Method, Options, Parameters, Result, State
 from jaxnorm.methods._table import batch_norm, group_norm, instance_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class evonorm_b0(Method):
     """Divide x by the batch's standard deviation, or by a line in x where that is larger.
 
@@ -79,7 +73,7 @@ class evonorm_b0(Method):
     def first_state(self, num_channels: int) -> State:
         return {"var": jnp.ones(num_channels, jnp.float32)}
 
-    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+    def parameters(self, num_channels: int) -> Parameters:
         return {"v": np.ones(num_channels, np.float32)}
 
     def rule(
@@ -91,29 +85,24 @@ class evonorm_b0(Method):
         v: ArrayLike,
         momentum: ArrayLike,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
-        x = shared(x)
-        check_state(state, self, var=1)
+    ) -> Result:
         own = measured(x, instance_norm(), **per_device(options))
         var = along_channels(state["var"], x, options)
         if train:
             m = pooled(own, batch_norm(), **options)
-            var, state = m.var, averages(state, momentum, usable(m), var=m.var)
+            var, state = m.var, averages(state, m, momentum, var=m.var)
 
         @jax.checkpoint
         def divided(x: jax.Array, var: jax.Array, own_var: jax.Array) -> jax.Array:
-            dtype = output_dtype(x, options)
             x = zero_masked(widened(x), options.get("weights"))
             line = parameter(v, "v", x, options) * x + jnp.sqrt(own_var + self.epsilon)
             x = x / jnp.maximum(varying_like(jnp.sqrt(var + self.epsilon), x), line)
-            out: Options = options | {"dtype": dtype}  # type: ignore[assignment]
-            return applied(x, _unit(x), 0.0, **out)
+            return applied(x, _unit(x), 0.0, **options)
 
         return divided(x, var, own.var), state
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class evonorm_s0(Method):
     """Divide x sigmoid(v x) by the standard deviation of x over positions and a group of channels.
 
@@ -145,14 +134,10 @@ class evonorm_s0(Method):
         the authors' code.
     """
 
-    num_groups: int = 32
+    num_groups: Count = 32
     epsilon: float = 1e-5
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_count(self.num_groups, "num_groups")
-
-    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+    def parameters(self, num_channels: int) -> Parameters:
         return {"v": np.ones(num_channels, np.float32)}
 
     def rule(
@@ -163,26 +148,15 @@ class evonorm_s0(Method):
         train: bool,
         v: ArrayLike,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
-        x = shared(x)
-        check_state(state, self)
-        channels = x.shape[single_axis(options["channel_axis"], x.shape)]
-        if channels % self.num_groups != 0:
-            lower = max(n for n in range(1, self.num_groups) if channels % n == 0)
-            raise ValueError(
-                f"num_groups={self.num_groups} does not divide the {channels} channels of x, which "
-                f"has shape {x.shape}. Expected a divisor: pass num_groups={lower}, to which the "
-                "authors' code would lower it."
-            )
+    ) -> Result:
         m = measured(x, group_norm(self.num_groups), **options)
 
         @jax.checkpoint
         def gated(x: jax.Array, m: Moments) -> jax.Array:
-            dtype = output_dtype(x, options)
             x = zero_masked(widened(x), options.get("weights"))
             x = x * jax.nn.sigmoid(parameter(v, "v", x, options) * x)
-            out: Options = options | {"dtype": dtype}  # type: ignore[assignment]
-            return applied(x, Moments(m.count, jnp.zeros_like(m.mean), m.var), self.epsilon, **out)
+            m = Moments(m.count, jnp.zeros_like(m.mean), m.var)
+            return applied(x, m, self.epsilon, **options)
 
         return gated(x, m), state
 

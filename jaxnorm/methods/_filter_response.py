@@ -1,7 +1,6 @@
 """Filter Response Normalization with its thresholded linear unit."""
 
-import dataclasses
-from typing import Any, Unpack, final
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +11,18 @@ from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.checks import check_number
 from jaxnorm._core.moments import inexact
 from jaxnorm._core.shared import shared, widened
+from jaxnorm.methods._fields import as_value
 from jaxnorm.methods._frame import (
     applied,
-    check_state,
+    axes_in,
     measured,
-    output_dtype,
     parameter,
-    select_options,
 )
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._method import Method, Options, Parameters, Result, State
 from jaxnorm.methods._table import instance_rms_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class filter_response_norm(Method):
     """Divide each channel of each example by its root mean square, then threshold it.
 
@@ -81,12 +78,14 @@ class filter_response_norm(Method):
                 "use_slope=True; expected both, or no slope."
             )
 
-    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+    def parameters(self, num_channels: int) -> Parameters:
         zeros = np.zeros(num_channels, np.float32)
-        learned = {"threshold": zeros} if self.use_threshold else {}
-        learned |= {"slope": zeros} if self.use_slope else {}
-        more = {"learned_epsilon": np.asarray(1e-4, np.float32)}
-        return learned | (more if self.use_learned_epsilon else {})
+        first = {
+            "threshold": zeros,
+            "slope": zeros,
+            "learned_epsilon": np.asarray(1e-4, np.float32),
+        }
+        return {name: t for name, t in first.items() if getattr(self, f"use_{name}")}
 
     def rule(
         self,
@@ -98,12 +97,10 @@ class filter_response_norm(Method):
         slope: ArrayLike | None = None,
         learned_epsilon: ArrayLike | None = None,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
-        x = shared(x)
-        check_state(state, self)
+    ) -> Result:
         given = {"threshold": threshold, "slope": slope, "learned_epsilon": learned_epsilon}
-        for name in given.keys() - self.parameters(1).keys():
-            if given[name] is not None:
+        for name, t in given.items():
+            if t is not None and not getattr(self, f"use_{name}"):
                 raise ValueError(
                     f"{name} was given to {self}, which has none. Expected use_{name}=True."
                 )
@@ -114,12 +111,11 @@ class filter_response_norm(Method):
             learned = jnp.abs(jnp.asarray(learned_epsilon, wide))
             epsilon = learned + jnp.asarray(epsilon, wide)
         if threshold is not None:
-            after, dtype = options.get("activation"), output_dtype(x, options)
+            after, dtype = options.get("activation") or (lambda y: y), options["dtype"]
 
             def thresholded(y: jax.Array) -> jax.Array:
-                axes = select_options(options, "batch_axis", "channel_axis")
-                y = thresholded_linear_unit(y, threshold, slope=slope, **axes).astype(dtype)
-                return y if after is None else after(y)
+                y = thresholded_linear_unit(y, threshold, slope=slope, **axes_in(options))
+                return after(y.astype(dtype))
 
             options |= {"activation": thresholded, "dtype": wide}  # type: ignore[assignment]
         return applied(x, measured(x, instance_rms_norm(), **options), epsilon, **options), state
@@ -167,7 +163,7 @@ def thresholded_linear_unit(
             f"complex numbers have no order. Got x of {x.dtype}, shape {x.shape}; expected real x."
         )
     x = shared(x)
-    options: Options = {"batch_axis": batch_axis, "channel_axis": channel_axis}
+    options: Any = {"batch_axis": batch_axis, "channel_axis": channel_axis}
     wide = widened(x)
     floor = parameter(threshold, "threshold", x, options)
     if slope is not None:

@@ -7,7 +7,7 @@ schedules enter as numbers or traced scalars.
 State is a dict of arrays of fixed shapes, float32, with the channels last.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
 import jax
@@ -15,46 +15,17 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._core.arithmetic import counts, statistic_dtype
-from jaxnorm._core.axes import Shape, axes_of, single_axis
+from jaxnorm._core.axes import Shape, axes_of
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.groups import Specification
 from jaxnorm._core.moments import Moments, as_weights, moments
 from jaxnorm._core.normalize import broadcast_parameter, normalize
 from jaxnorm._core.pooling import pool, toward
-from jaxnorm._core.running import rate_of, update_running, warn_of_half_precision
+from jaxnorm._core.running import rate_of, update_running, usable, warn_of_half_precision
 from jaxnorm._core.shared import own_and_wide
 from jaxnorm._core.state import init_running
 from jaxnorm._population import POPULATION
-from jaxnorm.methods._method import Method, Options, State
-
-
-def check_state(
-    state: Any, method: Method, optional: Sequence[str] = (), **axes: int | None
-) -> None:
-    """`state` is that of the method.
-
-    It is a dict with arrays of these names, of so many axes, or of any number where it is None.
-    """
-    name = type(method).__name__
-    if not isinstance(state, Mapping):
-        error, got = TypeError, f"a {type(state).__name__}"
-    else:
-        error, shapes = ValueError, {name: jnp.shape(t) for name, t in state.items()}
-        if set(axes) <= set(shapes) <= {*axes, *optional} and all(
-            n is None or len(shapes[name]) == n for name, n in axes.items()
-        ):
-            return
-        got = ", ".join(f"{name} of shape {shapes[name]}" for name in sorted(shapes))
-        got = f"a state with {got}" if got else "a state with nothing in it"
-    expected = ", ".join(
-        name if n is None else f"{name} of {n} {'axis' if n == 1 else 'axes'}"
-        for name, n in axes.items()
-    )
-    expected = f"a dict with {expected}" if axes else "{}"
-    raise error(
-        f"{name} got {got}. Expected its own state, {expected}, as its init makes before the first "
-        "step; that of another method means something else."
-    )
+from jaxnorm.methods._method import AXES, Options, State, signature
 
 
 def measured(
@@ -84,8 +55,7 @@ def measured(
         >>> measured(jnp.array([[1.0, 3.0]]), (1, 1), scale=jnp.ones(2)).mean.tolist()
         [[2.0]]
     """
-    names = ("weights", "axis_name", "axis_index_groups", "batch_axis", "channel_axis")
-    sets = select_options(options, *names)
+    sets = taken_by(moments, options)
     center = None if options.get("axis_name") is None else center
     if two_pass:
         center = jax.lax.stop_gradient(moments(x, groups, center=center, **sets).mean)
@@ -99,11 +69,7 @@ def per_device(options: Options) -> Options:
 
 def pooled(m: Moments, groups: Specification, **options: Unpack[Options]) -> Moments:
     """`pool` of m, with the options that concern it."""
-    return pool(
-        m,
-        groups,
-        **select_options(options, "axis_name", "axis_index_groups", "batch_axis", "channel_axis"),
-    )
+    return pool(m, groups, **taken_by(pool, options))
 
 
 def applied(x: jax.Array, m: Moments, epsilon: float, **options: Unpack[Options]) -> jax.Array:
@@ -123,18 +89,17 @@ def applied(x: jax.Array, m: Moments, epsilon: float, **options: Unpack[Options]
         >>> applied(jnp.array([[1.0, 3.0]]), m, 0.0, bias=jnp.ones(2), axis_name=None).tolist()
         [[0.0, 2.0]]
     """
-    names = ("scale", "bias", "weights", "activation", "dtype", "batch_axis", "channel_axis")
-    return normalize(x, m, epsilon=epsilon, **select_options(options, *names))
+    return normalize(x, m, epsilon=epsilon, **taken_by(normalize, options))
 
 
-def select_options(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """The options of these names that are given."""
-    return {name: options[name] for name in names if name in options}
+def taken_by(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a function takes, of those given."""
+    return {name: options[name] for name in signature(function).parameters if name in options}
 
 
 def axes_in(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The axes among the options, the batch's first."""
-    return select_options(options, "batch_axis", "channel_axis")
+    """The axes among the options, or their defaults, the batch's first."""
+    return {name: options.get(name, default) for name, default in AXES.items()}
 
 
 def first_running(shape: Shape, dtype: DTypeLike = jnp.float32, *, counted: bool = False) -> State:
@@ -145,14 +110,8 @@ def first_running(shape: Shape, dtype: DTypeLike = jnp.float32, *, counted: bool
 
 def along_channels(t: ArrayLike, x: jax.Array, options: Options) -> jax.Array:
     """State t, (..., C), in the shape and dtype of statistics that serve x: (..., 1, 1, 1, C)."""
-    t, channel = jnp.asarray(t), single_axis(options["channel_axis"], x.shape)
-    if t.shape[-1] != x.shape[channel]:
-        raise ValueError(
-            f"state of shape {t.shape} has {t.shape[-1]} channels, x of shape {x.shape} has "
-            f"{x.shape[channel]}. Expected as many; state belongs to the number of channels with "
-            "which it was made."
-        )
-    sizes = [n if i == channel else 1 for i, n in enumerate(x.shape)]
+    t = jnp.asarray(t)
+    sizes = [t.shape[-1] if i == options["channel_axis"] else 1 for i in range(x.ndim)]
     return t.reshape(*t.shape[:-1], *sizes).astype(statistic_dtype(x.dtype))
 
 
@@ -167,58 +126,57 @@ def remembered(old: jax.Array, new: jax.Array, keep: ArrayLike = True) -> jax.Ar
 
     `old` where `keep` is false, or where what would be stored is not finite.
     """
-    new = jax.lax.stop_gradient(new).astype(old.dtype)
-    kept = jnp.where(jnp.asarray(keep), new, old.reshape(new.shape))
-    return jnp.where(jnp.isfinite(new), kept, old.reshape(new.shape)).reshape(old.shape)
+    new, was = jax.lax.stop_gradient(new).astype(old.dtype), old.reshape(new.shape)
+    kept = jnp.where(jnp.asarray(keep), new, was)
+    return jnp.where(jnp.isfinite(new), kept, was).reshape(old.shape)
 
 
-def averaged(
-    old: jax.Array, new: jax.Array, momentum: ArrayLike, keep: ArrayLike = True
-) -> jax.Array:
-    """momentum old + (1 - momentum) new, in the shape and dtype of the state `old`.
+def averages(state: State, m: Moments, momentum: ArrayLike, **new: jax.Array) -> State:
+    """momentum old + (1 - momentum) new for names of the state, where m is usable.
 
+    They are m's mean and var where no others are given; shapes and dtypes are those of the state.
     The momentum is checked as `update_running` does.
     """
-    rate = rate_of(momentum, new.dtype)
-    warn_of_half_precision(old.dtype, momentum)
-    wide = old.reshape(new.shape).astype(new.dtype)
-    return remembered(old, toward(wide, new, rate), keep)
+    new = new or {"mean": m.mean, "var": m.var}
+
+    def average(old: jax.Array, new: jax.Array) -> jax.Array:
+        rate = rate_of(momentum, new.dtype)
+        warn_of_half_precision(old.dtype, momentum)
+        wide = old.reshape(new.shape).astype(new.dtype)
+        return remembered(old, toward(wide, new, rate), usable(m))
+
+    return {name: average(state[name], value) for name, value in new.items()}
 
 
-def averages(state: State, momentum: ArrayLike, keep: ArrayLike, **new: jax.Array) -> State:
-    """`averaged` for these names of the state."""
-    return {name: averaged(state[name], value, momentum, keep) for name, value in new.items()}
+def pushed(old: jax.Array, new: jax.Array, keep: ArrayLike) -> jax.Array:
+    """The window `old`, newest first, with `new` in front where `keep` is true."""
+    new = new.reshape(1, *old.shape[1:]).astype(old.dtype)
+    return remembered(old, jnp.concatenate([new, old[:-1]]), keep)
 
 
-def updated(state: State, m: Moments, old: Moments | None = None, **options: Any) -> State:
-    """State of `mean` and `var` after a batch with moments m: `update_running` of `old`.
+def running_in(state: State) -> Moments:
+    """The running statistics in a state, with the count by which they are updated, if any."""
+    return Moments(state.get(_count_in(state)), state["mean"], state["var"])  # type: ignore[arg-type]  # None is no count
 
-    `old` is the state in the shape of m's sets. Where a count of `POPULATION` stands in the state,
-    the update is that of a population.
+
+def updated(state: State, m: Moments, **options: Any) -> State:
+    """State of `mean` and `var` after a batch with moments m: `update_running` of them.
+
+    Where a count of `POPULATION` stands in the state, the update is that of a population.
     """
-    population = population_in(state)
-    if old is None:
-        old = Moments(state.get(population or "count"), state["mean"], state["var"])  # type: ignore[arg-type]  # None is no count
-    if population is not None:
-        new = POPULATION[population](old, m, batch_axis=options.get("batch_axis", 0))
+    old, count = running_in(state), _count_in(state)
+    if count in POPULATION:
+        new = POPULATION[count](old, m, batch_axis=options.get("batch_axis", 0))
         state = state | {"calls": state["calls"] + 1}
     else:
         new = update_running(old, m, **options)
-    values = {"mean": new.mean, "var": new.var, population or "count": new.count}
-    return state | {
-        name: t.reshape(state[name].shape) for name, t in values.items() if name in state
-    }
+    values = {"mean": new.mean, "var": new.var, count: new.count}
+    return state | {name: values[name] for name in values if name in state}
 
 
-def population_in(state: State) -> str | None:
-    """The count in a state whose update is that of a population, if there is one."""
-    return next((name for name in POPULATION if name in state), None)
-
-
-def output_dtype(x: jax.Array, options: Options) -> DTypeLike:
-    """The dtype of y: what was asked for, or x's."""
-    dtype = options.get("dtype")
-    return x.dtype if dtype is None else dtype
+def _count_in(state: State) -> str:
+    """The name of the count: of a population, if it is one that is measured."""
+    return next((name for name in POPULATION if name in state), "count")
 
 
 def parameter(t: ArrayLike, name: str, x: jax.Array, options: Options) -> jax.Array:

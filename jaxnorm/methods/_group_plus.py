@@ -1,7 +1,6 @@
 """GN+: group normalization mixed with its own output standardized over the batch."""
 
-import dataclasses
-from typing import Unpack, final
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -9,31 +8,28 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
-from jaxnorm._core.axes import Shape, single_axis
-from jaxnorm._core.checks import check_count
-from jaxnorm._core.devices import varying_like
+from jaxnorm._core.axes import Shape
 from jaxnorm._core.divisor import with_divisor
 from jaxnorm._core.groups import EACH, Groups
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.shared import own_and_wide, shared
-from jaxnorm._core.state import running_shape, serving
+from jaxnorm._core.shared import own_and_wide
+from jaxnorm._core.state import running_moments, running_shape
+from jaxnorm.methods._fields import Count, as_value
 from jaxnorm.methods._frame import (
     applied,
     axes_in,
-    check_state,
     first_running,
     measured,
-    output_dtype,
     parameter,
     per_device,
+    running_in,
     updated,
 )
-from jaxnorm.methods._method import InitOptions, Method, Options, State
+from jaxnorm.methods._method import InitOptions, Method, Options, Parameters, Result, State
 from jaxnorm.methods._table import group_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class group_norm_plus(Method):
     """Group normalization, mixed with its own output standardized over the batch.
 
@@ -85,16 +81,12 @@ class group_norm_plus(Method):
         Online Continual Learning, 2022, arXiv:2203.16102.
     """
 
-    num_groups: int = 32
+    num_groups: Count = 32
     per_position: bool = True
     momentum: float = 0.99
     epsilon: float = 1e-5
     correction: int = 0
     epsilon_outside: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_count(self.num_groups, "num_groups")
 
     @property
     def _second_branch(self) -> Groups:
@@ -107,7 +99,7 @@ class group_norm_plus(Method):
         shape, _ = running_shape(self._second_branch, tuple(x_shape), **axes_in(options))
         return first_running(shape)
 
-    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+    def parameters(self, num_channels: int) -> Parameters:
         return {"mixture": np.ones((), np.float32)}
 
     def rule(
@@ -119,68 +111,56 @@ class group_norm_plus(Method):
         mixture: ArrayLike,
         momentum: ArrayLike,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
-        x = shared(x)
-        second = self._second_branch
+    ) -> Result:
         wide = statistic_dtype(x.dtype)
-        shape, _ = shapes = running_shape(second, x.shape, **axes_in(options))
-        check_state(state, self, mean=len(shape), var=len(shape))
-        running = serving(
-            Moments(state["mean"], state["mean"], state["var"]),
-            *shapes,
-            x.shape,
-        )
 
-        def divisors(m: Moments) -> Moments:
-            return with_divisor(
-                m, self.epsilon, correction=self.correction, epsilon_outside=self.epsilon_outside
-            )
+        def divided(m: Moments, correction: int) -> Moments:
+            outside = self.epsilon_outside
+            return with_divisor(m, self.epsilon, correction=correction, epsilon_outside=outside)
 
-        m = divisors(measured(x, group_norm(self.num_groups), **per_device(options)))
+        m = measured(x, group_norm(self.num_groups), **per_device(options))
         plain = {"scale": None, "bias": None, "activation": None, "dtype": wide}
         bare: Options = options | plain  # type: ignore[assignment]
-        z = applied(x, m, 0.0, **bare)
+        z = applied(x, divided(m, self.correction), 0.0, **bare)
         weights = options.get("weights")
         if weights is not None:  # what does not count must not come back as a number
             z = jnp.where(jnp.isfinite(own_and_wide(x)[0]), z, jnp.nan)
         several: jax.Array | bool = True
         if train:
-            m = measured(z, second, **options)
-            flat = jax.tree.map(lambda t: t.reshape(state["mean"].shape), jax.lax.stop_gradient(m))
-            state = updated(state, flat, momentum=momentum, correction=self.correction)
+            m = measured(z, self._second_branch, **options)
+            state = updated(
+                state,
+                jax.lax.stop_gradient(m),
+                momentum=momentum,
+                correction=self.correction,
+                batch_axis=options["batch_axis"],
+            )
             # u of one example is 0 whatever it is divided by. Divided by epsilon, the difference of
             # two roundings of z would be seen, in y and in its gradient.
             if weights is None or jnp.issubdtype(jnp.result_type(weights), jnp.bool_):
                 several = m.count > 1
-            m = divisors(m)
-        else:
-            running = Moments(
-                jnp.ones_like(running.mean, wide),
-                running.mean.astype(wide),
-                running.var.astype(wide),
-            )
-            m = with_divisor(running, self.epsilon, epsilon_outside=self.epsilon_outside)
+            m = divided(m, self.correction)
+        else:  # its variance is corrected already, if at all
+            m = running_moments(running_in(state), self._second_branch, x.shape, **axes_in(options))
+            m = divided(jax.tree.map(lambda t: t.astype(wide), m), 0)
         w = jax.nn.sigmoid(jnp.asarray(mixture, wide))
         r = jnp.where(several, jax.lax.rsqrt(jnp.where(several, m.var, 1)), 0)
         # For one example a is w alone, and a^-2 and its derivative have to stay finite.
         a = jnp.maximum(w + (1 - w) * r, 1e-12)
         # y = (z - mean) a scale + shift, which takes the difference first
         scale, bias = (
-            None if t is None else parameter(t, name, x, options)
-            for name, t in (("scale", options.get("scale")), ("bias", options.get("bias")))
+            None if (t := options.get(name)) is None else parameter(t, name, x, options)
+            for name in ("scale", "bias")
         )
         shift = w * m.mean if scale is None else w * m.mean * scale
         if bias is not None:
             shift = shift + bias
         if weights is not None:
             shift = jnp.where(jnp.isfinite(z), shift, 0 if bias is None else bias)
-        m = jax.tree.map(lambda t: varying_like(t, z), Moments(m.count, m.mean, a**-2))
-        batch, channel = (single_axis(axis, x.shape) for axis in axes_in(options).values())
-        features = [
-            i for i in range(x.ndim) if i == channel or (i != batch and m.mean.shape[i] > 1)
-        ]
-        if weights is not None:  # per element
-            features = [i for i in range(x.ndim) if i != batch]
+        m = Moments(m.count, m.mean, a**-2)
+        batch, channel = options["batch_axis"], options["channel_axis"]
+        shifted = z.shape if weights is not None else m.mean.shape  # per element, or per set
+        features = [i for i in range(x.ndim) if i == channel or (i != batch and shifted[i] > 1)]
 
         def along(t: jax.Array) -> jax.Array:
             """t, of x's rank, over the features, and before them the examples if it has them."""
@@ -194,6 +174,5 @@ class group_norm_plus(Method):
             "scale": None if scale is None else along(scale),
             "bias": along(shift),
             "channel_axis": features,
-            "dtype": output_dtype(x, options),
         }
         return applied(z, m, 0.0, **(options | out)), state  # type: ignore[arg-type]

@@ -5,9 +5,8 @@ nor the weights, nor how variances are combined. The weights are the user's, and
 of variances are here.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Literal, Unpack, final
+from typing import Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +17,19 @@ from jaxnorm._core.checks import check_number, known
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.pooling import pool
 from jaxnorm._core.running import usable
-from jaxnorm._core.shared import shared
+from jaxnorm.methods._fields import as_value
 from jaxnorm.methods._frame import (
     along_channels,
     applied,
-    check_state,
     first_running,
     measured,
     remembered,
 )
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._method import Method, Options, Result, State
 from jaxnorm.methods._table import batch_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class memorized_batch_norm(Method):
     """Batch normalization by a weighted combination of this batch's statistics and the last K's.
 
@@ -109,9 +106,7 @@ class memorized_batch_norm(Method):
         train: bool,
         memory_weights: ArrayLike | Sequence[float],
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
-        x = shared(x)
-        check_state(state, self, mean=2, var=2, count=1)
+    ) -> Result:
         mean, var, count = (
             lax.stop_gradient(along_channels(state[n], x, options))
             for n in ("mean", "var", "count")
@@ -128,20 +123,20 @@ class memorized_batch_norm(Method):
         check_number(
             weights if values is None else values, "memory_weights", at_least=0, shape=weights.shape
         )
-        weights = jnp.where(weights >= 0, weights, 0).reshape(-1, *(1 for _ in x.shape))
-        age = jnp.arange(size, 0, -1, dtype=count.dtype).reshape(-1, *(1 for _ in x.shape))
-        memory = Moments(jnp.where(age <= count[None], weights[:-1], 0), mean, var)
+        ages = jnp.arange(size, 0, -1, dtype=count.dtype)
+        ages, weights = (
+            t.reshape(-1, *(1,) * x.ndim) for t in (ages, jnp.where(weights >= 0, weights, 0))
+        )
+        memory = Moments(jnp.where(ages <= count[None], weights[:-1], 0), mean, var)
         if not train:
             return applied(x, self._combined(memory), self.epsilon, **options), state
         m = measured(x, batch_norm(), center=mean[-1], **options)
         own = Moments(jnp.where(m.count > 0, weights[-1], 0), m.mean, m.var)
         entries = jax.tree.map(lambda old, t: jnp.concatenate([old, t[None]]), memory, own)
         keep = usable(m)
-        new = {
-            "mean": remembered(state["mean"], entries.mean[1:], keep),
-            "var": remembered(state["var"], entries.var[1:], keep),
-            "count": remembered(state["count"], jnp.minimum(count + 1, size), keep),
-        }
+        new = {"mean": entries.mean[1:], "var": entries.var[1:]}
+        new |= {"count": jnp.minimum(count + 1, size)}
+        new = {name: remembered(state[name], t, keep) for name, t in new.items()}
         return applied(x, self._combined(entries), self.epsilon, **options), new
 
     def _combined(self, entries: Moments) -> Moments:

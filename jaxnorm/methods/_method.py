@@ -22,33 +22,57 @@ from jaxnorm._core.checks import check_flag
 from jaxnorm._core.devices import AxisName, DeviceGroups
 from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, inexact
-from jaxnorm.methods._fields import check_fields, typed
+from jaxnorm._core.shared import shared
+from jaxnorm.methods._fields import check_fields, check_names, check_value, typed
+from jaxnorm.methods._state import check_state
 
 State = dict[str, jax.Array]
+Result = tuple[jax.Array, State]
+"""y, and the new state."""
+Parameters = dict[str, np.ndarray]
+InFront = tuple[jax.Array, dict[str, Any]]
+"""x, as the layer in front makes it, and the options of `apply` that describe this layer."""
+
+
+signature = functools.cache(inspect.signature)
+AXES = {"batch_axis": 0, "channel_axis": -1}
+
+
+class Axes(TypedDict, total=False):
+    """The axis of the examples, 0 by default, and that of the channels, -1."""
+
+    batch_axis: int
+    channel_axis: int
 
 
 class Options(TypedDict, total=False):
-    """What every method takes at `apply`, as `norm` does; see there. Rules get the axes always."""
+    """What every method takes at `apply`, as `norm` does; see there.
+
+    Rules always get the dtype of y, and the axes, counted from the front.
+    """
 
     scale: ArrayLike | None
     bias: ArrayLike | None
     weights: ArrayLike | None
     activation: Callable[[jax.Array], jax.Array] | None
-    dtype: DTypeLike | None
+    dtype: Required[DTypeLike]
     axis_name: AxisName
     axis_index_groups: DeviceGroups
     batch_axis: Required[int]
     channel_axis: Required[int]
 
 
-class InitOptions(TypedDict, total=False):
+class InitOptions(Axes, total=False):
     """What every method takes at `init`."""
 
     dtype: DTypeLike
     kernel_shape: Sequence[int]
     feature_group_count: int
-    batch_axis: int
-    channel_axis: int
+
+
+def channels_of(x_shape: Sequence[int], options: Mapping[str, Any]) -> int:
+    """The number of channels of an x of this shape."""
+    return x_shape[single_axis(options.get("channel_axis", -1), x_shape)]
 
 
 class Method(abc.ABC):
@@ -89,7 +113,10 @@ class Method(abc.ABC):
     overwritten_by_gradient: ClassVar[tuple[str, ...]] = ()
     """Names of parameters that a training step replaces by their gradient."""
 
-    in_front: ClassVar[Callable[..., tuple[jax.Array, dict[str, Any]]] | None] = None
+    reads_shared: ClassVar[bool] = False
+    """Whether `rule` takes x of half precision as `Shared`, which `as_value` says."""
+
+    in_front: ClassVar[Callable[..., InFront] | None] = None
     """Where a method works on the layer in front of it, `in_front(inputs, kernel, layer)`: x, and
     the options of `apply` that describe the layer. `layer(inputs, kernel)` applies it."""
 
@@ -98,31 +125,27 @@ class Method(abc.ABC):
     layers offer to store."""
 
     def __post_init__(self):
-        check_fields(self)
+        check_fields(self, options_of(type(self).rule))
 
     def __repr__(self) -> str:
         """As it is typed; fields with their default are left out."""
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        given = [(f, getattr(self, f.name)) for f in fields if getattr(self, f.name) != f.default]
-        parts = (
-            typed(value) if f.default is dataclasses.MISSING else f"{f.name}={typed(value)}"
-            for f, value in given
-        )
+        parts = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if (value := getattr(self, field.name)) != field.default:
+                name = "" if field.default is dataclasses.MISSING else f"{field.name}="
+                parts.append(name + typed(value))
         return f"{type(self).__name__}({', '.join(parts)})"
 
     @abc.abstractmethod
-    def rule(
-        self, x: jax.Array, state: State, *, train: bool, **options: Any
-    ) -> tuple[jax.Array, State]:
+    def rule(self, x: jax.Array, state: State, *, train: bool, **options: Any) -> Result:
         """What `apply` does once its arguments are checked.
 
         Its keyword arguments beside `train` are the options of this method. Options that are not
-        given are the fields of the same names, or the initial values of the parameters.
+        given are the fields of the same names, or the initial values of the parameters. `state` has
+        the names and shapes that `init` gives it for x.
         """
 
-    def apply(
-        self, x: ArrayLike, state: State, *, train: bool, **options: Any
-    ) -> tuple[jax.Array, State]:
+    def apply(self, x: ArrayLike, state: State, *, train: bool, **options: Any) -> Result:
         """Normalize x.
 
         Args:
@@ -155,23 +178,20 @@ class Method(abc.ABC):
         Returns:
             Arrays by name, float32; {} where nothing is remembered.
         """
-        if unknown := sorted(set(options) - set(InitOptions.__annotations__)):
-            raise TypeError(
-                f"init got an unexpected option {', '.join(unknown)}. Expected some of "
-                f"{', '.join(InitOptions.__annotations__)}."
-            )
+        check_names(options, InitOptions.__annotations__, "init")
         if hasattr(x_shape, "shape"):
             raise TypeError("init takes the shape of x. Got an array; expected x.shape.")
-        return self._init(tuple(x_shape), options)
+        x_shape = tuple(x_shape)
+        return self.for_channels(channels_of(x_shape, options))._init(x_shape, options)
 
     def _init(self, x_shape: Shape, options: InitOptions) -> State:
-        return self.first_state(x_shape[single_axis(options.get("channel_axis", -1), x_shape)])
+        return self.first_state(channels_of(x_shape, options))
 
     def first_state(self, num_channels: int) -> State:
         """State before the first step, where it depends on the number of channels alone."""
         return {}
 
-    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+    def parameters(self, num_channels: int) -> Parameters:
         """What the method learns beside scale and bias: initial values by name, float32."""
         return {}
 
@@ -180,7 +200,15 @@ class Method(abc.ABC):
         """Names of the options of `apply` that not every method has."""
         return tuple(options_of(type(self).rule))
 
-    def row(self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1) -> Any:
+    def for_channels(self, num_channels: int) -> "Method":
+        """The method that it is for so many channels: itself, or a row of the table."""
+        return self
+
+    def describe_front(self, x_shape: Shape, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The layer in front, where options of `apply` say it, as `init` takes it."""
+        return {}
+
+    def row(self, x_shape: Sequence[int], **axes: Unpack[Axes]) -> Any:
         """The row of the table that the method is for x of this shape.
 
         Raises:
@@ -195,65 +223,77 @@ class Method(abc.ABC):
         """The method for batches of any size, as a layer is initialized with."""
         return self
 
+    @property
+    def any_arrangement(self) -> bool:
+        """Whether state may hold its numbers in arrays of other shapes than `init` makes."""
+        return False
+
     def keeps_positions(self, num_channels: int) -> bool:
         """Whether state belongs to one image size, so that `init` needs to know it."""
         return False
 
     def inference_moments(
-        self, state: State, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1
+        self, state: State, x_shape: Sequence[int], **axes: Unpack[Axes]
     ) -> Moments | None:
         """The moments with which inference normalizes every x of this shape alike, or None."""
         return None
 
 
 @in_explicit_meshes
-def _apply(
-    method: Method, x: Any, state: State, *, train: bool, **options: Any
-) -> tuple[jax.Array, State]:
+def _apply(method: Method, x: Any, state: State, *, train: bool, **options: Any) -> Result:
+    x, options = inexact(x), AXES | options
+    features = axes_of(options["channel_axis"], x.shape)
+    num_channels = math.prod(x.shape[i] for i in features)
+    method = method.for_channels(num_channels)
     name, own = type(method).__name__, options_of(type(method).rule)
     check_flag(train, "train")
-    if unknown := sorted(set(options) - {*own, *Options.__annotations__}):
-        raise TypeError(
-            f"{name} got an unexpected option {', '.join(unknown)}. Expected some of "
-            f"{', '.join([*own, *Options.__annotations__])}."
-        )
-    x, options = inexact(x), {"batch_axis": 0, "channel_axis": -1} | options
-    if isinstance(state, Mapping) and not isinstance(state, dict):
-        state = dict(state)
+    check_names(options, [*own, *Options.__annotations__], name)
     if options.get("momentum") is not None and not state:
         raise ValueError(
             f"momentum={options['momentum']} was given, and there is no state to average. Got "
             f"{method}; expected no momentum, or the state that its init makes."
+        )
+    if options.get("example_weight") is not None and (train or not state):
+        raise ValueError(
+            f"example_weight={options['example_weight']} weighs an example against running "
+            f"statistics. Got train={train} for {method}; expected train=False, and a method that "
+            "shares statistics between examples, with a momentum."
         )
     if not method.takes_complex and jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(
             f"{name} is defined for real x. Got {x.dtype}, shape {x.shape}; rows of the table take "
             "complex x."
         )
-    features = axes_of(options["channel_axis"], x.shape)
-    if features == (single_axis(options["batch_axis"], x.shape),) and not method.takes_complex:
+    batch = single_axis(options["batch_axis"], x.shape)
+    channel = features[0] if len(features) == 1 else features
+    if features == (batch,) and not method.takes_complex:
         raise ValueError(
-            f"batch_axis and channel_axis are both axis {features[0]} of x, which has shape "
-            f"{x.shape}. Expected two different axes; x needs a rank of 2 or more."
+            f"batch_axis and channel_axis are both axis {batch} of x, which has shape {x.shape}. "
+            "Expected two different axes; x needs a rank of 2 or more."
         )
-    learned = method.parameters(math.prod(x.shape[i] for i in features))
-    fields = {field.name for field in dataclasses.fields(method)}  # type: ignore[arg-type]
-    for option in own:
-        if options.get(option) is None:
-            if option in learned and option not in method.overwritten_by_gradient:
-                options[option] = learned[option]
-            elif option in fields:
-                options[option] = getattr(method, option)
-    if missing := [n for n, needed in own.items() if needed and n not in options]:
+    learned = method.parameters(num_channels)
+    defaults = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}  # type: ignore[arg-type]
+    defaults |= {n: t for n, t in learned.items() if n not in method.overwritten_by_gradient}
+    defaults["dtype"] = x.dtype
+    absent = (n for n in (*own, "dtype") if n in defaults and options.get(n) is None)
+    options |= {n: defaults[n] for n in absent}
+    options |= {"batch_axis": batch, "channel_axis": channel}
+    if missing := [n for n, o in own.items() if o.default is o.empty and n not in options]:
         raise TypeError(f"{name} needs {', '.join(missing)}; got {', '.join(sorted(options))}.")
+    for option, parameter in own.items():
+        check_value(options.get(option), parameter.annotation, option)
+    front = method.describe_front(x.shape, options)
+    check_state(method, state, x.shape, batch_axis=batch, channel_axis=features[-1], **front)
+    state = state if isinstance(state, dict) else dict(state)
+    x = shared(x) if method.reads_shared else x
     return method.rule(x, state, train=train, **options)
 
 
 @functools.cache
-def options_of(function: Callable[..., Any]) -> dict[str, bool]:
-    """The options of a rule beside those of every method, and whether it needs them."""
+def options_of(function: Any) -> dict[str, inspect.Parameter]:
+    """The options of a rule beside those of every method."""
     return {
-        p.name: p.default is p.empty
-        for p in inspect.signature(function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in {"train", *Options.__annotations__}
+        name: p
+        for name, p in signature(function).parameters.items()
+        if p.kind is p.KEYWORD_ONLY and name not in {"train", *Options.__annotations__}
     }

@@ -1,24 +1,21 @@
 """Momentum Batch Normalization: the batch enters running statistics, which then normalize it."""
 
-import dataclasses
-from typing import Unpack, final
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._core.checks import check_number
 from jaxnorm._core.pooling import toward
-from jaxnorm._core.running import rate_of, usable
-from jaxnorm._core.shared import shared
-from jaxnorm.methods._frame import applied, averages, check_state, first_running, measured, recalled
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm._core.running import rate_of
+from jaxnorm.methods._fields import Share, as_value
+from jaxnorm.methods._frame import applied, averages, first_running, measured, recalled
+from jaxnorm.methods._method import Method, Options, Result, State
 from jaxnorm.methods._table import batch_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class momentum_batch_norm(Method):
     """Batch normalization with the batch blended into the running statistics first.
 
@@ -68,11 +65,6 @@ class momentum_batch_norm(Method):
     momentum: float = 0.99
     epsilon: float = 1e-5
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.train_momentum is not None:
-            check_number(self.train_momentum, "train_momentum", at_least=0, at_most=1)
-
     def first_state(self, num_channels: int) -> State:
         first = first_running((num_channels,))
         return {f"train_{name}": t for name, t in first.items()} | first
@@ -83,12 +75,10 @@ class momentum_batch_norm(Method):
         state: State,
         *,
         train: bool,
-        train_momentum: ArrayLike | None,
+        train_momentum: Share | None,
         momentum: ArrayLike,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
-        x = shared(x)
-        check_state(state, self, train_mean=1, train_var=1, mean=1, var=1)
+    ) -> Result:
         if not train:
             return applied(x, recalled(state, x, options), self.epsilon, **options), state
         if train_momentum is None:
@@ -101,7 +91,6 @@ class momentum_batch_norm(Method):
         m = measured(x, batch_norm(), center=old.mean, **options)
         rate = rate_of(train_momentum, old.var.dtype, "train_momentum")
         used = jax.tree.map(lambda t, new: jnp.where(m.count > 0, toward(t, new, rate), t), old, m)
-        keep = usable(m)
-        new = averages(state, train_momentum, keep, train_mean=m.mean, train_var=m.var)
-        new |= averages(state, momentum, keep, mean=m.mean, var=m.var)
+        new = averages(state, m, train_momentum, train_mean=m.mean, train_var=m.var)
+        new |= averages(state, m, momentum)
         return applied(x, used, self.epsilon, **options), new

@@ -3,8 +3,7 @@
 No mean is subtracted.
 """
 
-import dataclasses
-from typing import Any, ClassVar, Unpack, final
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +11,19 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._core.checks import check_count, check_number
 from jaxnorm._core.devices import AxisName, device_count, device_groups_of, names_of, varying_like
 from jaxnorm._core.moments import Moments
 from jaxnorm._core.running import usable
-from jaxnorm._core.shared import own_and_wide, shared
+from jaxnorm._core.shared import own_and_wide
 from jaxnorm.kernels import centralize_kernel
-from jaxnorm.methods._frame import (
-    along_channels,
-    applied,
-    averaged,
-    check_state,
-    measured,
-    remembered,
-)
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._fields import Count, NotNegative, OneOrMore, as_value
+from jaxnorm.methods._frame import along_channels, applied, averages, measured, pushed
+from jaxnorm.methods._method import InFront, Method, Options, Parameters, Result, State
 from jaxnorm.methods._row import Row
 from jaxnorm.methods._table import batch_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class moving_average_norm(Method):
     """Division by the root of a mean square that is averaged over the last K batches.
 
@@ -120,19 +111,14 @@ class moving_average_norm(Method):
         closest: averages as soon as the window is full, of batches.
     """
 
-    overwritten_by_gradient: ClassVar[tuple[str, ...]] = ("tap",)
+    overwritten_by_gradient = ("tap",)
 
-    window: int = 16
+    window: Count = 16
     average_from: int = 100
     correct_from: int = 1001
     rmax: float = 5.0
     momentum: float = 0.98
     epsilon: float = 1e-5
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_count(self.window, "window")
-        self._check_schedule(self.average_from, self.correct_from, self.rmax)
 
     def first_state(self, num_channels: int) -> State:
         past = jnp.zeros((self.window, num_channels), jnp.float32)
@@ -143,19 +129,14 @@ class moving_average_norm(Method):
             "step": jnp.zeros((), jnp.float32),
         }
 
-    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+    def parameters(self, num_channels: int) -> Parameters:
         return {"tap": np.zeros(num_channels, np.float32)}
 
     def in_front(  # type: ignore[override]  # the hook that layers call
         self, inputs: jax.Array, kernel: jax.Array, layer: Any
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    ) -> InFront:
         """The output of the layer in front with a kernel that leaves no mean."""
         return layer(inputs, centralize_kernel(kernel)), {}
-
-    def _check_schedule(self, average_from: Any, correct_from: Any, rmax: Any) -> None:
-        check_number(average_from, "average_from", at_least=0)
-        check_number(correct_from, "correct_from", at_least=0)
-        check_number(rmax, "rmax", at_least=1)
 
     def rule(
         self,
@@ -163,36 +144,33 @@ class moving_average_norm(Method):
         state: State,
         *,
         train: bool,
-        average_from: ArrayLike,
-        correct_from: ArrayLike,
-        rmax: ArrayLike,
+        average_from: NotNegative,
+        correct_from: NotNegative,
+        rmax: OneOrMore,
         momentum: ArrayLike,
         tap: ArrayLike | None = None,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
-        x = shared(x)
-        check_state(state, self, mean_square=1, past_mean_square=2, past_gradient=2, step=0)
+    ) -> Result:
         running = along_channels(state["mean_square"], x, options)
         if not train:
             used = Moments(jnp.ones_like(running), jnp.zeros_like(running), running)
             return applied(x, used, self.epsilon, **options), state
-        if tap is None or jnp.shape(tap) != state["mean_square"].shape:
+        given, expected = None if tap is None else jnp.shape(tap), state["mean_square"].shape
+        if given != expected:
             raise ValueError(
-                f"tap has shape {None if tap is None else jnp.shape(tap)}. Expected "
-                f"{state['mean_square'].shape}, one number a channel: zeros in the first step, "
-                "then the gradient by the tap in the step before."
+                f"tap has shape {given}. Expected {expected}, one number a channel: zeros in the "
+                "first step, then the gradient by the tap in the step before."
             )
-        self._check_schedule(average_from, correct_from, rmax)
         tap = jnp.asarray(tap)
         m = measured(x, Row(batch_norm().groups, mean=0), **options)
-        keep, (window, _) = usable(m), state["past_gradient"].shape
-        squares = _pushed(state["past_mean_square"], m.var, keep)
-        gradients = _pushed(state["past_gradient"], tap, jnp.isfinite(tap))
+        keep = usable(m)
+        squares = pushed(state["past_mean_square"], m.var, keep.reshape(1, -1))
+        gradients = pushed(state["past_gradient"], tap, jnp.isfinite(tap)[None])
         step = state["step"] + keep.any().astype(state["step"].dtype)
         average_from, correct_from = (
             jnp.asarray(t, step.dtype) for t in (average_from, correct_from)
         )
-        averaging = (step > window) & (step >= average_from)
+        averaging = (step > self.window) & (step >= average_from)
 
         square = jnp.where(
             averaging, along_channels(squares, x, options).mean(0), lax.stop_gradient(m.var)
@@ -203,8 +181,8 @@ class moving_average_norm(Method):
             1,
             jnp.clip(jnp.sqrt(var / (running + self.epsilon)), 1 / rmax, rmax),
         )
-        past = jnp.where(averaging, along_channels(gradients[: window - 1].sum(0), x, options), 0)
-        share = jnp.where(averaging, jnp.asarray(1 / window, var.dtype), 1)
+        past = jnp.where(averaging, along_channels(gradients[:-1].sum(0), x, options), 0)
+        share = jnp.where(averaging, jnp.asarray(1 / self.window, var.dtype), 1)
         count = jnp.where(m.count > 0, m.count, 1)
         axis_name, groups = options.get("axis_name"), options.get("axis_index_groups")
         parts = device_count(axis_name, device_groups_of(axis_name, groups))
@@ -214,22 +192,13 @@ class moving_average_norm(Method):
         square_and_tap, var = (
             _own(varying_like(t, like), axis_name) for t in (jnp.stack([m.var, tap]), var)
         )
-        divided: jax.Array = _corrected(square_and_tap, var, r, past / parts, share, count)
+        divided: jax.Array = _corrected(
+            square_and_tap, var / jnp.square(r), var, past / parts, share, count
+        )
         y = applied(x, Moments(m.count, jnp.zeros_like(running), divided), 0.0, **options)
-        new = {
-            "mean_square": averaged(state["mean_square"], square, momentum, keep),
-            "past_mean_square": squares,
-            "past_gradient": gradients,
-            "step": lax.stop_gradient(step),
-        }
-        return y, new
-
-
-def _pushed(old: jax.Array, new: jax.Array, keep: jax.Array) -> jax.Array:
-    """The window `old`, newest first, with `new` in front, in the channels that `keep`."""
-    return remembered(
-        old, jnp.concatenate([new.reshape(1, -1).astype(old.dtype), old[:-1]]), keep.reshape(1, -1)
-    )
+        new = averages(state, m, momentum, mean_square=square)
+        new |= {"past_mean_square": squares, "past_gradient": gradients}
+        return y, new | {"step": lax.stop_gradient(step)}
 
 
 def _own(t: jax.Array, axis_name: AxisName) -> jax.Array:
@@ -244,15 +213,8 @@ def _own(t: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 @jax.custom_vjp
-def _corrected(
-    square_and_tap: jax.Array,
-    var: jax.Array,
-    r: jax.Array,
-    past: jax.Array,
-    share: jax.Array,
-    count: jax.Array,
-) -> jax.Array:
-    """What x is divided by, squared.
+def _corrected(square_and_tap: jax.Array, divided: jax.Array, *kept: jax.Array) -> jax.Array:
+    """What x is divided by, squared: `divided`, where kept are var, past, share and count.
 
     Backward, the gradient by the mean square is that of the window.
 
@@ -263,12 +225,7 @@ def _corrected(
     from which psi comes. To subtract z Psi / sqrt(var) = x Psi / var from dL/dx, the gradient by
     mean(x^2) has to be -count Psi / (2 var).
     """
-    return var / jnp.square(r)
-
-
-def _corrected_forward(square_and_tap, var, r, past, share, count):
-    divided = var / jnp.square(r)
-    return divided, (divided, var, past, share, count)
+    return divided
 
 
 def _corrected_backward(kept, gradient):
@@ -278,4 +235,4 @@ def _corrected_backward(kept, gradient):
     return jnp.stack([by_square, psi]), None, None, None, None, None
 
 
-_corrected.defvjp(_corrected_forward, _corrected_backward)
+_corrected.defvjp(lambda _, *kept: (kept[0], kept), _corrected_backward)

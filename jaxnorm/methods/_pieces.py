@@ -11,24 +11,23 @@ import jax
 import jax.numpy as jnp
 
 from jaxnorm._core.axes import Shape, single_axis
-from jaxnorm._core.checks import check_count
 from jaxnorm._core.groups import EACH, Groups
 
 
-def checked_sizes(
+def positions_of(
     num_groups: int, x_shape: Sequence[int], batch_axis: int, channel_axis: int
-) -> tuple[int, Shape]:
-    """C and the image size, once G is checked."""
+) -> Shape:
+    """The image size, once G is known to divide the features."""
     batch, channel = single_axis(batch_axis, x_shape), single_axis(channel_axis, x_shape)
     positions = tuple(n for i, n in enumerate(x_shape) if i not in (batch, channel))
     features = x_shape[channel] * math.prod(positions)
-    if features % check_count(num_groups, "num_groups") != 0:
+    if features % num_groups != 0:
         raise ValueError(
             f"{num_groups} groups do not divide the features of x. Got x of shape "
             f"{tuple(x_shape)}; expected a divisor of {features}, the product of its "
             f"{x_shape[channel]} channels and positions {positions}."
         )
-    return x_shape[channel], positions
+    return positions
 
 
 def grid_of(num_groups: int, x_shape: Shape, batch_axis: int, channel_axis: int) -> Shape:
@@ -36,7 +35,8 @@ def grid_of(num_groups: int, x_shape: Shape, batch_axis: int, channel_axis: int)
 
     It is that of the pieces themselves, or of each feature apart.
     """
-    channels, positions = checked_sizes(num_groups, x_shape, batch_axis, channel_axis)
+    positions = positions_of(num_groups, x_shape, batch_axis, channel_axis)
+    channels = x_shape[single_axis(channel_axis, x_shape)]
     parts = _parts_of_channels(num_groups, channels, positions) or EACH
     groups = Groups(batch=1, spatial=parts, channel=EACH)
     return groups.shape(x_shape, batch_axis=batch_axis, channel_axis=channel_axis)

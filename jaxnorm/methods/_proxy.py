@@ -1,9 +1,8 @@
 """Proxy Normalization: the activation's output standardized as if its input were Gaussian."""
 
-import dataclasses
 import functools
 import statistics
-from typing import Unpack, final
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +11,16 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
-from jaxnorm._core.checks import check_count, check_epsilon
+from jaxnorm._core.checks import check_epsilon
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.groups import Groups
-from jaxnorm._core.shared import shared
-from jaxnorm.methods._frame import applied, check_state, measured, output_dtype, parameter
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._fields import Count, as_value
+from jaxnorm.methods._frame import applied, measured, parameter
+from jaxnorm.methods._method import Method, Options, Parameters, Result, State
 from jaxnorm.methods._row import Row
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class proxy_norm(Method):
     """Normalization, activation, and standardization of each channel by a Gaussian proxy.
 
@@ -69,7 +67,7 @@ class proxy_norm(Method):
     """
 
     method: Row
-    num_quantiles: int = 200
+    num_quantiles: Count = 200
     proxy_epsilon: float = 0.03
     epsilon: float = 1e-3
 
@@ -88,10 +86,9 @@ class proxy_norm(Method):
                 "which pools it; expected a row with batch=EACH such as methods.layer_norm() or "
                 "methods.group_norm(4)."
             )
-        check_count(self.num_quantiles, "num_quantiles")
         check_epsilon(self.proxy_epsilon, "proxy_epsilon")
 
-    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+    def parameters(self, num_channels: int) -> Parameters:
         zeros = np.zeros(num_channels, np.float32)
         return {"proxy_scale": zeros, "proxy_bias": zeros}
 
@@ -104,10 +101,8 @@ class proxy_norm(Method):
         proxy_scale: ArrayLike,
         proxy_bias: ArrayLike,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
-        x = shared(x)
-        check_state(state, self)
-        dtype, wide = output_dtype(x, options), statistic_dtype(x.dtype)
+    ) -> Result:
+        dtype, wide = options["dtype"], statistic_dtype(x.dtype)
         activation = options.get("activation") or (lambda y: y)
         names = {"scale": (options.get("scale"), 1), "bias": (options.get("bias"), 0)}
         names |= {"proxy_scale": (proxy_scale, 0), "proxy_bias": (proxy_bias, 0)}
@@ -115,10 +110,9 @@ class proxy_norm(Method):
             jnp.full((1,) * x.ndim, first, wide) if t is None else parameter(t, name, x, options)
             for name, (t, first) in names.items()
         )
-        q = jnp.asarray(_quantiles(self.num_quantiles), wide).reshape(-1, *(1,) * x.ndim)
-        proxy = activation(
-            scale[None] * (more_bias[None] + (1 + more_scale[None]) * q) + bias[None]
-        )
+        q = jnp.asarray(_quantiles(self.num_quantiles), wide)
+        proxy = jax.vmap(lambda q: scale * (more_bias + (1 + more_scale) * q) + bias)(q)
+        proxy = activation(proxy)
         mean, var = proxy.mean(0), proxy.var(0)
 
         def standardized(y: jax.Array) -> jax.Array:

@@ -1,31 +1,26 @@
 """Batch Renormalization: batch statistics, corrected towards the running ones."""
 
-import dataclasses
-from typing import Unpack, final
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm._core.checks import check_number
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.running import usable
-from jaxnorm._core.shared import shared
+from jaxnorm.methods._fields import NotNegative, OneOrMore, as_value
 from jaxnorm.methods._frame import (
     along_channels,
     applied,
     averages,
-    check_state,
     first_running,
     measured,
 )
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._method import Method, Options, Result, State
 from jaxnorm.methods._table import batch_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class batch_renorm(Method):
     """Batch normalization, corrected by how far the batch is from the running statistics.
 
@@ -77,11 +72,6 @@ class batch_renorm(Method):
     momentum: float = 0.99
     epsilon: float = 1e-5
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_number(self.rmax, "rmax", at_least=1)
-        check_number(self.dmax, "dmax", at_least=0)
-
     def first_state(self, num_channels: int) -> State:
         first = first_running((num_channels,))
         return {"mean": first["mean"], "std": first["var"]}
@@ -92,15 +82,11 @@ class batch_renorm(Method):
         state: State,
         *,
         train: bool,
-        rmax: ArrayLike,
-        dmax: ArrayLike,
+        rmax: OneOrMore,
+        dmax: NotNegative,
         momentum: ArrayLike,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
-        x = shared(x)
-        check_state(state, self, mean=1, std=1)
-        check_number(rmax, "rmax", at_least=1)
-        check_number(dmax, "dmax", at_least=0)
+    ) -> Result:
         mean, std = (along_channels(state[name], x, options) for name in ("mean", "std"))
         # An epsilon larger than the one that the state was made with still bounds the division.
         std = jnp.maximum(std, jnp.sqrt(jnp.asarray(self.epsilon, std.dtype)))
@@ -117,5 +103,5 @@ class batch_renorm(Method):
         # (x - mean) / std * r + d as one standardization: about mean - d std / r, by std / r.
         corrected = batch_std / r
         used = Moments(m.count, m.mean - d * corrected, jnp.square(corrected))
-        new = averages(state, momentum, usable(m), mean=m.mean, std=batch_std)
+        new = averages(state, m, momentum, mean=m.mean, std=batch_std)
         return applied(x, used, 0.0, **options), new

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, TypedDict, Unpack, final
+from typing import Any, Literal, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +11,24 @@ from jax.typing import ArrayLike
 from jaxnorm._core.axes import Shape
 from jaxnorm._core.checks import check_number
 from jaxnorm._core.ghosts import GhostUpdate, check_ghost_update
-from jaxnorm._core.groups import EACH, Groups, Size, check_mean, resolve
+from jaxnorm._core.groups import EACH, Groups, Size, Split, check_mean, resolve
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.shared import shared
-from jaxnorm._core.state import pooled_to, running_shape, serving
+from jaxnorm._core.state import pooled_to, running_moments, running_shape, serving
 from jaxnorm._population import POPULATION
 from jaxnorm.inference import weigh_example
+from jaxnorm.methods._fields import as_value
 from jaxnorm.methods._frame import (
     applied,
     axes_in,
-    check_state,
     first_running,
     measured,
     per_device,
     pooled,
-    population_in,
-    select_options,
+    running_in,
+    taken_by,
     updated,
 )
-from jaxnorm.methods._method import InitOptions, Method, Options, State
+from jaxnorm.methods._method import Axes, InitOptions, Method, Options, Result, State
 
 
 class RowFields(TypedDict, total=False):
@@ -44,8 +43,7 @@ class RowFields(TypedDict, total=False):
     two_pass: bool
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class Row(Method):
     """A row of the table of methods: how axes are split, and what is remembered for inference.
 
@@ -90,8 +88,8 @@ class Row(Method):
         Row(Groups(batch=EACH, spatial=EACH, channel=1), mean=0)
     """
 
-    takes_complex: ClassVar[bool] = True
-    also_in_state: ClassVar[tuple[str, ...]] = (*POPULATION, "calls")
+    takes_complex = True
+    also_in_state = (*POPULATION, "calls")
 
     groups: Groups | Shape
     mean: Literal[0] | None = None
@@ -116,25 +114,32 @@ class Row(Method):
         if self.example_weight != "share":
             check_number(self.example_weight, "example_weight", at_least=0, at_most=1)
 
-    def shape(
-        self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1
-    ) -> Shape:
+    def shape(self, x_shape: Sequence[int], **axes: Unpack[Axes]) -> Shape:
         """The shape of the statistic for an x of shape `x_shape`: `Groups.shape`."""
-        return resolve(self.groups, tuple(x_shape), batch_axis, channel_axis)[0]
+        return resolve(self.groups, tuple(x_shape), **axes_in(axes))[0]
 
-    def row(self, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1) -> "Row":
+    def row(self, x_shape: Sequence[int], **axes: Unpack[Axes]) -> "Row":
         """This row."""
         return self
 
     @property
+    def _batch(self) -> Split | None:
+        """The split of the batch; None where the statistic's shape is given."""
+        return self.groups.batch if isinstance(self.groups, Groups) else None
+
+    @property
     def pools_batch(self) -> bool:
         """Whether examples share statistics, so that inference needs running ones."""
-        return not isinstance(self.groups, Groups) or self.groups.batch != EACH
+        return self._batch != EACH
 
     @property
     def remembers(self) -> bool:
         """Whether there are running statistics."""
         return self.pools_batch and self.momentum is not None
+
+    @property
+    def any_arrangement(self) -> bool:
+        return self._batch is None
 
     def _repr_html_(self) -> str | None:
         return self.groups._repr_html_() if isinstance(self.groups, Groups) else None
@@ -144,35 +149,22 @@ class Row(Method):
             return self
         groups, weight = dataclasses.replace(self.groups, batch=1), self.example_weight
         if weight == "share":
-            weight = self._share() if isinstance(self.groups.batch, Size) else 0.0
+            weight = self._share() if isinstance(self._batch, Size) else 0.0
         return dataclasses.replace(self, groups=groups, example_weight=weight)
 
     def keeps_positions(self, num_channels: int) -> bool:
         kept = self.running or self.groups
         if not self.remembers or not isinstance(kept, Groups):
             return False
-        return any(
-            n != 1 for n in (kept.spatial if isinstance(kept.spatial, tuple) else (kept.spatial,))
-        )
+        return not set(kept.spatial if isinstance(kept.spatial, tuple) else (kept.spatial,)) <= {1}
 
     def _init(self, x_shape: Shape, options: InitOptions) -> State:
         if not self.remembers:
             return {}
-        kept: Any = self.running or self.groups  # a shape has no state of its own
-        shape, _ = running_shape(kept, x_shape, **axes_in(options))
+        shape: Any = self.running or self.groups
+        if isinstance(shape, Groups):
+            shape, _ = running_shape(shape, x_shape, **axes_in(options))
         return first_running(shape, options.get("dtype", jnp.float32), counted=self.debias)
-
-    def apply(
-        self, x: ArrayLike, state: State, *, train: bool, **options: Any
-    ) -> tuple[jax.Array, State]:
-        weight = options.get("example_weight")
-        if weight is not None and (train or not self.remembers):
-            raise ValueError(
-                f"example_weight={weight} weighs an example against running statistics. Got "
-                f"train={train} for {self}; expected train=False, and a method that shares "
-                "statistics between examples, with a momentum."
-            )
-        return super().apply(x, state, train=train, **options)
 
     def rule(
         self,
@@ -183,83 +175,64 @@ class Row(Method):
         momentum: ArrayLike | None = None,
         example_weight: ArrayLike | Literal["share"] = 0.0,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
-        x = shared(x)
+    ) -> Result:
+        axes = axes_in(options)
         if not self.remembers:
-            check_state(state, self)
             m = measured(x, self, two_pass=self.two_pass, **options)
             return applied(x, m, self.epsilon, **options), state
-        counted = {"count": None} if self.debias else {}
-        check_state(state, self, self.also_in_state, mean=None, var=None, **counted)
-        batch_axis, channel_axis = axes_in(options).values()
-        running = self._serving(state, x.shape, batch_axis, channel_axis)
         if not train:
-            asked = isinstance(example_weight, str) and example_weight == "share"
-            weight: Any = self._share() if asked else example_weight
-            if isinstance(weight, int | float) and weight == 0:
-                used = self._pooled(running, x.shape, batch_axis, channel_axis)
-            else:
-                more = select_options(options, "weights", "batch_axis", "channel_axis")
-                used = weigh_example(x, running, self, example_weight=weight, **more)
+            used, weight = self._of_inference(state, x.shape, axes), example_weight
+            if isinstance(weight, str) and weight == "share":
+                weight = self._share()
+            if not isinstance(weight, int | float) or weight != 0:
+                more: Any = {"example_weight": weight, **taken_by(weigh_example, options)}
+                used = weigh_example(x, used, self, **more)
             return applied(x, used, self.epsilon, **options), state
-        batch = measured(x, self._measured, center=running.mean, two_pass=self.two_pass, **options)
+        center, sets = self._serving(state, x.shape, axes).mean, self
+        if self.running is not None:  # in each ghost batch
+            sets = Row(dataclasses.replace(self.running, batch=self._batch), self.mean)
+        batch = measured(x, sets, center=center, two_pass=self.two_pass, **options)
         used = batch
         if self.running is not None:  # synchronized already
-            coarse, _ = resolve(self, x.shape, batch_axis, channel_axis)
-            used = pooled(batch, coarse, **per_device(options))
-        y = applied(x, used, self.epsilon, **options)
-        return y, updated(
+            used = pooled(batch, self.shape(x.shape, **axes), **per_device(options))
+        return applied(x, used, self.epsilon, **options), updated(
             state,
             batch,
-            running,
             momentum=momentum,
             correction=self.correction,
             ghost_update=self.ghost_update,
-            batch_axis=batch_axis,
+            batch_axis=options["batch_axis"],
         )
 
     def inference_moments(
-        self, state: State, x_shape: Sequence[int], *, batch_axis: int = 0, channel_axis: int = -1
+        self, state: State, x_shape: Sequence[int], **axes: Unpack[Axes]
     ) -> Moments | None:
         if not self.remembers or self.example_weight != 0:
             return None
-        axes = tuple(x_shape), batch_axis, channel_axis
-        return self._pooled(self._serving(state, *axes), *axes)
+        return self._of_inference(state, tuple(x_shape), axes_in(axes))
 
-    @property
-    def _measured(self) -> "Row":
-        """The sets that training measures: those of the running statistics, in each ghost batch."""
-        if self.running is None or not isinstance(self.groups, Groups):
-            return self
-        return Row(dataclasses.replace(self.running, batch=self.groups.batch), self.mean)
-
-    def _serving(self, state: State, x_shape: Shape, batch_axis: int, channel_axis: int) -> Moments:
+    def _serving(self, state: State, x_shape: Shape, axes: dict[str, Any]) -> Moments:
         """The running statistics in the shape that serves x, the batch pooled."""
-        old = Moments(state.get(population_in(state) or "count"), state["mean"], state["var"])  # type: ignore[arg-type]  # None is no count
-        if not isinstance(self.groups, Groups):  # the statistic's numbers, in any arrangement
+        old = running_in(state)
+        if not isinstance(self.groups, Groups):
             return serving(old, jnp.shape(old.mean), self.groups, x_shape)
-        kept = self.running or self.groups
-        shapes = running_shape(kept, x_shape, batch_axis=batch_axis, channel_axis=channel_axis)
-        return serving(old, *shapes, x_shape)
+        return running_moments(old, self.running or self.groups, x_shape, **axes)
 
-    def _pooled(
-        self, running: Moments, x_shape: Shape, batch_axis: int, channel_axis: int
-    ) -> Moments:
-        """Running statistics of finer sets as those of this row's."""
+    def _of_inference(self, state: State, x_shape: Shape, axes: dict[str, Any]) -> Moments:
+        """The running statistics of the row's own sets, which may be coarser."""
+        running = self._serving(state, x_shape, axes)
         if self.running is None:
             return running
-        coarse, _ = resolve(self.any_batch(), x_shape, batch_axis, channel_axis)
-        return pooled_to(running, coarse, batch_axis)
+        return pooled_to(running, self.any_batch().shape(x_shape, **axes), axes["batch_axis"])
 
     def _share(self) -> float:
         """What an example has of its set in training."""
-        split = self.groups.batch if isinstance(self.groups, Groups) else None
-        if not isinstance(split, Size):
+        if not isinstance(self._batch, Size):
             raise ValueError(
                 "an example's weight at inference is 1 / ghost_size by default. Got "
                 f"{self}, which does not tell the size; expected ghost_size, or an example_weight."
             )
-        return 1 / split.n
+        return 1 / self._batch.n
 
 
 def as_method(method: object) -> Method:

@@ -1,8 +1,7 @@
 """Switchable Normalization: a learned mixture of instance, layer and batch statistics."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Unpack, final
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +9,21 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.running import usable
-from jaxnorm._core.shared import shared
+from jaxnorm.methods._fields import as_value
 from jaxnorm.methods._frame import (
     applied,
     averages,
-    check_state,
     first_running,
     measured,
     per_device,
     pooled,
     recalled,
 )
-from jaxnorm.methods._method import Method, Options, State
+from jaxnorm.methods._method import Method, Options, Parameters, Result, State
 from jaxnorm.methods._table import batch_norm, instance_norm, layer_norm
 
 
-@final
-@dataclasses.dataclass(frozen=True, repr=False)
+@as_value
 class switchable_norm(Method):
     """Standardize with a mixture of the statistics of instance, layer and batch normalization.
 
@@ -88,7 +84,7 @@ class switchable_norm(Method):
     def first_state(self, num_channels: int) -> State:
         return first_running((num_channels,)) if self.use_batch else {}
 
-    def parameters(self, num_channels: int) -> dict[str, np.ndarray]:
+    def parameters(self, num_channels: int) -> Parameters:
         logits = np.ones(1 + self.use_instance + self.use_batch, np.float32)
         return {"mean_logits": logits, "var_logits": logits}
 
@@ -102,9 +98,7 @@ class switchable_norm(Method):
         var_logits: ArrayLike,
         momentum: ArrayLike,
         **options: Unpack[Options],
-    ) -> tuple[jax.Array, State]:
-        x = shared(x)
-        check_state(state, self, (), **dict.fromkeys(self.first_state(1), 1))
+    ) -> Result:
         instance = measured(x, instance_norm(), **per_device(options))
         dtype = instance.var.dtype
         shares = [jax.nn.softmax(jnp.asarray(t, dtype)) for t in (mean_logits, var_logits)]
@@ -121,10 +115,8 @@ class switchable_norm(Method):
             m = recalled(state, x, options)
             if train:
                 m = pooled(instance, batch_norm(), **options)
-                state = averages(state, momentum, usable(m), mean=m.mean, var=m.var)
+                state = averages(state, m, momentum)
             parts.append(m)
-        shape = instance.mean.shape
-        parts = [jax.tree.map(lambda t: jnp.broadcast_to(t, shape), m) for m in parts]
         mean = _mixture([m.mean for m in parts], shares[0])
         var = _mixture([m.var for m in parts], shares[1])
         return applied(x, Moments(instance.count, mean, var), self.epsilon, **options), state
