@@ -3,21 +3,24 @@
 A layer holds parameters and state; everything it computes is the `apply` of its method.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
+from jaxnorm import folding, methods
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, axes_of
 from jaxnorm._core.checks import check_flag, known
 from jaxnorm._core.moments import Moments, as_array, check_moments
 from jaxnorm._core.state import serves_channels
-from jaxnorm._flax_rules import Axes, wide_enough
+from jaxnorm._flax_rules import wide_enough
 from jaxnorm.methods import Method, Row
 from jaxnorm.methods._method import State, options_of
+from jaxnorm.methods._row import as_method
 from jaxnorm.positional import scale_and_shift
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -51,13 +54,35 @@ def check_call(method: Method, options: Mapping[str, Any], learned: Mapping[str,
         )
 
 
-def check_inits(method: Method, inits: Mapping[str, Any], learned: Iterable[str]) -> None:
-    """Initializers are given for what the method learns."""
+def initializers(
+    method: Method, inits: Mapping[str, Any], num_channels: int
+) -> Iterator[tuple[str, np.ndarray, Any]]:
+    """Name, first value and initializer of what a method learns.
+
+    The initializer is None for what a training step replaces by its gradient.
+    """
+    first = method.parameters(num_channels)
+    learned = [name for name in first if name not in method.overwritten_by_gradient]
     if unknown := sorted(set(inits) - set(learned)):
         raise ValueError(
             f"inits has {', '.join(unknown)}, which {method} does not learn. Expected some of "
             f"{', '.join(learned) or 'nothing'}; scale and bias have scale_init and bias_init."
         )
+    for name, value in first.items():
+        default = lambda _, shape, dtype, value=value: jnp.asarray(value, dtype)  # noqa: E731
+        yield name, value, inits.get(name, default) if name in learned else None
+
+
+def own_or_given(name: str, own: jax.Array | None, given: ArrayLike | None) -> jax.Array | None:
+    """The layer's own scale or bias, or what was given in its place at the call."""
+    if given is None:
+        return own
+    if own is not None:
+        raise ValueError(
+            f"{name} was given at the call, but the layer has its own. Expected one of the two: "
+            f"construct it with use_{name}=False."
+        )
+    return jnp.asarray(given)
 
 
 def check_works_on_layers(method: Method, layer: Any) -> None:
@@ -80,17 +105,34 @@ def whether_to_update(use: bool, given: bool | None) -> bool:
 
 
 def run(
-    method: Method, x: jax.Array, state: State, use: bool, update: bool, options: dict[str, Any]
+    layer: Any,
+    method: Method,
+    x: jax.Array,
+    state: State,
+    use: bool,
+    update: bool,
+    /,  # a method may have options of these names
+    *,
+    dtype: Any,
+    mask: ArrayLike | None = None,
+    **options: Any,
 ) -> tuple[jax.Array, State]:
-    """One call of a method: y, and the new state where it is to be updated."""
+    """One call of a layer's method: y, and the new state where it is to be updated."""
+    options |= {"weights": mask, "dtype": dtype, "batch_axis": getattr(layer, "batch_axis", 0)}
+    x = wide_enough(x, dtype)
     if not update:  # half precision matters where an average is stored, and warns
         y, _ = method.apply(x, jax.tree.map(_wide, state), train=not use, **options)
         return y, state
     y, new = method.apply(x, state, train=not use, **options)
     if use:
-        options = {name: t for name, t in options.items() if name != "example_weight"}
+        options.pop("example_weight", None)
         new = method.apply(x, state, train=True, **options)[1]
     return y, new
+
+
+def named_axes(layer: Any) -> dict[str, Any]:
+    """Where a layer synchronizes its statistics."""
+    return {name: getattr(layer, name) for name in ("axis_name", "axis_index_groups")}
 
 
 def _wide(t: jax.Array) -> jax.Array:
@@ -146,15 +188,6 @@ def check_weighs_examples(method: Method, example_weight: ArrayLike | None) -> N
         )
 
 
-def is_constant(x: jax.Array, axis: Axes, use: bool | None, options: Mapping[str, Any]) -> bool:
-    """Whether a norm, called so, does the same to every element of a channel, the last axis.
-
-    The norm has running statistics.
-    """
-    given = {name for name, value in options.items() if value is not None and value is not False}
-    return bool(use) and given <= {"activation"} and axes_of(axis, x.shape) == (x.ndim - 1,)
-
-
 def check_channels_last(x: jax.Array, kernel_shape: Shape, channel_axis: int) -> None:
     """The outputs of a layer in front are the channels of the normalization, the last axis."""
     last = axes_of(channel_axis, x.shape) == (x.ndim - 1,)
@@ -166,17 +199,78 @@ def check_channels_last(x: jax.Array, kernel_shape: Shape, channel_axis: int) ->
         )
 
 
-def moments_to_fold(method: Any, state: State, x_shape: Shape) -> Any:
+def _moments_to_fold(norm: Any, values: State, x_shape: Shape) -> Moments | None:
     """The moments with which inference normalizes each channel, (C,) or (G,).
 
     Channels are last. None where the moments depend on x or on the position.
     """
-    m = method.inference_moments(state, x_shape)
+    m = _method(norm).inference_moments(values, x_shape)
     if m is None or m.mean.size != m.mean.shape[-1]:
         return None
     if not serves_channels(m.mean.shape[-1:], x_shape[-1]):
         return None
     return jax.tree.map(lambda t: jnp.reshape(t, -1), Moments(None, m.mean, m.var))  # type: ignore[arg-type]
+
+
+def _method(norm: Any) -> Method:
+    """The method of a norm, Flax's own among them."""
+    if hasattr(norm, "method"):
+        return as_method(norm.method)
+    return methods.batch_norm(epsilon=norm.epsilon)
+
+
+def is_constant(
+    norm: Any,
+    values: State,
+    x: jax.Array,
+    use_running_average: bool | None = None,
+    **options: Any,
+) -> bool:
+    """Whether a norm, called so, multiplies and shifts each channel, the last axis, by constants.
+
+    Args:
+        norm: of Flax or ours, with running statistics.
+        values: its variables.
+        x: what it is called with, as the others.
+    """
+    use = norm.use_running_average if use_running_average is None else use_running_average
+    for name in ("update_running_average", "example_weight"):  # nnx.view sets them in the layer
+        if options.get(name) is None:
+            options[name] = getattr(norm, name, None)
+    given = {name for name, value in options.items() if value is not None and value is not False}
+    axis = norm.channel_axis if hasattr(norm, "channel_axis") else norm.axis
+    return (
+        bool(use)
+        and given <= {"activation"}
+        and axes_of(axis, x.shape) == (x.ndim - 1,)
+        and getattr(norm, "batch_axis", 0) == 0  # as of the layer in front
+        and _moments_to_fold(norm, values, x.shape) is not None
+    )
+
+
+def of_outputs(names: Iterable[Any], layer: Any, kernel: jax.Array) -> tuple[Any]:
+    """Of names of a kernel's axes, which may be fewer, that of the outputs."""
+    return (dict(enumerate(names)).get(_output_axis(layer) % kernel.ndim),)
+
+
+def _output_axis(layer: Any) -> int:
+    return -2 if getattr(layer, "transpose_kernel", False) else -1
+
+
+def fold(
+    layer: Any, norm: Any, of_layer: State, of_norm: State, x_shape: Shape
+) -> tuple[jax.Array, jax.Array]:
+    """Kernel and bias of a layer that does what it and a norm do, from the variables of both."""
+    scale = of_norm.get("scale")
+    return folding.fold(
+        of_layer["kernel"],
+        of_layer.get("bias"),
+        _moments_to_fold(norm, of_norm, x_shape),  # type: ignore[arg-type]  # as is_constant said
+        scale=scale if scale is None or not getattr(norm, "unit_offset", False) else scale + 1,
+        shift=of_norm.get("bias"),
+        epsilon=getattr(_method(norm), "epsilon", 0.0),
+        output_axis=_output_axis(layer),
+    )
 
 
 def network_input(m: Moments, *, epsilon: float, channel_axis: int) -> jax.Array:

@@ -33,7 +33,7 @@ class FlaxNorm(Layer):
         x = as_array(x)
         shape, feature_axes = self._sets(x)
         row = _layers.flax_row(shape, self, mean=self._mean)
-        return self._call(row, x, feature_axes, state={}, mask=mask, **options)
+        return self._call(row, x, feature_axes, mask=mask, **options)
 
 
 class LayerNorm(FlaxNorm):

@@ -1,7 +1,7 @@
 """The variables of an nnx layer, and one call of its method with them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,6 @@ class Layer(nnx.Module):
     # what a class has no option for
     has_bias: bool = True
     use_bias: bool = False
-    batch_axis: int = 0
 
     def _construct(self, options: dict[str, Any], leave_out: tuple[str, ...] = ()) -> None:
         """Keep a constructor's arguments as attributes, and make scale and bias.
@@ -65,33 +64,28 @@ class Layer(nnx.Module):
     ) -> jax.Array | None:
         """The layer's own, or what was given in its place at the call."""
         own = getattr(self, name, None)
-        if given is not None and own is not None:
-            raise ValueError(
-                f"{name} was given at the call, but the layer has its own. Expected one of the "
-                f"two: construct it with use_{name}=False."
-            )
-        if own is None:
-            return None if given is None else jnp.asarray(given)
-        features = _flax_rules.feature_shape(x, axes)
-        value = own[...]
-        value = value + 1 if name == "scale" and self.unit_offset else value
-        return value.reshape(features) if value.size == math.prod(features) else value
+        if own is not None:
+            features = _flax_rules.feature_shape(x, axes)
+            own = own[...] + 1 if name == "scale" and self.unit_offset else own[...]
+            own = own.reshape(features) if own.size == math.prod(features) else own
+        return _layers.own_or_given(name, own, given)
 
     def _call(
         self,
         method: Method,
         x: jax.Array,
         feature_axes: Axes,
+        /,
         *,
-        state: State,
+        state: State | None = None,
         use: bool = False,
         update: bool = False,
-        mask: ArrayLike | None = None,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
         **options: Any,
     ) -> jax.Array:
         """What every layer does: the dtype of the output, the method, and what it remembers."""
+        state = state or {}
         affine = [
             self._scale_or_bias(name, given, x, feature_axes)
             for name, given in (("scale", scale), ("bias", bias))
@@ -105,24 +99,21 @@ class Layer(nnx.Module):
             if use and not update:
                 state = dict(zip(state, statistics, strict=True))
             dtype = _flax_rules.output_dtype(x, *affine, dtype=self.dtype)
-        options |= {
-            "scale": affine[0],
-            "bias": affine[1],
-            "weights": mask,
-            "dtype": dtype,
-            "axis_name": self.axis_name,
-            "axis_index_groups": self.axis_index_groups,
-            "batch_axis": self.batch_axis,
-            "channel_axis": feature_axes,
-        }
-        x = _flax_rules.wide_enough(x, dtype)
-        y, new = _layers.run(method, x, state, use, update, options)
+        options |= {"scale": affine[0], "bias": affine[1], "channel_axis": feature_axes}
+        options |= _layers.named_axes(self)
+        y, new = _layers.run(self, method, x, state, use, update, dtype=dtype, **options)
         for name in state if update else ():
             variable = getattr(self, name)
             # A variable may be a reference shared with the outside, which must not keep a tracer
             # of a derivative.
             variable[...] = lax.stop_gradient(new[name].astype(variable.dtype))
         return y
+
+
+def state_dtype(dtype: Any) -> Any:
+    """The dtype of running means, from that of the output."""
+    is_complex = dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating)
+    return jnp.complex64 if is_complex else jnp.float32
 
 
 class StatefulLayer(Layer):
@@ -132,27 +123,47 @@ class StatefulLayer(Layer):
     update_running_average: bool | None = None
     example_weight: ArrayLike | None = None
 
-    def _state(self, method: Method, names: tuple[str, ...]) -> State:
+    def _state(self, method: Method, names: Sequence[str]) -> State:
         """What the layer remembers, by these names and those that its state may have beside."""
         more = (n for n in method.also_in_state if n not in names and hasattr(self, n))
         return {name: getattr(self, name)[...] for name in (*names, *more)}
 
-    def _flags(self, use: bool | None, update: bool | None) -> tuple[bool, bool]:
-        """Whether this call uses the state, and whether it updates it."""
-        use = self.use_running_average if use is None else use
-        if use is None:
-            raise ValueError(
-                f"No `use_running_average` argument was provided to {type(self).__name__}. Got "
-                "None from the constructor and at the call; expected True or False from one of "
-                "them, or from nnx.view(model, use_running_average=...)."
-            )
-        use = check_flag(use, "use_running_average")
-        update = self.update_running_average if update is None else update
-        return use, _layers.whether_to_update(use, update)
+    def _call_with_state(
+        self,
+        names: Sequence[str],
+        method: Method,
+        x: jax.Array,
+        feature_axes: Axes,
+        /,
+        *,
+        use_running_average: bool | None,
+        update_running_average: bool | None,
+        example_weight: ArrayLike | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """`_call` with what the layer remembers by these names, used and updated as it was asked.
 
-    def _weight(self, given: ArrayLike | None, use: bool) -> ArrayLike | None:
-        """Of an example at inference: from the call, or the layer's."""
-        return self.example_weight if given is None and use else given
+        What was not asked at the call is the layer's.
+        """
+        if names:
+            use = self.use_running_average if use_running_average is None else use_running_average
+            if use is None:
+                raise ValueError(
+                    f"No `use_running_average` argument was provided to {type(self).__name__}. Got "
+                    "None from the constructor and at the call; expected True or False from one of "
+                    "them, or from nnx.view(model, use_running_average=...)."
+                )
+            check_flag(use, "use_running_average")
+            update = update_running_average
+            update = self.update_running_average if update is None else update
+            update = _layers.whether_to_update(use, update)
+            options |= {"state": self._state(method, names), "use": use, "update": update}
+            if example_weight is None and use:
+                example_weight = self.example_weight
+            _layers.check_weighs_examples(method, example_weight)
+        if example_weight is not None:
+            options["example_weight"] = example_weight
+        return self._call(method, x, feature_axes, **options)
 
     def set_view(
         self,
