@@ -33,11 +33,8 @@ def wide_enough(x: jax.Array, dtype: Any) -> jax.Array:
     x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
     wide = statistic_dtype(x.dtype)
     with jax.numpy_dtype_promotion("standard"):
-        return (
-            x
-            if jnp.promote_types(wide, dtype) == wide
-            else x.astype(jnp.promote_types(wide, dtype))
-        )
+        wider = jnp.promote_types(wide, dtype)
+    return x if wider == wide else x.astype(wider)
 
 
 def output_dtype(*arrays: jax.Array | None, dtype: DTypeLike | None) -> Any:

@@ -150,11 +150,9 @@ def observations(
     """What the method of a layer has to say about x beside y."""
     if method.observe is None:
         return {}
-    names = {"weights", "batch_axis", "channel_axis", *options_of(type(method).observe)}
-    options = options | {"weights": mask, "batch_axis": layer.batch_axis}
-    options |= {"channel_axis": layer.channel_axis}
-    x = wide_enough(x, jax.numpy.float32)
-    return method.observe(x, state, **{n: t for n, t in options.items() if n in names})
+    own = {name: options[name] for name in options_of(type(method).observe) if name in options}
+    axes = {"batch_axis": layer.batch_axis, "channel_axis": layer.channel_axis}
+    return method.observe(wide_enough(x, jnp.float32), state, weights=mask, **axes, **own)
 
 
 def flax_row(
@@ -188,15 +186,21 @@ def check_weighs_examples(method: Method, example_weight: ArrayLike | None) -> N
         )
 
 
-def check_channels_last(x: jax.Array, kernel_shape: Shape, channel_axis: int) -> None:
-    """The outputs of a layer in front are the channels of the normalization, the last axis."""
-    last = axes_of(channel_axis, x.shape) == (x.ndim - 1,)
-    if not last or x.shape[-1] != kernel_shape[-1]:
+def in_front(
+    method: Method, inputs: jax.Array, kernel: jax.Array, layer: Callable[..., Any], axis: int
+) -> tuple[jax.Array, dict[str, Any]]:
+    """What a method makes of a layer, of (inputs, kernel): its x, and the options of `apply`.
+
+    The outputs of the layer, the last axis, are the channels of the normalization.
+    """
+    x, options = method.in_front(inputs, kernel, layer)  # type: ignore[misc]
+    if axes_of(axis, x.shape) != (x.ndim - 1,) or x.shape[-1] != kernel.shape[-1]:
         raise ValueError(
-            f"the layer in front, with a kernel of shape {kernel_shape}, makes x of shape "
-            f"{x.shape}, and channel_axis is {channel_axis}. Expected its outputs, the last axis, "
-            "to be the channels."
+            f"the layer in front, with a kernel of shape {kernel.shape}, makes x of shape "
+            f"{x.shape}, and channel_axis is {axis}. Expected its outputs, the last axis, to be "
+            "the channels."
         )
+    return x, options
 
 
 def _moments_to_fold(norm: Any, values: State, x_shape: Shape) -> Moments | None:
@@ -205,9 +209,11 @@ def _moments_to_fold(norm: Any, values: State, x_shape: Shape) -> Moments | None
     Channels are last. None where the moments depend on x or on the position.
     """
     m = _method(norm).inference_moments(values, x_shape)
-    if m is None or m.mean.size != m.mean.shape[-1]:
-        return None
-    if not serves_channels(m.mean.shape[-1:], x_shape[-1]):
+    if (
+        m is None
+        or m.mean.size != m.mean.shape[-1]
+        or not serves_channels(m.mean.shape[-1:], x_shape[-1])
+    ):
         return None
     return jax.tree.map(lambda t: jnp.reshape(t, -1), Moments(None, m.mean, m.var))  # type: ignore[arg-type]
 
@@ -273,28 +279,18 @@ def fold(
     )
 
 
-def network_input(m: Moments, *, epsilon: float, channel_axis: int) -> jax.Array:
-    """Mean and standard deviation as the two channels, last, of a network that reads them."""
-    check_moments(m, "m")
-    parts = (m.mean, jnp.sqrt(m.var + epsilon))
-    return jnp.concatenate([jnp.moveaxis(t, channel_axis, -1) for t in parts], axis=-1)
-
-
-def shortcut_by_network(
-    x: ArrayLike,
-    m: Moments,
-    output: jax.Array,
-    *,
-    residual: bool,
-    epsilon: float,
-    channel_axis: int,
+def dynamic_shortcut(
+    layer: Any, x: ArrayLike, m: Moments, network: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """`scale_and_shift` by the two halves of a network's channels, which are last.
+    """`scale_and_shift` by the two halves of the channels that a network makes of moments.
 
-    Where it is `residual`, they are added to the moments.
+    It reads mean and standard deviation as two channels. Its channels are last. Where the layer is
+    `residual`, they are added to the moments.
     """
-    scale, shift = (jnp.moveaxis(t, -1, channel_axis) for t in jnp.split(output, 2, axis=-1))
-    if residual:
-        std = jnp.sqrt(m.var + epsilon)
+    check_moments(m, "m")
+    axis, std = layer.channel_axis, jnp.sqrt(m.var + layer.epsilon)
+    read = jnp.concatenate([jnp.moveaxis(t, axis, -1) for t in (m.mean, std)], axis=-1)
+    scale, shift = (jnp.moveaxis(t, -1, axis) for t in jnp.split(network(read), 2, axis=-1))
+    if layer.residual:
         scale, shift = std + scale.astype(std.dtype), m.mean + shift.astype(m.mean.dtype)
-    return scale_and_shift(as_array(x), scale, shift, channel_axis=channel_axis)
+    return scale_and_shift(as_array(x), scale, shift, channel_axis=axis)

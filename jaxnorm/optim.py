@@ -7,7 +7,6 @@ as neighbours.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -162,7 +161,7 @@ def _distances(params: Any, target: float, unit_offset: bool) -> Any:
     return _select(params, distance)
 
 
-def _select(params: Any, rule: Callable[[Any, str, str], Any]) -> Any:
+def _select(params: Any, rule: Any) -> Any:
     """The tree of rule(parameter, name, kind).
 
     The kind is "norm" for scales and biases of norms, "other" for `OTHERS`, and "" elsewhere.

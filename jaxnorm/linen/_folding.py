@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import core
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -68,26 +69,23 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
         See `folding.fold`.
     """
     tree = core.unfreeze(dict(variables))
-    layers: dict[str, Any] = {}
-    norms: dict[str, tuple[Any, Any]] = {}
+    modules: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
 
     def trace(tree: Any, *inputs: Any) -> Any:
-        def interceptor(
-            call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
-        ) -> Any:
-            module: Any = context.module
+        def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            module = context.module
             if context.method_name != "__call__" or not args:
                 return call(*args, **kwargs)
             name = "/".join(module.scope.path)
-            if _is_norm(module, *args, **kwargs) and _owns(module, tree, *OF_NORMS):
+            is_layer = _is_layer(module) and _owns(module, tree, "params")
+            is_norm = _is_norm(module, *args, **kwargs) and _owns(module, tree, *OF_NORMS)
+            if is_norm:
                 args = _pairs.mark(args[0], _pairs.NORM, name), *args[1:]
-                norms[name] = module, jax.typeof(y := call(*args, **kwargs))
-                return y
             y = call(*args, **kwargs)
-            if not (_is_layer(module) and _owns(module, tree, "params")):
-                return y
-            layers[name] = module
-            return _pairs.mark(y, _pairs.LAYER, name)
+            if is_layer or is_norm:
+                modules[name], outputs[name] = module, jax.typeof(y)
+            return _pairs.mark(y, _pairs.LAYER, name) if is_layer else y
 
         with nn.intercept_methods(interceptor):
             return forward(tree, *inputs)
@@ -95,17 +93,16 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
     pairs = _pairs.pairs(trace, tree, *example, prefix="params/")
     biased = set()
     for norm, layer in pairs.items():
-        module, y = norms[norm]
         boxed = _at(tree, "params", layer)
         values = nn.meta.unbox(boxed), _values(tree, norm)
-        kernel, bias = _layers.fold(layers[layer], module, *values, y.shape)
+        kernel, bias = _layers.fold(modules[layer], modules[norm], *values, outputs[norm].shape)
         if "bias" in boxed:
             boxed["bias"] = nn.meta.replace_boxed(boxed["bias"], bias)
         else:
             biased.add(layer)
             old, boxed["bias"] = boxed["kernel"], bias
             if isinstance(old, nn.Partitioned):  # with the name of the outputs
-                names = _layers.of_outputs(old.names, layers[layer], kernel)
+                names = _layers.of_outputs(old.names, modules[layer], kernel)
                 boxed["bias"] = old.replace(value=bias, names=names)
         boxed["kernel"] = nn.meta.replace_boxed(boxed["kernel"], kernel)
     left = {
@@ -114,7 +111,7 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
         if path[0] not in OF_NORMS or "/".join(path[1:-1]) not in pairs
     }
     return Folded(
-        _forward(forward, {norm: norms[norm][1].dtype for norm in pairs}, biased),
+        _forward(forward, {norm: outputs[norm].dtype for norm in pairs}, biased),
         {name: t for name, t in unflatten_dict(left).items() if t},
         pairs,
     )
@@ -128,19 +125,17 @@ def _forward(
     These layers have a bias that they do not know of.
     """
 
-    def interceptor(
-        call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
-    ) -> Any:
-        module: Any = context.module
-        name = "/".join(module.scope.path) if context.method_name == "__call__" else ""
+    def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        called = context.method_name == "__call__"
+        name = "/".join(context.module.scope.path) if called else ""
         if name in norms:
-            x = jax.numpy.asarray(args[0]).astype(norms[name])
-            return kwargs["activation"](x) if kwargs.get("activation") is not None else x
+            x, activation = jnp.asarray(args[0]).astype(norms[name]), kwargs.get("activation")
+            return x if activation is None else activation(x)
         y = call(*args, **kwargs)
-        if name not in biased:
-            return y
-        bias = nn.meta.unbox(module.scope.get_variable("params", "bias")).astype(y.dtype)
-        return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+        if name in biased:
+            bias = nn.meta.unbox(context.module.scope.get_variable("params", "bias"))
+            y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
+        return y
 
     def folded(variables: Any, *inputs: Any) -> Any:
         with nn.intercept_methods(interceptor):

@@ -85,7 +85,7 @@ def _state(
     names = [n for n in method.also_in_state if module.has_variable("batch_stats", n)]
     state = {name: module.variable("batch_stats", name) for name in names}
     for name, value in first.items():
-        state[name] = module.variable("batch_stats", name, lambda value=value: value)
+        state[name] = module.variable("batch_stats", name, jnp.asarray, value)
         if jnp.shape(state[name].value) != value.shape:
             raise ValueError(
                 f"running statistics of shape {jnp.shape(state[name].value)} do not fit x of shape "

@@ -41,23 +41,19 @@ class Layer(nnx.Module):
 
         They are made in this order, as Flax does.
         """
-        leave_out = ("self", "__class__", *leave_out)
-        options = {name: value for name, value in options.items() if name not in leave_out}
-        rngs = options.pop("rngs")
-        made = {
-            name: (options.pop(f"{name}_init", zeros), options.pop(f"{name}_metadata", NONE))
-            for name in ("scale", "bias")
-        }
+        leave_out = ("self", "__class__", "rngs", *leave_out)
         for name, value in options.items():
-            setattr(self, name, value)
+            if name not in leave_out and not name.endswith(("_init", "_metadata")):
+                setattr(self, name, value)
         check_named(self.axis_name, self.axis_index_groups)
-        for name, (init, metadata) in made.items():
+        for name in ("scale", "bias"):
             if not getattr(self, f"use_{name}"):
                 setattr(self, name, nnx.data(None))
                 continue
-            value = init(rngs.params(), (self.num_features,), self.param_dtype)
+            init, key = options[f"{name}_init"], options["rngs"].params()
+            value = init(key, (self.num_features,), self.param_dtype)
             value = value - 1 if name == "scale" and self.unit_offset else value
-            setattr(self, name, nnx.Param(value, **metadata))
+            setattr(self, name, nnx.Param(value, **options[f"{name}_metadata"]))
 
     def _scale_or_bias(
         self, name: str, given: ArrayLike | None, x: jax.Array, axes: Axes
@@ -80,15 +76,13 @@ class Layer(nnx.Module):
         state: State | None = None,
         use: bool = False,
         update: bool = False,
-        scale: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
         **options: Any,
     ) -> jax.Array:
         """What every layer does: the dtype of the output, the method, and what it remembers."""
         state = state or {}
         affine = [
-            self._scale_or_bias(name, given, x, feature_axes)
-            for name, given in (("scale", scale), ("bias", bias))
+            self._scale_or_bias(name, options.get(name), x, feature_axes)
+            for name in ("scale", "bias")
         ]
         if self.promote_dtype is promote_dtype:
             dtype = _flax_rules.output_dtype(x, *state.values(), *affine, dtype=self.dtype)
@@ -154,9 +148,9 @@ class StatefulLayer(Layer):
                     "them, or from nnx.view(model, use_running_average=...)."
                 )
             check_flag(use, "use_running_average")
-            update = update_running_average
-            update = self.update_running_average if update is None else update
-            update = _layers.whether_to_update(use, update)
+            if update_running_average is None:
+                update_running_average = self.update_running_average
+            update = _layers.whether_to_update(use, update_running_average)
             options |= {"state": self._state(method, names), "use": use, "update": update}
             if example_weight is None and use:
                 example_weight = self.example_weight
