@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import jaxprs_in_params
 
 LAYER, NORM = "jaxnorm.folding layer ", "jaxnorm.folding norm "
 
@@ -64,7 +65,7 @@ def _uses(jaxpr: Any, variable: Any) -> int:
     """How many operations and outputs take a variable, those of nested programs included."""
     count = sum(v is variable for v in jaxpr.outvars)
     for eqn in jaxpr.eqns:
-        inner = _inner(eqn)
+        inner = list(jaxprs_in_params(eqn.params))
         # Which argument becomes which is only sure where there is one inner program with as many:
         # jit, checkpoint, scan.
         sure = len(inner) == 1 and len(inner[0].invars) == len(eqn.invars)
@@ -77,15 +78,5 @@ def _programs(jaxpr: Any) -> Iterator[Any]:
     """A program and those inside of its operations, once for every time they run."""
     yield jaxpr
     for eqn in jaxpr.eqns:
-        for inner in _inner(eqn):
+        for inner in jaxprs_in_params(eqn.params):
             yield from _programs(inner)
-
-
-def _inner(eqn: Any) -> list[Any]:
-    """The programs inside of an operation."""
-    values = [
-        t
-        for value in eqn.params.values()
-        for t in (value if isinstance(value, tuple | list) else (value,))
-    ]
-    return [t for t in (getattr(value, "jaxpr", value) for value in values) if hasattr(t, "eqns")]

@@ -94,8 +94,14 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
     biased = set()
     for norm, layer in pairs.items():
         boxed = _at(tree, "params", layer)
-        values = nn.meta.unbox(boxed), _values(tree, norm)
-        kernel, bias = _layers.fold(modules[layer], modules[norm], *values, outputs[norm].shape)
+        of_norm = _at(tree, "params", norm) | _at(tree, "batch_stats", norm)
+        kernel, bias = _layers.fold(
+            modules[layer],
+            modules[norm],
+            nn.meta.unbox(boxed),
+            nn.meta.unbox(of_norm),
+            outputs[norm].shape,
+        )
         if "bias" in boxed:
             boxed["bias"] = nn.meta.replace_boxed(boxed["bias"], bias)
         else:
@@ -152,7 +158,8 @@ def _is_norm(module: Any, *args: Any, **kwargs: Any) -> bool:
     """Whether this call multiplies and shifts each channel by constants of the variables."""
     if not isinstance(module, nn.BatchNorm | Norm) or "batch_stats" not in module.variables:
         return False
-    return _layers.is_constant(module, _values(module.variables), *args, **kwargs)
+    values = {**module.variables.get("params", {}), **module.variables["batch_stats"]}
+    return _layers.is_constant(module, nn.meta.unbox(values), *args, **kwargs)
 
 
 def _owns(module: Any, tree: Any, *collections: str) -> bool:
@@ -171,9 +178,3 @@ def _at(tree: Any, collection: str, name: str) -> dict[str, Any]:
     for part in name.split("/") if name else ():
         node = node.get(part, {}) if isinstance(node, Mapping) else {}
     return node
-
-
-def _values(tree: Any, name: str = "") -> dict[str, Any]:
-    """The variables of a norm, unboxed."""
-    of_norm = [_at(tree, collection, name) for collection in OF_NORMS]
-    return nn.meta.unbox({name: t for part in of_norm for name, t in part.items()})

@@ -62,7 +62,7 @@ def population_statistics(
     tree = core.unfreeze(dict(variables))
     nodes = _nodes(tree.get("batch_stats", {}))
     start = _population.started(nodes, reducer)
-    step = jax.jit(lambda tree, batch: core.unfreeze(dict(forward(tree, batch)[1]))["batch_stats"])
+    step = jax.jit(lambda tree, batch: forward(tree, batch)[1]["batch_stats"])
 
     def ends() -> Iterator[_population.Nodes]:
         now = start

@@ -20,12 +20,6 @@ from jaxnorm.methods._method import State
 zeros, ones = initializers.zeros, initializers.ones
 
 
-def uses_running(module: Any, given: bool | None) -> bool:
-    """Whether to normalize with the running statistics: said by the layer or by the call."""
-    name = "use_running_average"
-    return check_flag(nn.merge_param(name, module.use_running_average, given), name)
-
-
 def call(
     module: Any,
     method: Method,
@@ -53,7 +47,8 @@ def call(
         options |= _layers.named_axes(module)
     use = update = False
     if state:
-        use = uses_running(module, use_running_average)
+        use = nn.merge_param("use_running_average", module.use_running_average, use_running_average)
+        check_flag(use, "use_running_average")
         update = _layers.whether_to_update(use, update_running_average)
         update = update and not module.is_initializing()
     y, new = _layers.run(

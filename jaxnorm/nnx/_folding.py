@@ -75,9 +75,13 @@ def fold_norms(model: Model, *example: Any, forward: Callable[..., Any] | None =
 
     def trace(state: Any, *inputs: Any) -> Any:
         traced = nnx.merge(graph, state)
+        values = {name: _values(module) for name, module in _modules(traced).items()}
         for name, module in _modules(traced).items():
-            _probe(module, name, outputs)
-        return traced(*inputs) if forward is None else forward(traced, *inputs)
+            _probe(module, name, values[name], outputs)
+        y = traced(*inputs) if forward is None else forward(traced, *inputs)
+        for own in values.values():  # JAX keeps the classes, which shall not keep what was traced
+            own.clear()
+        return y
 
     pairs = _pairs.pairs(trace, state, *example)
     copy = nnx.clone(model)
@@ -123,7 +127,7 @@ def _sharding_of_outputs(layer: Any) -> dict[str, Any]:
     """The metadata of a bias that says how it is sharded: as the outputs of the layer's kernel."""
     metadata = layer.kernel.get_metadata()
     sharding = metadata.get("out_sharding")
-    spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
+    spec = getattr(sharding, "spec", sharding)
     if not isinstance(spec, PartitionSpec | tuple | list):
         return {}
     of_outputs: Any = _layers.of_outputs(spec, layer, layer.kernel[...])
@@ -135,13 +139,13 @@ def _sharding_of_outputs(layer: Any) -> dict[str, Any]:
     return found | {"out_sharding": of_outputs}
 
 
-def _probe(module: Any, name: str, outputs: dict[str, Any]) -> None:
+def _probe(module: Any, name: str, own: dict[str, jax.Array], outputs: dict[str, Any]) -> None:
     """Let a module that can be of a pair mark what it takes or gives, by a class of its own.
 
-    Only while its variables are those of the model. They are not where something made them on the
-    way, as in a scan.
+    Only while its variables are its own ones in the model. They are not where something made them
+    on the way, as in a scan.
     """
-    of, own = type(module), _values(module)
+    of = type(module)
 
     def is_own(module: Any) -> bool:
         return all(getattr(module, name)[...] is value for name, value in own.items())

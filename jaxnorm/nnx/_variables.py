@@ -172,11 +172,9 @@ class StatefulLayer(Layer):
             update_running_average: as at the call.
             example_weight: as at the call, wherever running statistics are used.
         """
-        options = {
-            "use_running_average": use_running_average,
-            "update_running_average": update_running_average,
-            "example_weight": example_weight,
-        }
-        for name, value in options.items():
-            if value is not None:
-                setattr(self, name, value)
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+        if update_running_average is not None:
+            self.update_running_average = update_running_average
+        if example_weight is not None:
+            self.example_weight = example_weight
