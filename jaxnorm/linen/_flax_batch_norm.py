@@ -9,10 +9,10 @@ from jax.typing import ArrayLike
 from jaxnorm import _flax_rules, _layers
 from jaxnorm._core.checks import check_number
 from jaxnorm._core.moments import as_array
-from jaxnorm._core.state import init_running
 from jaxnorm._flax_rules import Axes
 from jaxnorm._layers import CallOptions
 from jaxnorm.linen._variables import call, state_dtype
+from jaxnorm.methods._frame import first_running
 
 
 class BatchNorm(nn.BatchNorm):
@@ -86,14 +86,13 @@ class BatchNorm(nn.BatchNorm):
         check_number(self.momentum, "momentum", at_least=0, at_most=1)
         x = as_array(x)
         row = _layers.flax_row(_flax_rules.keep_axes(x, self.axis), self, momentum=0.99)
-        dtype = state_dtype(self, x)
-        first = init_running(_flax_rules.feature_shape(x, self.axis), dtype=dtype)
+        features = _flax_rules.feature_shape(x, self.axis)
         return call(
             self,
             row,
             x,
             self.axis,
-            first={"mean": first.mean, "var": first.var},
+            first=first_running(features, state_dtype(self, x)),
             mask=mask,
             use_running_average=use_running_average,
             update_running_average=update_running_average,

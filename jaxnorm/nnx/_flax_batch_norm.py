@@ -11,9 +11,9 @@ from jax.typing import ArrayLike
 from jaxnorm import _flax_rules, _layers
 from jaxnorm._core.checks import check_number
 from jaxnorm._core.moments import as_array
-from jaxnorm._core.state import init_running
 from jaxnorm._flax_rules import Axes
 from jaxnorm._layers import CallOptions
+from jaxnorm.methods._frame import first_running
 from jaxnorm.nnx._variables import (
     NONE,
     Metadata,
@@ -67,6 +67,8 @@ class BatchNorm(StatefulLayer):
         Shift, 2015, arXiv:1502.03167.
     """
 
+    _names = ("mean", "var")
+
     def __init__(
         self,
         num_features: int,
@@ -91,8 +93,8 @@ class BatchNorm(StatefulLayer):
         unit_offset: bool = False,
     ):
         self._construct(locals())
-        first = init_running((num_features,), dtype=state_dtype(dtype))
-        self.mean, self.var = nnx.BatchStat(first.mean), nnx.BatchStat(first.var)
+        for name, value in first_running((num_features,), state_dtype(dtype)).items():
+            setattr(self, name, nnx.BatchStat(value))
 
     def __call__(
         self,
@@ -113,7 +115,6 @@ class BatchNorm(StatefulLayer):
         x = as_array(x)
         row = _layers.flax_row(_flax_rules.keep_axes(x, self.axis), self, momentum=0.99)
         return self._call_with_state(
-            ("mean", "var"),
             row,
             x,
             self.axis,

@@ -200,7 +200,6 @@ class Norm(StatefulLayer):
             )
             options |= more
         y = self._call_with_state(
-            self._names,
             method,
             x,
             self.channel_axis,
@@ -214,7 +213,7 @@ class Norm(StatefulLayer):
         )
         # Elsewhere nnx would keep what it is given, and warn.
         if hasattr(self, "__captures__"):
-            state = self._state(method, self._names)
+            state = self._state(method)
             seen = _layers.observations(self, method, x, state, options, mask)
             for name, value in seen.items():
                 self.sow(Observation, name, value)

@@ -1,7 +1,7 @@
 """The variables of an nnx layer, and one call of its method with them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -113,18 +113,19 @@ def state_dtype(dtype: Any) -> Any:
 class StatefulLayer(Layer):
     """A layer that may remember."""
 
+    _names: tuple[str, ...] = ()
+
     # what nnx.view sets
     update_running_average: bool | None = None
     example_weight: ArrayLike | None = None
 
-    def _state(self, method: Method, names: Sequence[str]) -> State:
-        """What the layer remembers, by these names and those that its state may have beside."""
-        more = (n for n in method.also_in_state if n not in names and hasattr(self, n))
-        return {name: getattr(self, name)[...] for name in (*names, *more)}
+    def _state(self, method: Method) -> State:
+        """What the layer remembers, by `_names` and those that its state may have beside."""
+        more = (n for n in method.also_in_state if n not in self._names and hasattr(self, n))
+        return {name: getattr(self, name)[...] for name in (*self._names, *more)}
 
     def _call_with_state(
         self,
-        names: Sequence[str],
         method: Method,
         x: jax.Array,
         feature_axes: Axes,
@@ -135,11 +136,11 @@ class StatefulLayer(Layer):
         example_weight: ArrayLike | None = None,
         **options: Any,
     ) -> jax.Array:
-        """`_call` with what the layer remembers by these names, used and updated as it was asked.
+        """`_call` with what the layer remembers, used and updated as it was asked.
 
         What was not asked at the call is the layer's.
         """
-        if names:
+        if self._names:
             use = self.use_running_average if use_running_average is None else use_running_average
             if use is None:
                 raise ValueError(
@@ -151,7 +152,7 @@ class StatefulLayer(Layer):
             if update_running_average is None:
                 update_running_average = self.update_running_average
             update = _layers.whether_to_update(use, update_running_average)
-            options |= {"state": self._state(method, names), "use": use, "update": update}
+            options |= {"state": self._state(method), "use": use, "update": update}
             if example_weight is None and use:
                 example_weight = self.example_weight
             _layers.check_weighs_examples(method, example_weight)
