@@ -75,11 +75,9 @@ def fold_norms(model: Model, *example: Any, forward: Callable[..., Any] | None =
 
     def trace(state: Any, *inputs: Any) -> Any:
         traced = nnx.merge(graph, state)
-        values = {name: _values(module) for name, module in _modules(traced).items()}
-        for name, module in _modules(traced).items():
-            _probe(module, name, values[name], outputs)
+        values = [_probe(module, name, outputs) for name, module in _modules(traced).items()]
         y = traced(*inputs) if forward is None else forward(traced, *inputs)
-        for own in values.values():  # JAX keeps the classes, which shall not keep what was traced
+        for own in values:  # JAX keeps the probes' classes, which shall not keep what was traced
             own.clear()
         return y
 
@@ -139,13 +137,13 @@ def _sharding_of_outputs(layer: Any) -> dict[str, Any]:
     return found | {"out_sharding": of_outputs}
 
 
-def _probe(module: Any, name: str, own: dict[str, jax.Array], outputs: dict[str, Any]) -> None:
+def _probe(module: Any, name: str, outputs: dict[str, Any]) -> dict[str, jax.Array]:
     """Let a module that can be of a pair mark what it takes or gives, by a class of its own.
 
-    Only while its variables are its own ones in the model. They are not where something made them
-    on the way, as in a scan.
+    Only while its variables are those that it has here, which are returned. They are not where
+    something made them on the way, as in a scan.
     """
-    of = type(module)
+    of, own = type(module), _values(module)
 
     def is_own(module: Any) -> bool:
         return all(getattr(module, name)[...] is value for name, value in own.items())
@@ -161,10 +159,8 @@ def _probe(module: Any, name: str, own: dict[str, jax.Array], outputs: dict[str,
         outputs[name] = jax.typeof(y)
         return y
 
-    if of in (nnx.Conv, nnx.ConvTranspose, nnx.Linear) and _flax_rules.is_plain(module):
-        call = layer
-    elif isinstance(module, nnx.BatchNorm | BatchNorm | Norm) and "mean" in own:
-        call = norm
-    else:
-        return
-    object.__setattr__(module, "__class__", type(of.__name__, (of,), {"__call__": call}))
+    is_layer = of in (nnx.Conv, nnx.ConvTranspose, nnx.Linear) and _flax_rules.is_plain(module)
+    if is_layer or (isinstance(module, nnx.BatchNorm | BatchNorm | Norm) and "mean" in own):
+        call = {"__call__": layer if is_layer else norm}
+        object.__setattr__(module, "__class__", type(of.__name__, (of,), call))
+    return own
