@@ -13,6 +13,8 @@ from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, axes_of
 
 Axes = int | Sequence[int]
+Sets = tuple[Shape, Axes]
+"""The statistic's shape, and the axes of scale and bias."""
 
 
 def is_plain(layer: Any) -> bool:
@@ -31,11 +33,8 @@ def wide_enough(x: jax.Array, dtype: Any) -> jax.Array:
     x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
     wide = statistic_dtype(x.dtype)
     with jax.numpy_dtype_promotion("standard"):
-        return (
-            x
-            if jnp.promote_types(wide, dtype) == wide
-            else x.astype(jnp.promote_types(wide, dtype))
-        )
+        wider = jnp.promote_types(wide, dtype)
+    return x if wider == wide else x.astype(wider)
 
 
 def output_dtype(*arrays: jax.Array | None, dtype: DTypeLike | None) -> Any:
@@ -61,15 +60,21 @@ def pool_axes(x: jax.Array, axes: Axes) -> Shape:
     return tuple(1 if i in pooled else n for i, n in enumerate(x.shape))
 
 
-def instance_shape(x: jax.Array, feature_axes: Axes) -> Shape:
-    """The statistic's shape of Flax's InstanceNorm."""
-    if 0 in axes_of(feature_axes, x.shape):
+def layer_sets(layer: Any, x: jax.Array) -> Sets:
+    """The sets of Flax's LayerNorm and RMSNorm."""
+    return pool_axes(x, layer.reduction_axes), layer.feature_axes
+
+
+def instance_sets(layer: Any, x: jax.Array) -> Sets:
+    """The sets of Flax's InstanceNorm."""
+    axes = axes_of(layer.feature_axes, x.shape)
+    if 0 in axes:
         raise ValueError(
             "The channel axes cannot include the leading dimension as this is assumed to be the "
-            f"batch axis. Got feature_axes={feature_axes} for x of shape {x.shape}; expected axes "
-            "from 1 on."
+            f"batch axis. Got feature_axes={layer.feature_axes} for x of shape {x.shape}; expected "
+            "axes from 1 on."
         )
-    return keep_axes(x, (0, *axes_of(feature_axes, x.shape)))
+    return keep_axes(x, (0, *axes)), layer.feature_axes
 
 
 def number_of_groups(
@@ -101,14 +106,12 @@ def number_of_groups(
     return num_groups
 
 
-def group_shape(x: jax.Array, num_groups: int, reduction_axes: Axes | None) -> Shape:
-    """The statistic's shape of Flax's GroupNorm: channels, the last axis, in groups."""
-    axes = axes_of(
-        (*range(1, x.ndim - 1), -1) if reduction_axes is None else reduction_axes, x.shape
-    )
-    if x.ndim - 1 not in axes:
+def group_sets(x: jax.Array, num_groups: int, reduction_axes: Axes | None) -> Sets:
+    """The sets of Flax's GroupNorm: channels, the last axis, in groups."""
+    axes = (*range(1, x.ndim - 1), -1) if reduction_axes is None else reduction_axes
+    if x.ndim - 1 not in axes_of(axes, x.shape):
         raise ValueError(
             "The reduction axes must include the final dimension as this is assumed to be the "
             f"feature axis. Got reduction_axes={reduction_axes} for x of shape {x.shape}."
         )
-    return (*pool_axes(x, axes)[:-1], num_groups)
+    return (*pool_axes(x, axes)[:-1], num_groups), -1

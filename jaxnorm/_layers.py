@@ -3,22 +3,25 @@
 A layer holds parameters and state; everything it computes is the `apply` of its method.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
+from jaxnorm import folding, methods
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, axes_of
 from jaxnorm._core.checks import check_flag, known
 from jaxnorm._core.moments import Moments, as_array, check_moments
 from jaxnorm._core.state import serves_channels
-from jaxnorm._flax_rules import Axes, wide_enough
+from jaxnorm._flax_rules import wide_enough
 from jaxnorm.methods import Method, Row
 from jaxnorm.methods._fields import check_names
 from jaxnorm.methods._method import State, options_of
+from jaxnorm.methods._row import as_method
 from jaxnorm.positional import scale_and_shift
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -48,13 +51,35 @@ def check_call(method: Method, options: Mapping[str, Any], learned: Mapping[str,
     check_names(options, [*OF_LAYERS, *own], f"a layer with {method}")
 
 
-def check_inits(method: Method, inits: Mapping[str, Any], learned: Iterable[str]) -> None:
-    """Initializers are given for what the method learns."""
+def initializers(
+    method: Method, inits: Mapping[str, Any], num_channels: int
+) -> Iterator[tuple[str, np.ndarray, Any]]:
+    """Name, first value and initializer of what a method learns.
+
+    The initializer is None for what a training step replaces by its gradient.
+    """
+    first = method.parameters(num_channels)
+    learned = [name for name in first if name not in method.overwritten_by_gradient]
     if unknown := sorted(set(inits) - set(learned)):
         raise ValueError(
             f"inits has {', '.join(unknown)}, which {method} does not learn. Expected some of "
             f"{', '.join(learned) or 'nothing'}; scale and bias have scale_init and bias_init."
         )
+    for name, value in first.items():
+        default = lambda _, shape, dtype, value=value: jnp.asarray(value, dtype)  # noqa: E731
+        yield name, value, inits.get(name, default) if name in learned else None
+
+
+def own_or_given(name: str, own: jax.Array | None, given: ArrayLike | None) -> jax.Array | None:
+    """The layer's own scale or bias, or what was given in its place at the call."""
+    if given is None:
+        return own
+    if own is not None:
+        raise ValueError(
+            f"{name} was given at the call, but the layer has its own. Expected one of the two: "
+            f"construct it with use_{name}=False."
+        )
+    return jnp.asarray(given)
 
 
 def check_works_on_layers(method: Method, layer: Any) -> None:
@@ -77,17 +102,34 @@ def whether_to_update(use: bool, given: bool | None) -> bool:
 
 
 def run(
-    method: Method, x: jax.Array, state: State, use: bool, update: bool, options: dict[str, Any]
+    layer: Any,
+    method: Method,
+    x: jax.Array,
+    state: State,
+    use: bool,
+    update: bool,
+    /,  # a method may have options of these names
+    *,
+    dtype: Any,
+    mask: ArrayLike | None = None,
+    **options: Any,
 ) -> tuple[jax.Array, State]:
-    """One call of a method: y, and the new state where it is to be updated."""
+    """One call of a layer's method: y, and the new state where it is to be updated."""
+    options |= {"weights": mask, "dtype": dtype, "batch_axis": getattr(layer, "batch_axis", 0)}
+    x = wide_enough(x, dtype)
     if not update:  # half precision matters where an average is stored, and warns
         y, _ = method.apply(x, jax.tree.map(_wide, state), train=not use, **options)
         return y, state
     y, new = method.apply(x, state, train=not use, **options)
     if use:
-        options = {name: t for name, t in options.items() if name != "example_weight"}
+        options.pop("example_weight", None)
         new = method.apply(x, state, train=True, **options)[1]
     return y, new
+
+
+def named_axes(layer: Any) -> dict[str, Any]:
+    """Where a layer synchronizes its statistics."""
+    return {name: getattr(layer, name) for name in ("axis_name", "axis_index_groups")}
 
 
 def _wide(t: jax.Array) -> jax.Array:
@@ -105,11 +147,9 @@ def observations(
     """What the method of a layer has to say about x beside y."""
     if method.observe is None:
         return {}
-    names = {"weights", "batch_axis", "channel_axis", *options_of(type(method).observe)}
-    options = options | {"weights": mask, "batch_axis": layer.batch_axis}
-    options |= {"channel_axis": layer.channel_axis}
-    x = wide_enough(x, jax.numpy.float32)
-    return method.observe(x, state, **{n: t for n, t in options.items() if n in names})
+    own = {name: options[name] for name in options_of(type(method).observe) if name in options}
+    axes = {"batch_axis": layer.batch_axis, "channel_axis": layer.channel_axis}
+    return method.observe(wide_enough(x, jnp.float32), state, weights=mask, **axes, **own)
 
 
 def flax_row(
@@ -143,61 +183,111 @@ def check_weighs_examples(method: Method, example_weight: ArrayLike | None) -> N
         )
 
 
-def is_constant(x: jax.Array, axis: Axes, use: bool | None, options: Mapping[str, Any]) -> bool:
-    """Whether a norm, called so, does the same to every element of a channel, the last axis.
+def in_front(
+    method: Method, inputs: jax.Array, kernel: jax.Array, layer: Callable[..., Any], axis: int
+) -> tuple[jax.Array, dict[str, Any]]:
+    """What a method makes of a layer, of (inputs, kernel): its x, and the options of `apply`.
 
-    The norm has running statistics.
+    The outputs of the layer, the last axis, are the channels of the normalization.
     """
-    given = {name for name, value in options.items() if value is not None and value is not False}
-    return bool(use) and given <= {"activation"} and axes_of(axis, x.shape) == (x.ndim - 1,)
-
-
-def check_channels_last(x: jax.Array, kernel_shape: Shape, channel_axis: int) -> None:
-    """The outputs of a layer in front are the channels of the normalization, the last axis."""
-    last = axes_of(channel_axis, x.shape) == (x.ndim - 1,)
-    if not last or x.shape[-1] != kernel_shape[-1]:
+    x, options = method.in_front(inputs, kernel, layer)  # type: ignore[misc]
+    if axes_of(axis, x.shape) != (x.ndim - 1,) or x.shape[-1] != kernel.shape[-1]:
         raise ValueError(
-            f"the layer in front, with a kernel of shape {kernel_shape}, makes x of shape "
-            f"{x.shape}, and channel_axis is {channel_axis}. Expected its outputs, the last axis, "
-            "to be the channels."
+            f"the layer in front, with a kernel of shape {kernel.shape}, makes x of shape "
+            f"{x.shape}, and channel_axis is {axis}. Expected its outputs, the last axis, to be "
+            "the channels."
         )
+    return x, options
 
 
-def moments_to_fold(method: Any, state: State, x_shape: Shape) -> Any:
+def _moments_to_fold(norm: Any, values: State, x_shape: Shape) -> Moments | None:
     """The moments with which inference normalizes each channel, (C,) or (G,).
 
     Channels are last. None where the moments depend on x or on the position.
     """
-    m = method.inference_moments(state, x_shape)
-    if m is None or m.mean.size != m.mean.shape[-1]:
-        return None
-    if not serves_channels(m.mean.shape[-1:], x_shape[-1]):
+    m = _method(norm).inference_moments(values, x_shape)
+    if (
+        m is None
+        or m.mean.size != m.mean.shape[-1]
+        or not serves_channels(m.mean.shape[-1:], x_shape[-1])
+    ):
         return None
     return jax.tree.map(lambda t: jnp.reshape(t, -1), Moments(None, m.mean, m.var))  # type: ignore[arg-type]
 
 
-def network_input(m: Moments, *, epsilon: float, channel_axis: int) -> jax.Array:
-    """Mean and standard deviation as the two channels, last, of a network that reads them."""
-    check_moments(m, "m")
-    parts = (m.mean, jnp.sqrt(m.var + epsilon))
-    return jnp.concatenate([jnp.moveaxis(t, channel_axis, -1) for t in parts], axis=-1)
+def _method(norm: Any) -> Method:
+    """The method of a norm, Flax's own among them."""
+    if hasattr(norm, "method"):
+        return as_method(norm.method)
+    return methods.batch_norm(epsilon=norm.epsilon)
 
 
-def shortcut_by_network(
-    x: ArrayLike,
-    m: Moments,
-    output: jax.Array,
-    *,
-    residual: bool,
-    epsilon: float,
-    channel_axis: int,
-) -> jax.Array:
-    """`scale_and_shift` by the two halves of a network's channels, which are last.
+def is_constant(
+    norm: Any,
+    values: State,
+    x: jax.Array,
+    use_running_average: bool | None = None,
+    **options: Any,
+) -> bool:
+    """Whether a norm, called so, multiplies and shifts each channel, the last axis, by constants.
 
-    Where it is `residual`, they are added to the moments.
+    Args:
+        norm: of Flax or ours, with running statistics.
+        values: its variables.
+        x: what it is called with, as the others.
     """
-    scale, shift = (jnp.moveaxis(t, -1, channel_axis) for t in jnp.split(output, 2, axis=-1))
-    if residual:
-        std = jnp.sqrt(m.var + epsilon)
+    use = norm.use_running_average if use_running_average is None else use_running_average
+    for name in ("update_running_average", "example_weight"):  # nnx.view sets them in the layer
+        if options.get(name) is None:
+            options[name] = getattr(norm, name, None)
+    given = {name for name, value in options.items() if value is not None and value is not False}
+    axis = norm.channel_axis if hasattr(norm, "channel_axis") else norm.axis
+    return (
+        bool(use)
+        and given <= {"activation"}
+        and axes_of(axis, x.shape) == (x.ndim - 1,)
+        and getattr(norm, "batch_axis", 0) == 0  # as of the layer in front
+        and _moments_to_fold(norm, values, x.shape) is not None
+    )
+
+
+def of_outputs(names: Iterable[Any], layer: Any, kernel: jax.Array) -> tuple[Any]:
+    """Of names of a kernel's axes, which may be fewer, that of the outputs."""
+    return (dict(enumerate(names)).get(_output_axis(layer) % kernel.ndim),)
+
+
+def _output_axis(layer: Any) -> int:
+    return -2 if getattr(layer, "transpose_kernel", False) else -1
+
+
+def fold(
+    layer: Any, norm: Any, of_layer: State, of_norm: State, x_shape: Shape
+) -> tuple[jax.Array, jax.Array]:
+    """Kernel and bias of a layer that does what it and a norm do, from the variables of both."""
+    scale = of_norm.get("scale")
+    return folding.fold(
+        of_layer["kernel"],
+        of_layer.get("bias"),
+        _moments_to_fold(norm, of_norm, x_shape),  # type: ignore[arg-type]  # as is_constant said
+        scale=scale if scale is None or not getattr(norm, "unit_offset", False) else scale + 1,
+        shift=of_norm.get("bias"),
+        epsilon=getattr(_method(norm), "epsilon", 0.0),
+        output_axis=_output_axis(layer),
+    )
+
+
+def dynamic_shortcut(
+    layer: Any, x: ArrayLike, m: Moments, network: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """`scale_and_shift` by the two halves of the channels that a network makes of moments.
+
+    It reads mean and standard deviation as two channels. Its channels are last. Where the layer is
+    `residual`, they are added to the moments.
+    """
+    check_moments(m, "m")
+    axis, std = layer.channel_axis, jnp.sqrt(m.var + layer.epsilon)
+    read = jnp.concatenate([jnp.moveaxis(t, axis, -1) for t in (m.mean, std)], axis=-1)
+    scale, shift = (jnp.moveaxis(t, -1, axis) for t in jnp.split(network(read), 2, axis=-1))
+    if layer.residual:
         scale, shift = std + scale.astype(std.dtype), m.mean + shift.astype(m.mean.dtype)
-    return scale_and_shift(as_array(x), scale, shift, channel_axis=channel_axis)
+    return scale_and_shift(as_array(x), scale, shift, channel_axis=axis)

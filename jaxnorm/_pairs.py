@@ -5,11 +5,12 @@ a marked input.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import jaxprs_in_params
 
 LAYER, NORM = "jaxnorm.folding layer ", "jaxnorm.folding norm "
 
@@ -19,63 +20,63 @@ def mark(t: jax.Array, kind: str, name: str) -> jax.Array:
     return checkpoint_name(t, kind + name)
 
 
-def pairs(program: Any) -> dict[str, str]:
+def pairs(
+    function: Callable[..., Any], variables: Any, *inputs: Any, prefix: str = ""
+) -> dict[str, str]:
     """Norm -> layer, where the layer's output is the norm's input and nothing else's.
 
-    A layer or norm that is called more than once has no pair.
+    A layer or norm that is called more than once has no pair, nor has a layer whose variables have
+    another use.
+
+    Args:
+        function: (variables, *inputs) -> anything, which marks what it computes.
+        variables: a tree in which a layer's are beneath its name.
+        *inputs: of the function; nothing is computed with them.
+        prefix: of the layers' names in the tree.
     """
-    found, marks = [], Counter()
-    for jaxpr in _programs(program.jaxpr):
-        uses = Counter(v for eqn in jaxpr.eqns for v in eqn.invars if not hasattr(v, "val"))
-        uses.update(v for v in jaxpr.outvars if not hasattr(v, "val"))
+    program: Any = jax.make_jaxpr(function)(variables, *inputs).jaxpr
+    found, marks = {}, Counter()
+    for jaxpr in _programs(program):
         made = {}
         for eqn in jaxpr.eqns:
-            name = _marked(eqn)
+            name = str(eqn.params["name"]) if eqn.primitive.name == "name" else ""
             marks[name] += 1
             if name.startswith(LAYER):
-                made[eqn.outvars[0]] = name
-            elif name.startswith(NORM) and eqn.invars[0] in made and uses[eqn.invars[0]] == 1:
-                found.append((name, made[eqn.invars[0]]))
-    return {n[len(NORM) :]: k[len(LAYER) :] for n, k in found if marks[n] == marks[k] == 1}
-
-
-def uses(program: Any) -> list[int]:
-    """How many operations and outputs take each input of a program, nested ones included."""
-    return [_uses(program.jaxpr, v) for v in program.jaxpr.invars]
+                made[eqn.outvars[0]] = name.removeprefix(LAYER)
+            elif name.startswith(NORM):
+                (x,) = eqn.invars
+                if x in made and _uses(jaxpr, x) == 1:
+                    found[name.removeprefix(NORM)] = made[x]
+    leaves = zip(jax.tree_util.tree_leaves_with_path(variables), program.invars, strict=False)
+    tied = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, _), variable in leaves
+        if _uses(program, variable) > 1
+    ]
+    return {
+        norm: layer
+        for norm, layer in found.items()
+        if marks[NORM + norm] == marks[LAYER + layer] == 1
+        and not any(name.startswith(f"{prefix}{layer}/") for name in tied)
+    }
 
 
 def _uses(jaxpr: Any, variable: Any) -> int:
+    """How many operations and outputs take a variable, those of nested programs included."""
     count = sum(v is variable for v in jaxpr.outvars)
     for eqn in jaxpr.eqns:
-        inner = [p for p in _inner(eqn) if len(p.invars) == len(eqn.invars)]
+        inner = list(jaxprs_in_params(eqn.params))
+        # Which argument becomes which is only sure where there is one inner program with as many:
+        # jit, checkpoint, scan.
+        sure = len(inner) == 1 and len(inner[0].invars) == len(eqn.invars)
         for i in (i for i, v in enumerate(eqn.invars) if v is variable):
-            # Which argument becomes which is only sure where there is one inner program with as
-            # many: jit, checkpoint, scan.
-            count += (
-                _uses(inner[0], inner[0].invars[i])
-                if len(inner) == 1 == len(_inner(eqn))
-                else 1 + len(_inner(eqn))
-            )
+            count += _uses(inner[0], inner[0].invars[i]) if sure else 1 + len(inner)
     return count
-
-
-def _marked(eqn: Any) -> str:
-    return str(eqn.params["name"]) if eqn.primitive.name == "name" else ""
 
 
 def _programs(jaxpr: Any) -> Iterator[Any]:
     """A program and those inside of its operations, once for every time they run."""
     yield jaxpr
     for eqn in jaxpr.eqns:
-        for inner in _inner(eqn):
+        for inner in jaxprs_in_params(eqn.params):
             yield from _programs(inner)
-
-
-def _inner(eqn: Any) -> list[Any]:
-    """The programs inside of an operation."""
-    values = [
-        t
-        for value in eqn.params.values()
-        for t in (value if isinstance(value, tuple | list) else (value,))
-    ]
-    return [t for t in (getattr(value, "jaxpr", value) for value in values) if hasattr(t, "eqns")]

@@ -6,10 +6,9 @@ whatever maps, scans or shards a model's running statistics does the same here, 
 memory at a time, and the layers need no other mode.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,64 +21,75 @@ POPULATION = {"elements": update_cumulative, "batches": update_averaged}
 """Names of the counts that, beside running statistics, turn their update into that of a population:
 of what is counted."""
 
+STATISTICS = {"mean", "var", "std", "mean_square"}
+"""Names of running statistics."""
+MEASURED = {"mean", "var"}
+"""Those of a layer that is measured; one that has others of them is not."""
 
-def count_of(reducer: str) -> str:
-    """What a reducer counts, once it is known to be one."""
+Nodes = dict[Any, dict[str, Any]]
+"""What layers with running statistics remember, by the path of the layer."""
+
+
+def started(nodes: Nodes, reducer: str) -> Nodes:
+    """The state with which a population is measured: mean and var are wide, and counted."""
     if reducer not in REDUCERS:
         raise ValueError(f"reducer is one of {', '.join(map(repr, REDUCERS))}. Got {reducer!r}.")
-    return REDUCERS[reducer]
+    start = dict(nodes)
+    for path, node in nodes.items():
+        if set(node) >= MEASURED:
+            wide = {name: node[name].astype(statistic_dtype(node[name].dtype)) for name in MEASURED}
+            zeros = jnp.zeros_like(wide["var"])
+            start[path] = node | wide | {REDUCERS[reducer]: zeros, "calls": zeros}
+    return start
 
 
-STATISTICS = {"mean", "var", "std", "mean_square"}
-"""Names of running statistics; a layer that has other of them than a mean and a var is not
-measured."""
+def measured(nodes: Nodes, start: Nodes, ends: Iterable[Nodes]) -> Nodes:
+    """What the layers that were used remember of a population.
 
-
-def start(mean: jax.Array, var: jax.Array, count: str) -> dict[str, jax.Array]:
-    """What a layer's mean and var become while a population is measured: wide, and counted."""
-    mean, var = (t.astype(statistic_dtype(t.dtype)) for t in (mean, var))
-    return {"mean": mean, "var": var, count: jnp.zeros_like(var), "calls": jnp.zeros_like(var)}
-
-
-def uses(
-    start: Mapping[Any, Mapping[str, Any]], end: Mapping[Any, Mapping[str, Any]], batches: int
-) -> dict[Any, bool]:
-    """Whether each layer was used, by its path."""
-    return {
-        path: was_used("/".join(map(str, path)), start[path], end[path], batches) for path in start
-    }
-
-
-def was_used(name: str, start: Mapping[str, Any], end: Mapping[str, Any], batches: int) -> bool:
-    """Whether a layer was used, once it is certain that it was measured as it should be."""
-    calls = int(np.max(end["calls"], initial=0))
-    if calls > batches:
-        raise ValueError(
-            f"layer {name} was called {calls} times in {batches} batches, so its statistics would "
-            "mix two inputs. Expected one call a batch; give each call a layer of its own."
-        )
-    if calls == 0:
-        check_unchanged(name, *({key: t[key] for key in ("mean", "var")} for t in (start, end)))
-    return calls > 0
-
-
-def check_unchanged(name: str, start: Mapping[str, Any], end: Mapping[str, Any]) -> None:
-    """A layer whose running statistics are not measured did not update them."""
-    own = {key: t for key, t in start.items() if key in STATISTICS}
-    if any(np.any(np.asarray(t) != np.asarray(end[key])) for key, t in own.items()):
-        raise ValueError(
-            f"layer {name} updates its running statistics by a rule of its own. Got "
-            f"{', '.join(sorted(own))}; expected a layer of jaxnorm that keeps the moments of "
-            "its input: BatchNorm (which loads the checkpoints of Flax's), or Norm of one of the "
-            "rows of the table."
-        )
-
-
-def check_any(used: Iterable[bool], batches: int) -> None:
-    """There is something to return."""
-    if not any(used):
+    Args:
+        nodes: the state before.
+        start: `started` of it.
+        ends: what became of that after each batch.
+    """
+    batches, end = 0, start
+    for batches, end in enumerate(ends, 1):
+        if batches == 1:  # what is wrong shows here, and not after hours
+            _used(start, end, batches)
+    used = _used(start, end, batches)
+    if not used:
         raise ValueError(
             f"no running statistics were updated in {batches} batches. Expected batches, and a "
             "forward function that runs the model in training mode, so that its layers with "
             "running statistics update them."
         )
+    new = {}
+    for path in used:
+        old = nodes[path]
+        new[path] = {name: end[path][name].astype(old[name].dtype) for name in MEASURED}
+        if "count" in old:
+            new[path]["count"] = jnp.ones_like(old["count"])
+    return new
+
+
+def _used(start: Nodes, end: Nodes, batches: int) -> list[Any]:
+    """The layers that were used, once it is certain that all were measured as they should be."""
+    used = []
+    for path, node in start.items():
+        name, own = "/".join(map(str, path)), sorted(STATISTICS & set(node))
+        calls = int(np.max(end[path]["calls"], initial=0)) if set(own) >= MEASURED else 0
+        if calls > batches:
+            raise ValueError(
+                f"layer {name} was called {calls} times in {batches} batches, so its statistics "
+                "would mix two inputs. Expected one call a batch; give each call a layer of its "
+                "own."
+            )
+        if calls:
+            used.append(path)
+        elif any(np.any(np.asarray(node[key]) != np.asarray(end[path][key])) for key in own):
+            raise ValueError(
+                f"layer {name} updates its running statistics by a rule of its own. Got "
+                f"{', '.join(own)}; expected a layer of jaxnorm that keeps the moments of its "
+                "input: BatchNorm (which loads the checkpoints of Flax's), or Norm of one of the "
+                "rows of the table."
+            )
+    return used

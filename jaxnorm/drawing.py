@@ -7,8 +7,7 @@ draws 4 examples of 2 x 2 positions and 6 channels. The notebooks draw with thes
 need matplotlib: the extra `notebooks` installs it.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -80,9 +79,8 @@ def draw_row(
     if tuple(names) == tuple("NHWC"):
         draw_block(ax, sizes, counts)
     else:
-        order = [2, 0, 1, 3]
-        kernel = {"names": ("in", "h, w", "out")}
-        draw_block(ax, [sizes[i] for i in order], [counts[i] for i in order], **kernel)
+        drawn = ([t[i] for i in (2, 0, 1, 3)] for t in (sizes, counts))
+        draw_block(ax, *drawn, names=("in", "h, w", "out"))
     middle = {"transform": ax.transAxes, "ha": "center"}
     for i, (count, size) in enumerate(zip(counts, sizes, strict=True)):
         place = 0.26 + 0.16 * i
@@ -114,24 +112,25 @@ def draw_block(
     each = np.ones([n // k for n, k in zip(sizes, counts, strict=True)], int)
     sets = np.kron(np.arange(np.prod(counts)).reshape(counts), each)
     sets = sets.reshape(sizes[0], -1, sizes[3])
-    colour = list(_colours(counts))
+    colours = _colours(counts)
     lines = [np.moveaxis(sets, axis, 0)[:, 0, 0] for axis in range(3)]
     place = [
         np.arange(len(line)) + _GAP * np.cumsum(np.diff(line, prepend=0) != 0) for line in lines
     ]
-    extent = [p[-1] + 1 for p in place]
+    extent = [along[-1] + 1 for along in place]
 
-    def at(n: Any, p: Any, c: Any) -> np.ndarray:
+    def at(corner: Any) -> np.ndarray:
+        n, p, c = corner
         return n * _RIGHT + c * _LEFT + (extent[1] - p) * _UP
 
     faces, fill = [], []
+    n, p, c = np.eye(3)
     # From the back to the front, so that nearer elements cover farther ones.
-    for i, j, k in sorted(np.ndindex(sets.shape), key=lambda e: (-e[0] - e[2], -e[1])):
-        n, p, c = place[0][i], place[1][j], place[2][k]
-        base = colour[sets[i, j, k]]
-        faces += [[at(n, p, c), at(n, p, c + 1), at(n, p + 1, c + 1), at(n, p + 1, c)]]
-        faces += [[at(n, p, c), at(n + 1, p, c), at(n + 1, p + 1, c), at(n, p + 1, c)]]
-        faces += [[at(n, p, c), at(n + 1, p, c), at(n + 1, p, c + 1), at(n, p, c + 1)]]
+    for index in sorted(np.ndindex(sets.shape), key=lambda e: (-e[0] - e[2], -e[1])):
+        corner = np.array([along[i] for along, i in zip(place, index, strict=True)])
+        base = colours[sets[index]]
+        for a, b in ((c, p), (n, p), (n, c)):
+            faces.append([at(corner + edge) for edge in (0 * a, a, a + b, b)])
         fill += [base, 0.82 * base, 1 - 0.78 * (1 - base)]
     ax.add_collection(PolyCollection(faces, facecolors=fill, edgecolors="white", linewidths=0.5))
 
@@ -143,9 +142,9 @@ def draw_block(
     ]
     for name, (start, end, away) in zip(names, arrows, strict=True):
         ax.annotate(
-            "", at(*end), at(*start), arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 0.9}
+            "", at(end), at(start), arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 0.9}
         )
-        x, y = (at(*start) + at(*end)) / 2 + away
+        x, y = (at(start) + at(end)) / 2 + away
         ax.text(x, y, name, ha="right" if name == names[1] else "center", va="center", fontsize=9)
     middle = (extent[0] * _RIGHT + extent[2] * _LEFT)[0] / 2
     ax.set(xlim=(middle - 7.7, middle + 7.7), ylim=(-1.6, 11.4), aspect="equal")
@@ -181,16 +180,17 @@ def _draw_number(ax: Any, x: float, y: float, count: int, size: int) -> None:
     ax.text(x, y, str(count), fontweight="bold", color=ink, bbox=box, **middle)
 
 
-def _colours(counts: Sequence[int]) -> Iterator[np.ndarray]:
+def _colours(counts: Sequence[int]) -> np.ndarray:
     """One colour a set.
 
     The hue changes along the first axis that is split, the lightness along the others.
     """
+    from matplotlib.colors import to_rgb
+
     first = next((i for i in (0, 3, 1, 2) if counts[i] > 1), 0)
-    rest = [i for i in range(4) if i != first]
-    others = [counts[i] for i in rest]
-    for index in itertools.product(*map(range, counts)):
-        step = np.ravel_multi_index([index[i] for i in rest], others)
-        hue = HUES[index[first]]
-        base = np.array([int(hue[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-        yield 1 - (1 - base) * (1 - 0.6 * step / max(np.prod(others) - 1, 1))
+    sets = np.moveaxis(np.arange(np.prod(counts)).reshape(counts), first, 0)
+    colours = np.empty((sets.size, 3))
+    for i, of_hue in enumerate(sets.reshape(counts[first], -1)):
+        lightness = 1 - 0.6 * np.arange(of_hue.size) / max(of_hue.size - 1, 1)
+        colours[of_hue] = 1 - np.outer(lightness, 1 - np.array(to_rgb(HUES[i])))
+    return colours

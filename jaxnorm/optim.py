@@ -43,7 +43,7 @@ def norm_mask(params: Any) -> Any:
         >>> norm_mask({"Dense_0": {"kernel": 1.0, "bias": 0.0}, "LayerNorm_0": {"bias": 0.0}})
         {'Dense_0': {'bias': False, 'kernel': False}, 'LayerNorm_0': {'bias': True}}
     """
-    return _select(params, lambda name, kind: kind == "norm")
+    return _select(params, lambda t, name, kind: kind == "norm")
 
 
 def decay_mask(params: Any, *, biases: bool = False) -> Any:
@@ -66,7 +66,7 @@ def decay_mask(params: Any, *, biases: bool = False) -> Any:
         >>> decay_mask({"Dense_0": {"kernel": 1.0, "bias": 0.0}, "LayerNorm_0": {"bias": 0.0}})
         {'Dense_0': {'bias': False, 'kernel': True}, 'LayerNorm_0': {'bias': False}}
     """
-    return _select(params, lambda name, kind: kind == "" and (biases or name != "bias"))
+    return _select(params, lambda t, name, kind: kind == "" and (biases or name != "bias"))
 
 
 def add_norm_decay(
@@ -112,9 +112,7 @@ def add_norm_decay(
                 "add_norm_decay decays parameters. Got params=None; expected update(updates, "
                 "state, params)."
             )
-        return inner.update(
-            updates, state, _distances(params, target - 1 if unit_offset else target)
-        )
+        return inner.update(updates, state, _distances(params, target, unit_offset))
 
     return optax.GradientTransformation(inner.init, update)
 
@@ -143,35 +141,30 @@ def norm_penalty(
     Reference:
         See `add_norm_decay`.
     """
-    distances = jax.tree.leaves(_distances(params, target - 1 if unit_offset else target))
-    return (
-        jnp.asarray(weight_decay)
-        / 2
-        * sum((jnp.sum(jnp.square(t)) for t in distances), jnp.zeros(()))
-    )
+    distances = jax.tree.leaves(_distances(params, target, unit_offset))
+    squares = sum((jnp.sum(jnp.square(t)) for t in distances), jnp.zeros(()))
+    return jnp.asarray(weight_decay) / 2 * squares
 
 
-def _distances(params: Any, target: float) -> Any:
+def _distances(params: Any, target: float, unit_offset: bool) -> Any:
     """How far the scales of norms are from their target and their biases from 0.
 
     0 for everything else.
     """
 
-    def distance(t: Any, name: str, is_norm: bool) -> Any:
+    def distance(t: Any, name: str, kind: str) -> jax.Array:
         t = jnp.asarray(t)
-        return (
-            t - jnp.asarray(target if name == "scale" else 0, t.dtype)
-            if is_norm
-            else jnp.zeros_like(t)
-        )
+        if kind != "norm":
+            return jnp.zeros_like(t)
+        return t - jnp.asarray(target - unit_offset if name == "scale" else 0, t.dtype)
 
-    return jax.tree.map(distance, params, _select(params, lambda name, _: name), norm_mask(params))
+    return _select(params, distance)
 
 
 def _select(params: Any, rule: Any) -> Any:
-    """The tree of rule(name, kind) over the parameters.
+    """The tree of rule(parameter, name, kind).
 
-    The kind is "norm" for scales and biases of norms, "other" for `OTHERS`.
+    The kind is "norm" for scales and biases of norms, "other" for `OTHERS`, and "" elsewhere.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     paths = [_names(path) for path, _ in leaves]
@@ -181,7 +174,7 @@ def _select(params: Any, rule: Any) -> Any:
             neighbours[path[:i]].add(name)
 
     def kind(path: tuple[str, ...]) -> str:
-        name, beside = path[-1] if path else "", neighbours[path[:-1]]
+        name, beside = path[-1], neighbours[path[:-1]]
         if beside & {"kernel", "embedding"}:
             return "other" if name == "gain" and "kernel" in beside else ""
         if name == "scale" or (
@@ -190,13 +183,13 @@ def _select(params: Any, rule: Any) -> Any:
             return "norm"
         return "other" if name in OTHERS and beside <= {"scale", "bias"} | OTHERS else ""
 
-    return structure.unflatten([rule(path[-1] if path else "", kind(path)) for path in paths])
+    return structure.unflatten(
+        rule(t, path[-1], kind(path)) for (_, t), path in zip(leaves, paths, strict=True)
+    )
 
 
 def _names(path: Any) -> tuple[str, ...]:
-    """Names on the way to a leaf; the value inside of a variable of nnx has none."""
+    """Names on the way to a leaf, "" for the root; the value in a variable of nnx has none."""
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
-    return tuple(
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path
-    )
+    return ("", *(jax.tree_util.keystr((key,), simple=True) for key in path))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
-from jaxnorm._core.axes import axes_of, single_axis
+from jaxnorm._core.axes import single_axis
 from jaxnorm._core.checks import check_epsilon
 from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, check_moments, inexact
@@ -104,7 +104,7 @@ def scale_and_shift(
             "layer of the same resolution."
         )
     axes = [i for i in range(x.ndim) if i != channel or x.shape in shapes]
-    sizes = [x.shape[i] for i in axes_of(axes, x.shape)]
+    sizes = [x.shape[i] for i in axes]
     one = jnp.ones((1,) * x.ndim, statistic_dtype(x.dtype))
     return normalize(
         x,

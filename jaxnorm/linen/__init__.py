@@ -1,9 +1,10 @@
 """Flax linen layers: `Norm(method)` for every method, and drop-in replacements for Flax's own.
 
-`BatchNorm`, `GroupNorm`, `LayerNorm`, `InstanceNorm` and `RMSNorm` take Flax's arguments in Flax's
-order, create the same parameters (`scale`, `bias`) and running statistics (collection
-`batch_stats`: `mean`, `var`) under the same names, and load its checkpoints: changing where they
-are imported from is the whole migration. docs/coming_from_flax.md lists each deliberate difference.
+`BatchNorm`, `GroupNorm`, `LayerNorm`, `InstanceNorm` and `RMSNorm` are subclasses of Flax's: they
+have its fields in its order. They create the same parameters (`scale`, `bias`) and running
+statistics (collection `batch_stats`: `mean`, `var`) under the same names, and load its checkpoints:
+changing where they are imported from is the whole migration. docs/coming_from_flax.md lists each
+deliberate difference.
 
 Beyond Flax, every layer takes at the call a `scale` and `bias` given per example, (N, C), in place
 of its own, and an `activation` that is applied to the output and recomputed in the backward pass;

@@ -1,23 +1,21 @@
 """Batch normalization as Flax has it."""
 
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
-from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 from jaxnorm import _flax_rules, _layers
 from jaxnorm._core.checks import check_number
 from jaxnorm._core.moments import as_array
-from jaxnorm._core.state import init_running
 from jaxnorm._flax_rules import Axes
 from jaxnorm._layers import CallOptions
-from jaxnorm.linen._variables import call, ones, state_dtype, zeros
+from jaxnorm.linen._variables import call, state_dtype
+from jaxnorm.methods._frame import first_running
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(nn.BatchNorm):
     """Batch normalization, a drop-in replacement for `flax.linen.BatchNorm`: `methods.batch_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -66,20 +64,7 @@ class BatchNorm(nn.Module):
         Shift, 2015, arXiv:1502.03167.
     """
 
-    use_running_average: bool | None = None
-    axis: Axes = -1
-    momentum: float = 0.99
-    epsilon: float = 1e-5
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = zeros
-    scale_init: Initializer = ones
-    axis_name: str | None = None
-    axis_index_groups: Any = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
+    axis: Axes = -1  # type: ignore[assignment]  # for Flax an int, though it takes several
     unit_offset: bool = False
 
     @nn.compact
@@ -101,14 +86,13 @@ class BatchNorm(nn.Module):
         check_number(self.momentum, "momentum", at_least=0, at_most=1)
         x = as_array(x)
         row = _layers.flax_row(_flax_rules.keep_axes(x, self.axis), self, momentum=0.99)
-        dtype = state_dtype(self, x)
-        first = init_running(_flax_rules.feature_shape(x, self.axis), dtype=dtype)
+        features = _flax_rules.feature_shape(x, self.axis)
         return call(
             self,
             row,
             x,
             self.axis,
-            first={"mean": first.mean, "var": first.var},
+            first=first_running(features, state_dtype(self, x)),
             mask=mask,
             use_running_average=use_running_average,
             update_running_average=update_running_average,

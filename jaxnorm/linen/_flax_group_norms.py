@@ -1,18 +1,14 @@
 """Group and instance normalization as Flax has them."""
 
-from typing import Any
-
 import jax
-import jax.numpy as jnp
-from flax.typing import Dtype, Initializer
+from flax import linen as nn
 
 from jaxnorm import _flax_rules
-from jaxnorm._flax_rules import Axes
-from jaxnorm.linen._flax_norms import FlaxNorm, Sets
-from jaxnorm.linen._variables import ones, zeros
+from jaxnorm._flax_rules import Sets
+from jaxnorm.linen._flax_norms import FlaxNorm
 
 
-class GroupNorm(FlaxNorm):
+class GroupNorm(FlaxNorm, nn.GroupNorm):
     """Group normalization, a drop-in replacement for `flax.linen.GroupNorm`: `methods.group_norm`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -48,29 +44,12 @@ class GroupNorm(FlaxNorm):
         Group Normalization, 2018, arXiv:1803.08494.
     """
 
-    num_groups: int | None = 32
-    group_size: int | None = None
-    epsilon: float = 1e-6
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = zeros
-    scale_init: Initializer = ones
-    reduction_axes: Axes | None = None
-    axis_name: str | None = None
-    axis_index_groups: Any = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
-    unit_offset: bool = False
-
     def _sets(self, x: jax.Array) -> Sets:
         num_groups = _flax_rules.number_of_groups(x.shape[-1], self.num_groups, self.group_size)
-        shape = _flax_rules.group_shape(x, num_groups, self.reduction_axes)
-        return shape, -1, None
+        return _flax_rules.group_sets(x, num_groups, self.reduction_axes)
 
 
-class InstanceNorm(FlaxNorm):
+class InstanceNorm(FlaxNorm, nn.InstanceNorm):
     """Instance normalization, a drop-in replacement for `flax.linen.InstanceNorm`.
 
     The method is `methods.instance_norm`:
@@ -104,19 +83,4 @@ class InstanceNorm(FlaxNorm):
         Instance Normalization: The Missing Ingredient for Fast Stylization, 2016, arXiv:1607.08022.
     """
 
-    epsilon: float = 1e-6
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = zeros
-    scale_init: Initializer = ones
-    feature_axes: Axes = -1
-    axis_name: str | None = None
-    axis_index_groups: Any = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
-    unit_offset: bool = False
-
-    def _sets(self, x: jax.Array) -> Sets:
-        return _flax_rules.instance_shape(x, self.feature_axes), self.feature_axes, None
+    _sets = _flax_rules.instance_sets

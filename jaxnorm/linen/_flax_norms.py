@@ -1,29 +1,26 @@
 """Layer and root mean square normalization as Flax has them; the call of all its norms."""
 
-from typing import Any, Literal, Unpack
+from collections.abc import Callable
+from typing import ClassVar, Literal, Unpack
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
-from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 from jaxnorm import _flax_rules, _layers
-from jaxnorm._core.axes import Shape
 from jaxnorm._core.moments import as_array
-from jaxnorm._flax_rules import Axes
+from jaxnorm._flax_rules import Sets
 from jaxnorm._layers import CallOptions
-from jaxnorm.linen._variables import call, ones, zeros
-
-Sets = tuple[Shape, Axes, Literal[0] | None]
-"""The statistic's shape, the feature axes, and the fixed mean."""
+from jaxnorm.linen._variables import call
 
 
 class FlaxNorm(nn.Module):
-    """The call that Flax's norms without state have in common."""
+    """The call that Flax's norms without state have in common; their fields are Flax's."""
 
-    def _sets(self, x: jax.Array) -> Sets:
-        raise NotImplementedError
+    _sets: ClassVar[Callable[..., Sets]]
+    _mean: ClassVar[Literal[0] | None] = None
+
+    unit_offset: bool = False
 
     @nn.compact
     def __call__(
@@ -35,12 +32,12 @@ class FlaxNorm(nn.Module):
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
         x = as_array(x)
-        shape, feature_axes, mean = self._sets(x)
-        row = _layers.flax_row(shape, self, mean=mean)
+        shape, feature_axes = self._sets(x)
+        row = _layers.flax_row(shape, self, mean=self._mean)
         return call(self, row, x, feature_axes, mask=mask, **options)
 
 
-class LayerNorm(FlaxNorm):
+class LayerNorm(FlaxNorm, nn.LayerNorm):
     """Layer normalization, a drop-in replacement for `flax.linen.LayerNorm`.
 
     The method is `methods.token_layer_norm` by default:
@@ -72,26 +69,10 @@ class LayerNorm(FlaxNorm):
         Layer Normalization, 2016, arXiv:1607.06450.
     """
 
-    epsilon: float = 1e-6
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = zeros
-    scale_init: Initializer = ones
-    reduction_axes: Axes = -1
-    feature_axes: Axes = -1
-    axis_name: str | None = None
-    axis_index_groups: Any = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
-    unit_offset: bool = False
-
-    def _sets(self, x: jax.Array) -> Sets:
-        return _flax_rules.pool_axes(x, self.reduction_axes), self.feature_axes, None
+    _sets = _flax_rules.layer_sets
 
 
-class RMSNorm(FlaxNorm):
+class RMSNorm(FlaxNorm, nn.RMSNorm):
     """Root mean square normalization, a drop-in replacement for `flax.linen.RMSNorm`.
 
     The method is `methods.rms_norm`:
@@ -121,18 +102,4 @@ class RMSNorm(FlaxNorm):
         Root Mean Square Layer Normalization, 2019, arXiv:1910.07467.
     """
 
-    epsilon: float = 1e-6
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_scale: bool = True
-    scale_init: Initializer = ones
-    reduction_axes: Axes = -1
-    feature_axes: Axes = -1
-    axis_name: str | None = None
-    axis_index_groups: Any = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
-    unit_offset: bool = False
-
-    def _sets(self, x: jax.Array) -> Sets:
-        return _flax_rules.pool_axes(x, self.reduction_axes), self.feature_axes, 0
+    _sets, _mean = _flax_rules.layer_sets, 0

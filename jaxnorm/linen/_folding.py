@@ -4,16 +4,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import core
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxnorm import _flax_rules, _layers, _pairs, folding, methods
-from jaxnorm.linen._flax_batch_norm import BatchNorm
+from jaxnorm import _flax_rules, _layers, _pairs
 from jaxnorm.linen._norm import Norm
-from jaxnorm.methods import Method
-from jaxnorm.methods._row import as_method
 
-Path = tuple[str, ...]
+OF_NORMS = ("params", "batch_stats")
 
 
 class Folded(NamedTuple):
@@ -51,6 +50,7 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> from jaxnorm.linen import BatchNorm
         >>> class Model(nn.Module):
         ...     @nn.compact
         ...     def __call__(self, x):
@@ -69,97 +69,79 @@ def fold_norms(forward: Callable[..., Any], variables: Mapping[str, Any], *examp
         See `folding.fold`.
     """
     tree = core.unfreeze(dict(variables))
-    layers: dict[str, dict[str, Any]] = {}
-    norms: dict[str, dict[str, Any]] = {}
+    modules: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
 
     def trace(tree: Any, *inputs: Any) -> Any:
-        def interceptor(
-            call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
-        ) -> Any:
-            module: Any = context.module
+        def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            module = context.module
             if context.method_name != "__call__" or not args:
                 return call(*args, **kwargs)
             name = "/".join(module.scope.path)
-            if _is_layer(module) and _owns(module, tree, "params"):
-                layers[name] = {
-                    "output_axis": -2 if getattr(module, "transpose_kernel", False) else -1
-                }
-                return _pairs.mark(call(*args, **kwargs), _pairs.LAYER, name)
-            if _is_norm(module, *args, **kwargs) and all(
-                _owns(module, tree, name) for name in ("params", "batch_stats")
-            ):
-                y = call(_pairs.mark(args[0], _pairs.NORM, name), *args[1:], **kwargs)
-                norms[name] = {
-                    "method": _method(module),
-                    "x_shape": y.shape,
-                    "unit_offset": getattr(module, "unit_offset", False),
-                    "dtype": y.dtype,
-                }
-                return y
-            return call(*args, **kwargs)
+            is_layer = _is_layer(module) and _owns(module, tree, "params")
+            is_norm = _is_norm(module, *args, **kwargs) and _owns(module, tree, *OF_NORMS)
+            if is_norm:
+                args = _pairs.mark(args[0], _pairs.NORM, name), *args[1:]
+            y = call(*args, **kwargs)
+            if is_layer or is_norm:
+                modules[name], outputs[name] = module, jax.typeof(y)
+            return _pairs.mark(y, _pairs.LAYER, name) if is_layer else y
 
         with nn.intercept_methods(interceptor):
             return forward(tree, *inputs)
 
-    program = jax.make_jaxpr(trace)(tree, *example)
-    leaves, structure = jax.tree.flatten(tree)
-    uses = structure.unflatten(_pairs.uses(program)[: len(leaves)])
-    tied = {name for name in layers if max(jax.tree.leaves(_get(uses["params"], _path(name)))) > 1}
-    pairs = {norm: layer for norm, layer in _pairs.pairs(program).items() if layer not in tied}
-    dtypes = {norm: norms[norm]["dtype"] for norm in pairs}
+    pairs = _pairs.pairs(trace, tree, *example, prefix="params/")
     biased = set()
     for norm, layer in pairs.items():
-        at, of = _path(layer), _path(norm)
-        boxed, options = _get(tree["params"], at), norms[norm]
-        parameters, affine, statistics = nn.meta.unbox(
-            (boxed, _get(tree["params"], of), _get(tree["batch_stats"], of))
+        boxed = _at(tree, "params", layer)
+        of_norm = _at(tree, "params", norm) | _at(tree, "batch_stats", norm)
+        kernel, bias = _layers.fold(
+            modules[layer],
+            modules[norm],
+            nn.meta.unbox(boxed),
+            nn.meta.unbox(of_norm),
+            outputs[norm].shape,
         )
-        scale, method = affine.get("scale"), options["method"]
-        kernel, bias = folding.fold(
-            parameters["kernel"],
-            parameters.get("bias"),
-            _layers.moments_to_fold(method, statistics, options["x_shape"]),
-            scale=scale + 1 if scale is not None and options["unit_offset"] else scale,
-            shift=affine.get("bias"),
-            epsilon=getattr(method, "epsilon", 0.0),
-            **layers[layer],
-        )
-        tree["params"] = _without(tree["params"], of)
-        tree["batch_stats"] = _without(tree["batch_stats"], of)
         if "bias" in boxed:
             boxed["bias"] = nn.meta.replace_boxed(boxed["bias"], bias)
         else:
             biased.add(layer)
-            boxed["bias"] = _boxed_as_outputs(bias, boxed["kernel"], **layers[layer])
+            old, boxed["bias"] = boxed["kernel"], bias
+            if isinstance(old, nn.Partitioned):  # with the name of the outputs
+                names = _layers.of_outputs(old.names, modules[layer], kernel)
+                boxed["bias"] = old.replace(value=bias, names=names)
         boxed["kernel"] = nn.meta.replace_boxed(boxed["kernel"], kernel)
+    left = {
+        path: t
+        for path, t in flatten_dict(tree, keep_empty_nodes=True).items()
+        if path[0] not in OF_NORMS or "/".join(path[1:-1]) not in pairs
+    }
     return Folded(
-        _forward(forward, dtypes, frozenset(biased)),
-        {name: t for name, t in tree.items() if t},
+        _forward(forward, {norm: outputs[norm].dtype for norm in pairs}, biased),
+        {name: t for name, t in unflatten_dict(left).items() if t},
         pairs,
     )
 
 
 def _forward(
-    forward: Callable[..., Any], norms: Mapping[str, Any], biased: frozenset[str]
+    forward: Callable[..., Any], norms: Mapping[str, Any], biased: set[str]
 ) -> Callable[..., Any]:
     """`forward` in which these norms do nothing.
 
     These layers have a bias that they do not know of.
     """
 
-    def interceptor(
-        call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
-    ) -> Any:
-        module: Any = context.module
-        name = "/".join(module.scope.path) if context.method_name == "__call__" else ""
+    def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        called = context.method_name == "__call__"
+        name = "/".join(context.module.scope.path) if called else ""
         if name in norms:
-            x = jax.numpy.asarray(args[0]).astype(norms[name])
-            return kwargs["activation"](x) if kwargs.get("activation") is not None else x
+            x, activation = jnp.asarray(args[0]).astype(norms[name]), kwargs.get("activation")
+            return x if activation is None else activation(x)
         y = call(*args, **kwargs)
-        if name not in biased:
-            return y
-        bias = nn.meta.unbox(module.scope.get_variable("params", "bias")).astype(y.dtype)
-        return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+        if name in biased:
+            bias = nn.meta.unbox(context.module.scope.get_variable("params", "bias"))
+            y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
+        return y
 
     def folded(variables: Any, *inputs: Any) -> Any:
         with nn.intercept_methods(interceptor):
@@ -172,61 +154,27 @@ def _is_layer(module: Any) -> bool:
     return type(module) in (nn.Conv, nn.ConvTranspose, nn.Dense) and _flax_rules.is_plain(module)
 
 
-def _method(module: Any) -> Method:
-    """The method of a norm, Flax's own among them."""
-    if isinstance(module, Norm):
-        return as_method(module.method)
-    return methods.batch_norm(epsilon=module.epsilon)
-
-
-def _is_norm(module: Any, x: Any, use_running_average: bool | None = None, **options: Any) -> bool:
+def _is_norm(module: Any, *args: Any, **kwargs: Any) -> bool:
     """Whether this call multiplies and shifts each channel by constants of the variables."""
-    if not isinstance(module, nn.BatchNorm | BatchNorm | Norm):
+    if not isinstance(module, nn.BatchNorm | Norm) or "batch_stats" not in module.variables:
         return False
-    use = module.use_running_average if use_running_average is None else use_running_average
-    axis = module.channel_axis if isinstance(module, Norm) else module.axis
-    if not _layers.is_constant(x, axis, use, options) or "batch_stats" not in module.variables:
-        return False
-    if getattr(module, "batch_axis", 0) != 0:  # which no layer in front has
-        return False
-    statistics = nn.meta.unbox(module.variables["batch_stats"])
-    return _layers.moments_to_fold(_method(module), statistics, x.shape) is not None
+    values = {**module.variables.get("params", {}), **module.variables["batch_stats"]}
+    return _layers.is_constant(module, nn.meta.unbox(values), *args, **kwargs)
 
 
-def _owns(module: Any, tree: Any, collection: str) -> bool:
+def _owns(module: Any, tree: Any, *collections: str) -> bool:
     """Whether a module's variables are those of the tree.
 
     They are not where something made them on the way, as in a scan.
     """
-    own, seen = (
-        _get(tree.get(collection, {}), module.scope.path),
-        module.scope.variables().get(collection, {}),
-    )
-    if jax.tree.structure(own) != jax.tree.structure(seen):
-        return False
-    return all(a is b for a, b in zip(*map(jax.tree.leaves, (own, seen)), strict=True))
+    seen = {name: module.variables.get(name, {}) for name in collections}
+    own = {name: _at(tree, name, "/".join(module.scope.path)) for name in collections}
+    return [id(t) for t in jax.tree.leaves(own)] == [id(t) for t in jax.tree.leaves(seen)]
 
 
-def _boxed_as_outputs(bias: jax.Array, kernel: Any, output_axis: int) -> Any:
-    """A bias that the layer did not have, boxed as the kernel is, with the name of its outputs."""
-    if not isinstance(kernel, nn.Partitioned):
-        return bias
-    names = dict(enumerate(kernel.names))
-    return kernel.replace(value=bias, names=(names.get(output_axis % kernel.value.ndim),))
-
-
-def _path(name: str) -> Path:
-    return tuple(part for part in name.split("/") if part)
-
-
-def _get(tree: Any, path: Path) -> dict[str, Any]:
-    for name in path:
-        tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
-    return tree
-
-
-def _without(tree: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The tree without what is at that path, nor what is then empty."""
-    name, *rest = path
-    inner = _without(tree[name], tuple(rest)) if rest and name in tree else None
-    return {key: inner if key == name else t for key, t in tree.items() if key != name or inner}
+def _at(tree: Any, collection: str, name: str) -> dict[str, Any]:
+    """The variables of a module, by its path."""
+    node = tree.get(collection, {})
+    for part in name.split("/") if name else ():
+        node = node.get(part, {}) if isinstance(node, Mapping) else {}
+    return node

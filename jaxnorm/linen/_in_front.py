@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from jaxnorm._layers import check_channels_last, check_works_on_layers
+from jaxnorm import _layers
 from jaxnorm.methods import Method
 
 
@@ -16,7 +16,7 @@ def in_front(
 
     It is the method's x, the options of `apply` and those of `init`.
     """
-    check_works_on_layers(method, layer)
+    _layers.check_works_on_layers(method, layer)
     if (
         not isinstance(layer, nn.Module)
         or getattr(layer, "use_bias", True)
@@ -36,6 +36,5 @@ def in_front(
 
     kernel = nn.meta.unbox(layer.variables["params"]["kernel"])
     groups = inputs.shape[-1] // kernel.shape[-2]
-    x, options = method.in_front(inputs, kernel, function)  # type: ignore[misc]
-    check_channels_last(x, kernel.shape, channel_axis)
+    x, options = _layers.in_front(method, inputs, kernel, function, channel_axis)
     return x, options, {"kernel_shape": kernel.shape, "feature_group_count": groups}

@@ -1,7 +1,7 @@
 """Whole linen models at test time: other statistics in all layers at once."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from flax import linen as nn
@@ -57,18 +57,13 @@ def call_norms_with(
         arXiv:2006.10963, for batch statistics at test time; by its summaries.
     """
 
-    def interceptor(
-        call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
-    ) -> Any:
-        module: Any = context.module
+    def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
         if context.method_name != "__call__" or not isinstance(module, BatchNorm | Norm):
             return call(*args, **kwargs)
         own = module.use_running_average
-        (x, *flag), kwargs = (
-            args or (kwargs["x"],),
-            {name: value for name, value in kwargs.items() if name != "x"},
-        )
-        use = kwargs.pop("use_running_average", flag[0] if flag else None)
+        kwargs = dict(zip(("x", "use_running_average"), args, strict=False)) | kwargs
+        x, use = kwargs.pop("x"), kwargs.pop("use_running_average", None)
         if use_running_average is not None:
             use = use_running_average
             # a field and an argument together are an error

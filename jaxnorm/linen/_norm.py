@@ -131,8 +131,7 @@ class Norm(nn.Module):
             **options: of the method.
         """
         method, x = as_method(self.method), as_array(x)
-        axes = {"batch_axis": self.batch_axis, "channel_axis": self.channel_axis}
-        front = {}
+        of_init: Any = {"batch_axis": self.batch_axis, "channel_axis": self.channel_axis}
         channels = x.shape[single_axis(self.channel_axis, x.shape)]
         _layers.check_call(method, options, method.parameters(channels))
         if self.layer is not None:
@@ -140,12 +139,12 @@ class Norm(nn.Module):
                 method, self.layer, _flax_rules.wide_enough(x, x.dtype), self.channel_axis
             )
             options |= more
+            of_init |= front
         if self.is_initializing():  # any batch initializes, also one that ghosts do not divide
             method = method.any_batch()
-        first = method.init(x.shape, dtype=state_dtype(self, x), **axes, **front)
+        first = method.init(x.shape, dtype=state_dtype(self, x), **of_init)
         channels = x.shape[single_axis(self.channel_axis, x.shape)]
         options |= learned(self, method, channels)
-        options |= {"scale": scale, "bias": bias, "activation": activation}
         y = call(
             self,
             method,
@@ -155,6 +154,9 @@ class Norm(nn.Module):
             mask=mask,
             use_running_average=use_running_average,
             update_running_average=update_running_average,
+            scale=scale,
+            bias=bias,
+            activation=activation,
             **options,
         )
         if self.is_mutable_collection("observations") and not self.is_initializing():

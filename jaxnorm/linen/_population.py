@@ -1,14 +1,14 @@
 """Running statistics of whole linen models, measured anew."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 from flax import core
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxnorm import _population
-
-Path = tuple[str, ...]
 
 
 def population_statistics(
@@ -59,54 +59,31 @@ def population_statistics(
         Rethinking "Batch" in BatchNorm, 2021, arXiv:2105.07576. The definition was read in fvcore's
         code.
     """
-    count = _population.count_of(reducer)
     tree = core.unfreeze(dict(variables))
-    nodes = dict(_nodes(tree.get("batch_stats", {})))
-    old = {path: node for path, node in nodes.items() if {"mean", "var"} <= set(node)}
-    start = {
-        path: node | _population.start(node["mean"], node["var"], count)
-        for path, node in old.items()
-    }
-    step = jax.jit(lambda tree, batch: core.unfreeze(dict(forward(tree, batch)[1]))["batch_stats"])
-    now, done = start, 0
-    for batch in batches:
-        new = dict(_nodes(step(_replaced(tree, now), batch)))
-        for path, node in new.items():
-            if path not in old:
-                _population.check_unchanged("/".join(path), nodes.get(path, node), node)
-        now = {path: new.get(path, node) for path, node in now.items()}
-        done += 1
-        if done == 1:
-            _population.uses(start, now, done)
-    used = _population.uses(start, now, done)
-    _population.check_any(used.values(), done)
-    new = {}
-    for path in (path for path in old if used[path]):
-        node = old[path]
-        new[path] = node | {
-            name: now[path][name].astype(node[name].dtype) for name in ("mean", "var")
-        }
-        if "count" in node:
-            new[path]["count"] = jax.numpy.ones_like(node["count"])
-    return _replaced(tree, new)
+    nodes = _nodes(tree.get("batch_stats", {}))
+    start = _population.started(nodes, reducer)
+    step = jax.jit(lambda tree, batch: forward(tree, batch)[1]["batch_stats"])
+
+    def ends() -> Iterator[_population.Nodes]:
+        now = start
+        for batch in batches:
+            new = _nodes(step(_replaced(tree, now), batch))
+            now = {path: new.get(path, node) for path, node in now.items()}
+            yield now
+
+    return _replaced(tree, _population.measured(nodes, start, ends()))
 
 
-def _nodes(tree: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The dicts of a collection that hold running statistics, without what is nested in them."""
-    if isinstance(tree, Mapping):
-        arrays = {name: t for name, t in tree.items() if not isinstance(t, Mapping)}
-        if _population.STATISTICS & set(arrays):
-            yield path, arrays
-        for name, node in tree.items():
-            yield from _nodes(node, (*path, name))
+def _nodes(stats: Mapping[str, Any]) -> _population.Nodes:
+    """The arrays of a collection by layer, where it has running statistics."""
+    nodes: _population.Nodes = defaultdict(dict)
+    for (*path, name), value in flatten_dict(stats).items():
+        nodes[tuple(path)][name] = value
+    return {path: node for path, node in nodes.items() if _population.STATISTICS & set(node)}
 
 
-def _replaced(tree: dict[str, Any], nodes: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
-    """Variables with other dicts at these paths of batch_stats."""
-
-    def at(node: Any, path: Path) -> Any:
-        if not isinstance(node, dict):
-            return node
-        return {name: at(t, (*path, name)) for name, t in (node | nodes.get(path, {})).items()}
-
-    return tree | {"batch_stats": at(tree["batch_stats"], ())}
+def _replaced(tree: dict[str, Any], nodes: _population.Nodes) -> dict[str, Any]:
+    """Variables with other arrays in layers of batch_stats."""
+    stats = flatten_dict(tree["batch_stats"], keep_empty_nodes=True)
+    stats |= {(*path, name): t for path, node in nodes.items() for name, t in node.items()}
+    return tree | {"batch_stats": unflatten_dict(stats)}

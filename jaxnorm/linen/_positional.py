@@ -64,11 +64,12 @@ class DynamicMomentShortcut(nn.Module):
     @nn.compact
     def __call__(self, x: ArrayLike, m: Moments) -> jax.Array:
         """Scale and shift x; m has one channel, as `norm` returns it for `positional_norm`."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        of_moments = {"epsilon": self.epsilon, "channel_axis": self.channel_axis}
-        t = _layers.network_input(m, **of_moments)
-        t = nn.relu(nn.Conv(self.hidden_features, self.kernel_size, **dtypes)(t))
-        channels = jnp.shape(x)[self.channel_axis]
-        init = initializers.zeros if self.residual else initializers.lecun_normal()
-        t = nn.Conv(2 * channels, self.kernel_size, kernel_init=init, **dtypes)(t)
-        return _layers.shortcut_by_network(x, m, t, residual=self.residual, **of_moments)
+
+        def network(t: jax.Array) -> jax.Array:
+            dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+            t = nn.relu(nn.Conv(self.hidden_features, self.kernel_size, **dtypes)(t))
+            init = initializers.zeros if self.residual else initializers.lecun_normal()
+            channels = 2 * jnp.shape(x)[self.channel_axis]
+            return nn.Conv(channels, self.kernel_size, kernel_init=init, **dtypes)(t)
+
+        return _layers.dynamic_shortcut(self, x, m, network)

@@ -1,6 +1,5 @@
 """The variables of a linen layer, and one call of its method with them."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,12 +20,6 @@ from jaxnorm.methods._method import State
 zeros, ones = initializers.zeros, initializers.ones
 
 
-def uses_running(module: Any, given: bool | None) -> bool:
-    """Whether to normalize with the running statistics: said by the layer or by the call."""
-    name = "use_running_average"
-    return check_flag(nn.merge_param(name, module.use_running_average, given), name)
-
-
 def call(
     module: Any,
     method: Method,
@@ -45,26 +38,31 @@ def call(
     batch_stats.
     """
     state = _state(module, method, first or {}, x.shape)
-    scale, bias = (
-        _scale_or_bias(module, name, options.get(name), _flax_rules.feature_shape(x, feature_axes))
-        for name in ("scale", "bias")
-    )
-    dtype = _flax_rules.output_dtype(x, scale, bias, dtype=module.dtype)
-    x = _flax_rules.wide_enough(x, dtype)
-    options |= {"scale": scale, "bias": bias, "weights": mask, "dtype": dtype}
-    options |= {"channel_axis": feature_axes}
-    options |= {"batch_axis": getattr(module, "batch_axis", 0)}
-    check_named(module.axis_name, module.axis_index_groups)
+    features = _flax_rules.feature_shape(x, feature_axes)
+    for name in ("scale", "bias"):
+        own = _scale_or_bias(module, name, features)
+        options[name] = _layers.own_or_given(name, own, options.get(name))
+    check_named(*_layers.named_axes(module).values())
     if not module.is_initializing():  # which happens outside of the map that has the named axis
-        names = ("axis_name", "axis_index_groups")
-        options |= {name: getattr(module, name) for name in names}
-    if not state:
-        return method.apply(x, {}, train=True, **options)[0]
-    use = uses_running(module, use_running_average)
-    update = _layers.whether_to_update(use, update_running_average)
-    update = update and not module.is_initializing()
-    old = {name: variable.value for name, variable in state.items()}
-    y, new = _layers.run(method, x, old, use, update, options)
+        options |= _layers.named_axes(module)
+    use = update = False
+    if state:
+        use = nn.merge_param("use_running_average", module.use_running_average, use_running_average)
+        check_flag(use, "use_running_average")
+        update = _layers.whether_to_update(use, update_running_average)
+        update = update and not module.is_initializing()
+    y, new = _layers.run(
+        module,
+        method,
+        x,
+        {name: variable.value for name, variable in state.items()},
+        use,
+        update,
+        mask=mask,
+        dtype=_flax_rules.output_dtype(x, options["scale"], options["bias"], dtype=module.dtype),
+        channel_axis=feature_axes,
+        **options,
+    )
     if update:
         for name, variable in state.items():
             variable.value = new[name]
@@ -82,7 +80,7 @@ def _state(
     names = [n for n in method.also_in_state if module.has_variable("batch_stats", n)]
     state = {name: module.variable("batch_stats", name) for name in names}
     for name, value in first.items():
-        state[name] = module.variable("batch_stats", name, lambda value=value: value)
+        state[name] = module.variable("batch_stats", name, jnp.asarray, value)
         if jnp.shape(state[name].value) != value.shape:
             raise ValueError(
                 f"running statistics of shape {jnp.shape(state[name].value)} do not fit x of shape "
@@ -93,19 +91,8 @@ def _state(
     return state
 
 
-def _scale_or_bias(
-    module: Any, name: str, given: ArrayLike | None, shape: Shape
-) -> jax.Array | None:
-    """The layer's own, or what was given in its place at the call."""
-    own = getattr(module, f"use_{name}", False)
-    if given is not None:
-        if own:
-            raise ValueError(
-                f"{name} was given at the call, but the layer has its own. Expected one of the "
-                f"two: construct it with use_{name}=False."
-            )
-        return jnp.asarray(given)
-    if not own:
+def _scale_or_bias(module: Any, name: str, shape: Shape) -> jax.Array | None:
+    if not getattr(module, f"use_{name}", False):
         return None
     init = getattr(module, f"{name}_init")
     if name == "scale" and module.unit_offset:
@@ -115,14 +102,9 @@ def _scale_or_bias(
 
 def learned(module: Any, method: Method, num_channels: int) -> dict[str, jax.Array]:
     """What a method learns beside scale and bias: parameters of the layer."""
-    inits: Mapping[str, Any] = module.inits or {}
-    first = method.parameters(num_channels)
-    own = [name for name in first if name not in method.overwritten_by_gradient]
-    _layers.check_inits(method, inits, own)
     values = {}
-    for name, value in first.items():
-        init = inits.get(name, lambda _, shape, dtype, value=value: jnp.asarray(value, dtype))
-        if name not in method.overwritten_by_gradient:
+    for name, value, init in _layers.initializers(method, module.inits or {}, num_channels):
+        if init is not None:
             values[name] = module.param(name, init, value.shape, module.param_dtype)
         # At inference the collection may be left out.
         elif module.is_initializing() or module.has_variable(OVERWRITE_WITH_GRADIENT, name):

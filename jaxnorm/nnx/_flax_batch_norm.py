@@ -11,10 +11,18 @@ from jax.typing import ArrayLike
 from jaxnorm import _flax_rules, _layers
 from jaxnorm._core.checks import check_number
 from jaxnorm._core.moments import as_array
-from jaxnorm._core.state import init_running
 from jaxnorm._flax_rules import Axes
 from jaxnorm._layers import CallOptions
-from jaxnorm.nnx._variables import NONE, Metadata, StatefulLayer, ones, promote_dtype, zeros
+from jaxnorm.methods._frame import first_running
+from jaxnorm.nnx._variables import (
+    NONE,
+    Metadata,
+    StatefulLayer,
+    ones,
+    promote_dtype,
+    state_dtype,
+    zeros,
+)
 
 
 class BatchNorm(StatefulLayer):
@@ -59,6 +67,8 @@ class BatchNorm(StatefulLayer):
         Shift, 2015, arXiv:1502.03167.
     """
 
+    _names = ("mean", "var")
+
     def __init__(
         self,
         num_features: int,
@@ -83,9 +93,8 @@ class BatchNorm(StatefulLayer):
         unit_offset: bool = False,
     ):
         self._construct(locals())
-        is_complex = dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating)
-        first = init_running((num_features,), dtype=jnp.complex64 if is_complex else jnp.float32)
-        self.mean, self.var = nnx.BatchStat(first.mean), nnx.BatchStat(first.var)
+        for name, value in first_running((num_features,), state_dtype(dtype)).items():
+            setattr(self, name, nnx.BatchStat(value))
 
     def __call__(
         self,
@@ -105,16 +114,14 @@ class BatchNorm(StatefulLayer):
         check_number(self.momentum, "momentum", at_least=0, at_most=1)
         x = as_array(x)
         row = _layers.flax_row(_flax_rules.keep_axes(x, self.axis), self, momentum=0.99)
-        use, update = self._flags(use_running_average, update_running_average)
-        return self._call(
+        return self._call_with_state(
             row,
             x,
             self.axis,
-            state=self._state(row, ("mean", "var")),
-            use=use,
-            update=update,
+            use_running_average=use_running_average,
+            update_running_average=update_running_average,
+            example_weight=example_weight,
             momentum=self.momentum,
-            example_weight=self._weight(example_weight, use),
             mask=mask,
             **options,
         )

@@ -8,8 +8,8 @@ from flax import nnx
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
 from jaxnorm import _flax_rules
-from jaxnorm._flax_rules import Axes
-from jaxnorm.nnx._flax_norms import FlaxNorm, Sets
+from jaxnorm._flax_rules import Axes, Sets
+from jaxnorm.nnx._flax_norms import FlaxNorm
 from jaxnorm.nnx._variables import NONE, Metadata, ones, promote_dtype, zeros
 
 
@@ -85,8 +85,7 @@ class GroupNorm(FlaxNorm):
                 f"the layer has {self.num_features} features. Got x of shape {x.shape}; expected "
                 "as many channels, the last axis."
             )
-        shape = _flax_rules.group_shape(x, self.num_groups, self.reduction_axes)
-        return shape, -1, None
+        return _flax_rules.group_sets(x, self.num_groups, self.reduction_axes)
 
 
 class InstanceNorm(FlaxNorm):
@@ -149,5 +148,4 @@ class InstanceNorm(FlaxNorm):
     ):
         self._construct(locals())
 
-    def _sets(self, x: jax.Array) -> Sets:
-        return _flax_rules.instance_shape(x, self.feature_axes), self.feature_axes, None
+    _sets = _flax_rules.instance_sets

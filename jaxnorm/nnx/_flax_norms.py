@@ -1,6 +1,7 @@
 """Layer and root mean square normalization as Flax has them; the call of all its norms."""
 
-from typing import Any, Literal, Unpack
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +10,17 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
 from jaxnorm import _flax_rules, _layers
-from jaxnorm._core.axes import Shape
 from jaxnorm._core.moments import as_array
-from jaxnorm._flax_rules import Axes
+from jaxnorm._flax_rules import Axes, Sets
 from jaxnorm._layers import CallOptions
 from jaxnorm.nnx._variables import NONE, Layer, Metadata, ones, promote_dtype, zeros
-
-Sets = tuple[Shape, Axes, Literal[0] | None]
-"""The statistic's shape, the feature axes, and the fixed mean."""
 
 
 class FlaxNorm(Layer):
     """The call that Flax's norms without state have in common."""
 
-    def _sets(self, x: jax.Array) -> Sets:
-        raise NotImplementedError
+    _sets: ClassVar[Callable[..., Sets]]
+    _mean: ClassVar[Literal[0] | None] = None
 
     def __call__(
         self,
@@ -34,9 +31,9 @@ class FlaxNorm(Layer):
     ) -> jax.Array:
         """Normalize x; `mask` broadcasts against x and says what counts, or how much."""
         x = as_array(x)
-        shape, feature_axes, mean = self._sets(x)
-        row = _layers.flax_row(shape, self, mean=mean)
-        return self._call(row, x, feature_axes, state={}, mask=mask, **options)
+        shape, feature_axes = self._sets(x)
+        row = _layers.flax_row(shape, self, mean=self._mean)
+        return self._call(row, x, feature_axes, mask=mask, **options)
 
 
 class LayerNorm(FlaxNorm):
@@ -98,8 +95,7 @@ class LayerNorm(FlaxNorm):
     ):
         self._construct(locals())
 
-    def _sets(self, x: jax.Array) -> Sets:
-        return _flax_rules.pool_axes(x, self.reduction_axes), self.feature_axes, None
+    _sets = _flax_rules.layer_sets
 
 
 class RMSNorm(FlaxNorm):
@@ -157,8 +153,7 @@ class RMSNorm(FlaxNorm):
     ):
         self._construct(locals())
 
-    def _sets(self, x: jax.Array) -> Sets:
-        return _flax_rules.pool_axes(x, self.reduction_axes), self.feature_axes, 0
+    _sets, _mean = _flax_rules.layer_sets, 0
 
     def __call__(  # type: ignore[override]  # Flax takes this mask by position as well
         self,

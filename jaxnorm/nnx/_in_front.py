@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxnorm._layers import check_channels_last, check_works_on_layers
+from jaxnorm import _layers
 from jaxnorm.methods import Method
 
 
@@ -18,20 +18,16 @@ def in_front(
     """
 
     def function(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-        parts: tuple[Any, Any] = nnx.split(layer)
-        definition, state = parts
-        state["kernel"] = state["kernel"].replace(kernel)
-        copy: Any = nnx.merge(definition, state)
+        copy: Any = nnx.merge(*nnx.split(layer))
+        copy.kernel = copy.kernel.replace(kernel)
         return copy(inputs)
 
-    x, options = method.in_front(inputs, layer.kernel[...], function)  # type: ignore[misc]
-    check_channels_last(x, layer.kernel[...].shape, channel_axis)
-    return x, options
+    return _layers.in_front(method, inputs, layer.kernel[...], function, channel_axis)
 
 
 def check_in_front(method: Method, layer: Any, num_features: int) -> dict[str, Any]:
     """The options of `init` that describe the layer, once it is known to be one."""
-    check_works_on_layers(method, layer)
+    _layers.check_works_on_layers(method, layer)
     if (
         not isinstance(layer, nnx.Module)
         or not hasattr(layer, "kernel")

@@ -32,12 +32,13 @@ class _Standardized(nnx.Module):
             epsilon_outside=self.epsilon_outside,
         )
 
-    def _view(self) -> Any:
-        """What Flax's layer reads its attributes from, with the standardized kernel.
-
-        It has no hook for a kernel before its dtype is changed that could reach the gain.
-        """
-        return SimpleNamespace(**(vars(self) | {"kernel": self._standardized()}))
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """What Flax's layer does, with a standardized kernel."""
+        # Flax's layer has no hook for a kernel before its dtype is changed that could reach the
+        # gain. So it reads its attributes from a view of this one.
+        view = SimpleNamespace(**(vars(self) | {"kernel": self._standardized()}))
+        of_flax: Any = super().__call__  # type: ignore[misc]  # of the class behind this one
+        return of_flax.__func__(view, inputs, out_sharding)
 
 
 class WSConv(_Standardized, nnx.Conv):
@@ -87,10 +88,6 @@ class WSConv(_Standardized, nnx.Conv):
         super().__init__(in_features, out_features, kernel_size, rngs=rngs, **options)
         self._add(use_gain, epsilon, correction, epsilon_outside)
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Convolve, as `flax.nnx.Conv`."""
-        return nnx.Conv.__call__(self._view(), inputs, out_sharding)
-
 
 class WSDense(_Standardized, nnx.Linear):
     """Dense layer with Weight Standardization: `flax.nnx.Linear` with a standardized kernel.
@@ -130,7 +127,3 @@ class WSDense(_Standardized, nnx.Linear):
     ):
         super().__init__(in_features, out_features, rngs=rngs, **options)
         self._add(use_gain, epsilon, correction, epsilon_outside)
-
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Multiply, as `flax.nnx.Linear`."""
-        return nnx.Linear.__call__(self._view(), inputs, out_sharding)

@@ -18,7 +18,15 @@ from jaxnorm.methods import Method
 from jaxnorm.methods._method import State
 from jaxnorm.methods._row import as_method
 from jaxnorm.nnx._in_front import check_in_front, in_front
-from jaxnorm.nnx._variables import NONE, Metadata, StatefulLayer, ones, promote_dtype, zeros
+from jaxnorm.nnx._variables import (
+    NONE,
+    Metadata,
+    StatefulLayer,
+    ones,
+    promote_dtype,
+    state_dtype,
+    zeros,
+)
 
 
 class Tap(nnx.Variable):
@@ -138,31 +146,25 @@ class Norm(StatefulLayer):
         self._names = tuple(first)
         for name, value in first.items():
             setattr(self, name, nnx.BatchStat(value))
-        learned = self.method.parameters(num_features)
-        taps = self.method.overwritten_by_gradient
-        _layers.check_inits(self.method, inits, [name for name in learned if name not in taps])
-        for name, value in learned.items():
-            if name in taps:
+        for name, value, init in _layers.initializers(self.method, inits, num_features):
+            if init is None:
                 setattr(self, name, Tap(jnp.asarray(value)))
-                continue
-            init = inits.get(name, lambda _, shape, dtype, t=value: jnp.asarray(t, dtype))
-            setattr(self, name, nnx.Param(init(rngs.params(), value.shape, param_dtype)))
+            else:
+                setattr(self, name, nnx.Param(init(rngs.params(), value.shape, param_dtype)))
 
     def _first_state(self, x_shape: Shape | None) -> State:
-        method, front = self.method, {}
+        method, options = self.method, {}
         if self.layer is not None:
-            front = check_in_front(method, self.layer, self.num_features)
-        is_complex = self.dtype is not None and jnp.issubdtype(self.dtype, jnp.complexfloating)
-        dtype = jnp.complex64 if is_complex else jnp.float32
+            options = check_in_front(method, self.layer, self.num_features)
         if x_shape is not None:
-            axes = {"batch_axis": self.batch_axis, "channel_axis": self.channel_axis}
-            return method.any_batch().init(x_shape, dtype=dtype, **axes, **front)
-        if method.keeps_positions(self.num_features):
+            options |= {"batch_axis": self.batch_axis, "channel_axis": self.channel_axis}
+        elif method.keeps_positions(self.num_features):
             raise ValueError(
                 f"running statistics of {method} keep positions apart. Got x_shape=None; expected "
                 "the shape of an input, any number of examples."
             )
-        return method.any_batch().init((1, self.num_features), dtype=dtype, **front)
+        shape = (1, self.num_features) if x_shape is None else x_shape
+        return method.any_batch().init(shape, dtype=state_dtype(self.dtype), **options)
 
     def __call__(
         self,
@@ -197,20 +199,21 @@ class Norm(StatefulLayer):
                 method, self.layer, _flax_rules.wide_enough(x, x.dtype), self.channel_axis
             )
             options |= more
-        options |= {"mask": mask, "scale": scale, "bias": bias, "activation": activation}
-        if not self._names:
-            y = self._call(method, x, self.channel_axis, state={}, **options)
-        else:
-            use, update = self._flags(use_running_average, update_running_average)
-            weight = self._weight(options.pop("example_weight", None), use)
-            _layers.check_weighs_examples(method, weight)
-            options |= {} if weight is None else {"example_weight": weight}
-            flags = {"use": use, "update": update}
-            state = self._state(method, self._names)
-            y = self._call(method, x, self.channel_axis, state=state, **flags, **options)
+        y = self._call_with_state(
+            method,
+            x,
+            self.channel_axis,
+            use_running_average=use_running_average,
+            update_running_average=update_running_average,
+            mask=mask,
+            scale=scale,
+            bias=bias,
+            activation=activation,
+            **options,
+        )
         # Elsewhere nnx would keep what it is given, and warn.
         if hasattr(self, "__captures__"):
-            state = self._state(method, self._names)
+            state = self._state(method)
             seen = _layers.observations(self, method, x, state, options, mask)
             for name, value in seen.items():
                 self.sow(Observation, name, value)

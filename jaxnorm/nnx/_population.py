@@ -1,10 +1,9 @@
 """Whole nnx models at test time: running statistics measured anew."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxnorm import _population
@@ -56,66 +55,37 @@ def population_statistics(
         Rethinking "Batch" in BatchNorm, 2021, arXiv:2105.07576. The definition was read in fvcore's
         code.
     """
-    count = _population.count_of(reducer)
-    names = ("mean", "var", count, "calls")
     copy = nnx.clone(model)
-    layers: dict[Any, Any] = {
-        path: layer for path, layer in nnx.iter_modules(copy) if _has_pair(layer)
-    }
-    start = {
-        path: _population.start(layer.mean[...], layer.var[...], count)
-        for path, layer in layers.items()
-    }
-    others: dict[Any, Any] = {
-        path: layer
-        for path, layer in nnx.iter_modules(copy)
-        if _statistics(layer) and path not in layers
-    }
-    old = {path: _statistics(layer) for path, layer in others.items()}
-    for path, layer in layers.items():
-        for name, value in start[path].items():
-            setattr(layer, name, nnx.BatchStat(value))
+    nodes = _nodes(copy)
+    start = _population.started(nodes, reducer)
+    for path, layer in nnx.iter_modules(copy):
+        for name, value in start.get(path, {}).items():
+            if value is not nodes[path].get(name):
+                setattr(layer, name, nnx.BatchStat(value))
     graph, parameters, state = nnx.split(copy, nnx.Param, ...)
 
     @jax.jit
     def step(parameters: Any, state: Any, batch: Any) -> Any:
         model = nnx.merge(graph, parameters, state)
         forward(model, batch)
-        return nnx.state(model, nnx.Not(nnx.Param))
+        return nnx.state(model, nnx.Not(nnx.Param)), _nodes(model)
 
-    def found(done: int) -> dict[Any, bool]:
-        nnx.update(copy, state)
-        for path, layer in others.items():
-            _population.check_unchanged("/".join(map(str, path)), old[path], _statistics(layer))
-        end = {
-            path: {name: getattr(layer, name)[...] for name in names}
-            for path, layer in layers.items()
-        }
-        return _population.uses(start, end, done)
+    def ends() -> Iterator[_population.Nodes]:
+        now = state
+        for batch in batches:
+            now, end = step(parameters, now, batch)
+            yield end
 
-    used, done = {}, 0
-    for batch in batches:
-        state = step(parameters, state, batch)
-        done += 1
-        if done == 1:
-            found(done)
-    used = found(done) if done else used
-    _population.check_any(used.values(), done)
-    for path, module in nnx.iter_modules(model):
-        layer: Any = module
-        if used.get(path):
-            for name in ("mean", "var"):
-                variable = getattr(layer, name)
-                variable[...] = getattr(layers[path], name)[...].astype(variable.dtype)
-            if hasattr(layer, "count"):
-                layer.count[...] = jnp.ones_like(layer.count[...])
+    new = _population.measured(nodes, start, ends())
+    for path, layer in nnx.iter_modules(model):
+        for name, value in new.get(path, {}).items():
+            getattr(layer, name)[...] = value
 
 
-def _statistics(layer: Any) -> dict[str, Any]:
-    """A layer's running statistics."""
-    named = {name: getattr(layer, name, None) for name in _population.STATISTICS}
-    return {name: t[...] for name, t in named.items() if isinstance(t, nnx.BatchStat)}
-
-
-def _has_pair(layer: Any) -> bool:
-    return all(isinstance(getattr(layer, name, None), nnx.BatchStat) for name in ("mean", "var"))
+def _nodes(model: nnx.Module) -> _population.Nodes:
+    """What the layers with running statistics remember."""
+    nodes = {
+        path: {name: t[...] for name, t in vars(layer).items() if isinstance(t, nnx.BatchStat)}
+        for path, layer in nnx.iter_modules(model)
+    }
+    return {path: node for path, node in nodes.items() if _population.STATISTICS & set(node)}

@@ -79,6 +79,4 @@ class DynamicMomentShortcut(nnx.Module):
 
     def __call__(self, x: ArrayLike, m: Moments) -> jax.Array:
         """Scale and shift x; m has one channel, as `norm` returns it for `positional_norm`."""
-        of_moments = {"epsilon": self.epsilon, "channel_axis": self.channel_axis}
-        t = self.second(nnx.relu(self.first(_layers.network_input(m, **of_moments))))
-        return _layers.shortcut_by_network(x, m, t, residual=self.residual, **of_moments)
+        return _layers.dynamic_shortcut(self, x, m, lambda t: self.second(nnx.relu(self.first(t))))
