@@ -46,8 +46,9 @@ def complex_steps(shape: Shape, sums: Shape) -> Steps:
             if sums[i] == 1
         }
         # Batches are sharded over devices more often than images.
-        axis = max(widths, key=lambda i: (min(widths[i], 7), i > 0, -i), default=0)
-        if widths.get(axis, 1) == 1 or (len(steps) == 2 and near):
+        axis = max(widths, key=lambda i: (widths[i] > 1, i > 0, min(widths[i], 7), -i), default=0)
+        enough = near and (len(steps) == 2 or (steps and axis == 0))
+        if widths.get(axis, 1) == 1 or enough:
             return steps
         steps.append((axis, widths[axis]))
         sizes[axis] //= widths[axis]

@@ -3,6 +3,7 @@
 x is not centered.
 """
 
+from collections.abc import Callable
 from typing import Unpack
 
 import jax
@@ -10,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxnorm._core.devices import varying_like
+from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.shared import widened
+from jaxnorm._core.platforms import spread_to_channels
 from jaxnorm.methods._fields import Count, as_value
 from jaxnorm.methods._frame import (
     along_channels,
@@ -22,7 +23,6 @@ from jaxnorm.methods._frame import (
     parameter,
     per_device,
     pooled,
-    zero_masked,
 )
 from jaxnorm.methods._method import Method, Options, Parameters, Result, State
 from jaxnorm.methods._table import batch_norm, group_norm, instance_norm
@@ -92,14 +92,9 @@ class evonorm_b0(Method):
             m = pooled(own, batch_norm(), **options)
             var, state = m.var, averages(state, m, momentum, var=m.var)
 
-        @jax.checkpoint
-        def divided(x: jax.Array, var: jax.Array, own_var: jax.Array) -> jax.Array:
-            x = zero_masked(widened(x), options.get("weights"))
-            line = parameter(v, "v", x, options) * x + jnp.sqrt(own_var + self.epsilon)
-            x = x / jnp.maximum(varying_like(jnp.sqrt(var + self.epsilon), x), line)
-            return applied(x, _unit(x), 0.0, **options)
-
-        return divided(x, var, own.var), state
+        std, own_std = (jnp.sqrt(t + self.epsilon) for t in (var, own.var))
+        slope = parameter(v, "v", x, options)
+        return _instead(lambda x: x / jnp.maximum(std, slope * x + own_std), x, options), state
 
 
 @as_value
@@ -151,17 +146,25 @@ class evonorm_s0(Method):
     ) -> Result:
         m = measured(x, group_norm(self.num_groups), **options)
 
-        @jax.checkpoint
-        def gated(x: jax.Array, m: Moments) -> jax.Array:
-            x = zero_masked(widened(x), options.get("weights"))
-            x = x * jax.nn.sigmoid(parameter(v, "v", x, options) * x)
-            m = Moments(m.count, jnp.zeros_like(m.mean), m.var)
-            return applied(x, m, self.epsilon, **options)
-
-        return gated(x, m), state
+        a = spread_to_channels(jax.lax.rsqrt(m.var + self.epsilon), x.shape)
+        slope = parameter(v, "v", x, options)
+        return _instead(lambda x: x * jax.nn.sigmoid(slope * x) * a, x, options), state
 
 
-def _unit(x: jax.Array) -> Moments:
-    """Moments that leave x as it is."""
-    one = jnp.ones((1,) * x.ndim, x.dtype)
-    return Moments(one, jnp.zeros_like(one), one)
+def _instead(f: Callable[[jax.Array], jax.Array], x: jax.Array, options: Options) -> jax.Array:
+    """f(x) * scale + bias, as what follows a normalization that leaves x as it is."""
+    scale, bias = (
+        jnp.asarray(first) if t is None else parameter(t, name, x, options)
+        for name, t, first in (
+            ("scale", options.get("scale"), 1.0),
+            ("bias", options.get("bias"), 0.0),
+        )
+    )
+    after = options.get("activation") or (lambda y: y)
+    one = jnp.ones((1,) * x.ndim, statistic_dtype(x.dtype))
+    scaled: Options = options | {
+        "scale": None,
+        "bias": None,
+        "activation": lambda x: after(f(x) * scale + bias),
+    }  # type: ignore[assignment]
+    return applied(x, Moments(one, jnp.zeros_like(one), one), 0.0, **scaled)

@@ -14,7 +14,6 @@ from jaxnorm._core.shared import shared, widened
 from jaxnorm.methods._fields import as_value
 from jaxnorm.methods._frame import (
     applied,
-    axes_in,
     measured,
     parameter,
 )
@@ -111,13 +110,14 @@ class filter_response_norm(Method):
             learned = jnp.abs(jnp.asarray(learned_epsilon, wide))
             epsilon = learned + jnp.asarray(epsilon, wide)
         if threshold is not None:
-            after, dtype = options.get("activation") or (lambda y: y), options["dtype"]
+            after = options.get("activation") or (lambda y: y)
+            floor = parameter(threshold, "threshold", x, options)
+            steep = None if slope is None else parameter(slope, "slope", x, options)
 
             def thresholded(y: jax.Array) -> jax.Array:
-                y = thresholded_linear_unit(y, threshold, slope=slope, **axes_in(options))
-                return after(y.astype(dtype))
+                return after(jnp.maximum(y, floor if steep is None else floor + steep * y))
 
-            options |= {"activation": thresholded, "dtype": wide}  # type: ignore[assignment]
+            options |= {"activation": thresholded}
         return applied(x, measured(x, instance_rms_norm(), **options), epsilon, **options), state
 
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._core.arithmetic import counts, statistic_dtype
+from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, axes_of
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.groups import Specification
-from jaxnorm._core.moments import Moments, as_weights, moments
+from jaxnorm._core.moments import Moments, moments
 from jaxnorm._core.normalize import broadcast_parameter, normalize
 from jaxnorm._core.pooling import pool, toward
 from jaxnorm._core.running import rate_of, update_running, usable, warn_of_half_precision
@@ -187,10 +187,3 @@ def parameter(t: ArrayLike, name: str, x: jax.Array, options: Options) -> jax.Ar
     out = broadcast_parameter(t, name, x, options["batch_axis"], features, channel_axis)
     assert out is not None
     return varying_like(out, x)
-
-
-def zero_masked(x: jax.Array, weights: ArrayLike | None) -> jax.Array:
-    """x, and 0 where it is not finite under a zero weight."""
-    return (
-        x if weights is None else jnp.where(counts(as_weights(weights, x)) | jnp.isfinite(x), x, 0)
-    )

@@ -12,7 +12,6 @@ from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.checks import check_epsilon
-from jaxnorm._core.devices import varying_like
 from jaxnorm._core.groups import Groups
 from jaxnorm.methods._fields import Count, as_value
 from jaxnorm.methods._frame import applied, measured, parameter
@@ -102,7 +101,7 @@ class proxy_norm(Method):
         proxy_bias: ArrayLike,
         **options: Unpack[Options],
     ) -> Result:
-        dtype, wide = options["dtype"], statistic_dtype(x.dtype)
+        wide = statistic_dtype(x.dtype)
         activation = options.get("activation") or (lambda y: y)
         names = {"scale": (options.get("scale"), 1), "bias": (options.get("bias"), 0)}
         names |= {"proxy_scale": (proxy_scale, 0), "proxy_bias": (proxy_bias, 0)}
@@ -115,13 +114,9 @@ class proxy_norm(Method):
         proxy = activation(proxy)
         mean, var = proxy.mean(0), proxy.var(0)
 
-        def standardized(y: jax.Array) -> jax.Array:
-            s, a = (varying_like(t, y) for t in (mean, lax.rsqrt(var + self.proxy_epsilon)))
-            return ((activation(y) - s) * a).astype(dtype)
-
-        extra = {"activation": standardized, "dtype": wide}
-        inside: Options = options | extra  # type: ignore[assignment]
-        return applied(x, measured(x, self.method, **options), self.epsilon, **inside), state
+        a = lax.rsqrt(var + self.proxy_epsilon)
+        options |= {"activation": lambda y: (activation(y) - mean) * a}
+        return applied(x, measured(x, self.method, **options), self.epsilon, **options), state
 
 
 @functools.cache
