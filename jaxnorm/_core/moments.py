@@ -25,6 +25,7 @@ from jaxnorm._core.devices import (
 )
 from jaxnorm._core.groups import Specification, check_mean, resolve
 from jaxnorm._core.mean_var import SYNCED, Sets, mean_var
+from jaxnorm._core.platforms import total
 from jaxnorm._core.shared import Shared, own_and_wide
 
 
@@ -139,7 +140,7 @@ def moments(
             tuple(g if k == 1 else n for n, g, k in zip(x.shape, shape, w.shape, strict=True)),
         )
         # small before an axis is split
-        sums = block_sum(w.astype(real), channel_resolution(w.shape, own, ()))
+        sums = total(w, channel_resolution(w.shape, own, ()), real)
         n = checkpoint_name(
             all_sum(block_sum(sums, own) * others, axis_name, device_groups), SYNCED
         )

@@ -39,12 +39,7 @@ def complex_steps(shape: Shape, sums: Shape) -> Steps:
     while True:
         summed = [i for i, (n, g) in enumerate(zip(sizes, sums, strict=True)) if n != g]
         near = bool(summed) and math.prod(sizes[summed[-1] + 1 :]) < FAR_APART
-        narrowest = 4 if near else 2  # fewer would leave much to store
-        widths = {
-            i: max((w for w in range(narrowest, WIDEST + 1) if n % w == 0), default=1)
-            for i, n in enumerate(sizes[:-1])
-            if sums[i] == 1
-        }
+        widths = {i: _width(n, near) for i, n in enumerate(sizes[:-1]) if sums[i] == 1}
         # Batches are sharded over devices more often than images.
         axis = max(widths, key=lambda i: (widths[i] > 1, i > 0, min(widths[i], 7), -i), default=0)
         enough = near and (len(steps) == 2 or (steps and axis == 0))
@@ -54,33 +49,37 @@ def complex_steps(shape: Shape, sums: Shape) -> Steps:
         sizes[axis] //= widths[axis]
 
 
-def _split(shape: Shape, axis: int, width: int) -> tuple[list[int], int]:
-    """The shape with the axis cut in two, and which of them is summed."""
-    n = shape[axis] // width
-    # Along the batch neighbours are added, so that shards of it stay where they are. Elsewhere it
-    # is elements as far apart as can be: every loop then runs over long stretches of memory.
-    pair = [n, width] if axis == 0 else [width, n]
-    return [*shape[:axis], *pair, *shape[axis + 1 :]], axis + (axis == 0)
+def _width(n: int, near: bool) -> int:
+    """How many of n elements to add at a time: a divisor, or 1."""
+    # Fewer than 4 would leave much to store. Shards of an axis are mostly a power of two: the more
+    # twos are left, the more often those that are added lie on one device.
+    narrowest = 4 if near else 2
+    divisors = [w for w in range(narrowest, WIDEST + 1) if n % w == 0]
+    return max(divisors, key=lambda w: (min(w, 6), (n // w) & -(n // w), w), default=1)
+
+
+def _split(shape: Shape, axis: int, width: int) -> list[int]:
+    """The shape with the axis cut in groups of neighbours."""
+    return [*shape[:axis], shape[axis] // width, width, *shape[axis + 1 :]]
 
 
 def paired_sums(a: jax.Array, b: jax.Array, sums: Shape, steps: Steps) -> list[jax.Array]:
     """`block_sum` of a and of b."""
     for axis, width in steps:
-        dims, summed = _split(a.shape, axis, width)
-        t = lax.complex(a, b).reshape(dims).sum(summed)
+        t = lax.complex(a, b).reshape(_split(a.shape, axis, width)).sum(axis + 1)
         a, b = barrier((t.real, t.imag))  # two arrays, or XLA would join this sum to the next
     return [block_sum(t, sums) for t in (a, b)]
 
 
 def paired_spread(a: jax.Array, b: jax.Array, shape: Shape, steps: Steps) -> list[jax.Array]:
     """Both spread to `shape`, so that in reverse mode their cotangents are `paired_sums`."""
-    sizes, cuts = list(shape), []
+    sizes, cuts = shape, []
     for axis, width in steps:
-        cuts.append((tuple(sizes), *_split(tuple(sizes), axis, width)))
-        sizes[axis] //= width
-    a, b = (jnp.broadcast_to(spread(t, tuple(sizes)), sizes) for t in (a, b))
-    for before, dims, summed in reversed(cuts):
-        t = lax.complex(*barrier((a, b)))
-        t = jnp.broadcast_to(jnp.expand_dims(t, summed), dims).reshape(before)
+        cuts.append((sizes, axis, width))
+        sizes = (*sizes[:axis], sizes[axis] // width, *sizes[axis + 1 :])
+    a, b = (jnp.broadcast_to(spread(t, sizes), sizes) for t in (a, b))
+    for sizes, axis, width in reversed(cuts):
+        t = jnp.expand_dims(lax.complex(*barrier((a, b))), axis + 1)
+        t = jnp.broadcast_to(t, _split(sizes, axis, width)).reshape(sizes)
         a, b = t.real, t.imag
     return [a, b]

@@ -60,6 +60,16 @@ def by_platform(f: Callable[..., Any], *args: Any) -> Any:
     return lax.platform_dependent(*args, cpu=partial(f, CPU), default=partial(f, OTHERS))
 
 
+def total(t: jax.Array, shape: Shape, dtype: DTypeLike) -> jax.Array:
+    """`block_sum` of t in another dtype, which a full-size t is not stored in."""
+
+    def alone(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        t = t.astype(dtype)
+        return t, jnp.zeros_like(t)
+
+    return by_platform(lambda p, t: block_sum(p.sums(alone, (t,), shape)[0], shape), t)
+
+
 def spread_to_channels(v: jax.Array, shape: Shape) -> jax.Array:
     """A statistic of groups of channels, for each channel of x."""
     return by_platform(lambda p, v: p.to_channels(v, shape), v)
@@ -113,8 +123,11 @@ def _spread_by_product(v: jax.Array, shape: Shape) -> jax.Array:
 def _cpu_sums(terms: Terms, args: Sequence[Any], shape: Shape) -> list[jax.Array]:
     tensors = terms(*args)
     steps = complex_steps(tensors[0].shape, shape)
-    if len(tensors) == 2 and steps and not jnp.iscomplexobj(tensors[0]):
-        return paired_sums(*tensors, shape, steps)
+    if steps and not jnp.iscomplexobj(tensors[0]):
+        if len(tensors) == 2:
+            return paired_sums(tensors[0], tensors[1], shape, steps)
+        if args[0].dtype == jnp.float16:  # an ordinary sum would read a float32 copy
+            return paired_sums(tensors[0], jnp.zeros_like(tensors[0]), shape, steps)[:1]
     # Each reads an alias of its own.
     aliases = (terms(*(args if i == 0 else barrier(args))) for i in range(len(tensors)))
     return [block_sum(ts[i], shape) for i, ts in enumerate(aliases)]
@@ -122,7 +135,8 @@ def _cpu_sums(terms: Terms, args: Sequence[Any], shape: Shape) -> list[jax.Array
 
 def _cpu_spread_all(vs: Sequence[jax.Array], shape: Shape) -> list[jax.Array]:
     if len(vs) == 2:
-        return paired_spread(*barrier(tuple(vs)), shape, complex_steps(shape, vs[0].shape))
+        a, b = barrier(tuple(vs))
+        return paired_spread(a, b, shape, complex_steps(shape, a.shape))
     return [spread(barrier(v), shape) for v in vs]
 
 

@@ -117,7 +117,7 @@ class filter_response_norm(Method):
             def thresholded(y: jax.Array) -> jax.Array:
                 return after(jnp.maximum(y, floor if steep is None else floor + steep * y))
 
-            options |= {"activation": thresholded}
+            options["activation"] = thresholded
         return applied(x, measured(x, instance_rms_norm(), **options), epsilon, **options), state
 
 

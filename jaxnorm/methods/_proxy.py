@@ -115,7 +115,7 @@ class proxy_norm(Method):
         mean, var = proxy.mean(0), proxy.var(0)
 
         a = lax.rsqrt(var + self.proxy_epsilon)
-        options |= {"activation": lambda y: (activation(y) - mean) * a}
+        options["activation"] = lambda y: (activation(y) - mean) * a
         return applied(x, measured(x, self.method, **options), self.epsilon, **options), state
 
 
