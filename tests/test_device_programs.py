@@ -127,8 +127,9 @@ WHOLE = [
     (methods.batch_and_group_norm(8, 3), "N", (0, 0), (0,)),
     (methods.ghost_batch_norm(4), "N", (1, 2 * C), None),
     (methods.ghost_batch_norm(2), "N", (1, 2 * C), None),
-    (methods.batch_norm(), "H", (1, 2 * C, 1), (4 * C, 2)),
-    # On a CPU the height is summed first, in which every device has one row: three positions.
+    # On a CPU the height is summed first, in which every device has one row: three positions of
+    # each example are sent.
+    (methods.batch_norm(), "H", (1, 3 * 16 * 2 * C, 1), None),
     (methods.group_norm(3), "H", (1, 3 * 16 * 2 * C, 1), None),
     (methods.rms_norm(), "H", (0, 0), (0,)),
     (methods.batch_norm(), "NC", (1, C), None),
