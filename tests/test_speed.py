@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import growth, networks, speed
+from benchmarks import growth, methods, networks, speed
 from benchmarks.shapes import Shape
 from benchmarks.timing import Call, interleaved
+from jaxnorm import methods as jaxnorm_methods
 
 METHODS = ("batch", "group", "instance", "batch_group", "ghost_batch")
 TINY = {
@@ -207,3 +208,33 @@ def test_networks_start_alike_with_all_norms(tmp_path):
     assert [one["norms"] for one in saved] == list(networks.NORMS)
     ours, theirs = (one["loss"] for one in saved)
     assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_methods_are_measured_beside_flax(tmp_path, monkeypatch, capsys):
+    """Every row of the benchmark is a method that trains; files and tables agree."""
+    monkeypatch.setattr(methods, "SHAPE", (4, 4, 4, 64))
+    monkeypatch.setattr("benchmarks.timing.ROTATED_BYTES", 1)
+    names = ["group, 32", "batch, relu", "EvoNorm B0"]
+    options = ["--dtypes", "bfloat16", "--rounds", "1", "--seconds", "0"]
+    assert methods.main([*options, "--methods", *names, "--output", str(tmp_path)]) == 0
+    saved = json.loads((tmp_path / "methods.json").read_text())
+    results = [methods.Result(**result) for result in saved["results"]]
+    assert [result.name for result in results] == [methods.FLAX, *names]
+    for result in results:
+        flax = np.array(results[0].seconds["step"])
+        assert result.ratio["step"] == np.median(np.array(result.seconds["step"]) / flax)
+        assert result.kept >= 1
+        assert f"| {' | '.join(methods.cells(result))} |" in (tmp_path / "methods.md").read_text()
+    assert "EvoNorm B0" in capsys.readouterr().out
+    assert (tmp_path / "methods.png").read_bytes().startswith(PNG)
+
+
+def test_every_method_is_in_the_benchmark():
+    """But for those that work on a layer in front or need labels."""
+    measured = {repr(row.method).split("(")[0] for row in methods.ROWS.values()}
+    others = {"cross_iteration_norm", "moving_average_norm", "domain_batch_norm"}
+    rules = {
+        name for name in dir(jaxnorm_methods) if isinstance(getattr(jaxnorm_methods, name), type)
+    }
+    rules = {name for name in rules if name.islower()}
+    assert rules - others <= measured
