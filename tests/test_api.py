@@ -222,8 +222,9 @@ def uses(module, other):
 
 CORE = (
     "checks", "axes", "blocks", "equations", "picture", "groups", "devices", "meshes", "arithmetic",
-    "shared", "xla", "paired", "platforms", "mean_var", "moments", "pooling", "standardize",
-    "normalize", "ghosts", "divisor", "state", "running", "averages", "boundary", "sync",
+    "shared", "xla", "paired", "platforms", "mean_var", "moments", "pooling", "traced",
+    "standardize", "normalize", "ghosts", "divisor", "state", "running", "averages", "boundary",
+    "sync",
 )  # fmt: skip
 ABOVE = (
     "_population", "inference", "kernels",

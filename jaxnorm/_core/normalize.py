@@ -18,7 +18,8 @@ from jaxnorm._core.devices import AxisName, DeviceGroups, varying_like
 from jaxnorm._core.groups import Specification, check_divides
 from jaxnorm._core.moments import Moments, as_weights, check_moments, inexact, moments
 from jaxnorm._core.shared import own_and_wide, shared
-from jaxnorm._core.standardize import Result, standardized, traced
+from jaxnorm._core.standardize import Result, standardized
+from jaxnorm._core.traced import traced
 
 
 def normalize(
@@ -33,6 +34,7 @@ def normalize(
     dtype: DTypeLike | None = None,
     batch_axis: int = 0,
     channel_axis: int | Sequence[int] = -1,
+    centered: bool = True,
 ) -> jax.Array:
     """Standardize x with given moments, then scale and shift it.
 
@@ -60,6 +62,7 @@ def normalize(
         batch_axis: axis of the examples, for scale and bias of shape (N, C).
         channel_axis: axis of the channels, -1 for NHWC, 1 for NCHW; a tuple gives scale and bias
             those axes' sizes.
+        centered: False leaves out the mean, where it is known to be 0.
 
     Returns:
         y, of x's shape.
@@ -91,7 +94,8 @@ def normalize(
     var = var.astype(statistic_dtype(x.dtype, real=True))
     v = var + jnp.asarray(epsilon, var.dtype)
     w = None if weights is None else as_weights(weights, x)
-    arguments = (x, wide, w, mean.astype(statistic_dtype(x.dtype)), v, g, b)
+    mean = mean.astype(statistic_dtype(x.dtype)) if centered else None
+    arguments = (x, wide, w, mean, v, g, b)
     out = jnp.dtype(x.dtype if dtype is None else dtype)
     if activation is None:
         return standardized(Result(out, None, False), *arguments)
@@ -241,5 +245,6 @@ def norm(
         dtype=dtype,
         batch_axis=batch_axis,
         channel_axis=channel_axis,
+        centered=mean is None and getattr(groups, "mean", None) is None,
     )
     return y, m

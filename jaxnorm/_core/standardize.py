@@ -4,8 +4,6 @@ Each statistic is spread to the elements on small arrays first; then one pass ov
 and whatever function of the result follows.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from jaxnorm._core.arithmetic import counts, statistic_dtype
 from jaxnorm._core.axes import Shape
 from jaxnorm._core.platforms import Platform, by_platform
+from jaxnorm._core.traced import Traced
 from jaxnorm._core.xla import barrier, kept_small
 
 
@@ -37,26 +35,6 @@ def _(primals, tangents):
     return a, -0.5 * a * (tangents[0] / primals[0])
 
 
-@dataclasses.dataclass(frozen=True)
-class Traced:
-    """A function of arrays, equal to another if both compute the same, so that jit knows it again.
-
-    Every call of a layer may define its activation anew.
-    """
-
-    jaxpr: Jaxpr = dataclasses.field(compare=False)  # of consts and arguments
-    text: str
-
-    def __call__(self, y: jax.Array, *consts: jax.Array) -> jax.Array:
-        return jaxpr_as_fun(ClosedJaxpr(self.jaxpr, consts))(y)[0]
-
-
-def traced(f: Callable[[jax.Array], jax.Array], y: jax.Array) -> tuple[Traced, Sequence[jax.Array]]:
-    """A function (y, *arrays) that is f, and the arrays that f is closed over."""
-    closed = jax.make_jaxpr(lambda y: f(y))(y)  # JAX would remember what f itself was closed over
-    return Traced(closed.jaxpr, str(closed.jaxpr)), closed.consts
-
-
 class Result(NamedTuple):
     """What is known of the result when the program is traced."""
 
@@ -66,15 +44,15 @@ class Result(NamedTuple):
 
 
 def _coefficients(
-    p: Platform, shape: Shape, mean: jax.Array, v: jax.Array, g: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    p: Platform, shape: Shape, mean: jax.Array | None, v: jax.Array, g: jax.Array | None
+) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
     """s, a and g, spread over the groups of every axis that is split.
 
-    g is None where a carries it.
+    s is None where the mean is 0, g where a carries it.
     """
-    s, a = mean, inverse_root(v).astype(mean.dtype)
-    if any(k not in (1, n) for t in (s, a) for n, k in zip(shape, t.shape, strict=True)):
-        s, a = (p.to_channels(t, shape) for t in (s, a))
+    s, a = mean, inverse_root(v)
+    if any(k not in (1, n) for n, k in zip(shape, a.shape, strict=True)):
+        s, a = None if s is None else p.to_channels(s, shape), p.to_channels(a, shape)
     if g is not None and any(
         p == q == 1 != n for p, q, n in zip(a.shape, g.shape, shape, strict=True)
     ):
@@ -84,7 +62,7 @@ def _coefficients(
 
 def _affine(x, seen, s, a, g, b):
     """(x - s) a g + b for x in the dtype of the statistics. Where x was not seen, x - s is 0."""
-    y = _scaled(_masked(x - s, seen) * a, g)
+    y = _scaled(_shifted(x, seen, s) * a, g)
     return y if b is None else y + b
 
 
@@ -101,7 +79,7 @@ def standardized(
     x: jax.Array,
     wide: jax.Array | None,
     w: jax.Array | None,
-    mean: jax.Array,
+    mean: jax.Array | None,
     v: jax.Array,
     g: jax.Array | None,
     b: jax.Array | None,
@@ -191,11 +169,15 @@ def _masked(t, seen):
     return t if seen is None else jnp.where(seen, t, 0)
 
 
+def _shifted(x, seen, s):
+    return _masked(x if s is None else x - s, seen)
+
+
 _OF_AFFINE = (
     lambda t, x, seen, s, a, g: _scaled(_masked(t, seen) * a, g),
-    lambda t, x, seen, s, a, g: _scaled(_masked(x - s, seen), g) * t,
+    lambda t, x, seen, s, a, g: _scaled(_shifted(x, seen, s), g) * t,
     lambda t, x, seen, s, a, g: _masked(_scaled(-a * t, g), seen),
-    lambda t, x, seen, s, a, g: _masked(x - s, seen) * a * t,
+    lambda t, x, seen, s, a, g: _shifted(x, seen, s) * a * t,
     lambda t, x, seen, s, a, g: t,
 )
 """The derivative of `_affine` along x, a, s, g and b. XLA:CPU stores products that two of them

@@ -167,4 +167,4 @@ def _instead(f: Callable[[jax.Array], jax.Array], x: jax.Array, options: Options
         "bias": None,
         "activation": lambda x: after(f(x) * scale + bias),
     }  # type: ignore[assignment]
-    return applied(x, Moments(one, jnp.zeros_like(one), one), 0.0, **scaled)
+    return applied(x, Moments(one, jnp.zeros_like(one), one), 0.0, centered=False, **scaled)

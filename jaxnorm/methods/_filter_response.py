@@ -118,7 +118,8 @@ class filter_response_norm(Method):
                 return after(jnp.maximum(y, floor if steep is None else floor + steep * y))
 
             options["activation"] = thresholded
-        return applied(x, measured(x, instance_rms_norm(), **options), epsilon, **options), state
+        m = measured(x, instance_rms_norm(), **options)
+        return applied(x, m, epsilon, centered=False, **options), state
 
 
 def thresholded_linear_unit(

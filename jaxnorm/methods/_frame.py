@@ -72,13 +72,21 @@ def pooled(m: Moments, groups: Specification, **options: Unpack[Options]) -> Mom
     return pool(m, groups, **taken_by(pool, options))
 
 
-def applied(x: jax.Array, m: Moments, epsilon: float, **options: Unpack[Options]) -> jax.Array:
+def applied(
+    x: jax.Array,
+    m: Moments,
+    epsilon: float,
+    *,
+    centered: bool = True,
+    **options: Unpack[Options],
+) -> jax.Array:
     """`normalize` x in a rule, with those of its options that concern it.
 
     Args:
         x: as the rule got it, or what was made of it.
         m: moments whose shape divides x's.
         epsilon: added to the variance, in the unit of x squared.
+        centered: False, where the mean is known to be 0, leaves it out.
         **options: of `Method.apply`.
 
     Returns:
@@ -89,7 +97,7 @@ def applied(x: jax.Array, m: Moments, epsilon: float, **options: Unpack[Options]
         >>> applied(jnp.array([[1.0, 3.0]]), m, 0.0, bias=jnp.ones(2), axis_name=None).tolist()
         [[0.0, 2.0]]
     """
-    return normalize(x, m, epsilon=epsilon, **taken_by(normalize, options))
+    return normalize(x, m, epsilon=epsilon, centered=centered, **taken_by(normalize, options))
 
 
 def taken_by(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

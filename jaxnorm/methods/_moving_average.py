@@ -195,7 +195,9 @@ class moving_average_norm(Method):
         divided: jax.Array = _corrected(
             square_and_tap, var / jnp.square(r), var, past / parts, share, count
         )
-        y = applied(x, Moments(m.count, jnp.zeros_like(running), divided), 0.0, **options)
+        y = applied(
+            x, Moments(m.count, jnp.zeros_like(running), divided), 0.0, centered=False, **options
+        )
         new = averages(state, m, momentum, mean_square=square)
         new |= {"past_mean_square": squares, "past_gradient": gradients}
         return y, new | {"step": lax.stop_gradient(step)}

@@ -116,7 +116,9 @@ class proxy_norm(Method):
 
         a = lax.rsqrt(var + self.proxy_epsilon)
         options["activation"] = lambda y: (activation(y) - mean) * a
-        return applied(x, measured(x, self.method, **options), self.epsilon, **options), state
+        m = measured(x, self.method, **options)
+        centered = self.method.mean is None
+        return applied(x, m, self.epsilon, centered=centered, **options), state
 
 
 @functools.cache

@@ -179,7 +179,7 @@ class Row(Method):
         axes = axes_in(options)
         if not self.remembers:
             m = measured(x, self, two_pass=self.two_pass, **options)
-            return applied(x, m, self.epsilon, **options), state
+            return applied(x, m, self.epsilon, centered=self.mean is None, **options), state
         if not train:
             used, weight = self._of_inference(state, x.shape, axes), example_weight
             if isinstance(weight, str) and weight == "share":
@@ -187,7 +187,7 @@ class Row(Method):
             if not isinstance(weight, int | float) or weight != 0:
                 more: Any = {"example_weight": weight, **taken_by(weigh_example, options)}
                 used = weigh_example(x, used, self, **more)
-            return applied(x, used, self.epsilon, **options), state
+            return applied(x, used, self.epsilon, centered=self.mean is None, **options), state
         center, sets = self._serving(state, x.shape, axes).mean, self
         if self.running is not None:  # in each ghost batch
             sets = Row(dataclasses.replace(self.running, batch=self._batch), self.mean)
@@ -195,7 +195,7 @@ class Row(Method):
         used = batch
         if self.running is not None:  # synchronized already
             used = pooled(batch, self.shape(x.shape, **axes), **per_device(options))
-        return applied(x, used, self.epsilon, **options), updated(
+        return applied(x, used, self.epsilon, centered=self.mean is None, **options), updated(
             state,
             batch,
             momentum=momentum,
