@@ -45,7 +45,7 @@ SAMPLED = {
     )
 }  # fmt: skip
 """Tests of many cases, each of which compiles: the default run takes one in three of the cases of
-a test, and the slow run the others."""
+a test, the slow run another, and the run of the rest the last."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -54,8 +54,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         many = cases[item.nodeid.split("[")[0]] >= 3 and item.path.name in SAMPLED
         # By a hash of its name, so that no parameter has one value in all of a part.
-        if many and zlib.crc32(item.nodeid.encode()) % 3:
-            item.add_marker(pytest.mark.slow)
+        part = zlib.crc32(item.nodeid.encode()) % 3 if many else 0
+        if part:
+            item.add_marker(pytest.mark.slow if part == 1 else pytest.mark.rest)
 
 
 def pytest_addoption(parser):
