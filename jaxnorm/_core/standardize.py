@@ -13,7 +13,6 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxnorm._core.arithmetic import counts, statistic_dtype
-from jaxnorm._core.axes import Shape
 from jaxnorm._core.platforms import Platform, by_platform
 from jaxnorm._core.traced import Traced
 from jaxnorm._core.xla import barrier, kept_small
@@ -44,13 +43,13 @@ class Result(NamedTuple):
 
 
 def _coefficients(
-    p: Platform, shape: Shape, mean: jax.Array | None, v: jax.Array, g: jax.Array | None
+    p: Platform, x: jax.Array, mean: jax.Array | None, v: jax.Array, g: jax.Array | None
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
     """s, a and g, spread over the groups of every axis that is split.
 
     s is None where the mean is 0, g where a carries it.
     """
-    s, a = mean, inverse_root(v)
+    shape, s, a = x.shape, mean, inverse_root(v).astype(statistic_dtype(x.dtype))
     if any(k not in (1, n) for n, k in zip(shape, a.shape, strict=True)):
         s, a = None if s is None else p.to_channels(s, shape), p.to_channels(a, shape)
     if g is not None and any(
@@ -93,7 +92,7 @@ def standardized(
 
 
 def _pass(result, p, x, w, mean, v, g, b, *rest):
-    s, a, g = _coefficients(p, x.shape, mean, v, g)
+    s, a, g = _coefficients(p, x, mean, v, g)
     # Rows of channels with a scale go on from their statistics in one kernel on a GPU, which a
     # barrier would break in two. Everywhere else the pass must not be joined with what made s and
     # a: XLA would make them again for every element.
@@ -103,7 +102,7 @@ def _pass(result, p, x, w, mean, v, g, b, *rest):
     return (y if result.after is None else result.after(y, *rest)).astype(result.dtype)
 
 
-def _coefficients_along(p, shape, primals, tangents):
+def _coefficients_along(p, x, primals, tangents):
     """`_coefficients`, and their derivative along the tangents that are there.
 
     It is None where there is none.
@@ -112,7 +111,7 @@ def _coefficients_along(p, shape, primals, tangents):
 
     def f(*ts):
         return _coefficients(
-            p, shape, *(ts[live.index(i)] if i in live else t for i, t in enumerate(primals))
+            p, x, *(ts[live.index(i)] if i in live else t for i, t in enumerate(primals))
         )
 
     if not live:
@@ -138,7 +137,7 @@ def _along(result, p, tangents, x, w, mean, v, g, b, *rest):
     closed form. Reverse mode keeps x and the statistics, from which s and a are made again.
     """
     dx, dmean, dv, dg, db, *drest = tangents
-    (s, a, g), (ds, da, dg) = _coefficients_along(p, x.shape, (mean, v, g), (dmean, dv, dg))
+    (s, a, g), (ds, da, dg) = _coefficients_along(p, x, (mean, v, g), (dmean, dv, dg))
     # The gradient by s is -a g times the sum of the cotangent, that by b the sum itself. Where a
     # carries g and nothing is masked, one sum therefore serves both.
     if g is None and w is None and ds is not None:
