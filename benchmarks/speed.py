@@ -48,7 +48,8 @@ from benchmarks.timing import (
     restart_with_environment,
 )
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
+"""The last is measured on request: few libraries are made for it on a CPU."""
 
 KINDS = ("forward", "step")
 """Of the layer alone, in training; a step is forward and backward."""
@@ -589,7 +590,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtypes",
         nargs="+",
         choices=DTYPES,
-        default=list(DTYPES),
+        default=list(DTYPES[:2]),
         metavar="DTYPE",
         help=f"some of {', '.join(DTYPES)}",
     )

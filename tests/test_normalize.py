@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from helpers import data
 
 from jaxnorm import (
     EACH,
@@ -263,3 +264,60 @@ def test_groups_of_the_core_may_be_a_shape_a_groups_or_a_method():
     f = jax.jit(norm, static_argnums=1)
     results = [f(x, g)[0] for g in ((4, 1, 1, 3), Groups(EACH, 1, 3), methods.group_norm(3))]
     assert all((y == results[0]).all() for y in results)
+
+
+SLOPES = np.linspace(0.5, 1, 18, dtype="f4").reshape(1, 1, 3, 6)
+ACTIVATIONS = {
+    "gated": lambda y: jax.nn.glu(y),  # half as many channels
+    "of another dtype": lambda y: y.astype(jnp.bfloat16),
+    "over channels": lambda y: jax.nn.softmax(y),
+    "with an array": lambda y: y * SLOPES,
+    "residual": lambda y: jnp.maximum(y + jnp.ones_like(y), 0.1),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("jitted", (False, True))
+def test_any_function_follows(name, jitted):
+    """It is part of the pass; its result may have another shape."""
+    activation = ACTIVATIONS[name]
+    x, g = data(4, 4, 3, 6).astype("f4"), jnp.linspace(0.5, 2, 6)
+
+    def f(x, g):
+        return norm(x, methods.group_norm(2), scale=g, activation=activation, dtype=jnp.float32)[0]
+
+    def apart(x, g):
+        return activation(norm(x, methods.group_norm(2), scale=g)[0]).astype(jnp.float32)
+
+    y, back = jax.vjp(jax.jit(f) if jitted else f, x, g)
+    wanted, back_apart = jax.vjp(apart, x, g)
+    assert f(x, g).dtype == y.dtype == jnp.float32
+    np.testing.assert_allclose(f(x, g), wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    atol = 3e-2 if "dtype" in name else 1e-4
+    for got, want in zip(back(jnp.cos(y)), back_apart(jnp.cos(y)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+@pytest.mark.parametrize("activation", (jax.nn.silu, jax.nn.gelu))
+def test_an_activation_is_applied_before_the_result_is_rounded(activation, dtype):
+    """Which is closer to float64 than to round first, in values and gradients."""
+    x, ct = data(4, 8, 8, 6).astype(dtype), data(4, 8, 8, 6, seed=1).astype(dtype)
+
+    def fused(x):
+        return norm(x, methods.group_norm(2), activation=activation)[0]
+
+    def rounded(x):
+        return activation(norm(x, methods.group_norm(2))[0])
+
+    with jax.enable_x64(True):
+        y, back = jax.vjp(rounded, jnp.asarray(x.astype("f8")))
+        exact, dx = np.asarray(y), np.asarray(back(jnp.asarray(ct.astype("f8")))[0])
+    errors = []
+    for f in (fused, rounded):
+        y, back = jax.vjp(f, jnp.asarray(x))
+        of_x = back(jnp.asarray(ct))[0]
+        errors.append([np.abs(np.asarray(a, "f8") - b).mean() for a, b in ((y, exact), (of_x, dx))])
+    assert errors[0][0] < 0.8 * errors[1][0]
+    assert errors[0][1] <= errors[1][1]

@@ -46,6 +46,31 @@ def calls():
         lambda: jax.grad(lambda x: batch.apply(state, x, mutable="batch_stats")[0].sum())(x),
     )
 
+    def by(activation):
+        return norm(x, methods.group_norm(2), activation=activation)[0]
+
+    yield "activation", lambda: by(jax.nn.silu)
+    yield "frn", lambda: methods.filter_response_norm().apply(x, {}, train=True)
+
+
+def test_activations_that_compute_the_same_are_one_program(compilations):
+    """Each call may define its own, and each has the values that it then reads."""
+    x, slope = jax.random.normal(jax.random.key(0), (4, 3, 3, 8)), [2.0]
+
+    def step():
+        def loss(x):
+            y = norm(x, methods.batch_norm(), activation=lambda y: y * slope[0])[0]
+            return y[0].sum()
+
+        return jax.grad(loss)(x)
+
+    first = step()
+    compilations.clear()
+    np.testing.assert_array_equal(step(), first)
+    assert compilations == []
+    slope[0] = 3.0
+    np.testing.assert_allclose(step(), 1.5 * first, rtol=1e-4, atol=1e-6)
+
 
 def test_the_second_call_outside_of_jit_compiles_nothing(compilations):
     for name, call in calls():

@@ -175,9 +175,9 @@ def _shifted(x, seen, s):
 _OF_AFFINE = (
     lambda t, x, seen, s, a, g: _scaled(_masked(t, seen) * a, g),
     lambda t, x, seen, s, a, g: _scaled(_shifted(x, seen, s), g) * t,
-    lambda t, x, seen, s, a, g: _masked(_scaled(-a * t, g), seen),
+    lambda t, x, seen, s, a, g: _masked(jnp.broadcast_to(_scaled(-a * t, g), x.shape), seen),
     lambda t, x, seen, s, a, g: _shifted(x, seen, s) * a * t,
-    lambda t, x, seen, s, a, g: t,
+    lambda t, x, seen, s, a, g: jnp.broadcast_to(t, x.shape),
 )
 """The derivative of `_affine` along x, a, s, g and b. XLA:CPU stores products that two of them
 share, so t comes last where it can."""
@@ -219,7 +219,7 @@ def _sum_of_passes(p, dtype, read, derivatives, source, small, tangents):
             else:
                 along = p.spread_all(along, x.shape)
         parts = [derivatives[i](t, x, seen, *small) for i, t in zip(ids, along, strict=True)]
-        term = p.as_result(jnp.broadcast_to(sum(parts[1:], parts[0]), x.shape), dtype)
+        term = p.as_result(sum(parts[1:], parts[0]), dtype)
         # On a CPU every pass reads an alias of its own, made after the pass before: otherwise XLA
         # stores a float32 copy of x that several share. The tangents are tied apart from x,
         # because JAX takes whatever is tied to a tangent for linear, too.
