@@ -41,11 +41,12 @@ SAMPLED = {
         "cross_iteration", "devices", "equations", "every_layer", "every_method",
         "explicit_meshes", "flax_differences", "flax_parity", "folding", "group_plus", "identities",
         "inference", "laws", "layers", "linen", "loops", "memory", "methods", "moments",
-        "moving_average", "nnx", "normalize", "rounding", "running", "switchable", "transforms",
+        "moving_average", "nnx", "normalize", "passes", "rounding", "running", "switchable",
+        "transforms",
     )
 }  # fmt: skip
-"""Tests of many cases, each of which compiles: the default run takes one in three of the cases of
-a test, the slow run another, and the run of the rest the last."""
+"""Tests of many cases, each of which compiles: of the cases of a test the default run takes one in
+five, the slow run two, and the run of the rest the others."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -54,9 +55,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         many = cases[item.nodeid.split("[")[0]] >= 3 and item.path.name in SAMPLED
         # By a hash of its name, so that no parameter has one value in all of a part.
-        part = zlib.crc32(item.nodeid.encode()) % 3 if many else 0
+        part = zlib.crc32(item.nodeid.encode()) % 5 if many else 0
         if part:
-            item.add_marker(pytest.mark.slow if part == 1 else pytest.mark.rest)
+            item.add_marker(pytest.mark.slow if part < 3 else pytest.mark.rest)
 
 
 def pytest_addoption(parser):
