@@ -267,7 +267,23 @@ def test_groups_of_the_core_may_be_a_shape_a_groups_or_a_method():
 
 
 SLOPES = np.linspace(0.5, 1, 18, dtype="f4").reshape(1, 1, 3, 6)
+KERNEL = np.random.default_rng(3).normal(size=(1, 1, 6, 6)).astype("f4")
+WEIGHT = np.linspace(0.5, 2, 6, dtype="f4").reshape(1, 1, 1, 6)
+
+
+@jax.custom_vjp
+def straight_through(y):
+    return jnp.sign(y)
+
+
+straight_through.defvjp(lambda y: (jnp.sign(y), None), lambda _, ct: (ct,))
+
 ACTIVATIONS = {
+    "a rule of its own": straight_through,
+    "normalized weights": lambda y: y * WEIGHT / np.sqrt((WEIGHT**2).sum()),
+    "a convolution": lambda y: jax.lax.conv_general_dilated(
+        y.astype(jnp.float32), KERNEL, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    ),
     "gated": lambda y: jax.nn.glu(y),  # half as many channels
     "of another dtype": lambda y: y.astype(jnp.bfloat16),
     "over channels": lambda y: jax.nn.softmax(y),
@@ -321,3 +337,35 @@ def test_an_activation_is_applied_before_the_result_is_rounded(activation, dtype
         errors.append([np.abs(np.asarray(a, "f8") - b).mean() for a, b in ((y, exact), (of_x, dx))])
     assert errors[0][0] < 0.8 * errors[1][0]
     assert errors[0][1] <= errors[1][1]
+
+
+def test_gradients_of_what_an_activation_uses():
+    """Arrays may enter it in any way, not only element by element, and in other dtypes."""
+    x, w = data(4, 4, 3, 6).astype("f4"), jnp.asarray(WEIGHT)
+    uses = {
+        "norm": lambda y, w: y * w / jnp.sqrt((w**2).sum()),
+        "softmax": lambda y, w: y * jax.nn.softmax(w, axis=None),
+        "half": lambda y, w: y * w.astype(jnp.bfloat16).astype(jnp.float32),
+        "repeated": lambda y, w: y * jnp.repeat(w, 4, 0),
+    }
+    for name, use in uses.items():
+
+        def fused(x, w, use=use):
+            return norm(x, methods.group_norm(2), activation=lambda y: use(y, w))[0]
+
+        def apart(x, w, use=use):
+            return use(norm(x, methods.group_norm(2))[0], w)
+
+        for wrap in (lambda f: f, jax.jit):
+            got, wanted = (jax.vjp(wrap(f), x, w)[1](jnp.cos(x)) for f in (fused, apart))
+            for a, b in zip(got, wanted, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=name)
+    second = [
+        jax.jvp(jax.grad(lambda x, f=f: (f(x, w) ** 2).sum()), (x,), (x,))[1]
+        for f in (fused, apart)
+    ]
+    np.testing.assert_allclose(*second, rtol=1e-3, atol=1e-3)
+
+
+def test_no_examples_of_many_channels():
+    assert norm(jnp.ones((0, 2**14)), methods.batch_norm())[0].shape == (0, 2**14)

@@ -53,8 +53,8 @@ def calls():
     yield "frn", lambda: methods.filter_response_norm().apply(x, {}, train=True)
 
 
-def test_activations_that_compute_the_same_are_one_program(compilations):
-    """Each call may define its own, and each has the values that it then reads."""
+def test_an_activation_has_the_values_that_it_reads_at_the_time():
+    """Nothing of an earlier call is remembered with it."""
     x, slope = jax.random.normal(jax.random.key(0), (4, 3, 3, 8)), [2.0]
 
     def step():
@@ -65,9 +65,6 @@ def test_activations_that_compute_the_same_are_one_program(compilations):
         return jax.grad(loss)(x)
 
     first = step()
-    compilations.clear()
-    np.testing.assert_array_equal(step(), first)
-    assert compilations == []
     slope[0] = 3.0
     np.testing.assert_allclose(step(), 1.5 * first, rtol=1e-4, atol=1e-6)
 

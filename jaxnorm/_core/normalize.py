@@ -8,7 +8,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
@@ -17,9 +16,9 @@ from jaxnorm._core.checks import check_epsilon
 from jaxnorm._core.devices import AxisName, DeviceGroups, varying_like
 from jaxnorm._core.groups import Specification, check_divides
 from jaxnorm._core.moments import Moments, as_weights, check_moments, inexact, moments
+from jaxnorm._core.platforms import stored_in_reverse
 from jaxnorm._core.shared import own_and_wide, shared
 from jaxnorm._core.standardize import Result, standardized
-from jaxnorm._core.traced import traced
 
 
 def normalize(
@@ -35,6 +34,8 @@ def normalize(
     batch_axis: int = 0,
     channel_axis: int | Sequence[int] = -1,
     centered: bool = True,
+    after: Callable[..., jax.Array] | None = None,
+    arrays: Sequence[jax.Array] = (),
 ) -> jax.Array:
     """Standardize x with given moments, then scale and shift it.
 
@@ -63,6 +64,10 @@ def normalize(
         channel_axis: axis of the channels, -1 for NHWC, 1 for NCHW; a tuple gives scale and bias
             those axes' sizes.
         centered: False leaves out the mean, where it is known to be 0.
+        after: (y, *arrays) -> what becomes of y in the same pass, before the activation. A function
+            of a module, real, and element by element: of arrays of x's rank and the dtype of the
+            statistics it uses for an element what broadcasts there.
+        arrays: of `after`.
 
     Returns:
         y, of x's shape.
@@ -98,15 +103,13 @@ def normalize(
     arguments = (x, wide, w, mean, v, g, b)
     out = jnp.dtype(x.dtype if dtype is None else dtype)
     if activation is None:
-        return standardized(Result(out, None, False), *arguments)
-    wide_dtype = jnp.dtype(statistic_dtype(x.dtype))
-    if not any(isinstance(t, Tracer) for t in jax.tree.leaves(arguments)):
-        return activation(standardized(Result(wide_dtype, None, False), *arguments)).astype(out)
-    y = x.astype(wide_dtype)  # only its type is used
-    for t in jax.tree.leaves((mean, v, g, b, w)):
-        y = varying_like(y, t)
-    after, arrays = traced(activation, y)
-    return standardized(Result(out, after, False), *arguments, *arrays)
+        return standardized(Result(out, after, False), *arguments, *arrays)
+    wide_result = Result(jnp.dtype(statistic_dtype(x.dtype)), after, False)
+
+    def activated(*args):
+        return activation(stored_in_reverse(standardized(wide_result, *args))).astype(out)
+
+    return jax.checkpoint(activated, prevent_cse=False)(*arguments, *arrays)
 
 
 def _check_holds(mean: jax.Array, x: jax.Array, dtype: DTypeLike | None) -> None:

@@ -30,9 +30,10 @@ Steps = list[tuple[int, int]]
 def complex_steps(shape: Shape, sums: Shape) -> Steps:
     """The axes along which elements are added as complex numbers, and how many at a time.
 
-    None, where no axis but the last is summed whole, or none is divisible.
+    There are none where no axis but the last is summed whole, or none is divisible.
     """
-    if not all(isinstance(n, int) for n in shape):  # jax.export makes them symbolic
+    symbolic = not all(isinstance(n, int) for n in shape)  # jax.export
+    if symbolic or 0 in shape:
         return []
     steps: Steps = []
     sizes = list(shape)

@@ -4,6 +4,7 @@ Each statistic is spread to the elements on small arrays first; then one pass ov
 and whatever function of the result follows.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +15,6 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxnorm._core.arithmetic import counts, statistic_dtype
 from jaxnorm._core.platforms import Platform, by_platform
-from jaxnorm._core.traced import Traced
 from jaxnorm._core.xla import barrier, kept_small
 
 
@@ -38,8 +38,10 @@ class Result(NamedTuple):
     """What is known of the result when the program is traced."""
 
     dtype: jnp.dtype
-    after: Traced | None  # what becomes of y, in the same pass
-    kept: bool  # for the backward pass
+    after: Callable[..., jax.Array] | None
+    """(y, *arrays) -> what becomes of y, element by element, in the same pass."""
+    kept: bool
+    """For the backward pass."""
 
 
 def _coefficients(
@@ -147,7 +149,9 @@ def _along(result, p, tangents, x, w, mean, v, g, b, *rest):
     def read(x):
         return _wide_and_seen(x, w)
 
-    dy = _sum_of_passes(p, result.dtype, read, _OF_AFFINE, (x,), (s, a, g), (dx, da, ds, dg, db))
+    # What is added up within is rounded once, at the end.
+    dtype = result.dtype if result.after is None else statistic_dtype(x.dtype)
+    dy = _sum_of_passes(p, dtype, read, _OF_AFFINE, (x,), (s, a, g), (dx, da, ds, dg, db))
     if result.after is None:
         return dy
 
@@ -214,8 +218,10 @@ def _sum_of_passes(p, dtype, read, derivatives, source, small, tangents):
             # over the cotangent is taken in two: at channel resolution, and over groups.
             joint = jnp.broadcast_shapes(*(t.shape for t in along))
             along = [jnp.broadcast_to(t, joint) for t in along]
-            if len(ids) == 1 and derivatives is not _OF_AFFINE and p.pairs(x.shape, joint):
-                along = p.spread_all([*along, 0 * along[0]], x.shape)[:1]  # takes in any function
+            # A pair with nothing takes in any function, where an ordinary sum reads a stored array.
+            alone = len(ids) == 1 and derivatives is not _OF_AFFINE
+            if alone and not jnp.iscomplexobj(along[0]) and p.pairs(x.shape, joint):
+                along = p.spread_all([*along, 0 * along[0]], x.shape)[:1]
             else:
                 along = p.spread_all(along, x.shape)
         parts = [derivatives[i](t, x, seen, *small) for i, t in zip(ids, along, strict=True)]

@@ -3,7 +3,7 @@
 x is not centered.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Unpack
 
 import jax
@@ -93,8 +93,11 @@ class evonorm_b0(Method):
             var, state = m.var, averages(state, m, momentum, var=m.var)
 
         std, own_std = (jnp.sqrt(t + self.epsilon) for t in (var, own.var))
-        slope = parameter(v, "v", x, options)
-        return _instead(lambda x: x / jnp.maximum(std, slope * x + own_std), x, options), state
+        return _instead(_divided, x, (std, own_std, parameter(v, "v", x, options)), options), state
+
+
+def _divided(x, std, own_std, v, scale, bias):
+    return x / jnp.maximum(std, v * x + own_std) * scale + bias
 
 
 @as_value
@@ -147,24 +150,23 @@ class evonorm_s0(Method):
         m = measured(x, group_norm(self.num_groups), **options)
 
         a = spread_to_channels(jax.lax.rsqrt(m.var + self.epsilon), x.shape)
-        slope = parameter(v, "v", x, options)
-        return _instead(lambda x: x * jax.nn.sigmoid(slope * x) * a, x, options), state
+        return _instead(_gated, x, (a, parameter(v, "v", x, options)), options), state
 
 
-def _instead(f: Callable[[jax.Array], jax.Array], x: jax.Array, options: Options) -> jax.Array:
-    """f(x) * scale + bias, as what follows a normalization that leaves x as it is."""
-    scale, bias = (
-        jnp.asarray(first) if t is None else parameter(t, name, x, options)
-        for name, t, first in (
-            ("scale", options.get("scale"), 1.0),
-            ("bias", options.get("bias"), 0.0),
-        )
-    )
-    after = options.get("activation") or (lambda y: y)
+def _gated(x, a, v, scale, bias):
+    return x * jax.nn.sigmoid(v * x) * a * scale + bias
+
+
+def _instead(f, x: jax.Array, arrays: Sequence[jax.Array], options: Options) -> jax.Array:
+    """f(x, *arrays, scale, bias), after a normalization that leaves x as it is."""
     one = jnp.ones((1,) * x.ndim, statistic_dtype(x.dtype))
-    scaled: Options = options | {
-        "scale": None,
-        "bias": None,
-        "activation": lambda x: after(f(x) * scale + bias),
-    }  # type: ignore[assignment]
-    return applied(x, Moments(one, jnp.zeros_like(one), one), 0.0, centered=False, **scaled)
+    affine = [
+        first if t is None else parameter(t, name, x, options)
+        for name, t, first in (
+            ("scale", options.get("scale"), one),
+            ("bias", options.get("bias"), jnp.zeros_like(one)),
+        )
+    ]
+    plain: Options = options | {"scale": None, "bias": None}  # type: ignore[assignment]
+    m = Moments(one, jnp.zeros_like(one), one)
+    return applied(x, m, 0.0, centered=False, after=f, arrays=[*arrays, *affine], **plain)

@@ -109,17 +109,16 @@ class filter_response_norm(Method):
             check_number(learned_epsilon, "learned_epsilon")
             learned = jnp.abs(jnp.asarray(learned_epsilon, wide))
             epsilon = learned + jnp.asarray(epsilon, wide)
-        if threshold is not None:
-            after = options.get("activation") or (lambda y: y)
-            floor = parameter(threshold, "threshold", x, options)
-            steep = None if slope is None else parameter(slope, "slope", x, options)
-
-            def thresholded(y: jax.Array) -> jax.Array:
-                return after(jnp.maximum(y, floor if steep is None else floor + steep * y))
-
-            options["activation"] = thresholded
+        after = None if threshold is None else _thresholded
+        units = {"threshold": threshold, "slope": slope}
+        arrays = [parameter(t, name, x, options) for name, t in units.items() if t is not None]
         m = measured(x, instance_rms_norm(), **options)
-        return applied(x, m, epsilon, centered=False, **options), state
+        y = applied(x, m, epsilon, centered=False, after=after, arrays=arrays, **options)
+        return y, state
+
+
+def _thresholded(y: jax.Array, threshold: jax.Array, slope: float | jax.Array = 0.0) -> jax.Array:
+    return jnp.maximum(y, threshold + slope * y)
 
 
 def thresholded_linear_unit(

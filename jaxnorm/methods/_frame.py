@@ -7,7 +7,7 @@ schedules enter as numbers or traced scalars.
 State is a dict of arrays of fixed shapes, float32, with the channels last.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -78,6 +78,8 @@ def applied(
     epsilon: float,
     *,
     centered: bool = True,
+    after: Callable[..., jax.Array] | None = None,
+    arrays: Sequence[jax.Array] = (),
     **options: Unpack[Options],
 ) -> jax.Array:
     """`normalize` x in a rule, with those of its options that concern it.
@@ -87,6 +89,8 @@ def applied(
         m: moments whose shape divides x's.
         epsilon: added to the variance, in the unit of x squared.
         centered: False, where the mean is known to be 0, leaves it out.
+        after: what becomes of y in the same pass, see `normalize`.
+        arrays: of `after`.
         **options: of `Method.apply`.
 
     Returns:
@@ -97,7 +101,10 @@ def applied(
         >>> applied(jnp.array([[1.0, 3.0]]), m, 0.0, bias=jnp.ones(2), axis_name=None).tolist()
         [[0.0, 2.0]]
     """
-    return normalize(x, m, epsilon=epsilon, centered=centered, **taken_by(normalize, options))
+    given = taken_by(normalize, options)
+    own = own_and_wide(x)[0]
+    arrays = [varying_like(t, own) for t in arrays]
+    return normalize(x, m, epsilon=epsilon, centered=centered, after=after, arrays=arrays, **given)
 
 
 def taken_by(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.checks import check_epsilon
 from jaxnorm._core.groups import Groups
+from jaxnorm._core.moments import Moments
+from jaxnorm._core.normalize import normalize
 from jaxnorm.methods._fields import Count, as_value
 from jaxnorm.methods._frame import applied, measured, parameter
 from jaxnorm.methods._method import Method, Options, Parameters, Result, State
@@ -114,8 +115,12 @@ class proxy_norm(Method):
         proxy = activation(proxy)
         mean, var = proxy.mean(0), proxy.var(0)
 
-        a = lax.rsqrt(var + self.proxy_epsilon)
-        options["activation"] = lambda y: (activation(y) - mean) * a
+        proxied = Moments(jnp.ones_like(var), mean, var)
+
+        def activated(y: jax.Array) -> jax.Array:
+            return normalize(activation(y), proxied, epsilon=self.proxy_epsilon)
+
+        options["activation"] = activated
         m = measured(x, self.method, **options)
         centered = self.method.mean is None
         return applied(x, m, self.epsilon, centered=centered, **options), state

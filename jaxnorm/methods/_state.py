@@ -15,7 +15,7 @@ def check_state(method: Any, state: Any, x_shape: Shape, **options: Any) -> None
     expected = _shapes_of_state(method, x_shape, **options)
     error, got = TypeError, f"a {type(state).__name__}"
     if isinstance(state, Mapping):
-        shapes = {name: jnp.shape(state[name]) for name in sorted(state)}
+        shapes = {name: jax.tree.map(jnp.shape, state[name]) for name in sorted(state)}
         own = {name: shapes[name] for name in shapes if name not in method.also_in_state}
         if own == expected or (method.any_arrangement and own.keys() == expected.keys()):
             return
@@ -30,9 +30,9 @@ def check_state(method: Any, state: Any, x_shape: Shape, **options: Any) -> None
 
 # Cached, and without values: otherwise every step outside of jit would make a state anew.
 @functools.lru_cache
-def _shapes_of_state(method: Any, x_shape: Shape, **options: Any) -> dict[str, Shape]:
+def _shapes_of_state(method: Any, x_shape: Shape, **options: Any) -> dict[str, Any]:
     first = jax.eval_shape(lambda: method.init(x_shape, **options))
-    return {name: t.shape for name, t in first.items()}
+    return {name: jax.tree.map(jnp.shape, t) for name, t in first.items()}
 
 
 def _listed(shapes: Mapping[str, Shape]) -> str:
