@@ -46,10 +46,10 @@ BOUNDS = {
     # XLA takes rows and what depends on them in one loop, which a pair of sums would break up.
     ("token_layer_norm", ""): (4, 10),
     ("positional_norm", ""): (4, 10),
-    # The gradient by what is normalized is an array of its own.
-    ("batch_norm", "relu"): (3, 13),
-    ("group_norm", "silu"): (3, 20),
-    ("proxy_norm", "relu"): (3, 15),
+    # The gradient by what is normalized is an array of its own, in float32 before an activation.
+    ("batch_norm", "relu"): (3, 14),
+    ("group_norm", "silu"): (3, 21),
+    ("proxy_norm", "relu"): (3, 16),
     ("filter_response_norm", ""): (2, 15),
     ("evonorm_b0", ""): (3, 16),
     ("evonorm_s0", ""): (3, 15),
@@ -60,10 +60,15 @@ BOUNDS = {
 OF_FLOAT16 = {("filter_response_norm", ""): (11, 15), ("batch_norm", "mask"): (4.5, 15.5)}
 """Where XLA:CPU computes in a library that does not know float16, it stores float32 copies."""
 
-TEMPORARIES = {("group_norm", "silu"): 4.1, ("group_norm_plus", ""): 5}
+TEMPORARIES = {
+    ("batch_norm", "relu"): 4.4,
+    ("proxy_norm", "relu"): 4.4,
+    ("group_norm", "silu"): 8.1,
+    ("group_norm_plus", ""): 5,
+}
 """Bytes of a step for each element of x; 2.5 for the others: what seven or eight elements are added
-up to, as complex numbers. The gradient of silu takes its sigmoid twice, which XLA stores, and GN+
-an array between two normalizations."""
+up to, as complex numbers. Before an activation there is the float32 gradient, and silu, which takes
+its sigmoid twice, has that stored; GN+ has an array between two normalizations."""
 
 
 @functools.cache

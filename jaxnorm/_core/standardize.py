@@ -149,9 +149,7 @@ def _along(result, p, tangents, x, w, mean, v, g, b, *rest):
     def read(x):
         return _wide_and_seen(x, w)
 
-    # What is added up within is rounded once, at the end.
-    dtype = result.dtype if result.after is None else statistic_dtype(x.dtype)
-    dy = _sum_of_passes(p, dtype, read, _OF_AFFINE, (x,), (s, a, g), (dx, da, ds, dg, db))
+    dy = _sum_of_passes(p, result.dtype, read, _OF_AFFINE, (x,), (s, a, g), (dx, da, ds, dg, db))
     if result.after is None:
         return dy
 

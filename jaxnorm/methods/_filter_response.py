@@ -109,7 +109,7 @@ class filter_response_norm(Method):
             check_number(learned_epsilon, "learned_epsilon")
             learned = jnp.abs(jnp.asarray(learned_epsilon, wide))
             epsilon = learned + jnp.asarray(epsilon, wide)
-        after = None if threshold is None else _thresholded
+        after = None if threshold is None else _thresholded if slope is None else _sloped
         units = {"threshold": threshold, "slope": slope}
         arrays = [parameter(t, name, x, options) for name, t in units.items() if t is not None]
         m = measured(x, instance_rms_norm(), **options)
@@ -117,7 +117,11 @@ class filter_response_norm(Method):
         return y, state
 
 
-def _thresholded(y: jax.Array, threshold: jax.Array, slope: float | jax.Array = 0.0) -> jax.Array:
+def _thresholded(y: jax.Array, threshold: jax.Array) -> jax.Array:
+    return jnp.maximum(y, threshold)
+
+
+def _sloped(y: jax.Array, threshold: jax.Array, slope: jax.Array) -> jax.Array:
     return jnp.maximum(y, threshold + slope * y)
 
 
