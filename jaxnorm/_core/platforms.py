@@ -37,6 +37,7 @@ class Platform:
             x, so that in reverse mode their cotangents are added up as by `sums`.
         to_groups: (sums, groups) -> `block_sum`, whose transpose is `to_channels`.
         to_channels: (v, shape) -> `spread` over groups of the last axis.
+        stored: t -> t, which several loops read, as an array of its own.
         as_result: (term, dtype) -> a term of the derivative, as it enters their sum.
         holds_rows: (x's shape, sets' shape) -> whether rows of memory are still at hand at the next
             read, so that statistics of each row are best taken in several reads.
@@ -106,7 +107,7 @@ def _summed_by_product(sums: jax.Array, groups: Shape) -> jax.Array:
 
 
 def _spread_by_product(v: jax.Array, shape: Shape) -> jax.Array:
-    """`_spread` by a matrix product, which XLA:CPU never fuses into the full-size loop.
+    """`spread` by a matrix product, which XLA:CPU never fuses into the full-size loop.
 
     The loop then reads plain channel vectors instead of dividing every index by the group size:
     bfloat16 group norm is 1.9 times faster forward, 1.4 times in a step. A second, empty row keeps
@@ -144,8 +145,8 @@ CPU = Platform(
     # Each pass has its own alias of x, without which XLA:CPU stores a float32 copy that several
     # passes share: bfloat16 is 2.6 to 3.4 times slower forward, 1.8 to 2 times in a step.
     alias=barrier,
-    # Sums that are cut for a GPU cost 1.6 to 3.9 times the forward pass.
     stored=stored,
+    # Sums that are cut for a GPU cost 1.6 to 3.9 times the forward pass.
     sums=_cpu_sums,
     pairs=lambda shape, sums: bool(complex_steps(shape, sums)),
     spread_all=_cpu_spread_all,
