@@ -125,6 +125,15 @@ def test_passes(method, called, dtype):
     assert temporaries <= (TEMPORARIES.get((method, called), 2.5) + NEWER) * math.prod(SHAPE)
 
 
+@pytest.mark.parametrize(
+    "method, called, stored", [("group_norm", "silu", True), ("group_norm", "", False)]
+)
+def test_the_gradient_before_an_activation_is_an_array(method, called, stored):
+    """It goes through a loop that is never entered, which the sums that read it cannot take in."""
+    _, step = programs(method, called, "float32")
+    assert (" while(" in step.as_text()) == stored
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bounds_can_fail(dtype):
     """The formulas alone, as the literature writes them, take more."""
