@@ -222,7 +222,7 @@ def uses(module, other):
 
 CORE = (
     "checks", "axes", "blocks", "equations", "picture", "groups", "devices", "meshes", "arithmetic",
-    "shared", "xla", "paired", "platforms", "mean_var", "moments", "pooling", "standardize",
+    "shared", "xla", "together", "platforms", "mean_var", "moments", "pooling", "standardize",
     "normalize", "ghosts", "divisor", "state", "running", "averages", "boundary",
     "sync",
 )  # fmt: skip

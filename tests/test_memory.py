@@ -35,9 +35,10 @@ CASES = [(name, method) for name in QUICK for method in SHAPES[name].methods]
 TEMPORARIES = 0.05
 """Of x, beside eight vectors: no array as large as x but the results."""
 
-ADDED = 8 / 5
-"""Bytes for each element: sums are first taken of five to eight elements, as complex numbers. Rows
-of channels have none, and half of it is a result's memory before the result is there."""
+ADDED = 12 / 7
+"""Bytes for each element: three sums, with weights, and two without, are first taken of seven or
+eight elements, in float32. Rows of channels have none, and some of it is a result's memory before
+the result is there."""
 
 
 def tensor(name, dtype, channel_axis=-1):

@@ -100,26 +100,33 @@ def _statistics(
         square = _weighed(abs2(d), w)
         return (_weighed(d, w), square) if sets.centered else (square,)
 
-    def about(c: jax.Array | None) -> tuple[jax.Array, ...]:
-        sums = _totals(sets, p.sums(deviations, (x, w, c), sets.channels))
-        if not sets.centered:
-            return (divide(sums[0], n),)
+    def sums_about(c: jax.Array | None) -> list[jax.Array]:
+        return _totals(sets, p.sums(deviations, (x, w, c), sets.channels))
+
+    def of(sums: Sequence[jax.Array], c: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         e = divide(sums[0], n)
         v = jnp.maximum(divide(sums[1], n) - abs2(e), 0)
-        exact = (abs2(e) <= CANCELLATION * v) & jnp.isfinite(v)  # also false where squares overflow
-        return e if c is None else c + e, v, exact
+        return e if c is None else c + e, v
 
     if not sets.centered:
-        return about(None)
+        return (divide(sums_about(None)[0], n),)
     if _are_rows(p, x.shape, sets):
-        m, v, exact = _of_rows(p, x, w, sets.shape, n)
+        c, *sums = _of_rows(p, x, w, sets.shape, n)
         if p.rows_on_chip:
-            return m, v
+            return c, divide(sums[1], n)
+        m, v = of(sums, c)
+        exact = abs2(m) <= FAR * v
     else:
-        m, v, exact = about(c)
+        sums = sums_about(c)
+        m, v = of(sums, c)
+        exact = abs2(divide(sums[0], n)) <= CANCELLATION * v
     if sets.axis_name is not None and not same_on_all_devices(sets.axis_name, sets.device_groups):
-        return about(m)[:2]
-    return lax.cond(all_true(exact), lambda m: (m, v), lambda m: about(m)[:2], m)
+        return of(sums_about(m), m)
+    # The branches give sums, of which mean and variance are made once, in whatever uses them: each
+    # small loop takes XLA as long to compile as one over x.
+    ok = all_true(exact & jnp.isfinite(v))  # also false where squares overflow
+    sums = lax.cond(ok, lambda m, *sums: [*sums], lambda m, *_: sums_about(m), m, *sums)
+    return of(sums, jnp.where(ok, jnp.zeros_like(m) if c is None else c, m))
 
 
 def _are_rows(p: Platform, shape: Shape, sets: Sets) -> bool:
@@ -138,7 +145,7 @@ def _are_rows(p: Platform, shape: Shape, sets: Sets) -> bool:
 def _of_rows(
     p: Platform, x: jax.Array, w: jax.Array | None, shape: Shape, n: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean and variance of rows, and where they are exact to rounding.
+    """The mean of rows, and the sums of deviations from it and of their squares.
 
     Rounding moves the sum of a row, and so its mean, by some units in the last place. That shows
     where the mean is large beside the standard deviation, and in a constant row it is all there is.
@@ -147,8 +154,11 @@ def _of_rows(
     1.3 times the time of a forward pass, so that it is left to a guard.
     """
 
+    def sum_of(t: jax.Array) -> jax.Array:
+        return block_sum(_weighed(t, w), shape)
+
     def mean_of(t: jax.Array) -> jax.Array:
-        return divide(block_sum(_weighed(t, w), shape), n)
+        return divide(sum_of(t), n)
 
     def about(t: jax.Array, c: jax.Array) -> jax.Array:
         alias, c = p.alias((t, c))
@@ -156,12 +166,11 @@ def _of_rows(
 
     m = mean_of(_counted(x, w))
     if not p.rows_on_chip:
-        v = mean_of(abs2(about(x, m)))
-        return m, v, (abs2(m) <= FAR * v) & jnp.isfinite(v)
+        return m, jnp.zeros_like(m), sum_of(abs2(about(x, m)))
     m = m + mean_of(about(x, m))
     d = about(x, m)
-    v = mean_of(abs2(about(d, mean_of(d))))  # the mean was rounded again
-    return m, v, jnp.isfinite(v)
+    # The mean was rounded again.
+    return m, jnp.zeros_like(m), sum_of(abs2(about(d, mean_of(d))))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from jaxnorm._core.axes import Shape
 from jaxnorm._core.blocks import block_sum, elements, spread
-from jaxnorm._core.paired import complex_steps, paired_spread, paired_sums
+from jaxnorm._core.together import cuts_of, spread_together, sums_together
 from jaxnorm._core.xla import barrier, stored
 
 Terms = Callable[..., Sequence[jax.Array]]
@@ -30,11 +30,11 @@ class Platform:
 
     Args:
         alias: tree -> tree, through which each full-size pass reads its arguments.
-        sums: (terms, args, shape) -> sums of the one or two tensors terms(*args), in `shape`
-            or finer. It is called once for each read of them.
-        pairs: (x's shape, the sums' shape) -> whether two sums of real tensors share a read.
-        spread_all: (vs, x's shape) -> one array, or two of one shape that are paired, spread over
-            x, so that in reverse mode their cotangents are added up as by `sums`.
+        sums: (terms, args, shape) -> sums of the tensors terms(*args), in `shape` or finer. It is
+            called once for each read of them.
+        shares_read: (x's shape, the sums' shape) -> whether several sums take one read.
+        spread_all: (vs, x's shape, together) -> arrays of one shape spread over x, so that in
+            reverse mode their cotangents are added up as by `sums`, in one read if possible.
         to_groups: (sums, groups) -> `block_sum`, whose transpose is `to_channels`.
         to_channels: (v, shape) -> `spread` over groups of the last axis.
         stored: t -> t, which several loops read, as an array of its own.
@@ -46,8 +46,8 @@ class Platform:
 
     alias: Callable[[Any], Any]
     sums: Callable[[Terms, Sequence[Any], Shape], list[jax.Array]]
-    pairs: Callable[[Shape, Shape], bool]
-    spread_all: Callable[[Sequence[jax.Array], Shape], list[jax.Array]]
+    shares_read: Callable[[Shape, Shape], bool]
+    spread_all: Callable[[Sequence[jax.Array], Shape, bool], list[jax.Array]]
     to_groups: Callable[[jax.Array, Shape], jax.Array]
     to_channels: Callable[[jax.Array, Shape], jax.Array]
     stored: Callable[[jax.Array], jax.Array]
@@ -123,21 +123,19 @@ def _spread_by_product(v: jax.Array, shape: Shape) -> jax.Array:
 
 def _cpu_sums(terms: Terms, args: Sequence[Any], shape: Shape) -> list[jax.Array]:
     tensors = terms(*args)
-    steps = complex_steps(tensors[0].shape, shape)
-    if steps and not jnp.iscomplexobj(tensors[0]):
-        if len(tensors) == 2:
-            return paired_sums(tensors[0], tensors[1], shape, steps)
-        if args[0].dtype == jnp.float16:  # an ordinary sum would read a float32 copy
-            return paired_sums(tensors[0], jnp.zeros_like(tensors[0]), shape, steps)[:1]
+    cuts = cuts_of(tensors[0].shape, shape)
+    # An ordinary sum of float16 would read a float32 copy.
+    if cuts and (len(tensors) > 1 or args[0].dtype == jnp.float16):
+        return sums_together(tensors, shape, cuts)
     # Each reads an alias of its own.
     aliases = (terms(*(args if i == 0 else barrier(args))) for i in range(len(tensors)))
     return [block_sum(ts[i], shape) for i, ts in enumerate(aliases)]
 
 
-def _cpu_spread_all(vs: Sequence[jax.Array], shape: Shape) -> list[jax.Array]:
-    if len(vs) == 2:
-        a, b = barrier(tuple(vs))
-        return paired_spread(a, b, shape, complex_steps(shape, a.shape))
+def _cpu_spread_all(vs: Sequence[jax.Array], shape: Shape, together: bool) -> list[jax.Array]:
+    cuts = cuts_of(shape, vs[0].shape) if together else []
+    if cuts:
+        return spread_together(barrier(vs), shape, cuts)
     return [spread(barrier(v), shape) for v in vs]
 
 
@@ -148,7 +146,7 @@ CPU = Platform(
     stored=stored,
     # Sums that are cut for a GPU cost 1.6 to 3.9 times the forward pass.
     sums=_cpu_sums,
-    pairs=lambda shape, sums: bool(complex_steps(shape, sums)),
+    shares_read=lambda shape, sums: bool(cuts_of(shape, sums)),
     spread_all=_cpu_spread_all,
     to_groups=_summed_by_product,
     to_channels=_spread_by_product,
@@ -207,8 +205,8 @@ OTHERS = Platform(
     alias=lambda tree: tree,  # a GPU wants the passes together
     stored=lambda t: t,
     sums=_sums_of_cuts,
-    pairs=lambda shape, sums: False,
-    spread_all=lambda vs, shape: [_spread_by_cuts(v, shape) for v in vs],
+    shares_read=lambda shape, sums: False,
+    spread_all=lambda vs, shape, together: [_spread_by_cuts(v, shape) for v in vs],
     to_groups=block_sum,
     to_channels=spread,
     as_result=lambda term, dtype: term,

@@ -200,7 +200,7 @@ def _sum_of_passes(p, dtype, read, derivatives, source, small, tangents):
     """The derivative along the tangents of x and of each small array, if there is one.
 
     x and what was seen of it are read(*source), in each pass anew. There is one pass for x, and one
-    for each small array, or for two of them.
+    for each small array, or for all of them.
     """
     passes = _in_passes(p, source[0].shape, tangents)
     ahead = [[tangents[i] for i in ids] for ids in passes]
@@ -216,12 +216,9 @@ def _sum_of_passes(p, dtype, read, derivatives, source, small, tangents):
             # over the cotangent is taken in two: at channel resolution, and over groups.
             joint = jnp.broadcast_shapes(*(t.shape for t in along))
             along = [jnp.broadcast_to(t, joint) for t in along]
-            # A pair with nothing takes in any function, where an ordinary sum reads a stored array.
-            alone = len(ids) == 1 and derivatives is not _OF_AFFINE
-            if alone and not jnp.iscomplexobj(along[0]) and p.pairs(x.shape, joint):
-                along = p.spread_all([*along, 0 * along[0]], x.shape)[:1]
-            else:
-                along = p.spread_all(along, x.shape)
+            # An ordinary sum over what is not a product reads a stored array.
+            together = len(ids) > 1 or derivatives is not _OF_AFFINE
+            along = p.spread_all(along, x.shape, together)
         parts = [derivatives[i](t, x, seen, *small) for i, t in zip(ids, along, strict=True)]
         term = p.as_result(sum(parts[1:], parts[0]), dtype)
         # On a CPU every pass reads an alias of its own, made after the pass before: otherwise XLA
@@ -234,27 +231,20 @@ def _sum_of_passes(p, dtype, read, derivatives, source, small, tangents):
 
 
 def _in_passes(p, shape, tangents):
-    """Indices of the tangents that are there, in groups of one or of two that are summed at once.
+    """Indices of the tangents that are there, in groups that are summed at once in reverse mode.
 
-    Two are, if one is spread over x by the shape of the other. The first tangent is that of x.
+    Those of small arrays are, if one of them has the shape that all are spread to first. The first
+    tangent is that of x.
     """
-    small = [t for t in tangents if t is not None and _is_spread(t.shape, shape)]
-    # XLA:CPU makes one loop of sums over the last axis and all that uses them; a pair breaks it up.
-    pairs = not any(jnp.iscomplexobj(t) or t.shape[-1] != shape[-1] for t in small)
-    passes = []
-    for i, t in enumerate(tangents):
-        if t is None:
-            continue
-        for j, ids in enumerate(passes):
-            both = [t.shape, tangents[ids[0]].shape]
-            if pairs and len(ids) == 1 and all(_is_spread(s, shape) for s in both):
-                joint = jnp.broadcast_shapes(*both)
-                if joint in both and p.pairs(shape, joint):
-                    passes[j] = (*ids, i)
-                    break
-        else:
-            passes.append((i,))
-    return passes
+    live = [i for i, t in enumerate(tangents) if t is not None]
+    small = [i for i in live if _is_spread(tangents[i].shape, shape)]
+    joint = jnp.broadcast_shapes(*(tangents[i].shape for i in small))
+    # XLA:CPU makes one loop of sums over the last axis and all that uses them; sums that are taken
+    # at once break it up.
+    rows = any(tangents[i].shape[-1] != shape[-1] for i in small)
+    if rows or all(tangents[i].shape != joint for i in small) or not p.shares_read(shape, joint):
+        return [(i,) for i in live]
+    return [*((i,) for i in live if i not in small), tuple(small)]
 
 
 def _is_spread(small, shape):
