@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks.passes import passes
@@ -46,11 +47,10 @@ BOUNDS = {
     # XLA takes rows and what depends on them in one loop, which a pair of sums would break up.
     ("token_layer_norm", ""): (4, 10),
     ("positional_norm", ""): (4, 10),
-    # The gradient by what is normalized is an array of its own, in float32 before an activation.
-    ("batch_norm", "relu"): (3, 14),
-    ("group_norm", "silu"): (3, 21),
-    ("proxy_norm", "relu"): (3, 16),
-    ("filter_response_norm", ""): (2, 13),
+    ("batch_norm", "relu"): (3, 8),
+    ("group_norm", "silu"): (3, 17),
+    ("proxy_norm", "relu"): (3, 10),
+    ("filter_response_norm", ""): (2, 8),
     ("evonorm_b0", ""): (3, 11),
     ("evonorm_s0", ""): (3, 11),
     ("batch_norm", "mask"): (4.5, 10.5),
@@ -61,22 +61,21 @@ NEWER = 0 if jax.__version_info__ < (0, 11) else 4
 """Passes, and bytes of temporaries: from JAX 0.11 on XLA stores a float32 array more in some of the
 programs."""
 
-OF_FLOAT16 = {("filter_response_norm", ""): (11, 13)}
+OF_FLOAT16 = {("filter_response_norm", ""): (11, 8)}
 """Where XLA:CPU computes in a library that does not know float16, it stores float32 copies."""
 
 TEMPORARIES = {
-    ("batch_norm", "relu"): 4.6,
-    ("proxy_norm", "relu"): 4.8,
-    ("group_norm", "silu"): 8.1,
+    ("proxy_norm", "relu"): 1.9,
+    ("group_norm", "silu"): 4.7,
     ("group_norm_plus", ""): 5,
     ("batch_norm", "mask"): 1.2,
+    ("batch_group_norm, pieces", ""): 1.2,
     ("filter_response_norm", ""): 1.2,
     ("evonorm_b0", ""): 3,
     ("evonorm_s0", ""): 2.4,
 }
-"""Bytes of a step for each element of x; 0.9 for the others: the sums of seven elements, in float32.
-Before an activation there is the float32 gradient, and silu, which takes its sigmoid twice, has
-that stored; GN+ has an array between two normalizations."""
+"""Bytes of a step for each element of x; 0.9 for the others: sums of seven elements, in float32.
+The sigmoid of silu is stored, in float32; GN+ has an array between two normalizations."""
 
 
 @functools.cache
@@ -127,13 +126,17 @@ def test_passes(method, called, dtype):
     assert temporaries <= (TEMPORARIES.get((method, called), 0.9) + NEWER) * math.prod(SHAPE)
 
 
-@pytest.mark.parametrize(
-    "method, called, stored", [("group_norm", "silu", True), ("group_norm", "", False)]
-)
-def test_the_gradient_before_an_activation_is_an_array(method, called, stored):
-    """It goes through a loop that is never entered, which the sums that read it cannot take in."""
-    _, step = programs(method, called, "float32")
-    assert (" while(" in step.as_text()) == stored
+def test_a_constant_mask_is_summed_as_the_program_runs():
+    """XLA would sum it as it compiles, which takes seconds."""
+    m, x = METHODS["batch_norm"], jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+    mask = np.random.default_rng(0).random(SHAPE) < 0.8
+
+    def forward(x, mask):
+        return m.apply(x, m.init(SHAPE), train=True, weights=mask)[0]
+
+    given = jax.jit(forward).lower(x, jax.ShapeDtypeStruct(SHAPE, jnp.bool_)).compile()
+    known = jax.jit(lambda x: forward(x, mask)).lower(x).compile()
+    assert moved(known, "float32") == moved(given, "float32")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,7 +16,6 @@ from jaxnorm._core.checks import check_epsilon
 from jaxnorm._core.devices import AxisName, DeviceGroups, varying_like
 from jaxnorm._core.groups import Specification, check_divides
 from jaxnorm._core.moments import Moments, as_weights, check_moments, inexact, moments
-from jaxnorm._core.platforms import stored_in_reverse
 from jaxnorm._core.shared import own_and_wide, shared
 from jaxnorm._core.standardize import Result, standardized
 
@@ -107,7 +106,7 @@ def normalize(
     wide_result = Result(jnp.dtype(statistic_dtype(x.dtype)), after, False)
 
     def activated(*args):
-        return activation(stored_in_reverse(standardized(wide_result, *args))).astype(out)
+        return activation(standardized(wide_result, *args)).astype(out)
 
     return jax.checkpoint(activated, prevent_cse=False)(*arguments, *arrays)
 

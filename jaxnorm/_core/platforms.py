@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxnorm._core.axes import Shape
 from jaxnorm._core.blocks import block_sum, elements, spread
 from jaxnorm._core.together import cuts_of, spread_together, sums_together
-from jaxnorm._core.xla import barrier, stored
+from jaxnorm._core.xla import barrier
 
 Terms = Callable[..., Sequence[jax.Array]]
 
@@ -37,7 +37,6 @@ class Platform:
             reverse mode their cotangents are added up as by `sums`, in one read if possible.
         to_groups: (sums, groups) -> `block_sum`, whose transpose is `to_channels`.
         to_channels: (v, shape) -> `spread` over groups of the last axis.
-        stored: t -> t, which several loops read, as an array of its own.
         as_result: (term, dtype) -> a term of the derivative, as it enters their sum.
         holds_rows: (x's shape, sets' shape) -> whether rows of memory are still at hand at the next
             read, so that statistics of each row are best taken in several reads.
@@ -50,7 +49,6 @@ class Platform:
     spread_all: Callable[[Sequence[jax.Array], Shape, bool], list[jax.Array]]
     to_groups: Callable[[jax.Array, Shape], jax.Array]
     to_channels: Callable[[jax.Array, Shape], jax.Array]
-    stored: Callable[[jax.Array], jax.Array]
     as_result: Callable[[jax.Array, DTypeLike], jax.Array]
     holds_rows: Callable[[Shape, Shape], bool]
     rows_on_chip: bool
@@ -64,27 +62,16 @@ def by_platform(f: Callable[..., Any], *args: Any) -> Any:
 def total(t: jax.Array, shape: Shape, dtype: DTypeLike) -> jax.Array:
     """`block_sum` of t in another dtype, which a full-size t is not stored in."""
 
-    def alone(t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        t = t.astype(dtype)
-        return t, jnp.zeros_like(t)
+    def sums(p: Platform, t: jax.Array) -> jax.Array:
+        # By an alias XLA does not know a constant, which takes it seconds to sum as it compiles.
+        return block_sum(p.sums(lambda t: [t.astype(dtype)], (p.alias(t),), shape)[0], shape)
 
-    return by_platform(lambda p, t: block_sum(p.sums(alone, (t,), shape)[0], shape), t)
+    return by_platform(sums, t)
 
 
 def spread_to_channels(v: jax.Array, shape: Shape) -> jax.Array:
     """A statistic of groups of channels, for each channel of x."""
     return by_platform(lambda p, v: p.to_channels(v, shape), v)
-
-
-@jax.custom_jvp
-def stored_in_reverse(t: jax.Array) -> jax.Array:
-    """t, whose cotangent is `stored` on platforms that would compute it again for each reader."""
-    return t
-
-
-@stored_in_reverse.defjvp
-def _(primals, tangents):
-    return primals[0], by_platform(lambda p, dt: p.stored(dt), tangents[0])
 
 
 SHORT_ROW = 128
@@ -124,8 +111,8 @@ def _spread_by_product(v: jax.Array, shape: Shape) -> jax.Array:
 def _cpu_sums(terms: Terms, args: Sequence[Any], shape: Shape) -> list[jax.Array]:
     tensors = terms(*args)
     cuts = cuts_of(tensors[0].shape, shape)
-    # An ordinary sum of float16 would read a float32 copy.
-    if cuts and (len(tensors) > 1 or args[0].dtype == jnp.float16):
+    # An ordinary sum of a mask or of float16 would read a float32 copy.
+    if cuts and (len(tensors) > 1 or args[0].dtype in (jnp.bool_, jnp.float16)):
         return sums_together(tensors, shape, cuts)
     # Each reads an alias of its own.
     aliases = (terms(*(args if i == 0 else barrier(args))) for i in range(len(tensors)))
@@ -143,7 +130,6 @@ CPU = Platform(
     # Each pass has its own alias of x, without which XLA:CPU stores a float32 copy that several
     # passes share: bfloat16 is 2.6 to 3.4 times slower forward, 1.8 to 2 times in a step.
     alias=barrier,
-    stored=stored,
     # Sums that are cut for a GPU cost 1.6 to 3.9 times the forward pass.
     sums=_cpu_sums,
     shares_read=lambda shape, sums: bool(cuts_of(shape, sums)),
@@ -203,7 +189,6 @@ def _spread_by_cuts(v: jax.Array, shape: Shape) -> jax.Array:
 
 OTHERS = Platform(
     alias=lambda tree: tree,  # a GPU wants the passes together
-    stored=lambda t: t,
     sums=_sums_of_cuts,
     shares_read=lambda shape, sums: False,
     spread_all=lambda vs, shape, together: [_spread_by_cuts(v, shape) for v in vs],

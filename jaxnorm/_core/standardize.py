@@ -149,17 +149,12 @@ def _along(result, p, tangents, x, w, mean, v, g, b, *rest):
     def read(x):
         return _wide_and_seen(x, w)
 
-    dy = _sum_of_passes(p, result.dtype, read, _OF_AFFINE, (x,), (s, a, g), (dx, da, ds, dg, db))
-    if result.after is None:
-        return dy
-
-    def standardize(x, *small):
-        return _affine(*read(x), *small), None
-
-    # Along y, and along each array.
-    after = [partial(_along_argument, result.after, i) for i in range(1 + len(rest))]
-    tangents = (None if dy is None else p.stored(dy), *drest)
-    return _sum_of_passes(p, result.dtype, standardize, after, (x, s, a, g, b), rest, tangents)
+    small, tangents, derivatives = (s, a, g), (dx, da, ds, dg, db), _OF_AFFINE
+    if result.after is not None:
+        small, tangents = (s, a, g, b, *rest), (*tangents, *drest)
+        derivatives = [partial(_along_affine, result.after, d) for d in _OF_AFFINE]
+        derivatives += [partial(_along_array, result.after, i) for i in range(len(rest))]
+    return _sum_of_passes(p, result.dtype, read, derivatives, x, small, tangents)
 
 
 def _scaled(t, g):
@@ -185,32 +180,34 @@ _OF_AFFINE = (
 share, so t comes last where it can."""
 
 
-def _along_argument(f, i, t, x, _, *small):
-    """The derivative of f(x, *small) along its i-th argument."""
-    arguments = [x, *small]
-    arguments[i] = jnp.broadcast_to(arguments[i], t.shape)
-    return jax.jvp(
-        lambda v: f(*arguments[:i], v, *arguments[i + 1 :]),
-        (arguments[i],),
-        (t.astype(arguments[i].dtype),),
-    )[1]
+def _along_affine(after, derivative, t, x, seen, s, a, g, b, *rest):
+    """The derivative of after(y, *rest) along what `derivative` is y's along."""
+    y, dy = _affine(x, seen, s, a, g, b), derivative(t, x, seen, s, a, g)
+    return jax.jvp(lambda y: after(y, *rest), (y,), (dy,))[1]
 
 
-def _sum_of_passes(p, dtype, read, derivatives, source, small, tangents):
+def _along_array(after, i, t, x, seen, s, a, g, b, *rest):
+    """The derivative of after(y, *rest) along the i-th of the rest."""
+    y, own = _affine(x, seen, s, a, g, b), jnp.broadcast_to(rest[i], t.shape)
+    f = lambda v: after(y, *rest[:i], v, *rest[i + 1 :])  # noqa: E731
+    return jax.jvp(f, (own,), (t.astype(own.dtype),))[1]
+
+
+def _sum_of_passes(p, dtype, read, derivatives, x, small, tangents):
     """The derivative along the tangents of x and of each small array, if there is one.
 
-    x and what was seen of it are read(*source), in each pass anew. There is one pass for x, and one
-    for each small array, or for all of them.
+    x and what was seen of it are read(x), in each pass anew. There is one pass for x, and one for
+    each small array, or for all of them.
     """
-    passes = _in_passes(p, source[0].shape, tangents)
+    passes = _in_passes(p, x.shape, tangents)
     ahead = [[tangents[i] for i in ids] for ids in passes]
     terms = []
-    source, small = p.alias((source, small))
+    x, small = p.alias((x, small))
     for ids in passes:
         along, *ahead = ahead
-        x, seen = read(*source)
+        wide, seen = read(x)
         if ids[0] == 0:
-            along = [along[0].astype(x.dtype)]
+            along = [along[0].astype(wide.dtype)]
         elif _is_spread(along[0].shape, x.shape):
             # The tangent of a small array is spread in two steps, so that in reverse mode the sum
             # over the cotangent is taken in two: at channel resolution, and over groups.
@@ -219,12 +216,12 @@ def _sum_of_passes(p, dtype, read, derivatives, source, small, tangents):
             # An ordinary sum over what is not a product reads a stored array.
             together = len(ids) > 1 or derivatives is not _OF_AFFINE
             along = p.spread_all(along, x.shape, together)
-        parts = [derivatives[i](t, x, seen, *small) for i, t in zip(ids, along, strict=True)]
+        parts = [derivatives[i](t, wide, seen, *small) for i, t in zip(ids, along, strict=True)]
         term = p.as_result(sum(parts[1:], parts[0]), dtype)
         # On a CPU every pass reads an alias of its own, made after the pass before: otherwise XLA
         # stores a float32 copy of x that several share. The tangents are tied apart from x,
         # because JAX takes whatever is tied to a tangent for linear, too.
-        source, small = p.alias((source, small))
+        x, small = p.alias((x, small))
         term, ahead = p.alias((term, ahead))
         terms.append(term)
     return sum(terms[1:], terms[0]).astype(dtype) if terms else None

@@ -2,9 +2,9 @@
 
 XLA:CPU gives every sum over a tensor a loop of its own, because what it fuses has one result; only
 a reduction of several operands at once has several. It makes good code of one that is short: of up
-to 32 elements that are not neighbours in memory. So that many are added first, in one loop that
-takes in whatever they are computed from, masks and conversions included. What is left, a twelfth or
-so, is summed as usual.
+to 16 elements that are not neighbours in memory. So a few are added first, in one loop that takes
+in whatever they are computed from, masks and conversions included. What is left, a seventh or so,
+is summed as usual.
 """
 
 import math
@@ -17,9 +17,10 @@ from jaxnorm._core.axes import Shape
 from jaxnorm._core.blocks import block_sum, spread
 from jaxnorm._core.xla import broadcast_axis, sum_axis
 
-WIDEST = 32
-"""How many elements are added in a step, at most: a longer sum is not unrolled and takes 3 to 8
-times as long (jaxlib 0.10.2)."""
+WIDEST = 16
+"""How many elements are added in a step, at most. XLA unrolls a sum of up to 32, and a longer one
+takes 3 to 8 times as long; with much arithmetic in it the limit is between 8 and 32 (jaxlib
+0.10.2)."""
 
 FAR_APART = 2**14
 """Elements between two of a sum from which on an ordinary one takes 20 to 50 times as long as a
@@ -56,7 +57,7 @@ def _width(n: int, far: bool) -> int:
     divisors = [w for w in range(2 if far else 4, WIDEST + 1) if n % w == 0]
     if far:
         # No usual sum may follow, so that a prime number of elements is summed as it is.
-        return max(divisors, key=lambda w: (w == n, min(w, 16), -w), default=n)
+        return max(divisors, key=lambda w: (min(w, 8), -w), default=n)
     # Shards of an axis are mostly a power of two: the more twos are left, the more often those that
     # are added lie on one device.
     return max(divisors, key=lambda w: (min(w, 6), (n // w) & -(n // w), w), default=1)

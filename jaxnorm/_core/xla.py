@@ -41,29 +41,6 @@ def _transpose(cts: list[Any], *ts: Any) -> list[Any]:
 ad.primitive_transposes[_barrier] = _transpose
 
 
-# A loop that is never entered, which XLA cannot know: what goes into a loop is stored. Without it
-# XLA:CPU computes an elementwise function again in each loop that reads it, and a sum which takes
-# in more than a few operations is no longer vectorized: 2 to 5 times slower for silu.
-_stored = Primitive("jaxnorm_stored")
-_stored.def_impl(lambda t: t)
-_stored.def_abstract_eval(lambda t: t)
-
-
-def _through_a_loop(t: jax.Array) -> jax.Array:
-    never = lax.optimization_barrier(jnp.int32(0))
-    return lax.while_loop(lambda c: c[0] > 0, lambda c: (c[0] - 1, -c[1]), (never, t))[1]
-
-
-mlir.register_lowering(_stored, mlir.lower_fun(_through_a_loop, multiple_results=False))
-ad.deflinear2(_stored, lambda ct, _: [_stored.bind(ct)])
-batching.primitive_batchers[_stored] = lambda ts, dims: (_stored.bind(*ts), dims[0])
-
-
-def stored(t: jax.Array) -> jax.Array:
-    """t, and in reverse mode its cotangent, as an array of its own."""
-    return _stored.bind(t)
-
-
 # Sums of several arrays over one axis in one loop, and the broadcast that is their transpose. A
 # reduction of several operands alone is neither linear nor transposed in JAX.
 _sums, _broadcasts = Primitive("jaxnorm_sums"), Primitive("jaxnorm_broadcasts")

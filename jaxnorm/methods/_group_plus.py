@@ -12,7 +12,6 @@ from jaxnorm._core.axes import Shape
 from jaxnorm._core.divisor import with_divisor
 from jaxnorm._core.groups import EACH, Groups
 from jaxnorm._core.moments import Moments
-from jaxnorm._core.platforms import stored_in_reverse
 from jaxnorm._core.shared import own_and_wide
 from jaxnorm._core.state import running_moments, running_shape
 from jaxnorm.methods._fields import Count, as_value
@@ -122,7 +121,7 @@ class group_norm_plus(Method):
         m = measured(x, group_norm(self.num_groups), **per_device(options))
         plain = {"scale": None, "bias": None, "activation": None, "dtype": wide}
         bare: Options = options | plain  # type: ignore[assignment]
-        z = stored_in_reverse(applied(x, divided(m, self.correction), 0.0, **bare))
+        z = applied(x, divided(m, self.correction), 0.0, **bare)
         weights = options.get("weights")
         if weights is not None:  # what does not count must not come back as a number
             z = jnp.where(jnp.isfinite(own_and_wide(x)[0]), z, jnp.nan)
