@@ -37,8 +37,7 @@ TEMPORARIES = 0.05
 
 ADDED = 12 / 7
 """Bytes for each element: three sums, with weights, and two without, are first taken of seven or
-eight elements, in float32. Rows of channels have none, and some of it is a result's memory before
-the result is there."""
+eight elements, in float32. Some of it is a result's memory before the result is there."""
 
 
 def tensor(name, dtype, channel_axis=-1):
@@ -63,8 +62,7 @@ def vector(x, method, channel_axis=-1):
 
 def bound(x, method, channel_axis=-1):
     """Bytes of temporaries that a step may have."""
-    added = 0 if method == "token_layer" else ADDED * x.size
-    return TEMPORARIES * nbytes(x) + added + 8 * vector(x, method, channel_axis)
+    return TEMPORARIES * nbytes(x) + ADDED * x.size + 8 * vector(x, method, channel_axis)
 
 
 def by_norm(method, x, channel_axis=-1, **options):

@@ -69,6 +69,8 @@ TEMPORARIES = {
     ("group_norm", "silu"): 4.7,
     ("group_norm_plus", ""): 5,
     ("batch_norm", "mask"): 1.2,
+    ("token_layer_norm", ""): 1.3,
+    ("positional_norm", ""): 1.3,
     ("batch_group_norm, pieces", ""): 1.2,
     ("filter_response_norm", ""): 1.2,
     ("evonorm_b0", ""): 3,

@@ -234,12 +234,15 @@ def _in_passes(p, shape, tangents):
     tangent is that of x.
     """
     live = [i for i, t in enumerate(tangents) if t is not None]
-    small = [i for i in live if _is_spread(tangents[i].shape, shape)]
-    joint = jnp.broadcast_shapes(*(tangents[i].shape for i in small))
     # XLA:CPU makes one loop of sums over the last axis and all that uses them; sums that are taken
-    # at once break it up.
-    rows = any(tangents[i].shape[-1] != shape[-1] for i in small)
-    if rows or all(tangents[i].shape != joint for i in small) or not p.shares_read(shape, joint):
+    # at once would break it up.
+    small = [
+        i
+        for i in live
+        if _is_spread(tangents[i].shape, shape) and tangents[i].shape[-1] == shape[-1]
+    ]
+    joint = jnp.broadcast_shapes(*(tangents[i].shape for i in small))
+    if all(tangents[i].shape != joint for i in small) or not p.shares_read(shape, joint):
         return [(i,) for i in live]
     return [*((i,) for i in live if i not in small), tuple(small)]
 
