@@ -49,7 +49,7 @@ BOUNDS = {
     ("positional_norm", ""): (4, 10),
     ("batch_norm", "relu"): (3, 8),
     ("group_norm", "silu"): (3, 17),
-    ("proxy_norm", "relu"): (3, 10),
+    ("proxy_norm", "relu"): (3, 11),
     ("filter_response_norm", ""): (2, 8),
     ("evonorm_b0", ""): (3, 11),
     ("evonorm_s0", ""): (3, 11),
