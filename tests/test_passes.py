@@ -57,7 +57,7 @@ BOUNDS = {
 }
 """Passes (forward, step) of a method with what it is called with."""
 
-NEWER = 0 if jax.__version_info__ < (0, 11) else 4
+NEWER = 0 if jax.__version_info__ < (0, 11) else 6
 """Passes, and bytes of temporaries: from JAX 0.11 on XLA stores a float32 array more in some of the
 programs."""
 
