@@ -48,8 +48,72 @@ from benchmarks.timing import (
     restart_with_environment,
 )
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""The last is measured on request: few libraries are made for it on a CPU."""
+
+KINDS = ("forward", "step")
+"""Of the layer alone, in training; a step is forward and backward."""
+
+PACKAGES = ("jaxnorm", "jax", "jaxlib", "flax", "dm-haiku", "equinox", "torch", "numpy")
+
+OURS = "jaxnorm"
+
+FLAX = "flax.linen"
+
+TORCH = ("torch_last", "torch_first")
+"""Torch on a tensor with channels last in memory, and first."""
+
+
 Calls = dict[tuple[str, str], Call]
 Arrays = list[jax.Array]
+
+
+class Case(NamedTuple):
+    """What was measured at one method, shape and dtype.
+
+    `seconds[name][kind]` has a time for each round; the others have a number for each JAX library:
+    bytes of temporaries and of what is kept for the backward pass, both over the bytes of x, and
+    seconds to compile the step.
+    """
+
+    method: str
+    shape: str
+    dims: tuple[int, ...]
+    dtype: str
+    seconds: dict[str, dict[str, list[float]]]
+    temporary: dict[str, float]
+    kept: dict[str, float]
+    compile_seconds: dict[str, float]
+
+    @property
+    def rivals(self) -> list[str]:
+        """The JAX libraries that have this layer, besides ours."""
+        return [name for name in LIBRARIES if name in self.seconds and name != OURS]
+
+    @property
+    def torches(self) -> list[str]:
+        return [name for name in TORCH if name in self.seconds]
+
+    def time(self, name: str, kind: str) -> float:
+        """25th percentile over the rounds."""
+        return float(np.percentile(self.seconds[name][kind], 25))
+
+    def fastest(self, names: Sequence[str], kind: str) -> str | None:
+        """The one of `names` with the least time."""
+        return min(names, key=lambda name: self.time(name, kind), default=None)
+
+    def ratio(self, name: str | None, kind: str) -> float | None:
+        """Median over the rounds of our time over that of `name`."""
+        if name not in self.seconds:
+            return None
+        return float(np.median(np.divide(self.seconds[OURS][kind], self.seconds[name][kind])))
+
+    def compared(self, kind: str) -> dict[str, float | None]:
+        """Our time over that of the best JAX library, Flax, torch and the floor."""
+        best, torch = self.fastest(self.rivals, kind), self.fastest(self.torches, kind)
+        return {"best": self.ratio(best, kind)} | {
+            name: self.ratio(name, kind) for name in (FLAX, torch, "floor") if name
+        }
 
 
 def measure(
@@ -249,6 +313,155 @@ def _torch_layer(
     return None if f is None else (f, (weight, bias))
 
 
+Rows = list[list[str]]
+"""A table: the column heads, then a row of texts each. Printed by rich and written as Markdown."""
+
+HEADS = {"best": "/ best JAX", FLAX: "/ Flax", "torch": "/ torch", "floor": "/ floor"}
+
+
+def tables(cases: Sequence[Case]) -> dict[str, Rows]:
+    """Titles and tables: one for each method and dtype, and the summary."""
+    found = {}
+    for (method, dtype), group in _grouped(cases):
+        heads = ["shape", "ms", *HEADS.values(), "temporaries", "kept", "compile s"]
+        found[f"{METHODS[method]}, {dtype}"] = [heads, *map(_row, group)]
+    return found | {"Summary": _summary(cases)}
+
+
+def _row(case: Case) -> list[str]:
+    compared = [case.compared(kind) for kind in KINDS]
+    cells = [case.shape, _pair(case.time(OURS, kind) * 1e3 for kind in KINDS)]
+    cells += [_pair(_find(ratios, head) for ratios in compared) for head in HEADS]
+    for numbers in (case.temporary, case.kept):
+        cells.append(
+            _pair([numbers[OURS], min((numbers[name] for name in case.rivals), default=None)])
+        )
+    return [*cells, _pair([case.compile_seconds[OURS], case.compile_seconds.get(FLAX)])]
+
+
+def _find(ratios: Mapping[str, float | None], head: str) -> float | None:
+    """A ratio by its column; both layouts of torch are in one."""
+    return next((ratio for name, ratio in ratios.items() if name.startswith(head)), None)
+
+
+def _pair(numbers: Any) -> str:
+    texts = ["–" if number is None else f"{number:.2f}" for number in numbers]
+    return " / ".join(texts) if set(texts) != {"–"} else "–"
+
+
+def _summary(cases: Sequence[Case]) -> Rows:
+    rows = [
+        [
+            "method",
+            "dtype",
+            "shapes",
+            *HEADS.values(),
+            "worst forward",
+            "worst step",
+            "temporaries",
+            "kept",
+        ]
+    ]
+    for (method, dtype), group in _grouped(cases):
+        ratios = {kind: [case.compared(kind) for case in group] for kind in KINDS}
+        cells = [method, dtype, str(len(group))]
+        cells += [
+            _pair(_mean(_find(one, head) for one in ratios[kind]) for kind in KINDS)
+            for head in HEADS
+        ]
+        for kind in KINDS:
+            worst = max(
+                zip(
+                    (one["best"] or 0 for one in ratios[kind]),
+                    (case.shape for case in group),
+                    strict=True,
+                )
+            )
+            cells.append("{:.2f} {}".format(*worst) if worst[0] else "–")
+        cells += [
+            f"{max(getattr(case, field)[OURS] for case in group):.2f}"
+            for field in ("temporary", "kept")
+        ]
+        rows.append(cells)
+    return rows
+
+
+def _grouped(cases: Sequence[Case]) -> Iterator[tuple[tuple[str, str], list[Case]]]:
+    for key in dict.fromkeys((case.method, case.dtype) for case in cases):
+        yield key, [case for case in cases if (case.method, case.dtype) == key]
+
+
+def _mean(ratios: Any) -> float | None:
+    """Geometric mean of the ratios that there are."""
+    logs = [math.log(ratio) for ratio in ratios if ratio is not None]
+    return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def print_tables(console: Console, all_rows: Mapping[str, Rows]) -> None:
+    """Prints the tables."""
+    for title, (heads, *rows) in all_rows.items():
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for head in heads:
+            table.add_column(head, no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table, highlight=False)
+
+
+def markdown(all_rows: Mapping[str, Rows]) -> str:
+    """The tables in Markdown."""
+    parts = []
+    for title, (heads, *rows) in all_rows.items():
+        lines = [heads, ["---"] * len(heads), *rows]
+        parts.append(f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(cases: Sequence[Case], title: str, path: Path) -> None:
+    """Draws each library's time over the floor, the geometric mean over the shapes."""
+    dtypes = list(dict.fromkeys(case.dtype for case in cases))
+    names = [name for name in (*LIBRARIES, *TORCH) if any(name in case.seconds for case in cases)]
+    with style.context("tableau-colorblind10"):
+        figure = Figure(figsize=(13, 4 * len(dtypes) + 1), layout="constrained")
+        panels = figure.subplots(len(dtypes), len(KINDS), squeeze=False)
+    for axes, (dtype, kind) in zip(
+        panels.flat, ((dtype, kind) for dtype in dtypes for kind in KINDS), strict=True
+    ):
+        methods = list(dict.fromkeys(case.method for case in cases if case.dtype == dtype))
+        for index, name in enumerate(names):
+            heights = [
+                _mean(_over_floor(cases, name, method, dtype, kind)) or np.nan for method in methods
+            ]
+            places = np.arange(len(methods)) + (index - (len(names) - 1) / 2) * 0.8 / len(names)
+            bars = axes.bar(places, heights, 0.8 / len(names), label=name)
+            axes.bar_label(
+                bars,
+                ["" if np.isnan(height) else f"{height:.1f}" for height in heights],
+                fontsize=6,
+            )
+        axes.axhline(1, color="black", linewidth=1, label="floor")
+        axes.set_yscale("log")
+        axes.set_xticks(range(len(methods)), methods)
+        axes.set_title(f"{kind}, {dtype}")
+        axes.set_ylabel("time / floor, less is better")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(
+        f"Time of a normalization layer in training over the floor, mean over shapes\n{title}",
+        fontsize=10,
+    )
+    with replacing(path) as new:
+        figure.savefig(new, dpi=150, format="png")
+
+
+def _over_floor(
+    cases: Sequence[Case], name: str, method: str, dtype: str, kind: str
+) -> Iterator[float]:
+    for case in cases:
+        if (case.method, case.dtype) == (method, dtype) and name in case.seconds:
+            yield float(np.median(np.divide(case.seconds[name][kind], case.seconds["floor"][kind])))
+
+
 def write(output: Path, facts: Mapping[str, Any], cases: Sequence[Case]) -> None:
     """Writes speed.json, speed.csv, speed.md and speed.png."""
     write_text(
@@ -261,6 +474,34 @@ def write(output: Path, facts: Mapping[str, Any], cases: Sequence[Case]) -> None
         f"{heading(facts)}\n\n    {facts['command']}\n\n{markdown(tables(cases))}",
     )
     draw(cases, heading(facts), output / "speed.png")
+
+
+def _csv(cases: Sequence[Case]) -> str:
+    """A line for each library at each case."""
+    text = io.StringIO()
+    heads = [
+        "method",
+        "shape",
+        "dims",
+        "dtype",
+        "library",
+        "forward_ms",
+        "step_ms",
+        "forward_ratio",
+        "step_ratio",
+    ]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*heads, "temporary", "kept", "compile_s"])
+    for case in cases:
+        for name in case.seconds:
+            line = [case.method, case.shape, "x".join(map(str, case.dims)), case.dtype, name]
+            line += [f"{case.time(name, kind) * 1e3:.5g}" for kind in KINDS]
+            numbers = [*(case.ratio(name, kind) for kind in KINDS)]
+            numbers += [of.get(name) for of in (case.temporary, case.kept, case.compile_seconds)]
+            writer.writerow(
+                line + ["" if number is None else f"{number:.4g}" for number in numbers]
+            )
+    return text.getvalue()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -316,6 +557,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(CAPTION, highlight=False)
     console.print(f"In {args.output}: speed.json, speed.csv, speed.md, speed.png", highlight=False)
     return 0 if len(cases) == len(plans) else 130
+
+
+CAPTION = (
+    "a / b: forward / step, our time and its ratio to others', below 1 where we are faster; "
+    "temporaries and kept, over the bytes of x: ours / least of the other JAX libraries; compile: "
+    "ours / Flax. Summary: geometric means over shapes, worst ratio to the best JAX library, most "
+    "temporaries and kept of ours."
+)
 
 
 def _installed() -> list[str]:
