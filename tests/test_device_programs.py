@@ -113,6 +113,10 @@ def sharded(f, cut, kind, shape=SHAPE, jit=jax.jit):
 
 
 C = 4 * 6
+GATHERED = 2 * 4 * X.size
+"""Bytes of x and its square. On a CPU rows are added first, and where every device has one, Shardy
+gathers them, because it splits no reduction of several operands."""
+
 # method, cut -> number, bytes and depth of the collectives that always run forward; bytes and depth
 # with backward, where XLA of jax 0.12 sends independent sums apart. One bit is apart.
 WHOLE = [
@@ -127,9 +131,8 @@ WHOLE = [
     (methods.batch_and_group_norm(8, 3), "N", (0, 0), (0,)),
     (methods.ghost_batch_norm(4), "N", (1, 2 * C), None),
     (methods.ghost_batch_norm(2), "N", (1, 2 * C), None),
-    # On a CPU rows are added first, and every device has one: Shardy gathers x and its square.
-    (methods.batch_norm(), "H", (2, 2 * 4 * 16 * 8 * 3 * 6, 1), None),
-    (methods.group_norm(3), "H", (2, 2 * 4 * 16 * 8 * 3 * 6, 1), None),
+    (methods.batch_norm(), "H", (2, GATHERED, 1), None),
+    (methods.group_norm(3), "H", (2, GATHERED, 1), None),
     (methods.rms_norm(), "H", (0, 0), (0,)),
     (methods.batch_norm(), "NC", (1, C), None),
     (methods.group_norm(2), "NC", (0, 0), (0,)),
@@ -149,9 +152,9 @@ def test_whole_arrays(method, cut, forward, both):
     back = sharded(gradient(f), cut, AxisType.Auto)
     assert got[: len(forward)] == forward
     assert both is None or back[1 : 1 + len(both)] == both
-    if forward[1:2] != (2 * 4 * X.size,):
-        assert back.number <= forward[0] + 2
-        assert max(got.bytes, back.bytes, back.branch_bytes) <= 4 * X.size / 2, "no activations"
+    gathered = forward[1:2] == (GATHERED,)
+    assert gathered or back.number <= forward[0] + 2
+    assert gathered or max(got.bytes, back.bytes, back.branch_bytes) <= 4 * X.size / 2
     assert sharded(f, cut, AxisType.Explicit) == got
     assert sharded(gradient(f), cut, AxisType.Explicit) == back
 

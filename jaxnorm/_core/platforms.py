@@ -33,8 +33,8 @@ class Platform:
         sums: (terms, args, shape) -> sums of the tensors terms(*args), in `shape` or finer. It is
             called once for each read of them.
         shares_read: (x's shape, the sums' shape) -> whether several sums take one read.
-        spread_all: (vs, x's shape, together) -> arrays of one shape spread over x, so that in
-            reverse mode their cotangents are added up as by `sums`, in one read if possible.
+        spread_all: (vs, x's shape) -> arrays of one shape spread over x, so that in reverse mode
+            their cotangents are added up as by `sums`, in one read if possible.
         to_groups: (sums, groups) -> `block_sum`, whose transpose is `to_channels`.
         to_channels: (v, shape) -> `spread` over groups of the last axis.
         as_result: (term, dtype) -> a term of the derivative, as it enters their sum.
@@ -45,7 +45,7 @@ class Platform:
     alias: Callable[[Any], Any]
     sums: Callable[[Terms, Sequence[Any], Shape], list[jax.Array]]
     shares_read: Callable[[Shape, Shape], bool]
-    spread_all: Callable[[Sequence[jax.Array], Shape, bool], list[jax.Array]]
+    spread_all: Callable[[Sequence[jax.Array], Shape], list[jax.Array]]
     to_groups: Callable[[jax.Array, Shape], jax.Array]
     to_channels: Callable[[jax.Array, Shape], jax.Array]
     as_result: Callable[[jax.Array, DTypeLike], jax.Array]
@@ -107,8 +107,8 @@ def _cpu_sums(terms: Terms, args: Sequence[Any], shape: Shape) -> list[jax.Array
     return [block_sum(ts[i], shape) for i, ts in enumerate(aliases)]
 
 
-def _cpu_spread_all(vs: Sequence[jax.Array], shape: Shape, together: bool) -> list[jax.Array]:
-    cuts = cuts_of(shape, vs[0].shape) if together else []
+def _cpu_spread_all(vs: Sequence[jax.Array], shape: Shape) -> list[jax.Array]:
+    cuts = cuts_of(shape, vs[0].shape) if len(vs) > 1 else []
     if cuts:
         return spread_together(barrier(vs), shape, cuts)
     return [spread(barrier(v), shape) for v in vs]
@@ -178,7 +178,7 @@ OTHERS = Platform(
     alias=lambda tree: tree,  # a GPU wants the passes together
     sums=_sums_of_cuts,
     shares_read=lambda shape, sums: False,
-    spread_all=lambda vs, shape, together: [_spread_by_cuts(v, shape) for v in vs],
+    spread_all=lambda vs, shape: [_spread_by_cuts(v, shape) for v in vs],
     to_groups=block_sum,
     to_channels=spread,
     as_result=lambda term, dtype: term,

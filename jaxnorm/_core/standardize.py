@@ -213,9 +213,7 @@ def _sum_of_passes(p, dtype, read, derivatives, x, small, tangents):
             # over the cotangent is taken in two: at channel resolution, and over groups.
             joint = jnp.broadcast_shapes(*(t.shape for t in along))
             along = [jnp.broadcast_to(t, joint) for t in along]
-            # An ordinary sum over what is not a product reads a stored array.
-            together = len(ids) > 1 or derivatives is not _OF_AFFINE
-            along = p.spread_all(along, x.shape, together)
+            along = p.spread_all(along, x.shape)
         parts = [derivatives[i](t, wide, seen, *small) for i, t in zip(ids, along, strict=True)]
         term = p.as_result(sum(parts[1:], parts[0]), dtype)
         # On a CPU every pass reads an alias of its own, made after the pass before: otherwise XLA

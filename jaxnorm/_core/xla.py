@@ -47,14 +47,11 @@ _sums, _broadcasts = Primitive("jaxnorm_sums"), Primitive("jaxnorm_broadcasts")
 
 
 def _reduced(*ts: jax.Array, axis: int) -> list[jax.Array]:
-    operands = ts
-    if len(ts) == 1:
-        # With a zero that XLA cannot know: it would make an ordinary sum of a single operand.
-        zero = lax.optimization_barrier(lax.full_like(lax.slice_in_dim(ts[0], 0, 1, axis=axis), 0))
-        operands = (*ts, lax.broadcast_in_dim(zero, ts[0].shape, range(zero.ndim)))
+    # One goes beside zeros, because XLA makes an ordinary sum of a single operand.
+    operands = ts if len(ts) > 1 else (*ts, jnp.zeros_like(ts[0]))
     zeros = tuple(np.zeros((), t.dtype) for t in operands)
     out = lax.reduce(operands, zeros, lambda p, q: tuple(map(lax.add, p, q)), (axis,))
-    out = [sum(out[1:], out[0])] if len(ts) == 1 else out
+    out = out if len(ts) > 1 else [out[0] + out[1]]
     # XLA would join this sum to the next.
     return lax.optimization_barrier([jnp.expand_dims(t, axis) for t in out])
 
@@ -131,7 +128,6 @@ _all = Primitive("jaxnorm_all")
 _all.def_impl(jnp.all)
 _all.def_abstract_eval(lambda t: core.ShapedArray((), jnp.bool_))
 mlir.register_lowering(_all, mlir.lower_fun(jnp.all, multiple_results=False))
-
 batching.primitive_batchers[_all] = lambda ts, dims: (_all.bind(*ts), None)
 
 
