@@ -77,7 +77,7 @@ and `Observation`, two kinds of nnx variables). The rest of `linen/` and `nnx/`:
 `linen`, `nnx`, `optim` and `drawing` are imported by name: all else needs jax alone. In the core,
 `equations.py` has both full-size computations as they stand in the literature, `mean_var.py` and
 `standardize.py` the same with their derivatives, `platforms.py` what differs by platform, and
-`together.py` how sums share a read on a CPU.
+`together.py` and `passes.py` how sums share a read.
 
 Letters: N examples, H x W positions, C channels, G groups of channels; S a set of elements that
 share statistics; gamma is `scale`, beta `bias`. Two conventions to remember: `momentum` is the

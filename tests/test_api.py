@@ -222,8 +222,8 @@ def uses(module, other):
 
 CORE = (
     "checks", "axes", "blocks", "equations", "picture", "groups", "devices", "meshes", "arithmetic",
-    "shared", "xla", "together", "platforms", "mean_var", "moments", "pooling", "standardize",
-    "normalize", "ghosts", "divisor", "state", "running", "averages", "boundary",
+    "shared", "xla", "together", "platforms", "passes", "mean_var", "moments", "pooling",
+    "standardize", "normalize", "ghosts", "divisor", "state", "running", "averages", "boundary",
     "sync",
 )  # fmt: skip
 ABOVE = (

@@ -14,6 +14,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxnorm._core.arithmetic import counts, statistic_dtype
+from jaxnorm._core.passes import sum_of_passes
 from jaxnorm._core.platforms import Platform, by_platform
 from jaxnorm._core.xla import barrier, kept_small
 
@@ -154,7 +155,7 @@ def _along(result, p, tangents, x, w, mean, v, g, b, *rest):
         small, tangents = (s, a, g, b, *rest), (*tangents, *drest)
         derivatives = [partial(_along_affine, result.after, d) for d in _OF_AFFINE]
         derivatives += [partial(_along_array, result.after, i) for i in range(len(rest))]
-    return _sum_of_passes(p, result.dtype, read, derivatives, x, small, tangents)
+    return sum_of_passes(p, result.dtype, read, derivatives, x, small, tangents)
 
 
 def _scaled(t, g):
@@ -191,63 +192,6 @@ def _along_array(after, i, t, x, seen, s, a, g, b, *rest):
     y, own = _affine(x, seen, s, a, g, b), jnp.broadcast_to(rest[i], t.shape)
     f = lambda v: after(y, *rest[:i], v, *rest[i + 1 :])  # noqa: E731
     return jax.jvp(f, (own,), (t.astype(own.dtype),))[1]
-
-
-def _sum_of_passes(p, dtype, read, derivatives, x, small, tangents):
-    """The derivative along the tangents of x and of each small array, if there is one.
-
-    x and what was seen of it are read(x), in each pass anew. There is one pass for x, and one for
-    each small array, or for all of them.
-    """
-    passes = _in_passes(p, x.shape, tangents)
-    ahead = [[tangents[i] for i in ids] for ids in passes]
-    terms = []
-    x, small = p.alias((x, small))
-    for ids in passes:
-        along, *ahead = ahead
-        wide, seen = read(x)
-        if ids[0] == 0:
-            along = [along[0].astype(wide.dtype)]
-        elif _is_spread(along[0].shape, x.shape):
-            # The tangent of a small array is spread in two steps, so that in reverse mode the sum
-            # over the cotangent is taken in two: at channel resolution, and over groups.
-            joint = jnp.broadcast_shapes(*(t.shape for t in along))
-            along = [jnp.broadcast_to(t, joint) for t in along]
-            along = p.spread_all(along, x.shape)
-        parts = [derivatives[i](t, wide, seen, *small) for i, t in zip(ids, along, strict=True)]
-        term = p.as_result(sum(parts[1:], parts[0]), dtype)
-        # On a CPU every pass reads an alias of its own, made after the pass before: otherwise XLA
-        # stores a float32 copy of x that several share. The tangents are tied apart from x,
-        # because JAX takes whatever is tied to a tangent for linear, too.
-        x, small = p.alias((x, small))
-        term, ahead = p.alias((term, ahead))
-        terms.append(term)
-    return sum(terms[1:], terms[0]).astype(dtype) if terms else None
-
-
-def _in_passes(p, shape, tangents):
-    """Indices of the tangents that are there, in groups that are summed at once in reverse mode.
-
-    Those of small arrays are, if one of them has the shape that all are spread to first. The first
-    tangent is that of x.
-    """
-    live = [i for i, t in enumerate(tangents) if t is not None]
-    # XLA:CPU makes one loop of sums over the last axis and all that uses them; sums that are taken
-    # at once would break it up.
-    small = [
-        i
-        for i in live
-        if _is_spread(tangents[i].shape, shape) and tangents[i].shape[-1] == shape[-1]
-    ]
-    joint = jnp.broadcast_shapes(*(tangents[i].shape for i in small))
-    if all(tangents[i].shape != joint for i in small) or not p.shares_read(shape, joint):
-        return [(i,) for i in live]
-    return [*((i,) for i in live if i not in small), tuple(small)]
-
-
-def _is_spread(small, shape):
-    """Whether an array of shape `small` broadcasts over x and is not as large."""
-    return len(small) == len(shape) and small != shape
 
 
 def _along_by_platform(result, *args):
