@@ -112,12 +112,7 @@ def _statistics(
         return about(m, sums_about(m))
     # False where squares overflow, too.
     exact = all_true((abs2(divide(sums[0], n)) <= CANCELLATION * v) & jnp.isfinite(v))
-    # The branches give sums, of which mean and variance are made once, in whatever uses them: each
-    # small loop takes XLA as long to compile as one over x.
-    sums = lax.cond(
-        exact, lambda *sums: [*sums], lambda *sums: sums_about(about(c, sums)[0]), *sums
-    )
-    return about(jnp.where(exact, jnp.zeros_like(m) if c is None else c, m), sums)
+    return lax.cond(exact, lambda m, v: (m, v), lambda m, _: about(m, sums_about(m)), m, v)
 
 
 def _are_rows(shape: Shape, sets: Sets) -> bool:

@@ -51,7 +51,7 @@ def _reduced(*ts: jax.Array, axis: int) -> list[jax.Array]:
     operands = ts if len(ts) > 1 else (*ts, jnp.zeros_like(ts[0]))
     zeros = tuple(np.zeros((), t.dtype) for t in operands)
     out = lax.reduce(operands, zeros, lambda p, q: tuple(map(lax.add, p, q)), (axis,))
-    out = out if len(ts) > 1 else [out[0] + out[1]]
+    out = list(out) if len(ts) > 1 else [sum(out[1:], out[0])]
     # XLA would join this sum to the next.
     return lax.optimization_barrier([jnp.expand_dims(t, axis) for t in out])
 
