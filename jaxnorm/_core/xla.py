@@ -47,11 +47,13 @@ _sums, _broadcasts = Primitive("jaxnorm_sums"), Primitive("jaxnorm_broadcasts")
 
 
 def _reduced(*ts: jax.Array, axis: int) -> list[jax.Array]:
-    # One goes beside zeros, because XLA makes an ordinary sum of a single operand.
-    operands = ts if len(ts) > 1 else (*ts, jnp.zeros_like(ts[0]))
-    zeros = tuple(np.zeros((), t.dtype) for t in operands)
-    out = lax.reduce(operands, zeros, lambda p, q: tuple(map(lax.add, p, q)), (axis,))
-    out = list(out) if len(ts) > 1 else [sum(out[1:], out[0])]
+    count = len(ts)
+    if count == 1:  # beside zeros, because XLA makes an ordinary sum of a single operand
+        ts = (*ts, *map(jnp.zeros_like, ts))
+    zeros = tuple(np.zeros((), t.dtype) for t in ts)
+    out = list(lax.reduce(ts, zeros, lambda p, q: tuple(map(lax.add, p, q)), (axis,)))
+    if count == 1:
+        out = [out[0] + out[1]]
     # XLA would join this sum to the next.
     return lax.optimization_barrier([jnp.expand_dims(t, axis) for t in out])
 
