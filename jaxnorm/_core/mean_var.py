@@ -7,6 +7,7 @@ and costs what the closed form costs; forward mode, higher derivatives, vmap, sc
 JAX's own.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -33,6 +34,11 @@ from jaxnorm._core.xla import all_true, barrier, kept_small
 CANCELLATION = 16.0
 """Sums about c cost the variance at most one digit while (mean - c)^2 <= 16 var; beyond, they are
 taken again about the mean."""
+
+
+FAR = 4096.0
+"""Up to mean^2 = 4096 var the rounding of a row's sum, some units in the last place of the mean,
+leaves its mean and variance exact to rounding; beyond, they are taken again about the mean."""
 
 
 SYNCED = "jaxnorm_synced_moments"
@@ -94,58 +100,68 @@ def _statistics(
         square = _weighed(abs2(d), w)
         return (_weighed(d, w), square) if sets.centered else (square,)
 
-    def sums_about(c: jax.Array | None) -> list[jax.Array]:
-        return _totals(sets, p.sums(deviations, (x, w, c), sets.channels))
-
-    def about(c: jax.Array | None, sums: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def about(c: jax.Array | None) -> tuple[jax.Array, ...]:
+        sums = _totals(sets, p.sums(deviations, (x, w, c), sets.channels))
+        if not sets.centered:
+            return (divide(sums[0], n),)
         e = divide(sums[0], n)
         v = jnp.maximum(divide(sums[1], n) - abs2(e), 0)
-        return e if c is None else c + e, v
+        exact = (abs2(e) <= CANCELLATION * v) & jnp.isfinite(v)  # also false where squares overflow
+        return e if c is None else c + e, v, exact
 
     if not sets.centered:
-        return (divide(sums_about(None)[0], n),)
-    if p.rows_on_chip and _are_rows(x.shape, sets):
-        return _of_rows(x, w, sets.shape, n)
-    sums = sums_about(c)
-    m, v = about(c, sums)
+        return about(None)
+    if _are_rows(p, x.shape, sets):
+        m, v, exact = _of_rows(p, x, w, sets.shape, n)
+        if p.rows_on_chip:
+            return m, v
+    else:
+        m, v, exact = about(c)
     if sets.axis_name is not None and not same_on_all_devices(sets.axis_name, sets.device_groups):
-        return about(m, sums_about(m))
-    # False where squares overflow, too.
-    exact = all_true((abs2(divide(sums[0], n)) <= CANCELLATION * v) & jnp.isfinite(v))
-    return lax.cond(exact, lambda m, v: (m, v), lambda m, _: about(m, sums_about(m)), m, v)
+        return about(m)[:2]
+    return lax.cond(all_true(exact), lambda m: (m, v), lambda m: about(m)[:2], m)
 
 
-def _are_rows(shape: Shape, sets: Sets) -> bool:
-    """Whether each set is a row of the last axis, whose statistics are used at once.
+def _are_rows(p: Platform, shape: Shape, sets: Sets) -> bool:
+    """Whether each set is a row of memory that the platform holds from one read to the next.
 
-    Over several axes XLA breaks the one kernel of a GPU up, which moves 4 times the tensor.
-    Statistics that are kept for the backward pass as well would break it in two, which moves 4.1
-    times the tensor; sums about `center` then move 3.
+    Statistics that are kept for the backward pass as well would break the one kernel of a GPU in
+    two, which moves 4.1 times the tensor; sums about `center` then move 3.
     """
-    return not sets.kept and sets.axis_name is None and sets.shape == (*shape[:-1], 1)
+    if sets.kept or sets.axis_name is not None or sets.shape != sets.channels:
+        return False
+    apart = sum(1 for _ in itertools.takewhile(lambda g: g != 1, sets.shape))
+    rows = shape[:apart] + (1,) * (len(shape) - apart)
+    return sets.shape == rows and p.holds_rows(shape, rows)
 
 
 def _of_rows(
-    x: jax.Array, w: jax.Array | None, shape: Shape, n: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance of rows that are on a chip.
+    p: Platform, x: jax.Array, w: jax.Array | None, shape: Shape, n: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean and variance of rows, and where they are exact to rounding.
 
     Rounding moves the sum of a row, and so its mean, by some units in the last place. That shows
     where the mean is large beside the standard deviation, and in a constant row it is all there is.
-    More reads correct it, and cost nothing as long as each takes its mean from the one before: XLA
-    keeps any other order in memory, 4 to 5 times the tensor.
+    More reads correct it. On a chip they cost nothing, as long as each takes its mean from the one
+    before: XLA keeps any other order in memory, 4 to 5 times the tensor. On a CPU one more costs
+    1.3 times the time of a forward pass, so that it is left to a guard.
     """
 
     def mean_of(t: jax.Array) -> jax.Array:
         return divide(block_sum(_weighed(t, w), shape), n)
 
     def about(t: jax.Array, c: jax.Array) -> jax.Array:
-        return _counted(t, w, spread(c, x.shape))
+        alias, c = p.alias((t, c))
+        return _counted(alias, w, spread(c, x.shape))
 
     m = mean_of(_counted(x, w))
+    if not p.rows_on_chip:
+        v = mean_of(abs2(about(x, m)))
+        return m, v, (abs2(m) <= FAR * v) & jnp.isfinite(v)
     m = m + mean_of(about(x, m))
     d = about(x, m)
-    return m, mean_of(abs2(about(d, mean_of(d))))  # the mean was rounded again
+    v = mean_of(abs2(about(d, mean_of(d))))  # the mean was rounded again
+    return m, v, jnp.isfinite(v)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

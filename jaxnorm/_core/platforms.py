@@ -17,7 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxnorm._core.axes import Shape
-from jaxnorm._core.blocks import block_sum, spread
+from jaxnorm._core.blocks import block_sum, elements, spread
 from jaxnorm._core.together import cuts_of, spread_together, sums_together
 from jaxnorm._core.xla import barrier
 
@@ -38,8 +38,9 @@ class Platform:
         to_groups: (sums, groups) -> `block_sum`, whose transpose is `to_channels`.
         to_channels: (v, shape) -> `spread` over groups of the last axis.
         as_result: (term, dtype) -> a term of the derivative, as it enters their sum.
-        rows_on_chip: whether a row of memory is at hand, at no cost, from the first read to the
-            pass that uses its statistics, so that they are best taken in several reads.
+        holds_rows: (x's shape, sets' shape) -> whether rows of memory are still at hand at the next
+            read, so that statistics of each row are best taken in several reads.
+        rows_on_chip: they then are so at no cost, from the first read to the pass that uses them.
     """
 
     alias: Callable[[Any], Any]
@@ -49,6 +50,7 @@ class Platform:
     to_groups: Callable[[jax.Array, Shape], jax.Array]
     to_channels: Callable[[jax.Array, Shape], jax.Array]
     as_result: Callable[[jax.Array, DTypeLike], jax.Array]
+    holds_rows: Callable[[Shape, Shape], bool]
     rows_on_chip: bool
 
 
@@ -70,6 +72,16 @@ def total(t: jax.Array, shape: Shape, dtype: DTypeLike) -> jax.Array:
 def spread_to_channels(v: jax.Array, shape: Shape) -> jax.Array:
     """A statistic of groups of channels, for each channel of x."""
     return by_platform(lambda p, v: p.to_channels(v, shape), v)
+
+
+SHORT_ROW = 128
+"""Elements of a row up to which XLA:CPU takes two reads faster than sums about `center`: layer norm
+of tokens with 16, 96 and 128 channels is 1.7, 1.3 and 1.2 times faster forward."""
+
+
+def _short_rows(shape: Shape, sets: Shape) -> bool:
+    row = elements(shape, sets)  # no integer where jax.export makes it symbolic
+    return isinstance(row, int) and row <= SHORT_ROW
 
 
 def _summed_by_product(sums: jax.Array, groups: Shape) -> jax.Array:
@@ -126,6 +138,7 @@ CPU = Platform(
     to_channels=_spread_by_product,
     # In its own loop each term is stored in the dtype of the result.
     as_result=lambda term, dtype: term.astype(dtype),
+    holds_rows=_short_rows,
     rows_on_chip=False,
 )
 
@@ -184,5 +197,6 @@ OTHERS = Platform(
     as_result=lambda term, dtype: term,
     # Where the last axis alone is pooled, one kernel goes from x to what uses its statistics, and
     # moves x and y alone. Over several axes XLA breaks it up, which moves 4 times the tensor.
+    holds_rows=lambda shape, sets: sets == (*shape[:-1], 1),
     rows_on_chip=True,
 )
