@@ -137,7 +137,7 @@ WHOLE = [
     (methods.batch_norm(), "NC", (1, C), None),
     (methods.group_norm(2), "NC", (0, 0), (0,)),
     (methods.rms_norm(), "NC", (1, 4 * 8 * 3 * 4), None),
-    (methods.token_layer_norm(), "NC", (1,), None),
+    (methods.token_layer_norm(), "NC", (2,), None),
 ]
 
 
