@@ -23,6 +23,8 @@ CASES = [
     ((128, 64, 256), (1, 64, 256)),
     ((8, 4, 6, 2), (1, 4, 1, 2)),
     ((4, 12, 9), (4, 1, 1)),
+    *(((3, 5, n), (3, 5, 1)) for n in (2, 3, 7, 8, 15, 16, 48, 96, 768)),  # rows
+    ((3, 26), (3, 1)),
 ]
 
 
@@ -30,7 +32,7 @@ CASES = [
 def test_sums_and_their_transpose(shape, sums):
     rng = np.random.default_rng(0)
     a, b, *spreads = (rng.normal(size=s).astype("f4") for s in (shape, shape, sums, sums))
-    cuts = cuts_of(shape, sums)
+    cuts = cuts_of(shape, sums, rows=True)
     assert cuts
     axes = tuple(i for i, g in enumerate(sums) if g == 1)
     got = jax.jit(lambda *ts: sums_together(ts, sums, cuts))(a, b)
@@ -49,13 +51,13 @@ def test_sums_and_their_transpose(shape, sums):
 @pytest.mark.parametrize("shape, sums", CASES)
 def test_groups_are_narrow_and_leave_what_is_not_summed(shape, sums):
     sizes = list(shape)
-    for axis, width in cuts_of(shape, sums):
-        assert (
-            sums[axis] == 1
-            and sizes[axis] % width == 0
-            and (2 <= width <= WIDEST or width == shape[axis])
-        )
-        sizes[axis] //= width
+    for cut, added in cuts_of(shape, sums, rows=True):
+        width = cut[added]
+        assert 2 <= width <= WIDEST or width in shape
+        rest = (*cut[:added], *cut[added + 1 :])
+        (axis,) = (i for i, (n, m) in enumerate(zip(sizes, rest, strict=True)) if n != m)
+        assert sums[axis] == 1 and sizes[axis] == width * rest[axis]
+        sizes = list(rest)
     rest = [i for i, (n, g) in enumerate(zip(sizes, sums, strict=True)) if n != g]
     # An ordinary sum of what is left is one of elements near each other.
     assert not rest or np.prod(sizes[rest[-1] + 1 :]) < FAR_APART
@@ -64,7 +66,7 @@ def test_groups_are_narrow_and_leave_what_is_not_summed(shape, sums):
 @pytest.mark.parametrize(
     "shape, sums",
     [
-        ((8, 512, 768), (8, 512, 1)),  # rows
+        ((8, 512, 768), (8, 512, 1)),  # rows, which are cut on request
         ((32, 1, 1, 64), (32, 1, 1, 64)),
         ((3, 3, 3, 8), (1, 1, 1, 8)),
         ((37, 8), (1, 8)),
@@ -74,11 +76,19 @@ def test_no_cuts(shape, sums):
     assert cuts_of(shape, sums) == []
 
 
+@pytest.mark.parametrize("n", [17, 37, 2 * 97])
+def test_no_cuts_of_rows_that_leave_a_long_sum(n):
+    assert cuts_of((8, n), (8, 1), rows=True) == []
+
+
 def test_what_is_added_on_one_device_stays_there():
     """Groups of neighbours are whole groups of each of eight devices, where the size allows."""
     for n, shards in ((48, 8), (56, 8), (28, 4), (112, 8), (24, 4)):
-        ((axis, width), *_) = cuts_of((2, n, 3, 4), (1, 1, 1, 4))
-        assert axis == 1 and (n // shards) % width == 0
+        ((cut, added), *_) = cuts_of((2, n, 3, 4), (1, 1, 1, 4))
+        assert added == 2 and (n // shards) % cut[added] == 0
+    for n, shards in ((768, 16), (96, 8), (48, 8), (24, 4)):
+        ((cut, added), *_) = cuts_of((5, n), (5, 1), rows=True)
+        assert cut[added] % shards == 0
 
 
 def test_one_sum_alone():

@@ -7,7 +7,6 @@ and costs what the closed form costs; forward mode, higher derivatives, vmap, sc
 JAX's own.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -34,11 +33,6 @@ from jaxnorm._core.xla import all_true, barrier, kept_small
 CANCELLATION = 16.0
 """Sums about c cost the variance at most one digit while (mean - c)^2 <= 16 var; beyond, they are
 taken again about the mean."""
-
-
-FAR = 4096.0
-"""Up to mean^2 = 4096 var the rounding of a row's sum, some units in the last place of the mean,
-leaves its mean and variance exact to rounding; beyond, they are taken again about the mean."""
 
 
 SYNCED = "jaxnorm_synced_moments"
@@ -111,57 +105,45 @@ def _statistics(
 
     if not sets.centered:
         return about(None)
-    if _are_rows(p, x.shape, sets):
-        m, v, exact = _of_rows(p, x, w, sets.shape, n)
-        if p.rows_on_chip:
-            return m, v
-    else:
-        m, v, exact = about(c)
+    if p.holds_rows and _are_rows(x.shape, sets):
+        return _of_rows(x, w, sets.shape, n)
+    m, v, exact = about(c)
     if sets.axis_name is not None and not same_on_all_devices(sets.axis_name, sets.device_groups):
         return about(m)[:2]
     return lax.cond(all_true(exact), lambda m: (m, v), lambda m: about(m)[:2], m)
 
 
-def _are_rows(p: Platform, shape: Shape, sets: Sets) -> bool:
-    """Whether each set is a row of memory that the platform holds from one read to the next.
+def _are_rows(shape: Shape, sets: Sets) -> bool:
+    """Whether one kernel of a GPU goes from x to what uses its statistics, moving x and y alone.
 
-    Statistics that are kept for the backward pass as well would break the one kernel of a GPU in
-    two, which moves 4.1 times the tensor; sums about `center` then move 3.
+    It does where each set is the last axis. Over several axes XLA breaks it up, which moves 4 times
+    the tensor; so do statistics that are kept for the backward pass as well. Sums about `center`
+    then move 3.
     """
-    if sets.kept or sets.axis_name is not None or sets.shape != sets.channels:
-        return False
-    apart = sum(1 for _ in itertools.takewhile(lambda g: g != 1, sets.shape))
-    rows = shape[:apart] + (1,) * (len(shape) - apart)
-    return sets.shape == rows and p.holds_rows(shape, rows)
+    return not sets.kept and sets.axis_name is None and sets.shape == (*shape[:-1], 1)
 
 
 def _of_rows(
-    p: Platform, x: jax.Array, w: jax.Array | None, shape: Shape, n: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean and variance of rows, and where they are exact to rounding.
+    x: jax.Array, w: jax.Array | None, shape: Shape, n: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of rows, exact to rounding without a guard.
 
     Rounding moves the sum of a row, and so its mean, by some units in the last place. That shows
     where the mean is large beside the standard deviation, and in a constant row it is all there is.
     More reads correct it. On a chip they cost nothing, as long as each takes its mean from the one
-    before: XLA keeps any other order in memory, 4 to 5 times the tensor. On a CPU one more costs
-    1.3 times the time of a forward pass, so that it is left to a guard.
+    before: XLA keeps any other order in memory, 4 to 5 times the tensor.
     """
 
     def mean_of(t: jax.Array) -> jax.Array:
         return divide(block_sum(_weighed(t, w), shape), n)
 
     def about(t: jax.Array, c: jax.Array) -> jax.Array:
-        alias, c = p.alias((t, c))
-        return _counted(alias, w, spread(c, x.shape))
+        return _counted(t, w, spread(c, x.shape))
 
     m = mean_of(_counted(x, w))
-    if not p.rows_on_chip:
-        v = mean_of(abs2(about(x, m)))
-        return m, v, (abs2(m) <= FAR * v) & jnp.isfinite(v)
     m = m + mean_of(about(x, m))
     d = about(x, m)
-    v = mean_of(abs2(about(d, mean_of(d))))  # the mean was rounded again
-    return m, v, jnp.isfinite(v)
+    return m, mean_of(abs2(about(d, mean_of(d))))  # the mean was rounded again
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -29,7 +29,7 @@ def sum_of_passes(p, dtype, read, derivatives, x, small, tangents):
             # over the cotangent is taken in two: at channel resolution, and over groups.
             joint = jnp.broadcast_shapes(*(t.shape for t in along))
             along = [jnp.broadcast_to(t, joint) for t in along]
-            along = p.spread_all(along, x.shape)
+            along = p.spread_all(along, x)
         parts = [derivatives[i](t, wide, seen, *small) for i, t in zip(ids, along, strict=True)]
         term = p.as_result(sum(parts[1:], parts[0]), dtype)
         # On a CPU every pass reads an alias of its own, made after the pass before: otherwise XLA
@@ -44,21 +44,18 @@ def sum_of_passes(p, dtype, read, derivatives, x, small, tangents):
 def _in_passes(p, shape, tangents):
     """Indices of the tangents that are there, in groups that are summed at once in reverse mode.
 
-    Those of small arrays are, if one of them has the shape that all are spread to first. The first
-    tangent is that of x.
+    Those of small arrays are, rows apart from others, if one of them has the shape that all are
+    spread to first. The first tangent is that of x.
     """
     live = [i for i, t in enumerate(tangents) if t is not None]
-    # XLA:CPU makes one loop of sums over the last axis and all that uses them; sums that are taken
-    # at once would break it up.
-    small = [
-        i
-        for i in live
-        if _is_spread(tangents[i].shape, shape) and tangents[i].shape[-1] == shape[-1]
-    ]
-    joint = jnp.broadcast_shapes(*(tangents[i].shape for i in small))
-    if all(tangents[i].shape != joint for i in small) or not p.shares_read(shape, joint):
-        return [(i,) for i in live]
-    return [*((i,) for i in live if i not in small), tuple(small)]
+    small = [i for i in live if _is_spread(tangents[i].shape, shape)]
+    passes = [(i,) for i in live if i not in small]
+    for of_rows in (True, False):
+        ids = [i for i in small if (tangents[i].shape[-1] != shape[-1]) == of_rows]
+        joint = jnp.broadcast_shapes(*(tangents[i].shape for i in ids))
+        shared = any(tangents[i].shape == joint for i in ids) and p.shares_read(shape, joint)
+        passes += [tuple(ids)] if shared else [(i,) for i in ids]
+    return passes
 
 
 def _is_spread(small, shape):

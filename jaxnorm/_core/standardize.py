@@ -64,7 +64,7 @@ def _coefficients(
 
 def _affine(x, seen, s, a, g, b):
     """(x - s) a g + b for x in the dtype of the statistics. Where x was not seen, x - s is 0."""
-    y = _scaled(_shifted(x, seen, s) * a, g)
+    y = _shifted(x, seen, s) * _scaled(a, g)
     return y if b is None else y + b
 
 
@@ -99,7 +99,7 @@ def _pass(result, p, x, w, mean, v, g, b, *rest):
     # Rows of channels with a scale go on from their statistics in one kernel on a GPU, which a
     # barrier would break in two. Everywhere else the pass must not be joined with what made s and
     # a: XLA would make them again for every element.
-    if result.kept or g is None or not p.rows_on_chip:
+    if result.kept or g is None or not p.holds_rows:
         x, s, a, g, b = barrier((x, s, a, g, b))
     y = _affine(*_wide_and_seen(x, w), s, a, g, b)
     return (y if result.after is None else result.after(y, *rest)).astype(result.dtype)

@@ -26,18 +26,21 @@ FAR_APART = 2**14
 """Elements between two of a sum from which on an ordinary one takes 20 to 50 times as long as a
 copy, as in the statistics of each position over a batch."""
 
-Cuts = list[tuple[int, int]]
-"""Axes that are cut into groups of neighbours, one cut after the other, and the groups' width."""
+Cuts = list[tuple[Shape, int]]
+"""One cut after the other: a shape with an axis cut in two, and which of the two is summed."""
 
 
-def cuts_of(shape: Shape, sums: Shape) -> Cuts:
-    """The cuts whose groups are summed first, so that one usual sum of each tensor gives `sums`.
+def cuts_of(shape: Shape, sums: Shape, rows: bool = False) -> Cuts:
+    """The cuts of which each is summed first, so that one usual sum of each tensor gives `sums`.
 
-    There are none where no axis but the last is summed whole, or none is divisible.
+    There are none where no axis but the last is summed whole, or none is divisible. With `rows`,
+    sums over the last axis alone are cut as well.
     """
     symbolic = not all(isinstance(n, int) for n in shape)  # jax.export
     if symbolic or 0 in shape:
         return []
+    if rows and sums == (*shape[:-1], 1):
+        return _cut_rows(shape)
     cuts: Cuts = []
     sizes = list(shape)
     while True:
@@ -46,10 +49,32 @@ def cuts_of(shape: Shape, sums: Shape) -> Cuts:
         widths = {i: _width(n, far) for i, n in enumerate(sizes[:-1]) if sums[i] == 1}
         # Batches are sharded over devices more often than images.
         axis = max(widths, key=lambda i: (widths[i] > 1, i > 0, min(widths[i], 7), -i), default=0)
-        if widths.get(axis, 1) == 1 or (cuts and not far):
+        width = widths.get(axis, 1)
+        if width == 1 or (cuts and not far):
             return cuts
-        cuts.append((axis, widths[axis]))
-        sizes[axis] //= widths[axis]
+        # Neighbours are added, which are more often on one device.
+        cuts.append(((*sizes[:axis], sizes[axis] // width, width, *sizes[axis + 1 :]), axis + 1))
+        sizes[axis] //= width
+
+
+def _cut_rows(shape: Shape) -> Cuts:
+    """Cuts of rows into parts that are added element by element, so that an add is a vector's.
+
+    Cuts follow until one element is left: a usual sum would become one loop with all that uses it.
+    There is none where the elements left are a prime number above `WIDEST`.
+    """
+    cuts: Cuts = []
+    *rest, n = shape
+    while n > 1:
+        widths = [w for w in range(2, WIDEST + 1) if n % w == 0 and (cuts or n >= 4 * w)]
+        widths = widths or [w for w in (n,) if w <= WIDEST]
+        if not widths:
+            return []
+        # Shards of channels are mostly a power of two.
+        width = max(widths, key=lambda w: (w & -w, w))
+        cuts.append(((*rest, width, n // width), len(rest)))
+        n //= width
+    return cuts
 
 
 def _width(n: int, far: bool) -> int:
@@ -63,24 +88,22 @@ def _width(n: int, far: bool) -> int:
     return max(divisors, key=lambda w: (min(w, 6), (n // w) & -(n // w), w), default=1)
 
 
+def _without(shape: Shape, axis: int) -> Shape:
+    return (*shape[:axis], *shape[axis + 1 :])
+
+
 def sums_together(ts: Sequence[jax.Array], sums: Shape, cuts: Cuts) -> list[jax.Array]:
     """`block_sum` of each."""
-    for axis, width in cuts:
-        shape = ts[0].shape
-        split = (*shape[:axis], shape[axis] // width, width, *shape[axis + 1 :])
-        ts = sum_axis([t.reshape(split) for t in ts], axis + 1)
-        ts = [jnp.squeeze(t, axis + 1) for t in ts]
+    for cut, axis in cuts:
+        ts = [jnp.squeeze(t, axis) for t in sum_axis([t.reshape(cut) for t in ts], axis)]
     return [block_sum(t, sums) for t in ts]
 
 
 def spread_together(ts: Sequence[jax.Array], shape: Shape, cuts: Cuts) -> list[jax.Array]:
     """Each spread to `shape`, so that in reverse mode their cotangents are `sums_together`."""
-    sizes = [shape]
-    for axis, width in cuts:
-        shape = (*shape[:axis], shape[axis] // width, *shape[axis + 1 :])
-        sizes.append(shape)
-    ts = [jnp.broadcast_to(spread(t, shape), shape) for t in ts]
-    for (axis, width), shape in zip(reversed(cuts), reversed(sizes[:-1]), strict=True):
-        ts = broadcast_axis([jnp.expand_dims(t, axis + 1) for t in ts], axis + 1, width)
+    sizes = [shape, *(_without(*cut) for cut in cuts)]
+    ts = [jnp.broadcast_to(spread(t, sizes[-1]), sizes[-1]) for t in ts]
+    for (cut, axis), shape in zip(reversed(cuts), reversed(sizes[:-1]), strict=True):
+        ts = broadcast_axis([jnp.expand_dims(t, axis) for t in ts], axis, cut[axis])
         ts = [t.reshape(shape) for t in ts]
     return list(ts)

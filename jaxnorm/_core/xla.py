@@ -24,9 +24,17 @@ _barrier = Primitive("jaxnorm_barrier")
 _barrier.multiple_results = True
 _barrier.def_impl(lambda *ts: list(ts))
 _barrier.def_abstract_eval(lambda *ts: list(ts))
-mlir.register_lowering(
-    _barrier, mlir.lower_fun(lambda *ts: lax.optimization_barrier(ts), multiple_results=True)
-)
+
+
+def _separated(*ts: jax.Array) -> list[jax.Array]:
+    # Without axes of one element, which XLA could not drop any more on the other side: a pass with
+    # an array (..., 1) in it takes up to twice as long on a CPU.
+    ones = [tuple(i for i, n in enumerate(t.shape) if n == 1) for t in ts]
+    ts = lax.optimization_barrier([lax.squeeze(t, axes) for t, axes in zip(ts, ones, strict=True)])
+    return [lax.expand_dims(t, axes) for t, axes in zip(ts, ones, strict=True)]
+
+
+mlir.register_lowering(_barrier, mlir.lower_fun(_separated, multiple_results=True))
 ad.primitive_jvps[_barrier] = lambda ts, dts: (_barrier.bind(*ts), list(dts))
 batching.primitive_batchers[_barrier] = lambda ts, dims: (_barrier.bind(*ts), dims)
 
