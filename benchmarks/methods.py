@@ -43,9 +43,10 @@ KINDS = ("forward", "step")
 PACKAGES = ("jaxnorm", "jax", "jaxlib", "flax", "numpy")
 
 FLAX = "Flax's BatchNorm"
+KERNEL = (3, 3, SHAPE[-1], SHAPE[-1])
 
-Apply = Callable[[Any, jax.Array], jax.Array]
-"""(parameters, x) -> y."""
+Apply = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
+"""(parameters, x) -> y and the new state."""
 
 
 class Row(NamedTuple):
@@ -53,6 +54,8 @@ class Row(NamedTuple):
 
     method: Method
     options: Mapping[str, Any] = {}
+    in_front: bool = False
+    """Whether x goes through a 3 x 3 convolution first, whose kernel is learned as well."""
 
 
 def _rows() -> dict[str, Row]:
@@ -86,6 +89,8 @@ def _rows() -> dict[str, Row]:
         "FRN and TLU": Row(methods.filter_response_norm()),
         "EvoNorm B0": Row(methods.evonorm_b0()),
         "EvoNorm S0": Row(methods.evonorm_s0(32)),
+        "convolution, batch": Row(methods.batch_norm(), in_front=True),
+        "convolution, cross-iteration": Row(methods.cross_iteration_norm(), in_front=True),
         "proxy, relu": Row(methods.proxy_norm(group), {"activation": jax.nn.relu}),
     }
 
@@ -110,14 +115,29 @@ class Result(NamedTuple):
     kept: float
 
 
-def _ours(row: Row) -> tuple[Apply, Any]:
-    state = row.method.init(SHAPE)
-    channels = SHAPE[-1]
-    learned = {"scale": jnp.ones(channels), "bias": jnp.zeros(channels)}
-    learned |= {name: jnp.asarray(t) for name, t in row.method.parameters(channels).items()}
+def _convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    axes = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=axes)
 
-    def apply(parameters: Any, x: jax.Array) -> jax.Array:
-        return row.method.apply(x, state, train=True, **parameters, **row.options)[0]
+
+def _ours(row: Row, dtype: str) -> tuple[Apply, Any]:
+    method, channels = row.method, SHAPE[-1]
+    state = method.init(SHAPE, kernel_shape=KERNEL) if row.in_front else method.init(SHAPE)
+    learned = {"scale": jnp.ones(channels), "bias": jnp.zeros(channels)}
+    learned |= {name: jnp.asarray(t) for name, t in method.parameters(channels).items()}
+    if row.in_front:
+        learned["kernel"] = 0.03 * normal(KERNEL, dtype, 2)
+
+    def apply(parameters: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        front = {}
+        if row.in_front:
+            kernel, parameters = parameters["kernel"], {**parameters}
+            del parameters["kernel"]
+            if method.in_front is None:
+                x = _convolution(x, kernel)
+            else:
+                x, front = method.in_front(x, kernel, _convolution)
+        return method.apply(x, state, train=True, **parameters, **row.options, **front)
 
     return apply, learned
 
@@ -126,9 +146,9 @@ def _flax(dtype: str) -> tuple[Apply, Any]:
     layer = fnn.BatchNorm(use_running_average=False, dtype=jnp.dtype(dtype))
     variables = layer.init(jax.random.key(0), jnp.ones(SHAPE, dtype))
 
-    def apply(parameters: Any, x: jax.Array) -> jax.Array:
+    def apply(parameters: Any, x: jax.Array) -> tuple[jax.Array, Any]:
         variables_now = {**variables, "params": parameters}
-        return layer.apply(variables_now, x, mutable=["batch_stats"])[0]  # type: ignore[return-value]
+        return layer.apply(variables_now, x, mutable=["batch_stats"])  # type: ignore[return-value]
 
     return apply, variables["params"]
 
@@ -139,16 +159,16 @@ def measure(dtype: str, names: Sequence[str], *, rounds: int, seconds: float) ->
     xs, cts = copies(x), copies(ct)
     calls, facts = {}, {}
     for name in (FLAX, *names):
-        apply, parameters = _flax(dtype) if name == FLAX else _ours(ROWS[name])
+        apply, parameters = _flax(dtype) if name == FLAX else _ours(ROWS[name], dtype)
 
         def step(parameters: Any, x: jax.Array, ct: jax.Array, apply: Apply = apply) -> Any:
-            y, vjp = jax.vjp(apply, parameters, x)
+            y, vjp, state = jax.vjp(apply, parameters, x, has_aux=True)
             # A cotangent comes after y: passes of forward and backward cannot be one.
             _, ct = lax.optimization_barrier((y, ct))
-            return y, vjp(ct)
+            return y, state, vjp(ct)
 
         def kept(parameters: Any, x: jax.Array, apply: Apply = apply) -> list[jax.Array]:
-            vjp = jax.vjp(apply, parameters, x)[1]
+            vjp = jax.vjp(apply, parameters, x, has_aux=True)[1]
             return list({id(t): t for t in jax.tree.leaves(vjp)}.values())
 
         forward, _ = compiled(apply, parameters, x)
@@ -216,8 +236,12 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result], title: str) -> Figure:
-    """A row for each method, a dot for each dtype: a step over one of Flax's batch norm."""
-    names = list(dict.fromkeys(result.name for result in results if result.name != FLAX))
+    """A row for each method, a dot for each dtype: a step over one of Flax's batch norm.
+
+    Those behind a convolution, which costs more than any of them, are left out.
+    """
+    alone = (r.name for r in results if r.name != FLAX and not ROWS[r.name].in_front)
+    names = list(dict.fromkeys(alone))
     dtypes = list(dict.fromkeys(result.dtype for result in results))
     with style.context("seaborn-v0_8-whitegrid"):
         figure = Figure(figsize=(7, 0.24 * len(names) + 1.2), layout="constrained")

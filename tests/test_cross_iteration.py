@@ -1,6 +1,7 @@
 """Cross-Iteration Batch Normalization: concatenated batches, the Taylor form with old kernels, the
 authors' code."""
 
+import re
 from functools import partial
 
 import jax
@@ -595,3 +596,37 @@ def test_layers_equal_the_function(kind):
 @pytest.mark.usefixtures("x64")
 def test_state_is_float32():
     assert {t.dtype for t in init((3, 3, 2, 4)).values()} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "forward", "step"), [("float32", 3.1, 3.1), ("bfloat16", 9.1, 8.2)]
+)
+@pytest.mark.parametrize("size", [1, 3])
+def test_temporaries_and_products(dtype, forward, step, size):
+    """Bytes over those of y: little more than the derivative by the kernel alone, which is 2, with
+    y itself. In bfloat16 XLA:CPU convolves float32 copies."""
+    x = jax.ShapeDtypeStruct((32, 28, 28, 128), dtype)
+    w = jax.ShapeDtypeStruct((size, size, 128, 128), dtype)
+    layer = partial(
+        lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=NHWC
+    )
+
+    def train(x, w, state):
+        y, front = cross_iteration_norm().in_front(x, w, layer)
+        return cross_iteration_norm().apply(y, state, train=True, **front)
+
+    def train_step(x, w, state, dz):
+        z, back, state = jax.vjp(lambda x, w: train(x, w, state), x, w, has_aux=True)
+        return z, state, back(dz)
+
+    state = jax.eval_shape(lambda: init(w.shape))
+    programs = (
+        jax.jit(train).lower(x, w, state).compile(),
+        jax.jit(train_step).lower(x, w, state, x).compile(),
+    )
+    for program, bound in zip(programs, (forward, step), strict=True):
+        temporary = program.memory_analysis().temp_size_in_bytes
+        assert temporary <= bound * x.size * x.dtype.itemsize
+    # The layer, the derivatives of variance and mean by its kernel, and two small ones.
+    products = re.findall(r" (?:convolution|dot)\(", programs[0].as_text())
+    assert 3 <= len(products) <= 5

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxnorm._core import platforms
 from jaxnorm._core.blocks import spread
 from jaxnorm._core.together import FAR_APART, WIDEST, cuts_of, spread_together, sums_together
 from jaxnorm._core.xla import broadcast_axis, sum_axis
@@ -46,6 +47,20 @@ def test_sums_and_their_transpose(shape, sums):
     for ct, of_spread in zip((a, b), back([jnp.asarray(a), jnp.asarray(b)]), strict=True):
         wanted = ct.astype("f8").sum(axes, keepdims=True)
         np.testing.assert_allclose(of_spread, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_lone_sum_is_cut_where_neighbours_are_far_apart(far):
+    x = jnp.ones((32, 64, 256))
+    sums = (1, 64, 256) if far else (32, 64, 1)
+    f = jax.jit(lambda x: platforms.total(x, sums, x.dtype))
+    with_two_results = re.findall(r"= \(f32\S+, f32\S+\) (?:fusion|reduce)\(", hlo(f, x))
+    assert bool(with_two_results) == far
+    np.testing.assert_array_equal(f(x), np.full(sums, x.size // np.prod(sums)))
+
+
+def hlo(f, x):
+    return f.lower(x).compile().as_text()
 
 
 @pytest.mark.parametrize("shape, sums", CASES)

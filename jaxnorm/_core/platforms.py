@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from jaxnorm._core.axes import Shape
 from jaxnorm._core.blocks import block_sum, spread
-from jaxnorm._core.together import cuts_of, spread_together, sums_together
+from jaxnorm._core.together import cuts_of, far_apart, spread_together, sums_together
 from jaxnorm._core.xla import barrier
 
 Terms = Callable[..., Sequence[jax.Array]]
@@ -102,17 +102,22 @@ def _spread_by_product(v: jax.Array, shape: Shape) -> jax.Array:
     return spread(v, shape)
 
 
-def _sum_copies(x: jax.Array) -> bool:
-    """Whether an ordinary sum over x reads a float32 copy, as it does of a mask or of float16."""
-    return x.dtype in (jnp.bool_, jnp.float16)
+def _cut_alone(x: jax.Array, sums: Shape) -> bool:
+    """Whether a sum is cut also where it is alone.
+
+    An ordinary one reads a float32 copy of a mask or of float16, is slow for what is far apart, and
+    becomes one loop with what uses it for rows.
+    """
+    copied = x.dtype in (jnp.bool_, jnp.float16)
+    return copied or sums[-1] != x.shape[-1] or far_apart(x.shape, sums)
 
 
 def _cpu_sums(terms: Terms, args: Sequence[Any], shape: Shape) -> list[jax.Array]:
     tensors = terms(*args)
-    row = tensors[0].shape[-1]
-    short = isinstance(row, int) and row <= SHORT_ROW  # jax.export may make it symbolic
-    cuts = cuts_of(tensors[0].shape, shape, rows=short or _sum_copies(args[0]))
-    if cuts and (len(tensors) > 1 or shape[-1] != row or _sum_copies(args[0])):
+    x = args[0]
+    short = isinstance(x.shape[-1], int) and x.shape[-1] <= SHORT_ROW  # symbolic in jax.export
+    cuts = cuts_of(x.shape, shape, rows=short or x.dtype == jnp.float16)
+    if cuts and (len(tensors) > 1 or _cut_alone(x, shape)):
         return sums_together(tensors, shape, cuts)
     # Each reads an alias of its own.
     aliases = (terms(*(args if i == 0 else barrier(args))) for i in range(len(tensors)))
@@ -122,7 +127,7 @@ def _cpu_sums(terms: Terms, args: Sequence[Any], shape: Shape) -> list[jax.Array
 def _cpu_spread_all(vs: Sequence[jax.Array], x: jax.Array) -> list[jax.Array]:
     sums = vs[0].shape
     cuts = cuts_of(x.shape, sums, rows=True)
-    if cuts and (len(vs) > 1 or sums[-1] != x.shape[-1] or _sum_copies(x)):
+    if cuts and (len(vs) > 1 or _cut_alone(x, sums)):
         return spread_together(barrier(vs), x.shape, cuts)
     return [spread(barrier(v), x.shape) for v in vs]
 

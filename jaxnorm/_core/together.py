@@ -44,8 +44,7 @@ def cuts_of(shape: Shape, sums: Shape, rows: bool = False) -> Cuts:
     cuts: Cuts = []
     sizes = list(shape)
     while True:
-        summed = [i for i, (n, g) in enumerate(zip(sizes, sums, strict=True)) if n != g]
-        far = bool(summed) and math.prod(sizes[summed[-1] + 1 :]) >= FAR_APART
+        far = far_apart(sizes, sums)
         widths = {i: _width(n, far) for i, n in enumerate(sizes[:-1]) if sums[i] == 1}
         # Batches are sharded over devices more often than images.
         axis = max(widths, key=lambda i: (widths[i] > 1, i > 0, min(widths[i], 7), -i), default=0)
@@ -55,6 +54,12 @@ def cuts_of(shape: Shape, sums: Shape, rows: bool = False) -> Cuts:
         # Neighbours are added, which are more often on one device.
         cuts.append(((*sizes[:axis], sizes[axis] // width, width, *sizes[axis + 1 :]), axis + 1))
         sizes[axis] //= width
+
+
+def far_apart(shape: Sequence[int], sums: Shape) -> bool:
+    """Whether all neighbours in a sum are far apart in memory."""
+    summed = [i for i, (n, g) in enumerate(zip(shape, sums, strict=True)) if n != g]
+    return bool(summed) and math.prod(shape[summed[-1] + 1 :]) >= FAR_APART
 
 
 def _cut_rows(shape: Shape) -> Cuts:

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxnorm._core.arithmetic import counts, statistic_dtype
 from jaxnorm._core.devices import all_sum, device_groups_of, varying_like
 from jaxnorm._core.moments import Moments, as_weights
+from jaxnorm._core.platforms import total
 from jaxnorm.methods._frame import along_channels
 from jaxnorm.methods._method import Options, State
 
@@ -75,8 +76,8 @@ def derivatives(
     # The patches do not depend on the output channel: one for each group will do, and without
     # weights the sum over examples is taken first.
     if weights is None:
-        share = jnp.full([1] * y.ndim, y.shape[batch], count.dtype)
-        examples = inputs.mean(batch, keepdims=True)
+        shape = tuple(1 if i == batch else n for i, n in enumerate(inputs.shape))
+        examples, share = _total(inputs, shape, inputs.dtype), jnp.ones([1] * y.ndim, count.dtype)
     else:
         w = as_weights(weights, y)
         centered = jnp.where(counts(w), centered, 0) * w.astype(centered.dtype)
@@ -101,3 +102,7 @@ def _by_kernel(
     out = jax.eval_shape(layer, inputs, kernel)
     cotangent = jnp.broadcast_to(varying_like(cotangent, inputs), out.shape).astype(out.dtype)
     return jax.linear_transpose(lambda k: layer(inputs, k), kernel)(cotangent)[0]
+
+
+# Outside of jit every call would compile its branches again.
+_total = jax.jit(total, static_argnums=(1, 2))
