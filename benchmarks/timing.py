@@ -27,6 +27,8 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(8 * 10**9),
     # JAX would take most of a GPU's memory, and other libraries need some.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    # A program found on disk would pass for one that was compiled.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
 
 ROTATED_BYTES = 64 * 2**20
