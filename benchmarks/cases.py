@@ -32,8 +32,12 @@ GOALS = {"forward": 1.10, "step": 1.05}
 """Of our time over Flax's, at most."""
 
 
+INTERVAL_COUNT = 6
+"""The fewest ratios of which a 95 % interval of their median can be given."""
+
+
 class Ratio(NamedTuple):
-    """The median of ratios and its 95 % interval, which is nan where there are fewer than six."""
+    """The median of ratios and its 95 % interval, which is nan below `INTERVAL_COUNT` of them."""
 
     median: float
     low: float

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from benchmarks.cases import FLAX, KINDS, OURS, Case
+from benchmarks.cases import FLAX, INTERVAL_COUNT, KINDS, OURS, Case
 from benchmarks.floors import Calls, floors, least_passes, passes
 from benchmarks.libraries import LIBRARIES, Layer
 from benchmarks.shapes import Shape
@@ -56,7 +56,7 @@ def measure(
             calls |= new
     if torch is not None:
         calls |= torch_calls(torch, method, *arrays(True), shape.num_groups)
-    times = interleaved(calls, rounds=rounds, seconds=seconds)
+    times = interleaved(calls, rounds=rounds, seconds=seconds, at_least=INTERVAL_COUNT)
     for name, kind in calls:
         if kind in KINDS:
             case.seconds.setdefault(name, {})[kind] = times[name, kind]

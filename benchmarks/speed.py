@@ -21,10 +21,10 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.cases import FLAX, OURS, Case
+from benchmarks.cases import FLAX, INTERVAL_COUNT, OURS, Case
 from benchmarks.dots import draw
 from benchmarks.files import write as write_text
-from benchmarks.libraries import LIBRARIES, METHODS, installed
+from benchmarks.libraries import COLORS, LIBRARIES, METHODS, installed
 from benchmarks.measure import measure
 from benchmarks.options import count, folder, number, positive
 from benchmarks.shapes import EDGES, QUICK, SHAPES
@@ -47,11 +47,17 @@ def write(output: Path, facts: Mapping[str, Any], cases: Sequence[Case], *, edge
     write_text(output / f"{name}.csv", as_csv(cases))
     text = f"{heading(facts)}\n\n    {facts['command']}\n\n{markdown(tables(cases))}"
     write_text(output / f"{name}.md", text)
-    how = (
-        {"row": lambda case: f"{case.method} {case.shape}", "over": "Flax"}
-        if edges and any(case.over("Flax", "step") for case in cases)
-        else {"row": lambda case: case.method, "over": "bytes floor"}
-    )
+    how: dict[str, Any] = {
+        "libraries": list(COLORS),
+        "row": lambda case: case.method,
+        "over": "bytes floor",
+    }
+    if edges:
+        how = {
+            "libraries": [OURS],
+            "row": lambda case: f"{case.method} {case.shape}",
+            "over": "Flax" if cases[0].over("Flax", "step") else "bytes floor",
+        }
     draw(cases, heading(facts), output / f"{name}.png", **how)
 
 
@@ -83,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {
         "rounds": args.rounds,
         "seconds": (2 if brief else 6) if args.seconds is None else args.seconds,
-        "compiles": (0 if brief else 6) if args.compiles is None else args.compiles,
+        "compiles": (0 if brief else INTERVAL_COUNT) if args.compiles is None else args.compiles,
     }
     cases: list[Case] = []
     try:
@@ -140,14 +146,15 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds",
         type=number(at_least=0),
         metavar="S",
-        help="per case, after which no other round starts (default: 6; with --quick or --edges 2)",
+        help=f"per case, after which, and {INTERVAL_COUNT} rounds, no other round starts "
+        "(default: 6; with --quick or --edges 2)",
     )
     add(
         "--compiles",
         type=count,
         metavar="N",
-        help="samples of the compile time of ours and flax.linen, of which an interval takes 6 "
-        "(default: 6; with --quick or --edges none)",
+        help=f"samples of the compile time of ours and flax.linen (default: {INTERVAL_COUNT}, the "
+        "fewest with an interval; with --quick or --edges none)",
     )
     add(
         "--output",

@@ -37,7 +37,13 @@ def tables(cases: Sequence[Case]) -> dict[str, Rows]:
     measured are left out."""
     others = [other for other in OTHERS if other != "Flax"]
     heads = ["shape", "ms", *(f"/ Flax, {kind}" for kind in KINDS)]
-    heads += [*(f"/ {other}" for other in others), "temporaries", "kept", "compile", "/ Flax's"]
+    heads += [
+        *(f"/ {other}" for other in others),
+        "temporaries",
+        "kept",
+        "compile CPU s",
+        "compile / Flax",
+    ]
     found = {}
     for (method, dtype), group in grouped(cases):
         found[f"{METHODS[method]}, {dtype}"] = [heads, *(_row(case, others) for case in group)]
@@ -86,7 +92,7 @@ def _pair(numbers: Iterable[float | None]) -> str:
 def _summary(cases: Sequence[Case]) -> Rows:
     heads = ["method", "dtype", "shapes", *(f"/ {other}" for other in OTHERS)]
     heads += [f"worst {kind}" for kind in KINDS]
-    rows = [[*heads, MISSED.strip(), "temporaries", "kept", "compile / Flax's"]]
+    rows = [[*heads, MISSED.strip(), "temporaries", "kept", "compile / Flax"]]
     for (method, dtype), group in grouped(cases):
         cells = [method, dtype, str(len(group))]
         for other in OTHERS:

@@ -68,20 +68,20 @@ def restart_with_environment() -> None:
 
 
 def interleaved(
-    calls: Mapping[Key, Call], *, rounds: int, seconds: float
+    calls: Mapping[Key, Call], *, rounds: int, seconds: float, at_least: int = MIN_ROUNDS
 ) -> dict[Key, list[float]]:
     """Seconds of each call in each round.
 
     Every round visits every call, so that what slows the machine down for a while slows all of them
     down; their order is drawn anew, so that none always runs after the same other. After `seconds`,
-    and three rounds, no other round starts.
+    and `at_least` so many rounds, no other round starts.
     """
     enqueued = {name: _enqueued(call) for name, call in calls.items()}
     times: dict[Key, list[float]] = {name: [] for name in calls}
     order, random_order = list(calls), random.Random(0)
     end, index = time.perf_counter() + seconds, 0
     for done in range(rounds):
-        if done >= MIN_ROUNDS and time.perf_counter() > end:
+        if done >= at_least and time.perf_counter() > end:
             break
         random_order.shuffle(order)
         for name in order:
