@@ -38,10 +38,10 @@ def draw(
     row: Callable[[Case], str],
     over: str,
 ) -> None:
-    """Draws the time of `libraries`, keys of `COLORS`, over that of `over`, a key of `OTHERS`, on a log axis.
+    """Draws the time of `libraries`, keys of `COLORS`, over that of `over`, a key of `OTHERS`.
 
-    A panel for each dtype and pass; `row` names the row of a case. A dot is the geometric mean over
-    the cases of its row; one case alone has its interval.
+    A panel with a log axis for each dtype and pass; `row` names the row of a case. A dot is the
+    geometric mean over the cases of its row; one case alone has its interval.
     """
     dtypes = list(dict.fromkeys(case.dtype for case in cases))
     lanes: dict[str, dict[str, float]] = {}
