@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 200)
-    peers = args.peers if args.peers is not None else (*FLAX, "torch") if args.edges else PEERS
+    peers = args.peers if args.peers is not None else FLAX if args.edges else PEERS
     missing = [name for name in peers if name not in _installed()]
     if missing:
         console.print(f"Left out, not installed: {', '.join(missing)}", highlight=False)
@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--edges",
         action="store_true",
-        help="the shapes where Flax may be faster, beside Flax and torch alone",
+        help="the shapes where Flax may be faster, beside Flax alone",
     )
     add("--markdown", action="store_true", help="print the tables as Markdown")
     return parser

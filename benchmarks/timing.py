@@ -43,6 +43,10 @@ BEST_OF = 3
 """Calls a visit, of which the fastest counts: the first pays for what the computation before left
 in the caches."""
 
+VISIT_SECONDS = 2e-3
+"""Short calls are repeated for so long in a visit: three of some microseconds are easily all
+disturbed."""
+
 MIN_ROUNDS = 3
 
 ENQUEUED_SECONDS = 5e-3
@@ -77,6 +81,7 @@ def interleaved(
     and `at_least` so many rounds, no other round starts.
     """
     enqueued = {name: _enqueued(call) for name, call in calls.items()}
+    tries = {name: _tries(call, enqueued[name]) for name, call in calls.items()}
     times: dict[Key, list[float]] = {name: [] for name in calls}
     order, random_order = list(calls), random.Random(0)
     end, index = time.perf_counter() + seconds, 0
@@ -86,7 +91,7 @@ def interleaved(
         random_order.shuffle(order)
         for name in order:
             best = float("inf")
-            for _ in range(BEST_OF):
+            for _ in range(tries[name]):
                 best = min(best, _seconds(calls[name], enqueued[name], index))
                 index += enqueued[name]
             times[name].append(best)
@@ -99,6 +104,12 @@ def _enqueued(call: Call) -> int:
     if jax.default_backend() == "cpu":
         return 1
     return int(np.clip(ENQUEUED_SECONDS / _seconds(call, 1, 1), 1, 200))
+
+
+def _tries(call: Call, enqueued: int) -> int:
+    """How often to try a call in a visit, of which the fastest counts."""
+    seconds = enqueued * min(_seconds(call, enqueued, index) for index in range(BEST_OF))
+    return int(np.clip(VISIT_SECONDS / seconds, BEST_OF, 100))
 
 
 def _seconds(call: Call, count: int, index: int) -> float:
