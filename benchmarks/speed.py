@@ -2,7 +2,7 @@
 floor.
 
     python -m benchmarks.speed             # everything
-    python -m benchmarks.speed --quick     # some shapes: under 3 minutes on 2 cores
+    python -m benchmarks.speed --quick     # some shapes: about 4 minutes on 2 cores
     python -m benchmarks.speed --edges     # shapes where Flax may be faster
 
 Prints a table for each method and a summary; writes speed.json (every round), speed.csv, speed.md
