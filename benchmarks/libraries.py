@@ -17,11 +17,14 @@ METHODS = {
     "group": f"GroupNorm({NUM_GROUPS})",
     "instance": "InstanceNorm",
     "token_layer": "LayerNorm, tokens",
+    "rms": "RMSNorm, tokens",
     "batch_group": f"BatchGroupNorm({NUM_GROUPS})",
     "ghost_batch": f"GhostBatchNorm({NUM_GHOSTS})",
 }
 """What the methods of `benchmarks.shapes` are called."""
 
+TOKEN_METHODS = ("token_layer", "rms")
+"""Those that normalize the last axis alone."""
 
 Train = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
 """(parameters, state, x) -> y and the new state."""
@@ -63,6 +66,7 @@ def _linen(layers: Any, method: str, x: jax.ShapeDtypeStruct, options: Options) 
         "group": lambda use: layers.GroupNorm(options.num_groups, dtype=x.dtype),
         "instance": lambda use: layers.InstanceNorm(dtype=x.dtype),
         "token_layer": lambda use: layers.LayerNorm(dtype=x.dtype),
+        "rms": lambda use: layers.RMSNorm(dtype=x.dtype),
     }
     if layers is ours:
         rows = {
@@ -109,6 +113,7 @@ def _flax_nnx(method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer |
         "group": lambda: nnx.GroupNorm(channels, options.num_groups, **settings),
         "instance": lambda: nnx.InstanceNorm(channels, **settings),
         "token_layer": lambda: nnx.LayerNorm(channels, **settings),
+        "rms": lambda: nnx.RMSNorm(channels, **settings),
     }
     if method not in made:
         return None
@@ -149,6 +154,7 @@ def _haiku(method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer | No
         "group": lambda x, inference: hk.GroupNorm(options.num_groups, **learned)(x),
         "instance": lambda x, inference: hk.InstanceNorm(**learned)(x),
         "token_layer": lambda x, inference: hk.LayerNorm(axis=-1, param_axis=-1, **learned)(x),
+        "rms": lambda x, inference: hk.RMSNorm(axis=-1, param_axis=-1)(x),
     }
     if method not in made:
         return None
@@ -179,6 +185,7 @@ def _equinox(method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer | 
         "group": lambda: eqx.nn.GroupNorm(options.num_groups, channels),
         "instance": lambda: eqx.nn.GroupNorm(channels, channels),
         "token_layer": lambda: eqx.nn.LayerNorm(channels),
+        "rms": lambda: eqx.nn.RMSNorm(channels, use_bias=False),
     }
     if method not in made or options.axis_index_groups is not None:
         return None
@@ -193,13 +200,13 @@ def _equinox(method: str, x: jax.ShapeDtypeStruct, options: Options) -> Layer | 
                 x, state
             )
             return y.astype(x.dtype), state
-        for _ in range(x.ndim - 1 if method == "token_layer" else 1):
+        for _ in range(x.ndim - 1 if method in TOKEN_METHODS else 1):
             layer = jax.vmap(layer)
         return layer(x), state
 
     infer = partial(apply, True) if method == "batch" else None
     return Layer(
-        partial(apply, False), infer, parameters, state, channels_last=method == "token_layer"
+        partial(apply, False), infer, parameters, state, channels_last=method in TOKEN_METHODS
     )
 
 
@@ -222,6 +229,16 @@ LIBRARIES = {
     "haiku": Library("haiku", _haiku),
     "equinox": Library("equinox", _equinox),
 }
+
+COLORS = {
+    "jaxnorm": "#0072B2",
+    "flax.linen": "#D55E00",
+    "flax.nnx": "#E69F00",
+    "haiku": "#009E73",
+    "equinox": "#CC79A7",
+    "torch": "#000000",
+}
+"""The color of each library in every figure, of Okabe and Ito's palette."""
 
 
 def installed() -> list[str]:

@@ -15,13 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure
 
 from benchmarks.files import replacing
 from benchmarks.hlo import Collective
+from benchmarks.libraries import COLORS
 
 LATENCY = 1e-6
 """Seconds for a hop, "typically around 1us": How to Scale Your Model, part 3,
@@ -166,21 +164,27 @@ def cost(pod: Pod, chips: int, group: int, found: Sequence[Round]) -> Cost:
     return Cost(sum(map(seconds, found)), sent)
 
 
+LINES = ("-", "--", ":", "-.")
+"""Of a library's programs, one after the other; its color is that of `COLORS`."""
+
+
 def draw(curves: Mapping[str, Mapping[str, Mapping[int, Cost]]], path: Path) -> None:
     """Milliseconds over chips: for each pod's name, for each program's title, costs by number of
     chips."""
-    figure, axes = plt.subplots(1, len(curves), figsize=(11, 4.6), sharey=True, squeeze=False)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)
     for ax, (pod, lines) in zip(axes[0], curves.items(), strict=True):
-        for number, (title, costs) in enumerate(lines.items()):
-            milliseconds = [1e3 * one.seconds for one in costs.values()]
-            # some lie on top of each other
+        drawn: dict[str, int] = {}
+        for title, costs in lines.items():
+            library = title.split(",")[0]
+            drawn[library] = drawn.get(library, -1) + 1
             ax.plot(
                 list(costs),
-                milliseconds,
-                linestyle=("-", ":")[number % 2],
-                linewidth=2,
-                marker="o",
-                markersize=3,
+                [1e3 * one.seconds for one in costs.values()],
+                linestyle=LINES[drawn[library] % len(LINES)],
+                # some lie on top of each other
+                linewidth=1.5 if library == "jaxnorm" else 3,
+                color=COLORS[library],
                 label=title,
             )
         ax.set_xscale("log", base=2)
@@ -190,13 +194,29 @@ def draw(curves: Mapping[str, Mapping[str, Mapping[int, Cost]]], path: Path) -> 
             if max(max(costs) for costs in lines.values()) > 256
             else [8, 32, 128, 256]
         )
-        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.set_yticks([0.2, 0.5, 1, 2, 5, 10])
+        ax.minorticks_off()
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.set_title(f"TPU {pod}: a model, nothing was run", fontsize=10)
         ax.set_xlabel("chips")
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("ms of collectives in a step of ResNet-50")
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, fontsize=8)
+    last = list(curves.values())[-1]
+    heights = {title: 1e3 * list(costs.values())[-1].seconds for title, costs in last.items()}
+    place = 0.0
+    for title, height in sorted(heights.items(), key=lambda item: item[1]):
+        place = max(height, 1.2 * place)  # apart, where lines end at the same height
+        color = COLORS[title.split(",")[0]]
+        end = (max(last[title]), height)
+        axes[0][-1].annotate(
+            title,
+            end,
+            (1.03 * axes[0][-1].get_xlim()[1], place),
+            annotation_clip=False,
+            va="center",
+            color=color,
+            fontsize=9,
+        )
     with replacing(path) as new:
         figure.savefig(new, dpi=120, format="png")
-    plt.close(figure)

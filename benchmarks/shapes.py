@@ -18,7 +18,7 @@ class Shape(NamedTuple):
     """The normalized tensor of a layer.
 
     `example` is the shape without the batch; `methods` are normalizations to measure there, named
-    as in `jaxnorm.methods` without `_norm`.
+    as in `jaxnorm.methods` without `_norm`; `num_groups` is for those that have groups.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Shape(NamedTuple):
     cpu_batch: int
     gpu_batch: int
     methods: tuple[str, ...]
+    num_groups: int = NUM_GROUPS
 
     def on(self, platform: str) -> tuple[int, ...]:
         """The shape of x on `platform`: `cpu`, or `gpu` and any other accelerator."""
@@ -64,3 +65,27 @@ SHAPES = {shape.name: shape for shape in _SHAPES}
 
 QUICK = ("resnet50_stage1", "resnet50_stage3", "diffusion_32", "vit_b")
 """A subset of `SHAPES`."""
+
+_EDGES = (
+    Shape("mask", (256, 256, 1), 32, 256, ("batch",)),
+    Shape("photos", (224, 224, 3), 8, 64, ("batch", "instance")),
+    # rank 2, as in a perceptron
+    Shape("mlp_512", (512,), 1024, 8192, ("batch", "group", "token_layer", "rms")),
+    Shape("map_4x4", (4, 4, 1024), 16, 256, ("batch", "group", "instance")),
+    Shape("map_1x1", (1, 1, 1024), 64, 256, ("batch", "group")),
+    *(
+        Shape(f"groups_{count}", (28, 28, 256), 8, 64, ("group",), num_groups=count)
+        for count in (1, 2, 8)
+    ),
+    *(Shape(f"few_{c}", (64, c), 1, 1, ("token_layer", "rms")) for c in (8, 16, 64, 96, 768, 1024)),
+    *(
+        Shape(f"many_{c}", (rows, c), 16, 64, ("token_layer", "rms"))
+        for c, rows in ((8, 8192), (16, 4096), (64, 2048), (96, 1024), (1024, 128))
+    ),
+    Shape("vit_b_rms", (197, 768), 16, 64, ("rms",)),
+    Shape("heads_64", (12, 197, 64), 16, 64, ("token_layer", "rms")),  # queries of ViT-B, by head
+)
+
+EDGES = {shape.name: shape for shape in _EDGES}
+"""Shapes at the edge of what layers meet, where ours may be slower than Flax's: one channel or few,
+short sums, few rows, rank 2. Means over shapes do not contain them."""

@@ -27,6 +27,8 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(8 * 10**9),
     # JAX would take most of a GPU's memory, and other libraries need some.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    # A program found on disk would pass for one that was compiled.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
 
 ROTATED_BYTES = 64 * 2**20
@@ -40,6 +42,10 @@ cached or not."""
 BEST_OF = 3
 """Calls a visit, of which the fastest counts: the first pays for what the computation before left
 in the caches."""
+
+VISIT_SECONDS = 2e-3
+"""Short calls are repeated for so long in a visit: three of some microseconds are easily all
+disturbed."""
 
 MIN_ROUNDS = 3
 
@@ -66,25 +72,26 @@ def restart_with_environment() -> None:
 
 
 def interleaved(
-    calls: Mapping[Key, Call], *, rounds: int, seconds: float
+    calls: Mapping[Key, Call], *, rounds: int, seconds: float, at_least: int = MIN_ROUNDS
 ) -> dict[Key, list[float]]:
     """Seconds of each call in each round.
 
     Every round visits every call, so that what slows the machine down for a while slows all of them
     down; their order is drawn anew, so that none always runs after the same other. After `seconds`,
-    and three rounds, no other round starts.
+    and `at_least` so many rounds, no other round starts.
     """
     enqueued = {name: _enqueued(call) for name, call in calls.items()}
+    tries = {name: _tries(call, enqueued[name]) for name, call in calls.items()}
     times: dict[Key, list[float]] = {name: [] for name in calls}
     order, random_order = list(calls), random.Random(0)
     end, index = time.perf_counter() + seconds, 0
     for done in range(rounds):
-        if done >= MIN_ROUNDS and time.perf_counter() > end:
+        if done >= at_least and time.perf_counter() > end:
             break
         random_order.shuffle(order)
         for name in order:
             best = float("inf")
-            for _ in range(BEST_OF):
+            for _ in range(tries[name]):
                 best = min(best, _seconds(calls[name], enqueued[name], index))
                 index += enqueued[name]
             times[name].append(best)
@@ -97,6 +104,12 @@ def _enqueued(call: Call) -> int:
     if jax.default_backend() == "cpu":
         return 1
     return int(np.clip(ENQUEUED_SECONDS / _seconds(call, 1, 1), 1, 200))
+
+
+def _tries(call: Call, enqueued: int) -> int:
+    """How often to try a call in a visit, of which the fastest counts."""
+    seconds = enqueued * min(_seconds(call, enqueued, index) for index in range(BEST_OF))
+    return int(np.clip(VISIT_SECONDS / seconds, BEST_OF, 100))
 
 
 def _seconds(call: Call, count: int, index: int) -> float:

@@ -9,8 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import growth, methods, networks, speed
-from benchmarks.shapes import Shape
+from benchmarks import floors, growth, methods, networks, speed
+from benchmarks.cases import GOALS, KINDS, Case, ratio
+from benchmarks.measure import compile_times
+from benchmarks.shapes import EDGES, Shape
+from benchmarks.tables import tables
 from benchmarks.timing import Call, interleaved
 from jaxnorm import methods as jaxnorm_methods
 
@@ -43,7 +46,8 @@ def case(name, ours, linen, floor):
     seconds = {"jaxnorm": ours, "flax.linen": linen, "floor": floor}
     both = {library: {"forward": rounds, "step": rounds} for library, rounds in seconds.items()}
     numbers = {"jaxnorm": 1.0, "flax.linen": 2.0}
-    return speed.Case("batch", name, (4, 2, 2, 8), "float32", both, numbers, numbers, numbers)
+    samples = {library: {"cpu": [n, n, n], "wall": [n, n, n]} for library, n in numbers.items()}
+    return Case("batch", name, (4, 2, 2, 8), "float32", both, numbers, numbers, samples)
 
 
 def test_speed_writes_files_that_agree(tiny, tmp_path, monkeypatch, capsys):
@@ -51,7 +55,10 @@ def test_speed_writes_files_that_agree(tiny, tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, library, None)
     assert (
         speed.main(
-            ["--dtypes", "float32", "--rounds", "2", "--seconds", "0", "--output", str(tmp_path)]
+            [
+                *("--dtypes", "float32", "--rounds", "2", "--seconds", "0", "--compiles", "1"),
+                *("--output", str(tmp_path)),
+            ]
         )
         == 0
     )
@@ -73,14 +80,15 @@ def test_speed_writes_files_that_agree(tiny, tmp_path, monkeypatch, capsys):
             if (row["method"], row["shape"]) == (one["method"], one["shape"])
         ]
         assert libraries == list(one["seconds"])
-        assert {"jaxnorm", "floor"} <= set(libraries) and not {"haiku", "torch_last"} & set(
-            libraries
-        )
+        assert {"jaxnorm", "floor", "bytes floor"} <= set(libraries) and not {
+            "haiku",
+            "torch_last",
+        } & set(libraries)
         assert ("flax.nnx" in libraries) == (one["method"] not in ("batch_group", "ghost_batch"))
     by_case = {(one["method"], one["shape"]): one for one in saved["cases"]}
     for row in rows:
         one = by_case[row["method"], row["shape"]]
-        for kind in speed.KINDS:
+        for kind in KINDS:
             ours, theirs = one["seconds"]["jaxnorm"][kind], one["seconds"][row["library"]][kind]
             assert len(ours) == len(theirs) == 2
             assert float(row[f"{kind}_ms"]) == pytest.approx(
@@ -89,12 +97,17 @@ def test_speed_writes_files_that_agree(tiny, tmp_path, monkeypatch, capsys):
             assert float(row[f"{kind}_ratio"]) == pytest.approx(
                 np.median(np.divide(ours, theirs)), rel=1e-3
             )
+            assert row[f"{kind}_low"] == "" == row[f"{kind}_high"]  # two rounds have no interval
+        compiled = one["compile_seconds"].get(row["library"])
+        assert (row["compile_cpu_s"] != "") == (row["library"] in ("jaxnorm", "flax.linen"))
+        if compiled:
+            assert float(row["compile_cpu_s"]) == pytest.approx(compiled["cpu"][0], rel=1e-3)
+            assert float(row["compile_wall_s"]) == pytest.approx(compiled["wall"][0], rel=1e-3)
 
     table = (tmp_path / "speed.md").read_text()
     for one in saved["cases"]:
         ms = " / ".join(
-            f"{np.percentile(one['seconds']['jaxnorm'][kind], 25) * 1e3:.2f}"
-            for kind in speed.KINDS
+            f"{np.percentile(one['seconds']['jaxnorm'][kind], 25) * 1e3:.2f}" for kind in KINDS
         )
         assert f"| {one['shape']} | {ms} |" in table
     assert (tmp_path / "speed.png").read_bytes().startswith(PNG)
@@ -109,6 +122,8 @@ def test_speed_prints_markdown(tiny, tmp_path, capsys):
         "--peers",
         "--rounds",
         "1",
+        "--compiles",
+        "0",
         "--markdown",
     ]
     assert speed.main([*options, "--output", str(tmp_path)]) == 0
@@ -127,6 +142,8 @@ def test_speed_measures_an_installed_library(library, tiny, tmp_path):
         "float32",
         "--rounds",
         "1",
+        "--compiles",
+        "0",
         "--output",
         str(tmp_path),
     ]
@@ -136,7 +153,7 @@ def test_speed_measures_an_installed_library(library, tiny, tmp_path):
         for one in json.loads((tmp_path / "speed.json").read_text())["cases"]
         for name in one["seconds"]
     }
-    assert names == {"jaxnorm", "floor"} | (
+    assert names == {"jaxnorm", "floor", "bytes floor"} | (
         {"torch_last", "torch_first"} if library == "torch" else {library}
     )
 
@@ -145,20 +162,143 @@ def test_ratios_are_medians_over_rounds_and_means_over_shapes():
     first = case("a", ours=[1.0, 2.0, 9.0], linen=[2.0, 2.0, 3.0], floor=[1.0, 1.0, 1.0])
     second = case("b", ours=[4.0, 4.0, 4.0], linen=[1.0, 1.0, 1.0], floor=[2.0, 2.0, 2.0])
     assert first.time("jaxnorm", "step") == 1.5
-    assert first.compared("forward") == {"best": 1.0, "flax.linen": 1.0, "floor": 2.0}
-    tables = speed.tables([first, second])
-    heads, summary = tables["Summary"]
+    compared = {name: first.over(name, "forward") for name in ("best JAX", "Flax", "floor")}
+    assert {name: found.median for name, found in compared.items()} == {
+        "best JAX": 1.0,
+        "Flax": 1.0,
+        "floor": 2.0,
+    }
+    assert first.over("torch", "forward") is None
+    found = tables([first, second])
+    heads, summary = found["Summary"]
     line = dict(zip(heads, summary, strict=True))
-    assert (line["/ best JAX"], line["/ floor"], line["/ torch"]) == (
-        "2.00 / 2.00",
-        "2.00 / 2.00",
-        "–",
-    )
-    assert line["worst step"] == "4.00 b"
-    assert tables["BatchNorm, float32"][1] == [
-        *("a", "1500.00 / 1500.00", "1.00 / 1.00", "1.00 / 1.00", "–", "2.00 / 2.00"),
-        *("1.00 / 2.00", "1.00 / 2.00", "1.00 / 2.00"),
+    assert line["/ best JAX"] == line["/ floor"] == "2.00 / 2.00"
+    assert "/ torch" not in line and "/ bytes floor" not in line
+    assert line["worst step"] == "4.00 b" and line["compile / Flax"] == "0.50"
+    assert found["BatchNorm, float32"][1] == [
+        *("a", "1500.00 / 1500.00", "1.00 linen", "1.00 linen", "1.00 / 1.00", "2.00 / 2.00"),
+        *("1.00 / 2.00", "1.00 / 2.00", "1.00 / 2.00", "0.50"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("count", "low", "high"), [(5, None, None), (6, 1, 6), (9, 2, 8), (15, 4, 12), (25, 8, 18)]
+)
+def test_the_interval_is_that_of_the_sign_test(count, low, high):
+    """The ranks in tables of the nonparametric 95 % interval of a median, in any order."""
+    ours = np.random.default_rng(0).permutation(np.arange(1.0, count + 1))
+    found = ratio(list(2 * ours), [2.0] * count)
+    assert found.median == np.median(ours)
+    if low is None:
+        assert np.isnan([found.low, found.high]).all()
+    else:
+        assert (found.low, found.high) == (low, high)
+
+
+def test_the_interval_holds_the_median_so_often():
+    random = np.random.default_rng(0)
+    found = [ratio(random.lognormal(size=9), np.ones(9)) for _ in range(2000)]
+    assert np.mean([one.low <= 1 <= one.high for one in found]) == pytest.approx(0.961, abs=0.015)
+
+
+def test_only_whole_intervals_above_the_goal_are_marked():
+    """Nine rounds, whose interval is from the second to the eighth."""
+
+    def marked(ratios):
+        one = case("a", ours=ratios, linen=[1.0] * 9, floor=[1.0] * 9)
+        line = dict(zip(*tables([one])["BatchNorm, float32"], strict=True))
+        summary = dict(zip(*tables([one])["Summary"], strict=True))
+        marks = [one.misses(kind) for kind in KINDS]
+        assert ["▲" in line[f"/ Flax, {kind}"] for kind in KINDS] == marks
+        assert summary["▲"] == " / ".join(str(int(mark)) for mark in marks)
+        return marks
+
+    assert GOALS == {"forward": 1.10, "step": 1.05}
+    assert marked([1.0, 1.0, *[1.5] * 7]) == [False, False]
+    assert marked([1.0, 1.08, *[1.5] * 7]) == [False, True]
+    assert marked([1.0, 1.12, *[1.5] * 7]) == [True, True]
+    assert marked([1.0] * 9) == [False, False]
+
+
+def test_there_are_forty_edges():
+    """With those that the goal names: a channel alone, few, wide groups, short rows, rank 2."""
+    cases = [(name, method) for name, shape in EDGES.items() for method in shape.methods]
+    assert len(cases) == len(set(cases)) == 40
+    assert {shape.example[-1] for shape in EDGES.values()} >= {1, 3, 8, 1024}
+    assert {shape.num_groups for shape in EDGES.values()} >= {1, 2, 8}
+    assert any(len(shape.example) == 1 for shape in EDGES.values())
+    assert {method for _, method in cases} >= {"batch", "group", "token_layer", "rms"}
+
+
+def test_edges_are_measured_beside_flax_with_their_groups(tmp_path, monkeypatch, capsys):
+    shape = Shape("few", (2, 2, 8), 2, 2, ("group", "rms"), num_groups=2)  # 32 would be refused
+    row = Shape("row", (8,), 4, 4, ("batch", "group", "token_layer", "rms"), num_groups=2)
+    monkeypatch.setattr(speed, "EDGES", {"few": shape, "row": row})
+    monkeypatch.setattr("benchmarks.timing.ROTATED_BYTES", 1)
+    options = ["--edges", "--dtypes", "float16", "--rounds", "6", "--seconds", "0"]
+    assert speed.main([*options, "--output", str(tmp_path)]) == 0
+    saved = json.loads((tmp_path / "edges.json").read_text())["cases"]
+    assert [(one["shape"], one["method"]) for one in saved] == [
+        *(("row", "batch"), ("few", "group"), ("row", "group")),
+        *(("row", "token_layer"), ("few", "rms"), ("row", "rms")),
+    ]
+    for one in saved:
+        assert {"jaxnorm", "flax.linen", "flax.nnx"} <= one["seconds"].keys()
+        assert not {"haiku", "equinox"} & one["seconds"].keys() and one["compile_seconds"] == {}
+    found = tables([Case(**one) for one in saved])
+    written = (tmp_path / "edges.md").read_text()
+    for rows in found.values():
+        assert all(f"| {' | '.join(line)} |" in written for line in rows)
+    assert "[" in found["RMSNorm, tokens, float16"][1][2]  # six rounds have an interval
+    assert "RMSNorm, tokens, float16" in capsys.readouterr().out
+    assert (tmp_path / "edges.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "edges.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "dims", "forward", "step"),
+    [
+        ("batch", (8, 56, 56, 256), 3, 8),  # 25 MB
+        ("batch", (16, 4, 4, 1024), 2, 7),  # 1 MiB stays in the cache, but not with the cotangent
+        ("group", (8, 28, 28, 256), 2, 7),  # 0.8 MB an example
+        ("instance", (8, 14, 14, 256), 2, 5),
+        ("ghost_batch", (16, 7, 7, 256), 2, 5),  # 0.2 MB a ghost batch
+        ("ghost_batch", (64, 7, 7, 512), 3, 8),
+        ("token_layer", (16, 197, 768), 2, 5),
+    ],
+)
+def test_the_fewest_passes(method, dims, forward, step):
+    assert floors.least_passes(method, dims, 4) == {"forward": forward, "step": step}
+
+
+def test_floors_are_made_of_the_fastest_passes_of_each_round():
+    times = {
+        ("jax", "copy"): [2.0, 4.0],
+        ("torch", "copy"): [3.0, 2.0],
+        ("jax", "sum"): [1.0, 1.0],
+        ("jax", "dot"): [5.0, 5.0],
+        ("jax", "ternary"): [7.0, 8.0],
+        ("jaxnorm", "forward"): [0.1, 0.1],
+    }
+    assert floors.floors(times, {"forward": 3, "step": 8}) == {
+        "floor": {"forward": [3.0, 3.0], "step": [15.0, 16.0]},
+        "bytes floor": {"forward": [3.0, 3.0], "step": [8.0, 8.0]},
+    }
+
+
+def test_compilation_is_sampled_by_turns_and_from_scratch():
+    """Every sample traces the function again."""
+    traced = []
+
+    def program(name):
+        return lambda x: (traced.append(name), x + 1)[1], (np.ones(3, np.float32),)
+
+    times = compile_times({name: program(name) for name in "ab"}, 3)
+    assert traced == ["a", "b"] * 3
+    assert {name: set(clocks) for name, clocks in times.items()} == dict.fromkeys(
+        "ab", {"cpu", "wall"}
+    )
+    assert all(len(samples) == 3 and min(samples) > 0 for samples in times["a"].values())
 
 
 @pytest.mark.parametrize(
