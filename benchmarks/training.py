@@ -86,8 +86,8 @@ def train(
     )
     start = time.perf_counter()
     held_out = stack(_held_out(split) for split in trained.splits)
-    correct, seconds = compiled(jax.vmap(partial(_correct, net)), trained.state, held_out)
-    hits = 100 * np.asarray(correct(trained.state, held_out))
+    evaluate, seconds = compiled(jax.vmap(partial(correct, net)), trained.state, held_out)
+    hits = 100 * np.asarray(evaluate(trained.state, held_out))
     middle = len(trained.splits[0].validation.labels)
     return Outcome(
         hits[:, :middle].mean(axis=1).tolist(),
@@ -245,7 +245,7 @@ def _train_epoch(
     return jax.lax.scan(step, state, batches)[0]
 
 
-def _correct(net: nn.Module, state: State, images: Images) -> jax.Array:
+def correct(net: nn.Module, state: State, images: Images) -> jax.Array:
     """Whether each image is classified rightly with the running statistics averaged over devices,
     (N,), computed for some of the images at a time."""
     on_devices = jax.tree.map(lambda s: s.mean(axis=0), state.on_devices)

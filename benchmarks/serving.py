@@ -1,0 +1,139 @@
+"""How a trained network does with other statistics at test time than its running ones, which tells
+bad training from a mismatch between training and inference."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from benchmarks.datasets import Images
+from benchmarks.norms import Layer
+from benchmarks.residual import ResidualNet
+from benchmarks.training import IMAGES_PER_STEP, State, Trained, compiled, correct, stack
+from jaxnorm import methods
+
+LAST_STAGE = "Block_2"
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What each seed measured; where no mean and variance of batches is remembered, `running`
+    alone.
+
+    Attributes:
+        running: test accuracy in % with the running statistics, as networks are used.
+        batch: with the statistics of each test batch, of the size of training.
+        population: with mean and variance of all elements of many batches of training images.
+        variance_ratio: running variance over that of the population, the geometric mean over the
+            channels of the last stage.
+        effective_elements: variance of the population over the variance between batches of their
+            means, in that layer of the last stage where it is least: a mean of so many independent
+            elements would be as exact. A layer behind a normalized one has more, since in front of
+            it each batch has the same mean.
+    """
+
+    running: list[float]
+    batch: list[float] | None = None
+    population: list[float] | None = None
+    variance_ratio: list[float] | None = None
+    effective_elements: list[float] | None = None
+
+
+def serve(trained: Trained, images_per_device: int) -> Serving:
+    """Evaluates a trained network on its test images.
+
+    Args:
+        trained: what `benchmarks.training.fit` returns.
+        images_per_device: number of images that shared statistics in training.
+    """
+    net, state, splits = trained.net, trained.state, trained.splits
+    train, test = (stack(parts) for parts in zip(*((s.train, s.test) for s in splits), strict=True))
+    evaluate, _ = compiled(jax.vmap(partial(correct, net)), state, test)
+    running = _percent(evaluate(state, test))
+    steps = min(train.labels.shape[1], test.labels.shape[1]) // IMAGES_PER_STEP
+    if steps == 0 or not all(_remembers_moments(layer) for layer in net.layers):
+        return Serving(running)
+
+    def batches(images: Images) -> Images:
+        leading = (len(splits), steps, IMAGES_PER_STEP // images_per_device, images_per_device)
+        used = steps * IMAGES_PER_STEP
+        return jax.tree.map(lambda t: t[:, :used].reshape(*leading, *t.shape[2:]), images)
+
+    train, test_batches = batches(train), batches(test)
+    forward, _ = compiled(jax.vmap(partial(_in_training, _forgetful(net))), state, train)
+    population, between = _pooled(forward(state, train)[1])
+    known = state.on_devices["batch_stats"]
+    served = jax.tree.map(
+        lambda p, s: jnp.broadcast_to(p[:, None], s.shape).astype(s.dtype), population, known
+    )
+    ratios = jax.tree.map(lambda s, p: s.mean(axis=1) / p, known, population)
+    exactness = jax.tree.map(lambda p, b: p / b, population, between)
+    return Serving(
+        running,
+        batch=_percent(forward(state, test_batches)[0]),
+        population=_percent(evaluate(state._replace(on_devices={"batch_stats": served}), test)),
+        variance_ratio=np.exp(np.log(_by_layer(ratios)).mean(axis=0)).tolist(),
+        effective_elements=_by_layer(exactness).min(axis=0).tolist(),
+    )
+
+
+def _percent(hits: jax.Array) -> list[float]:
+    """One accuracy for each seed."""
+    return (100 * np.asarray(hits).reshape(len(hits), -1).mean(axis=1)).tolist()
+
+
+def _remembers_moments(layer: Layer) -> bool:
+    rows = isinstance(layer.method, methods.Row | methods.batch_group_norm)
+    return rows and layer.pools_batch and layer.schedule is None
+
+
+def _forgetful(net: ResidualNet) -> ResidualNet:
+    """The network whose layers remember the last batch alone."""
+    layers: Any = tuple(
+        layer._replace(method=replace(layer.method, momentum=0.0))  # type: ignore[type-var]
+        for layer in net.layers
+    )
+    return net.clone(layers=layers)
+
+
+def _in_training(net: ResidualNet, state: State, batches: Images) -> tuple[jax.Array, Any]:
+    """With the statistics of each batch: whether each image is classified rightly, (steps, devices,
+    images); and these statistics, (steps, devices, C)."""
+
+    def on_device(stats: Any, images: Images) -> tuple[jax.Array, Any]:
+        variables = {"params": state.params, **stats}
+        logits, updates = net.apply(variables, images.pixels, train=True, mutable=["batch_stats"])
+        return logits.argmax(axis=-1) == images.labels, updates["batch_stats"]
+
+    return jax.lax.map(lambda batch: jax.vmap(on_device)(state.on_devices, batch), batches)
+
+
+def _pooled(moments: Any) -> tuple[Any, Any]:
+    """Mean and variance of all batches together, and the variance of a batch's mean about them,
+    under both names; each (seeds, C) of (seeds, steps, devices, C)."""
+    flat, population, between = flatten_dict(moments), {}, {}
+    for path, mean in flat.items():
+        if path[-1] != "mean":
+            continue
+        var = (*path[:-1], "var")
+        spread = mean.var(axis=(1, 2))
+        population |= {path: mean.mean(axis=(1, 2)), var: flat[var].mean(axis=(1, 2)) + spread}
+        between |= {path: spread, var: spread}
+    return unflatten_dict(population), unflatten_dict(between)
+
+
+def _by_layer(values: Any) -> np.ndarray:
+    """The geometric means of what stands under `var` over the channels of each layer of the last
+    stage, (layers, seeds)."""
+    tiny = np.finfo(np.float32).tiny  # a channel that is always 0 has no ratio
+    return np.stack(
+        [
+            np.exp(np.log(np.clip(np.nan_to_num(value), tiny, 1 / tiny)).mean(axis=1))
+            for path, value in flatten_dict(values).items()
+            if path[0] == LAST_STAGE and path[-1] == "var"
+        ]
+    )
