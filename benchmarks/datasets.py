@@ -12,6 +12,7 @@ Nothing is downloaded.
 """
 
 import gzip
+import math
 import pickle
 import zlib
 from collections.abc import Callable
@@ -126,12 +127,12 @@ def idx_array(file: Path, axes: int) -> np.ndarray:
     magic, header = bytes((0, 0, 8, axes)), 4 + 4 * axes
     if data[:4] != magic:
         raise _wrong(file, f"starts with {data[:4].hex(' ')}", f"the magic number {magic.hex(' ')}")
+    if len(data) < header:
+        raise _wrong(file, f"has {len(data)} bytes", f"{header} in front of the elements")
     sizes = tuple(np.frombuffer(data[4:header], ">u4").tolist())
-    expected = int(np.prod(sizes, dtype=np.int64))
-    if len(sizes) != axes or len(data) - header != expected:
-        raise _wrong(
-            file, f"has {max(len(data) - header, 0)} elements", f"{expected}, of sizes {sizes}"
-        )
+    expected, found = math.prod(sizes), len(data) - header
+    if found != expected:
+        raise _wrong(file, f"has {found} elements", f"{expected}, of sizes {sizes}")
     return np.frombuffer(data, np.uint8, offset=header).reshape(sizes)
 
 
@@ -144,8 +145,9 @@ def cifar(folder: Path, labels: int, names: tuple[tuple[str, ...], str]) -> tupl
         names: of the files to train and to test on, without the ending .bin of the binary version.
     """
 
+    binary = (folder / f"{names[0][0]}.bin").exists()
+
     def part(files: tuple[str, ...]) -> Images:
-        binary = (folder / f"{files[0]}.bin").exists()
         parts = [
             _cifar_binary(folder / f"{file}.bin", labels)
             if binary
@@ -184,8 +186,9 @@ def svhn(folder: Path) -> tuple[Images, Images]:
                 f"has X of shape {pixels.shape} and dtype {pixels.dtype}",
                 "bytes, (32, 32, 3, N)",
             )
-        labels = np.where(labels == 10, 0, labels.astype(np.int32) + 10 * (labels == 0))
-        return Images(pixels.transpose(3, 0, 1, 2), labels.astype(np.int32))
+        if labels.min(initial=1) < 1 or labels.max(initial=1) > 10:
+            raise _wrong(file, f"has labels from {labels.min()} to {labels.max()}", "1 to 10")
+        return Images(pixels.transpose(3, 0, 1, 2), labels.astype(np.int32) % 10)
 
     return part("train"), part("test")
 

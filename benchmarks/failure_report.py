@@ -138,15 +138,16 @@ def _why(result: Map, data: str) -> str:
     for method in ("batch", "batch_group"):
         for cell in result.of(data, method):
             found = cell.accuracy
-            if found.batch and found.population and found.variance_ratio:
+            if found.batch and found.population:
                 errors = [
                     [100 - value for value in values]
                     for values in (found.running, found.population, found.batch)
                 ]
                 mismatch = [a - b for a, b in zip(errors[0], errors[1], strict=True)]
                 rows.append(
-                    [ROWS[method].label, cell.key.last, cell.key.batch_size, cell.elements]
-                    + [f"{interval(found.effective_elements or []).mean:.3g}"]
+                    [ROWS[method].label, cell.key.last, cell.key.batch_size]
+                    + [cell.key.batch_size * positions(cell.key.last)]
+                    + [f"{cell.key.batch_size * interval(found.effective_positions).mean:.3g}"]
                     + [f"{interval(found.variance_ratio).mean:.2f}"]
                     + [interval(values) for values in (*errors, mismatch)]
                 )

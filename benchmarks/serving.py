@@ -13,7 +13,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from benchmarks.datasets import Images
 from benchmarks.norms import Layer
 from benchmarks.residual import ResidualNet
-from benchmarks.training import IMAGES_PER_STEP, State, Trained, compiled, correct, stack
+from benchmarks.training import (
+    IMAGES_AT_ONCE,
+    IMAGES_PER_STEP,
+    State,
+    Trained,
+    compiled,
+    correct,
+    stack,
+)
 from jaxnorm import methods
 
 LAST_STAGE = "Block_2"
@@ -30,17 +38,17 @@ class Serving:
         population: with mean and variance of all elements of many batches of training images.
         variance_ratio: running variance over that of the population, the geometric mean over the
             channels of the last stage.
-        effective_elements: variance of the population over the variance between batches of their
-            means, in that layer of the last stage where it is least: a mean of so many independent
-            elements would be as exact. A layer behind a normalized one has more, since in front of
-            it each batch has the same mean.
+        effective_positions: how many independent elements an image is worth in the last stage: the
+            variance of what is normalized there over the variance between images of their means,
+            the geometric mean over channels, of the layer where it is least. It is 1 where all
+            positions of an image are alike, and their number where they are independent.
     """
 
     running: list[float]
     batch: list[float] | None = None
     population: list[float] | None = None
     variance_ratio: list[float] | None = None
-    effective_elements: list[float] | None = None
+    effective_positions: list[float] | None = None
 
 
 def serve(trained: Trained, images_per_device: int) -> Serving:
@@ -65,19 +73,20 @@ def serve(trained: Trained, images_per_device: int) -> Serving:
 
     train, test_batches = batches(train), batches(test)
     forward, _ = compiled(jax.vmap(partial(_in_training, _forgetful(net))), state, train)
-    population, between = _pooled(forward(state, train)[1])
+    population = _pooled(forward(state, train)[1])
     known = state.on_devices["batch_stats"]
     served = jax.tree.map(
         lambda p, s: jnp.broadcast_to(p[:, None], s.shape).astype(s.dtype), population, known
     )
-    ratios = jax.tree.map(lambda s, p: s.mean(axis=1) / p, known, population)
-    exactness = jax.tree.map(lambda p, b: p / b, population, between)
+    ratios = jax.tree.map(lambda s, p: jnp.where(p > 0, s.mean(axis=1) / p, 1), known, population)
+    some = test.pixels[:, :IMAGES_AT_ONCE]
+    positions, _ = compiled(jax.vmap(partial(_effective_positions, net)), state, some)
     return Serving(
         running,
         batch=_percent(forward(state, test_batches)[0]),
         population=_percent(evaluate(state._replace(on_devices={"batch_stats": served}), test)),
-        variance_ratio=np.exp(np.log(_by_layer(ratios)).mean(axis=0)).tolist(),
-        effective_elements=_by_layer(exactness).min(axis=0).tolist(),
+        variance_ratio=_last_stage_mean(ratios),
+        effective_positions=np.asarray(positions(state, some)).tolist(),
     )
 
 
@@ -112,28 +121,45 @@ def _in_training(net: ResidualNet, state: State, batches: Images) -> tuple[jax.A
     return jax.lax.map(lambda batch: jax.vmap(on_device)(state.on_devices, batch), batches)
 
 
-def _pooled(moments: Any) -> tuple[Any, Any]:
-    """Mean and variance of all batches together, and the variance of a batch's mean about them,
-    under both names; each (seeds, C) of (seeds, steps, devices, C)."""
-    flat, population, between = flatten_dict(moments), {}, {}
+def _pooled(moments: Any) -> Any:
+    """Mean and variance of all batches together, (seeds, C) of (seeds, steps, devices, C)."""
+    flat, pooled = flatten_dict(moments), {}
     for path, mean in flat.items():
-        if path[-1] != "mean":
-            continue
-        var = (*path[:-1], "var")
-        spread = mean.var(axis=(1, 2))
-        population |= {path: mean.mean(axis=(1, 2)), var: flat[var].mean(axis=(1, 2)) + spread}
-        between |= {path: spread, var: spread}
-    return unflatten_dict(population), unflatten_dict(between)
+        if path[-1] == "mean":
+            var = (*path[:-1], "var")
+            pooled[path] = mean.mean(axis=(1, 2))
+            pooled[var] = flat[var].mean(axis=(1, 2)) + mean.var(axis=(1, 2))
+    return unflatten_dict(pooled)
 
 
-def _by_layer(values: Any) -> np.ndarray:
-    """The geometric means of what stands under `var` over the channels of each layer of the last
-    stage, (layers, seeds)."""
-    tiny = np.finfo(np.float32).tiny  # a channel that is always 0 has no ratio
-    return np.stack(
-        [
-            np.exp(np.log(np.clip(np.nan_to_num(value), tiny, 1 / tiny)).mean(axis=1))
-            for path, value in flatten_dict(values).items()
-            if path[0] == LAST_STAGE and path[-1] == "var"
-        ]
+def _last_stage_mean(ratios: Any) -> list[float]:
+    """The geometric mean of what stands under `var`, over the channels and layers of the last
+    stage, for each seed."""
+    found = [
+        value
+        for path, value in flatten_dict(ratios).items()
+        if path[0] == LAST_STAGE and path[-1] == "var"
+    ]
+    return np.exp(np.log(np.concatenate(found, axis=1)).mean(axis=1)).tolist()
+
+
+def _effective_positions(net: ResidualNet, state: State, pixels: jax.Array) -> jax.Array:
+    """Of these images, at inference: the statistics of batches would make their means alike."""
+    on_devices = jax.tree.map(lambda s: s.mean(axis=0), state.on_devices)
+    _, captured = net.apply(
+        {"params": state.params, **on_devices},
+        pixels,
+        train=False,
+        capture_intermediates=lambda module, _: module.name == "conv",
+        mutable=["intermediates"],
     )
+
+    def independent(x: jax.Array) -> jax.Array:
+        of_images = x.mean(axis=(1, 2)).var(axis=0)
+        ratio = x.var(axis=(0, 1, 2)) / jnp.where(of_images > 0, of_images, 1)
+        alive = of_images > 0
+        return jnp.exp(jnp.log(jnp.where(alive, ratio, 1)).sum() / alive.sum())
+
+    return jnp.stack(
+        [independent(x) for x in jax.tree.leaves(captured["intermediates"][LAST_STAGE])]
+    ).min()

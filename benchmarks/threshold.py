@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.isotonic import IsotonicRegression
+from scipy.optimize import isotonic_regression
 
 
 class Threshold(NamedTuple):
@@ -40,7 +40,7 @@ def crossing(sizes: Sequence[float], losses: Sequence[float], level: float) -> f
     logs, inverse = np.unique(np.log(sizes), return_inverse=True)
     counts = np.bincount(inverse)
     means = np.bincount(inverse, weights=np.asarray(losses, float)) / counts
-    falling = IsotonicRegression(increasing=False).fit_transform(logs, means, sample_weight=counts)
+    falling = isotonic_regression(means, weights=counts, increasing=False).x
     above = int((falling >= level).sum())
     if above == 0 or above == len(falling):
         return float(above and np.inf)
@@ -51,7 +51,7 @@ def threshold(
     points: Sequence[tuple[float, Sequence[float]]],
     level: float,
     *,
-    resamples: int = 2000,
+    resamples: int = 1000,
 ) -> Threshold:
     """`crossing` of the mean losses, with the interval of a bootstrap over seeds.
 
