@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.files import read_json, write
-from benchmarks.serving import Serving
+from benchmarks.serving import Others, Serving
 
 
 class Key(NamedTuple):
@@ -136,10 +136,11 @@ class Map:
         try:
             found = cls(saved["versions"], saved["machine"])
             for cell in saved["cells"]:
+                running, others = (cell["accuracy"][name] for name in ("running", "others"))
                 parts = {
                     "key": Key(**cell["key"]),
                     "settings": Settings(**cell["settings"]),
-                    "accuracy": Serving(**cell["accuracy"]),
+                    "accuracy": Serving(running, Others(**others) if others else None),
                 }
                 found.add(Cell(**{**cell, **parts}))
             return found

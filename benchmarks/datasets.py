@@ -95,7 +95,7 @@ def digits() -> tuple[Images, None]:
     """scikit-learn's handwritten digits."""
     from sklearn.datasets import load_digits
 
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     return Images(pixels.reshape(-1, 8, 8, 1).astype(np.uint8), labels.astype(np.int32)), None
 
 

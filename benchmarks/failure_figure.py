@@ -20,7 +20,7 @@ from benchmarks.results import interval
 MARKERS = {"1x1": "o", "2x2": "s", "4x4": "D", "7x7": "^", "8x8": "^"}
 """By the size of the last map."""
 
-COLOR = dict(zip(CURVES, (COLORS[0], COLORS[2], COLORS[1], COLORS[3]), strict=True))
+COLOR: dict[str, str] = dict(zip(CURVES, (COLORS[0], COLORS[2], COLORS[1], COLORS[3]), strict=True))
 
 
 def draw(result: Map, points: float, path: Path) -> None:

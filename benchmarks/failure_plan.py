@@ -8,7 +8,7 @@ from typing import NamedTuple
 from benchmarks.cells import Key, Settings, positions
 from benchmarks.norms import METHODS, MOMENTUM, NUM_GROUPS, Layer, Row
 from benchmarks.residual import STRIDES, WIDTHS
-from jaxnorm import methods
+from jaxnorm import Groups, methods
 
 BATCH_SIZES = (2, 4, 8, 32)
 
@@ -32,7 +32,7 @@ _FROZEN = Layer(
     methods.batch_norm(),
     pools_batch=False,
     schedule=lambda done: {"use_running_average": True},
-    sets=methods.positional_norm(),
+    sets=methods.Row(Groups()),
 )
 
 ROWS: Mapping[str, Row] = MappingProxyType(

@@ -137,19 +137,18 @@ def _why(result: Map, data: str) -> str:
     rows = []
     for method in ("batch", "batch_group"):
         for cell in result.of(data, method):
-            found = cell.accuracy
-            if found.batch and found.population:
-                errors = [
+            others, size = cell.accuracy.others, cell.key.batch_size
+            if others and size:
+                population, batch = (
                     [100 - value for value in values]
-                    for values in (found.running, found.population, found.batch)
-                ]
-                mismatch = [a - b for a, b in zip(errors[0], errors[1], strict=True)]
+                    for values in (others.population, others.batch)
+                )
+                mismatch = [a - b for a, b in zip(cell.errors, population, strict=True)]
+                effective = size * interval(others.effective_positions).mean
                 rows.append(
-                    [ROWS[method].label, cell.key.last, cell.key.batch_size]
-                    + [cell.key.batch_size * positions(cell.key.last)]
-                    + [f"{cell.key.batch_size * interval(found.effective_positions).mean:.3g}"]
-                    + [f"{interval(found.variance_ratio).mean:.2f}"]
-                    + [interval(values) for values in (*errors, mismatch)]
+                    [ROWS[method].label, cell.key.last, size, size * positions(cell.key.last)]
+                    + [f"{effective:.3g}", f"{interval(others.variance_ratio).mean:.2f}"]
+                    + [interval(values) for values in (cell.errors, population, batch, mismatch)]
                 )
     head = ["method", "last map", "b", "n", "effective n", "running / population variance"]
     head += ["running statistics", "population's", "each test batch's", "running - population"]

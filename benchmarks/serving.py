@@ -28,13 +28,11 @@ LAST_STAGE = "Block_2"
 
 
 @dataclass(frozen=True)
-class Serving:
-    """What each seed measured; where no mean and variance of batches is remembered, `running`
-    alone.
+class Others:
+    """What each seed measured with other statistics than the running ones.
 
     Attributes:
-        running: test accuracy in % with the running statistics, as networks are used.
-        batch: with the statistics of each test batch, of the size of training.
+        batch: test accuracy in % with the statistics of each test batch, of the size of training.
         population: with mean and variance of all elements of many batches of training images.
         variance_ratio: running variance over that of the population, the geometric mean over the
             channels of the last stage.
@@ -44,11 +42,19 @@ class Serving:
             positions of an image are alike, and their number where they are independent.
     """
 
+    batch: list[float]
+    population: list[float]
+    variance_ratio: list[float]
+    effective_positions: list[float]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Test accuracy in % with the running statistics, as networks are used, for each seed; and with
+    others, of methods that remember mean and variance of batches."""
+
     running: list[float]
-    batch: list[float] | None = None
-    population: list[float] | None = None
-    variance_ratio: list[float] | None = None
-    effective_positions: list[float] | None = None
+    others: Others | None = None
 
 
 def serve(trained: Trained, images_per_device: int) -> Serving:
@@ -81,13 +87,13 @@ def serve(trained: Trained, images_per_device: int) -> Serving:
     ratios = jax.tree.map(lambda s, p: jnp.where(p > 0, s.mean(axis=1) / p, 1), known, population)
     some = test.pixels[:, :IMAGES_AT_ONCE]
     positions, _ = compiled(jax.vmap(partial(_effective_positions, net)), state, some)
-    return Serving(
-        running,
+    others = Others(
         batch=_percent(forward(state, test_batches)[0]),
         population=_percent(evaluate(state._replace(on_devices={"batch_stats": served}), test)),
         variance_ratio=_last_stage_mean(ratios),
         effective_positions=np.asarray(positions(state, some)).tolist(),
     )
+    return Serving(running, others)
 
 
 def _percent(hits: jax.Array) -> list[float]:
@@ -123,7 +129,8 @@ def _in_training(net: ResidualNet, state: State, batches: Images) -> tuple[jax.A
 
 def _pooled(moments: Any) -> Any:
     """Mean and variance of all batches together, (seeds, C) of (seeds, steps, devices, C)."""
-    flat, pooled = flatten_dict(moments), {}
+    flat: dict[tuple[str, ...], Any] = flatten_dict(moments)
+    pooled = {}
     for path, mean in flat.items():
         if path[-1] == "mean":
             var = (*path[:-1], "var")
@@ -135,11 +142,8 @@ def _pooled(moments: Any) -> Any:
 def _last_stage_mean(ratios: Any) -> list[float]:
     """The geometric mean of what stands under `var`, over the channels and layers of the last
     stage, for each seed."""
-    found = [
-        value
-        for path, value in flatten_dict(ratios).items()
-        if path[0] == LAST_STAGE and path[-1] == "var"
-    ]
+    flat: dict[tuple[str, ...], Any] = flatten_dict(ratios)
+    found = [value for path, value in flat.items() if path[0] == LAST_STAGE and path[-1] == "var"]
     return np.exp(np.log(np.concatenate(found, axis=1)).mean(axis=1)).tolist()
 
 

@@ -16,7 +16,7 @@ from benchmarks.datasets import load
 from benchmarks.failure_plan import BATCH_SIZES, EXTRAS, ROWS, plans
 from benchmarks.norms import METHODS
 from benchmarks.residual import STRIDES, WIDTHS, ResidualNet
-from benchmarks.serving import Serving
+from benchmarks.serving import Others, Serving
 from benchmarks.threshold import crossing, threshold
 from benchmarks.training import State
 
@@ -46,6 +46,7 @@ def standard_promotion():
         ("evonorm_s0", 16 * 48 // 4),
         ("frn", 16),
         ("proxy", 16 * 48 // 4),
+        ("frozen", 1),
     ),
 )
 def test_elements_that_share_a_statistic(method, elements):
@@ -137,14 +138,14 @@ def test_a_threshold_outside_of_the_sizes_is_unbounded():
 
 def cell(data="digits", last="1x1", method="batch", batch_size=2, errors=(3.0, 5.0), why=False):
     accuracies = [100 - error for error in errors]
-    more = [accuracies, accuracies, [0.5] * len(errors), [1.0] * len(errors)] if why else []
+    others = Others(accuracies, accuracies, [0.5] * len(errors), [1.0] * len(errors))
     layer = ROWS[method].at(batch_size or 2, WIDTHS[-1])
     return Cell(
         Key(data, last, method, batch_size),
         Settings(1024, None, 20),
         str(layer),
         layer.elements((batch_size or 2, *map(int, last.split("x")), WIDTHS[-1])),
-        Serving(accuracies, *more),
+        Serving(accuracies, others if why else None),
         1.0,
         2.0,
         3.0,
@@ -268,11 +269,11 @@ def test_a_cell_from_end_to_end(tmp_path):
     done = []
     found = failure.measured(plan, load("digits"), done.append)
     assert done == [0, 1, 2] and found.key == Key("digits", "1x1", "batch", 2)
-    accuracies = found.accuracy
-    for values in (accuracies.running, accuracies.batch, accuracies.population):
+    others = found.accuracy.others
+    for values in (found.accuracy.running, others.batch, others.population):
         assert len(values) == 2 and all(0 <= value <= 100 for value in values)
-    assert accuracies.effective_positions == pytest.approx([1.0, 1.0], rel=1e-4)  # maps of 1x1
-    assert all(ratio > 0 for ratio in accuracies.variance_ratio)
+    assert others.effective_positions == pytest.approx([1.0, 1.0], rel=1e-4)  # maps of 1x1
+    assert all(ratio > 0 for ratio in others.variance_ratio)
     made(found).save(tmp_path)
     assert json.loads((tmp_path / "cells.json").read_text())["cells"][0]["elements"] == 2
     assert Map.load(tmp_path).cells[found.key] == found
