@@ -119,13 +119,14 @@ def _thresholds(result: Map, data: str, points: float) -> str:
             )
             if against_group or against_itself:
                 name = last or "all"
-                rows.append([ROWS[method].label, name, against_group, against_itself])
+                found = (against_group or "–", against_itself or "–")
+                rows.append([ROWS[method].label, name, *found])
     table = _table(
         ["method", "maps", "against group norm", f"against itself at {IMAGES_PER_STEP} images"],
         rows,
     )
     explained = (
-        f"The n at which the error is {points:g} points above, between the sizes that were "
+        f"The n at which the error is {points:g} point{'s' * (points != 1)} above, between the sizes that were "
         "measured on a log axis; below it the method loses more. 95 % interval of a bootstrap "
         "over seeds. 0: less than that everywhere; inf: more than that everywhere."
     )
