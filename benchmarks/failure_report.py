@@ -126,9 +126,10 @@ def _thresholds(result: Map, data: str, points: float) -> str:
         rows,
     )
     explained = (
-        f"The n at which the error is {points:g} point{'s' * (points != 1)} above, between the sizes that were "
-        "measured on a log axis; below it the method loses more. 95 % interval of a bootstrap "
-        "over seeds. 0: less than that everywhere; inf: more than that everywhere."
+        f"The n at which the error is {points:g} point{'s' * (points != 1)} above, interpolated "
+        "between the sizes that were measured on a log axis; below it the method loses more. 95 % "
+        "interval of a bootstrap over seeds. 0: less than that everywhere; inf: more than that "
+        "everywhere."
     )
     return table and f"{explained}\n\n{table}"
 
