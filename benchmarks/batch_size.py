@@ -13,34 +13,28 @@ trained, so an interrupted run resumes with --resume.
 """
 
 import argparse
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import report, training
-from benchmarks.digits import NUM_IMAGES
+from benchmarks.datasets import load
 from benchmarks.files import locked, make_folder
 from benchmarks.interrupt import deferred_interrupt
 from benchmarks.norms import METHODS, TABLE, Layer
 from benchmarks.options import positive
 from benchmarks.residual import STRIDES, WIDTHS, ResidualNet
-from benchmarks.results import Cell, Result, Settings, interval
+from benchmarks.results import Cell, Result, Settings, interval, machine, versions
 from benchmarks.training import IMAGES_PER_STEP
 
 COMPILE_EPOCHS = 60
 """Compiling a cell takes about as long as so many epochs; the progress bar counts it so."""
-
-PACKAGES = ("jaxnorm", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
 
 
 class Preset(NamedTuple):
@@ -133,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--network",
-        choices=STRIDES,
+        choices=STRIDES[8],
         default="1x1",
         help="size of the last feature map (default: %(default)s)",
     )
@@ -177,9 +171,10 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
             "argument --epochs: expected at least 2, because the first epoch only warms the "
             "learning rate up"
         )
-    if args.train_images > NUM_IMAGES - 2:
+    num_images = len(load("digits").train.labels)
+    if args.train_images > num_images - 2:
         parser.error(
-            f"argument --train-images: there are {NUM_IMAGES} images, and 2 or more are needed for "
+            f"argument --train-images: there are {num_images} images, and 2 or more are needed for "
             "evaluation"
         )
     for size in args.batch_sizes:
@@ -207,16 +202,10 @@ def _start(parser: argparse.ArgumentParser, args: argparse.Namespace, held: Exit
         parser.error(f"argument --output: {error}")
     except ValueError as error:
         parser.error(str(error))
-    device = jax.devices()[0]
     new = Result(
         Settings(args.network, args.protocol, args.seeds, args.epochs, args.train_images),
-        {"python": platform.python_version()}
-        | {package: _version(package) for package in PACKAGES},
-        {
-            "platform": platform.platform(),
-            "device": device.device_kind,
-            "cpu_count": os.cpu_count(),
-        },
+        versions(),
+        machine(),
     )
     if args.overwrite or not Result.exists(args.output):
         return new
@@ -233,13 +222,6 @@ def _start(parser: argparse.ArgumentParser, args: argparse.Namespace, held: Exit
     if changed:
         parser.error(f"cannot resume {args.output}, because it was made with {'; '.join(changed)}")
     return old
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _plans(args: argparse.Namespace) -> list[Plan]:
@@ -304,8 +286,9 @@ def _cell(result: Result, plan: Plan, on_epoch: Callable[[int], None]) -> Cell:
     settings = result.settings
     images = IMAGES_PER_STEP if plan.batch_size is None else plan.batch_size
     outcome = training.train(
-        ResidualNet(plan.layers, STRIDES[settings.network]),
+        ResidualNet(plan.layers, STRIDES[8][settings.network]),
         range(settings.seeds),
+        data=load("digits"),
         num_train=settings.train_images,
         devices=IMAGES_PER_STEP // images if settings.protocol == "devices" else 1,
         images_per_device=images,

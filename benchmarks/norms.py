@@ -1,5 +1,6 @@
 """The normalizations the benchmarks compare: each row is a name and the layer it stands for."""
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ class Layer(NamedTuple):
         activation: what the method takes as its activation.
         schedule: options of the call by the finished part of the training.
         double_forward: whether statistics come from a second forward pass, with the new parameters.
+        sets: what shares statistics, of a method that is no row of the table; batch norm's sets by
+            default.
     """
 
     method: Method
@@ -49,6 +52,17 @@ class Layer(NamedTuple):
     activation: Callable[[jax.Array], jax.Array] | None = None
     schedule: Schedule | None = None
     double_forward: bool = False
+    sets: Method | None = None
+
+    def elements(self, x_shape: tuple[int, ...]) -> int:
+        """How many elements of x share a statistic in training."""
+        return math.prod(x_shape) // math.prod(self._rows().shape(x_shape))
+
+    def _rows(self) -> Any:
+        for method in (self.sets, self.method):
+            if isinstance(method, methods.Row | methods.batch_group_norm):
+                return method
+        return _BATCH_NORM.method
 
     def __str__(self) -> str:
         """What tells it from others in files."""
@@ -165,14 +179,21 @@ METHODS: Mapping[str, Row] = MappingProxyType(
             "FilterResponseNorm",
             methods.filter_response_norm(use_learned_epsilon=True),
             activates=True,
+            sets=methods.instance_norm(),
         ),
         "evonorm_b0": _always("EvoNormB0", methods.evonorm_b0(momentum=MOMENTUM), activates=True),
-        "evonorm_s0": _alone("EvoNormS0", methods.evonorm_s0(NUM_GROUPS), activates=True),
+        "evonorm_s0": _alone(
+            "EvoNormS0",
+            methods.evonorm_s0(NUM_GROUPS),
+            activates=True,
+            sets=methods.group_norm(NUM_GROUPS),
+        ),
         "proxy": _alone(
             "ProxyNorm",
             methods.proxy_norm(methods.group_norm(NUM_GROUPS)),
             activates=True,
             activation=nn.relu,
+            sets=methods.group_norm(NUM_GROUPS),
         ),
         "group_ws": _alone(
             f"GroupNorm({NUM_GROUPS}) + WS", methods.group_norm(NUM_GROUPS), dense=linen.WSDense

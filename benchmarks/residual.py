@@ -1,4 +1,4 @@
-"""A small residual network for 8x8 images whose normalization is chosen from outside."""
+"""A small residual network whose normalization is chosen from outside."""
 
 from typing import Any
 
@@ -12,8 +12,12 @@ from jaxnorm.linen import Norm
 WIDTHS: tuple[int, ...] = (12, 24, 48)
 """Channels of the three stages; the stem has those of the first."""
 
-STRIDES = {"1x1": (2, 2, 2), "2x2": (2, 2, 1)}
-"""Strides of the stages, by the size of the last feature map: 8, 4, 2, 1 or 8, 4, 2, 2."""
+STRIDES = {
+    8: {"1x1": (2, 2, 2), "2x2": (2, 2, 1), "4x4": (2, 1, 1)},
+    28: {"1x1": (4, 4, 2), "2x2": (4, 4, 1), "4x4": (2, 2, 2), "7x7": (2, 2, 1)},
+    32: {"1x1": (4, 4, 2), "2x2": (4, 4, 1), "4x4": (2, 2, 2), "8x8": (2, 2, 1)},
+}
+"""Strides of the stages, by the size of the image and that of the last feature map."""
 
 
 def patches(x: jax.Array, stride: int) -> jax.Array:
@@ -92,12 +96,12 @@ class ResidualNet(nn.Module):
 
     Attributes:
         layers: the normalization at each of the widths 12, 24 and 48.
-        strides: the stride of each stage, a value of `STRIDES`.
+        strides: the stride of each stage, as in `STRIDES`.
         num_classes: size of the output.
     """
 
     layers: tuple[Layer, ...]
-    strides: tuple[int, ...] = STRIDES["1x1"]
+    strides: tuple[int, ...] = STRIDES[8]["1x1"]
     num_classes: int = 10
 
     @nn.compact

@@ -4,15 +4,21 @@ that keep them."""
 import csv
 import io
 import json
+import os
+import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from scipy import stats
 
 from benchmarks.files import read_json, write
+
+PACKAGES = ("jaxnorm", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,27 @@ class Difference(NamedTuple):
     cell: Cell
     baseline: Cell
     interval: Interval
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a result depends on."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def machine() -> dict[str, str | int | None]:
+    """What a result was measured on."""
+    return {
+        "platform": platform.platform(),
+        "device": jax.devices()[0].device_kind,
+        "cpu_count": os.cpu_count(),
+    }
 
 
 def interval(values: Sequence[float]) -> Interval:

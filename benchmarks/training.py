@@ -13,8 +13,9 @@ import numpy as np
 import optax
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
-from benchmarks import digits
+from benchmarks.datasets import Data, Images
 from benchmarks.residual import ResidualNet
+from benchmarks.splits import Split, epoch, split
 
 IMAGES_PER_STEP = 32
 """Images of a step where they are spread over devices."""
@@ -23,6 +24,9 @@ RATE_PER_IMAGE = 0.1 / 32
 """Peak learning rate for each image of a step."""
 
 WEIGHT_DECAY = 5e-4
+
+IMAGES_AT_ONCE = 1024
+"""Images of a seed that are evaluated together: what their patches take is held for all seeds."""
 
 
 class State(NamedTuple):
@@ -45,69 +49,118 @@ class Outcome(NamedTuple):
     train_seconds: float
 
 
+class Trained(NamedTuple):
+    """A network trained once per seed, the seeds in the leading axis of `state`."""
+
+    net: ResidualNet
+    state: State
+    splits: list[Split]
+    compile_seconds: float
+    train_seconds: float
+
+
 def train(
     net: ResidualNet,
     seeds: Sequence[int],
     *,
+    data: Data,
     num_train: int,
     devices: int,
     images_per_device: int,
     epochs: int,
     on_epoch: Callable[[int], None],
+    num_held_out: int | None = None,
 ) -> Outcome:
-    """Trains `net` once per seed and evaluates it with its running statistics averaged over the
-    devices.
+    """Trains `net` once per seed, as `fit` does, and evaluates it with its running statistics
+    averaged over the devices."""
+    trained = fit(
+        net,
+        seeds,
+        data=data,
+        num_train=num_train,
+        devices=devices,
+        images_per_device=images_per_device,
+        epochs=epochs,
+        on_epoch=on_epoch,
+        num_held_out=num_held_out,
+    )
+    start = time.perf_counter()
+    held_out = stack(_held_out(split) for split in trained.splits)
+    evaluate, seconds = compiled(jax.vmap(partial(correct, net)), trained.state, held_out)
+    hits = 100 * np.asarray(evaluate(trained.state, held_out))
+    middle = len(trained.splits[0].validation.labels)
+    return Outcome(
+        hits[:, :middle].mean(axis=1).tolist(),
+        hits[:, middle:].mean(axis=1).tolist(),
+        trained.compile_seconds + seconds,
+        trained.train_seconds + time.perf_counter() - start - seconds,
+    )
+
+
+def fit(
+    net: ResidualNet,
+    seeds: Sequence[int],
+    *,
+    data: Data,
+    num_train: int,
+    devices: int,
+    images_per_device: int,
+    epochs: int,
+    on_epoch: Callable[[int], None],
+    num_held_out: int | None = None,
+) -> Trained:
+    """Trains `net` once per seed.
 
     Args:
         net: a `ResidualNet`.
         seeds: each decides split, initial parameters, order and shifts of the images.
+        data: the images.
         num_train: number of training images.
         devices: number of simulated devices a step is spread over.
         images_per_device: number of images whose statistics are shared.
         epochs: number of passes over the training images; the first warms the learning rate up.
-        on_epoch: called with the number of finished epochs, first with 0, when everything is
+        on_epoch: called with the number of finished epochs, first with 0, when the training is
             compiled.
+        num_held_out: at most so many images validate and so many test; None is all there are.
     """
     steps = num_train // (devices * images_per_device)
-    splits = [digits.split(seed, num_train) for seed in seeds]
+    splits = [split(data, seed, num_train, num_held_out) for seed in seeds]
     optimizer = _optimizer(devices * images_per_device, steps, epochs)
 
-    def batches(index: int) -> digits.Images:
-        images = _stack(
-            digits.epoch(split.train, seed, index)
-            for split, seed in zip(splits, seeds, strict=True)
+    def batches(index: int) -> Images:
+        images = stack(
+            epoch(split.train, seed, index) for split, seed in zip(splits, seeds, strict=True)
         )
         leading = (len(seeds), steps, devices, images_per_device)
         return jax.tree.map(lambda part: part.reshape(*leading, *part.shape[2:]), images)
 
     start = time.perf_counter()
-    initialize = jax.jit(partial(_initialize, net, optimizer, devices))
+    initialize = jax.jit(partial(_initialize, net, optimizer, devices, data.shape))
     state = jax.block_until_ready(initialize(jnp.asarray(seeds)))
     train_seeds = jax.vmap(partial(_train_epoch, net, optimizer, steps * epochs))
     train_epoch = jax.jit(train_seeds, donate_argnums=0).lower(state, batches(0)).compile()
-    held_out = _stack(_held_out(split) for split in splits)
-    correct = jax.jit(jax.vmap(partial(_correct, net))).lower(state, held_out).compile()
-    compiled = time.perf_counter()
+    begin = time.perf_counter()
     on_epoch(0)
 
     for index in range(epochs):
         state = jax.block_until_ready(train_epoch(state, batches(index)))
         on_epoch(index + 1)
-    hits = 100 * np.asarray(correct(state, held_out))
-    validation, test = np.split(hits, [len(splits[0].validation.labels)], axis=1)
-    return Outcome(
-        validation.mean(axis=1).tolist(),
-        test.mean(axis=1).tolist(),
-        compiled - start,
-        time.perf_counter() - compiled,
-    )
+    return Trained(net, state, splits, begin - start, time.perf_counter() - begin)
 
 
-def _stack(images: Iterable[digits.Images]) -> digits.Images:
+def compiled(f: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], float]:
+    """The program of f for arguments like these, and the seconds that its compilation took."""
+    start = time.perf_counter()
+    program = jax.jit(f).lower(*args).compile()
+    return program, time.perf_counter() - start
+
+
+def stack(images: Iterable[Images]) -> Images:
+    """Those of several seeds in one array, (seeds, N, ...)."""
     return jax.tree.map(lambda *parts: np.stack(parts), *images)
 
 
-def _held_out(split: digits.Split) -> digits.Images:
+def _held_out(split: Split) -> Images:
     """Validation and test images in one array, so that one compiled program evaluates both."""
     return jax.tree.map(lambda *parts: np.concatenate(parts), split.validation, split.test)
 
@@ -131,10 +184,14 @@ def _is_kernel(params: Any) -> Any:
 
 
 def _initialize(
-    net: nn.Module, optimizer: optax.GradientTransformation, devices: int, seeds: jax.Array
+    net: nn.Module,
+    optimizer: optax.GradientTransformation,
+    devices: int,
+    shape: tuple[int, ...],
+    seeds: jax.Array,
 ) -> State:
     def one(seed: jax.Array) -> State:
-        variables = net.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)), train=False)
+        variables = net.init(jax.random.key(seed), jnp.zeros((1, *shape)), train=False)
         params = variables.pop("params")
         return State(
             params,
@@ -148,11 +205,11 @@ def _initialize(
 
 
 def _loss(
-    params: Any, taps: Any, on_devices: Any, batch: digits.Images, net: nn.Module, done: jax.Array
+    params: Any, taps: Any, on_devices: Any, batch: Images, net: nn.Module, done: jax.Array
 ) -> tuple[jax.Array, Any]:
     """Cross-entropy, averaged over devices, and the running statistics of each device."""
 
-    def on_device(on_device: Any, taps: Any, images: digits.Images) -> tuple[jax.Array, Any]:
+    def on_device(on_device: Any, taps: Any, images: Images) -> tuple[jax.Array, Any]:
         variables = {"params": params, **on_device, **taps}
         logits, updates = net.apply(
             variables, images.pixels, train=True, done=done, mutable=["batch_stats"]
@@ -169,9 +226,9 @@ def _train_epoch(
     optimizer: optax.GradientTransformation,
     steps: int,
     state: State,
-    batches: digits.Images,
+    batches: Images,
 ) -> State:
-    def step(state: State, batch: digits.Images) -> tuple[State, None]:
+    def step(state: State, batch: Images) -> tuple[State, None]:
         on_devices = dict(state.on_devices)
         taps = {
             name: on_devices.pop(name) for name in (OVERWRITE_WITH_GRADIENT,) if name in on_devices
@@ -188,7 +245,24 @@ def _train_epoch(
     return jax.lax.scan(step, state, batches)[0]
 
 
-def _correct(net: nn.Module, state: State, images: digits.Images) -> jax.Array:
+def correct(net: nn.Module, state: State, images: Images) -> jax.Array:
+    """Whether each image is classified rightly with the running statistics averaged over devices,
+    (N,), computed for some of the images at a time."""
     on_devices = jax.tree.map(lambda s: s.mean(axis=0), state.on_devices)
-    logits: Any = net.apply({"params": state.params, **on_devices}, images.pixels, train=False)
-    return logits.argmax(axis=-1) == images.labels
+
+    def some(images: Images) -> jax.Array:
+        logits: Any = net.apply({"params": state.params, **on_devices}, images.pixels, train=False)
+        return logits.argmax(axis=-1) == images.labels
+
+    number = len(images.labels)
+    if number <= IMAGES_AT_ONCE:
+        return some(images)
+    chunks = -(-number // IMAGES_AT_ONCE)
+    size = -(-number // chunks)
+
+    def cut(t: jax.Array) -> jax.Array:
+        """In chunks of one size, the last one filled up with zeros."""
+        filled = jnp.pad(t, [(0, chunks * size - number), *[(0, 0)] * (t.ndim - 1)])
+        return filled.reshape(chunks, size, *t.shape[1:])
+
+    return jax.lax.map(some, jax.tree.map(cut, images)).reshape(-1)[:number]

@@ -26,6 +26,8 @@ import pytest  # noqa: E402
 PROGRAMS = {
     "test_batch_size.py",
     "test_collectives.py",
+    "test_datasets.py",
+    "test_failure.py",
     "test_files.py",
     "test_notebooks.py",
     "test_speed.py",

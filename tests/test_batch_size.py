@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import batch_size, digits, training
+from benchmarks import batch_size, training
+from benchmarks.datasets import load
 from benchmarks.norms import METHODS, TABLE
 from benchmarks.residual import WIDTHS, ResidualNet
 from benchmarks.results import Result, interval
+from benchmarks.splits import epoch, split
 
 SMALL = ["--seeds", "2", "--epochs", "2", "--train-images", "64"]
 THREE_METHODS = [*SMALL, "--methods", "batch", "batch_group", "group", "--batch-sizes"]
@@ -221,7 +223,7 @@ def test_full_runs_the_table_at_all_batch_sizes(trainings, tmp_path):
             ["--protocol", "batch", "--batch-sizes", "3"],
             "1024 is not a multiple of 3 images per step",
         ),
-        (["--network", "4x4"], "invalid choice: '4x4'"),
+        (["--network", "3x3"], "invalid choice: '3x3'"),
         (["--resume", "--overwrite"], "not allowed with argument"),
     ],
 )
@@ -279,16 +281,15 @@ def test_a_damaged_result_is_refused_and_kept(damage, finished, trainings, tmp_p
 
 
 def test_split_uses_each_image_once():
-    split = digits.split(0, 1024)
-    images = np.concatenate([part.pixels for part in split])
-    whole = np.concatenate([part.pixels for part in digits.split(1, 512)])
-    assert len(images) == digits.NUM_IMAGES
+    images = np.concatenate([part.pixels for part in split(load("digits"), 0, 1024)])
+    whole = np.concatenate([part.pixels for part in split(load("digits"), 1, 512)])
+    assert len(images) == 1797
     assert sorted(image.tobytes() for image in images) == sorted(image.tobytes() for image in whole)
 
 
 def test_epoch_shifts_each_image_by_at_most_one_pixel():
-    train = digits.split(0, 64).train
-    images = digits.epoch(train, seed=0, index=0)
+    train = split(load("digits"), 0, 64).train
+    images = epoch(train, seed=0, index=0)
     padded = np.pad(train.pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-1)
     shifts = {
         (padded[i, row : row + 8, column : column + 8].tobytes(), train.labels[i])

@@ -18,9 +18,11 @@ from flax import nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from registry import NAMES, REGISTRY, C
 
-from benchmarks import digits, training
+from benchmarks import training
+from benchmarks.datasets import Images, load
 from benchmarks.norms import METHODS, Layer
 from benchmarks.residual import Unit
+from benchmarks.splits import epoch, split
 from jaxnorm import Method, methods, norm
 from jaxnorm import nnx as layers
 
@@ -28,13 +30,13 @@ STEPS, BATCH, WIDTH = 64, 16, 12
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
-def batches() -> digits.Images:
+def batches() -> Images:
     """An epoch, (steps, images of a step, ...)."""
-    images = digits.epoch(digits.split(0, STEPS * BATCH).train, 0, 0)
+    images = epoch(split(load("digits"), 0, STEPS * BATCH).train, 0, 0)
     return jax.tree.map(lambda t: jnp.asarray(t.reshape(STEPS, BATCH, *t.shape[1:])), images)
 
 
-def quarter(images: digits.Images, index: int) -> digits.Images:
+def quarter(images: Images, index: int) -> Images:
     size = STEPS // 4
     return jax.tree.map(lambda t: t[index * size : (index + 1) * size], images)
 
@@ -62,7 +64,7 @@ def test_linen_layers_of_the_comparison_train(name):
     the last after."""
     net: Any = Small((METHODS[name].at(BATCH // 4, WIDTH),) * 2)
     images = jax.tree.map(lambda t: t[:, None], batches())  # of one device
-    state = jit(partial(training._initialize, net, OPTIMIZER, 1))(jnp.zeros(1, "i4"))
+    state = jit(partial(training._initialize, net, OPTIMIZER, 1, (8, 8, 1)))(jnp.zeros(1, "i4"))
     state = jax.tree.map(lambda t: t[0], state)
 
     @jit

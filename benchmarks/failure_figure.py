@@ -1,0 +1,153 @@
+"""The map of failure as a picture: test error over n, one panel for each data set."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from benchmarks.cells import Cell, Map, positions
+from benchmarks.datasets import SOURCES
+from benchmarks.failure_plan import CURVES, ROWS
+from benchmarks.failure_report import batch_norm_threshold
+from benchmarks.files import replacing
+from benchmarks.report import COLORS
+from benchmarks.results import interval
+
+MARKERS = {"1x1": "o", "2x2": "s", "4x4": "D", "7x7": "^", "8x8": "^"}
+"""By the size of the last map."""
+
+COLOR: dict[str, str] = dict(zip(CURVES, (COLORS[0], COLORS[2], COLORS[1], COLORS[3]), strict=True))
+
+
+def draw(result: Map, points: float, path: Path) -> None:
+    """Draws the cells of the methods in `CURVES` that are there.
+
+    Args:
+        result: the cells.
+        points: loss of batch norm to group norm whose n is marked.
+        path: of the PNG.
+    """
+    names = result.data
+    figure = Figure(figsize=(1.0 + 6.2 * len(names), 5.4), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, data in zip(panels, names, strict=True):
+        _panel(axes, result, data, points)
+    figure.suptitle(
+        "Where batch normalization fails", x=0.01, ha="left", fontsize=15, fontweight="bold"
+    )
+    with replacing(path) as new:
+        figure.savefig(new, dpi=150, format="png")
+
+
+def _panel(axes: Axes, result: Map, data: str, points: float) -> None:
+    found = {method: cells for method in CURVES if (cells := result.of(data, method))}
+    maps = result.maps(data)
+    sizes = sorted({key.batch_size for key in result.cells if key.batch_size is not None})
+    for method, cells in found.items():
+        for last in maps:
+            _line(axes, method, [cell for cell in cells if cell.key.last == last], sizes)
+    _scales(axes)
+    _name_methods(axes, found, sizes)
+    _name_maps(axes, maps)
+    limit = batch_norm_threshold(result, data, points)
+    if limit and 0 < limit.low and np.isfinite(limit.high):
+        axes.axvspan(limit.low, limit.high, color="0.9", zorder=0, linewidth=0)
+        axes.annotate(
+            f"BatchNorm {points:g} point{'s' * (points != 1)}\nabove GroupNorm:\nn = {limit}",
+            (limit.low, 0.02),
+            xytext=(-5, 0),
+            textcoords="offset points",
+            xycoords=("data", "axes fraction"),
+            ha="right",
+            fontsize=8,
+            color="0.35",
+        )
+    seeds = {len(cell.errors) for cells in found.values() for cell in cells}
+    axes.set_title(
+        f"{SOURCES[data].title}: mean of {'/'.join(map(str, sorted(seeds)))} seeds with its 95 % "
+        "t-interval",
+        loc="left",
+        fontsize=9,
+        color="0.35",
+    )
+    axes.set_xlabel("n = images normalized together x positions of the last map")
+
+
+def _line(axes: Axes, method: str, cells: list[Cell], sizes: list[int]) -> None:
+    """The cells of a method on one map; one whose batch does not matter lies at all of them."""
+    if not cells:
+        return
+    look: Any = {"color": COLOR[method], "marker": MARKERS[cells[0].key.last]}
+    drawn = sorted(
+        (size * positions(cell.key.last), interval(cell.errors))
+        for cell in cells
+        for size in ([cell.key.batch_size] if cell.key.batch_size else (sizes[0], sizes[-1]))
+    )
+    flat = cells[0].key.batch_size is None
+    axes.errorbar(
+        [n for n, _ in drawn],
+        [mean for _, (mean, _) in drawn],
+        [half_width or 0.0 for _, (_, half_width) in drawn],
+        **look,
+        linestyle="--" if flat else "-",
+        linewidth=1.6,
+        markersize=6,
+        markeredgecolor="white",
+        elinewidth=1.0,
+        capsize=2,
+        alpha=0.9,
+    )
+
+
+def _scales(axes: Axes) -> None:
+    axes.set_xscale("log", base=2)
+    low, high = axes.get_xlim()
+    axes.set_xticks([4**power * 2 for power in range(6) if 4**power * 2 <= high])
+    axes.set_yscale("log", nonpositive="clip")
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_formatter(plain)
+    low, high = axes.get_ylim()
+    ticks = [t for t in (1, 2, 3, 5, 10, 15, 20, 30, 50, 100) if low <= t <= high]
+    axes.set_yticks(ticks, [f"{tick} %" for tick in ticks])
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.minorticks_off()
+    axes.set_ylabel("test error")
+    axes.grid(axis="y", color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _name_methods(axes: Axes, found: dict[str, list[Cell]], sizes: list[int]) -> None:
+    """Each method's name at the height of its last point, at the right, moved so that none covers
+    another."""
+    heights = {}
+    for method, cells in found.items():
+        last = max(cells, key=lambda c: (positions(c.key.last), c.key.batch_size or 0))
+        heights[method] = axes.transData.transform((1, interval(last.errors).mean))[1]
+    gap, below = 0.03 * axes.bbox.height, -np.inf
+    for method in sorted(heights, key=heights.__getitem__):
+        below = max(heights[method], below + gap)
+        axes.annotate(
+            ROWS[method].label,
+            (1.01, axes.transAxes.inverted().transform((0, below))[1]),
+            xycoords="axes fraction",
+            va="center",
+            color=COLOR[method],
+            fontweight="bold",
+            fontsize=9,
+            annotation_clip=False,
+        )
+
+
+def _name_maps(axes: Axes, maps: list[str]) -> None:
+    handles = [
+        Line2D([], [], color="0.45", linestyle="", marker=MARKERS[last], label=last)
+        for last in maps
+    ]
+    axes.legend(
+        handles=handles, title="last map", frameon=False, loc="upper right", labelcolor="0.35"
+    )
