@@ -50,7 +50,7 @@ def record_norms(
         {'layers/1': (2, 3)}
 
     Reference:
-        No paper is followed.
+        A tool of this library; no paper is followed.
     """
     types = _calls.check_layers(layers)
 

@@ -1,6 +1,5 @@
 """What hooks of layers have in common: one call is seen, and may be replaced."""
 
-import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Callable
@@ -19,16 +18,19 @@ class NormCall(NamedTuple):
         y: what it returned, with scale, bias and activation where the layer applies them.
 
     Reference:
-        No paper is followed.
+        A tool of this library; no paper is followed.
     """
 
     x: Any
     y: Any
 
 
+seeing = jax.make_user_context(False)
+"""Where calls are looked for, JAX traces anew: a function that it has traced before would run
+without calling a layer."""
+
 Visit = Callable[[str, Any, Any], Any]
 """(path, x, y) -> what becomes of y."""
-Hooks = Callable[["Tap"], contextlib.AbstractContextManager[Any]]
 
 
 class Tap:
@@ -72,7 +74,8 @@ def check_layers(layers: Any) -> tuple[type, ...]:
 
 def visited(tap: Tap, layers: tuple[type, ...], run: Callable[[], Any]) -> Any:
     """The outputs of a forward pass in which at least one layer was seen."""
-    outputs = run()
+    with seeing(True):
+        outputs = run()
     if not tap.calls:
         names = ", ".join(t.__name__ for t in layers)
         raise ValueError(

@@ -78,7 +78,7 @@ def along_gradient(
 
     Reference:
         How Does Batch Normalization Help Optimization?, 2018, arXiv:1805.11604, where the steps are
-        along the gradient of training. The beginning of the paper and summaries were read.
+        along the gradient of training. The abstract and summaries of the paper were read.
         Understanding and Improving Group Normalization, 2022, arXiv:2207.01972, gives these names,
         in the authors' code, to the change of the gradient of the last layer from one step of
         training to the next, which is `gradient_change`, over runs with different learning rates.
