@@ -63,6 +63,10 @@ in `methods/`. Around them:
     unknown domains               domains.domain_weights, domain_ensemble
     into the layer in front       folding.fold
     weight decay of norms         optim.add_norm_decay, norm_mask, decay_mask, norm_penalty
+    measuring a training run      probe.along_gradient (which returns AlongGradient),
+                                  gradient_change, l2_by_layer, effective_learning_rates, noise,
+                                  sensitivity, statistics_spread (StatisticsSpread), range_excess
+                                  (RangeExcess), channel_power (ChannelPower), NormCall
     pictures of the sets          drawing.style, draw_row, draw_block, draw_key
 
 In Flax, `linen.Norm(method)` and `nnx.Norm(features, method, rngs=)` carry every method (with `Tap`
@@ -72,7 +76,7 @@ and `Observation`, two kinds of nnx variables). The rest of `linen/` and `nnx/`:
     standardized kernels          WSConv, WSDense
     scale and shift of moments    DynamicMomentShortcut
     whole models                  population_statistics, fold_norms (which leaves a FoldedNorm in
-                                  nnx), linen.call_norms_with
+                                  nnx), record_norms, alter_norms, linen.call_norms_with
 
 `linen`, `nnx`, `optim` and `drawing` are imported by name: all else needs jax alone. In the core,
 `equations.py` has both full-size computations as they stand in the literature, `mean_var.py` and
@@ -90,6 +94,7 @@ from jaxnorm import inference as inference
 from jaxnorm import kernels as kernels
 from jaxnorm import methods as methods
 from jaxnorm import positional as positional
+from jaxnorm import probe as probe
 from jaxnorm import schedules as schedules
 from jaxnorm import training as training
 from jaxnorm._core.devices import device_groups as device_groups

@@ -32,7 +32,7 @@ def public(module, own=False):
         for name, value in vars(module).items()
         if name[0] != "_"
         and not inspect.ismodule(value)
-        and (not own or getattr(value, "__module__", None) == module.__name__)
+        and (not own or getattr(value, "__module__", "").startswith(module.__name__))
     }
 
 
@@ -49,7 +49,7 @@ LAYERS = {
 }
 MODULES = (
     "inference", "folding", "kernels", "schedules", "domains", "positional", "training", "optim",
-    "drawing",
+    "drawing", "probe",
 )  # fmt: skip
 OF_MODULES = {
     f"{module}.{name}": value
@@ -70,6 +70,7 @@ BY_POSITION = {
     "threshold", "scale", "shift", "step", "epoch", "distances", "forward", "num_domains",
     "evaluate", "batches", "loss", "update", "params", "weight_decay", "variables", "model",
     "sizes", "counts", "ax", "name", "row", "epsilon",
+    "key", "before", "after", "tree", "alter",
 }  # fmt: skip
 # of these no paper is known, or the text below says where they come from
 WITHOUT_REFERENCE = {
@@ -235,6 +236,8 @@ ABOVE = (
     "methods._proxy", "methods._moving_average", "methods._carried_over",
     "methods._cross_iteration", "methods._pieces", "methods._batch_group", "methods",
     "schedules", "training", "domains", "positional", "folding", "_pairs",
+    "probe._trees", "probe._landscape", "probe._depth", "probe._noise", "probe._statistics",
+    "probe._power", "probe._calls", "probe",
 )  # fmt: skip
 OF_LAYERS = ("_flax_rules", "_layers")
 FLOORS = (*(f"_core.{name}" for name in CORE), *ABOVE, *OF_LAYERS)

@@ -31,6 +31,7 @@ from jaxnorm import (
     normalize,
     pool,
     positional,
+    probe,
     running_moments,
     update_averaged,
     update_cumulative,
@@ -828,6 +829,131 @@ ERRORS |= {
         ValueError,
         r"running\.mean has shape \(6,\) and running\.var \(1,\)",
         lambda: folding.fold(ones(3, 6), None, Moments(None, ones(6), ones(1))),
+    ),
+    "a path along the gradient without steps": (
+        ValueError,
+        r"steps has shape \(\)\. Expected \(K,\)",
+        lambda: probe.along_gradient(jnp.sum, ones(3), steps=0.1),
+    ),
+    "a step up the gradient": (
+        ValueError,
+        r"steps is \[ 0\.1 -0\.1\]; expected .* above 0",
+        lambda: probe.along_gradient(jnp.sum, ones(3), steps=jnp.array([0.1, -0.1])),
+    ),
+    "integer parameters to differentiate by": (
+        TypeError,
+        r"params has int32 of shape \(\) at 'b'\. Expected floating or complex",
+        lambda: probe.along_gradient(lambda p: p["a"], {"a": ones(), "b": 3}, steps=[0.1]),
+    ),
+    "no parameters to differentiate by": (
+        ValueError,
+        r"params has no arrays\. Got \{\}; expected a tree",
+        lambda: probe.along_gradient(lambda p: 0.0, {}, steps=[0.1]),
+    ),
+    "gradients of different trees": (
+        ValueError,
+        r"before and after are trees of different arrays\. Got .*\(3,\).*\(4,\)",
+        lambda: probe.gradient_change({"a": ones(3)}, {"a": ones(4)}),
+    ),
+    "layers of integers": (
+        TypeError,
+        r"tree has int32 of shape \(2,\) at 'a'",
+        lambda: probe.l2_by_layer({"a": ones(2, dtype="i4")}),
+    ),
+    "weights whose channels do not split": (
+        ValueError,
+        r"params has an array of shape \(3, 6\) at 'kernel'\. Its last axis does not split into "
+        r"num_groups=4 equal",
+        lambda: probe.effective_learning_rates(
+            {"kernel": ones(3, 6)}, learning_rate=0.1, num_groups=4
+        ),
+    ),
+    "no groups of weights": (
+        ValueError,
+        "num_groups is 0; expected EACH or an integer of at least 1",
+        lambda: probe.effective_learning_rates(ones(3), learning_rate=0.1, num_groups=0),
+    ),
+    "a negative learning rate": (
+        ValueError,
+        "learning_rate is -0.1; expected a number of at least 0",
+        lambda: probe.effective_learning_rates(ones(3), learning_rate=-0.1),
+    ),
+    "noise of a negative deviation": (
+        ValueError,
+        "std is -1.0; expected a number of at least 0",
+        lambda: probe.noise(jax.random.key(0), ones(4, 6), BN, std=-1.0),
+    ),
+    "noise for integers": (
+        TypeError,
+        "x must be floating or complex. Got int32",
+        lambda: probe.noise(jax.random.key(0), ones(4, 6, dtype="i4"), BN),
+    ),
+    "one strength of a disturbance": (
+        ValueError,
+        r"strengths has shape \(\)\. Expected \(K,\)",
+        lambda: probe.sensitivity(lambda s: s, strengths=0.1),
+    ),
+    "outputs whose shape depends on the strength": (
+        ValueError,
+        r"forward\(0\) and forward\(strength\) are trees of different arrays",
+        lambda: probe.sensitivity(lambda s: ones(1 if s == 0 else 2), strengths=[0.1]),
+    ),
+    "the spread of one batch": (
+        ValueError,
+        r"batches has moments of shape \(1, 6\)\. Expected those of two or more batches",
+        lambda: probe.statistics_spread(given(1, 6)),
+    ),
+    "the spread of arrays": (
+        TypeError,
+        "batches must be Moments",
+        lambda: probe.statistics_spread(ones(2, 6)),
+    ),
+    "a population of another shape": (
+        ValueError,
+        r"population has moments of shape \(6,\)\. Expected .*\(1, 6\)",
+        lambda: probe.statistics_spread(given(2, 1, 6), population=given(6)),
+    ),
+    "the range of one element": (
+        ValueError,
+        "count is 1; expected a number above 1",
+        lambda: probe.range_excess(ones(4, 6), given(1, 6), count=1),
+    ),
+    "examples that are channels": (
+        ValueError,
+        r"batch_axis=0 and channel_axis=-2 are one axis of x of shape \(4, 6\)",
+        lambda: probe.channel_power(ones(4, 6), channel_axis=-2),
+    ),
+    "the power of integers": (
+        TypeError,
+        "x must be floating or complex. Got int32",
+        lambda: probe.channel_power(ones(4, 6, dtype="i4")),
+    ),
+    "a model without norms to record, linen": (
+        ValueError,
+        "forward called none of the layers that are looked for. Expected one of Norm, BatchNorm",
+        lambda: linen.record_norms(lambda: 3)(),
+    ),
+    "a model without norms to record, nnx": (
+        ValueError,
+        "forward called none of the layers that are looked for",
+        lambda: nnx.record_norms(lambda m: 3)(fnnx.Linear(1, 1, rngs=fnnx.Rngs(0))),
+    ),
+    "no model to record": (
+        TypeError,
+        r"the first argument is ArrayImpl; expected the nnx\.Module",
+        lambda: nnx.record_norms(lambda x: x)(ones(3)),
+    ),
+    "layers to record by name": (
+        TypeError,
+        "layers is 'BatchNorm'; expected a class of layers or a tuple",
+        lambda: linen.record_norms(lambda: 3, layers="BatchNorm"),
+    ),
+    "an altered output of another dtype": (
+        ValueError,
+        r"alter returned bfloat16 of shape \(4, 6\) for the output of ''\. Expected float32",
+        lambda: nnx.alter_norms(lambda m, x: m(x), lambda path, y: y.astype("bfloat16"))(
+            nnx.LayerNorm(6, rngs=fnnx.Rngs(0)), ones(4, 6)
+        ),
     ),
     "a dict to fold": (
         TypeError,

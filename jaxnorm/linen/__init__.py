@@ -24,5 +24,7 @@ from jaxnorm.linen._kernels import WSConv as WSConv
 from jaxnorm.linen._kernels import WSDense as WSDense
 from jaxnorm.linen._positional import DynamicMomentShortcut as DynamicMomentShortcut
 from jaxnorm.linen._inference import call_norms_with as call_norms_with
+from jaxnorm.linen._probe import alter_norms as alter_norms
+from jaxnorm.linen._probe import record_norms as record_norms
 from jaxnorm.linen._population import population_statistics as population_statistics
 from jaxnorm.linen._folding import fold_norms as fold_norms

@@ -18,6 +18,8 @@ from jaxnorm.nnx._flax_norms import RMSNorm as RMSNorm
 from jaxnorm.nnx._kernels import WSConv as WSConv
 from jaxnorm.nnx._kernels import WSDense as WSDense
 from jaxnorm.nnx._positional import DynamicMomentShortcut as DynamicMomentShortcut
+from jaxnorm.nnx._probe import alter_norms as alter_norms
+from jaxnorm.nnx._probe import record_norms as record_norms
 from jaxnorm.nnx._population import population_statistics as population_statistics
 from jaxnorm.nnx._folding import FoldedNorm as FoldedNorm
 from jaxnorm.nnx._folding import fold_norms as fold_norms
