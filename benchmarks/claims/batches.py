@@ -60,7 +60,8 @@ CLAIMS = (
             within(1, error("group", step=4) - error("group")),
         ),
         "ResNet-50, ImageNet: 24.1 % at 2 images and 24.1 at 32; " + NOTES,
-        "Steps of 4 to 128 images on one device; their noise in the gradient differs as well.",
+        "Steps of 4 to 128 images on one device: with their size, the number of steps and the "
+        "noise of the gradient differ as well.",
     ),
     Claim(
         "batch_group_small",
@@ -84,8 +85,8 @@ CLAIMS = (
             above(0, BATCH_512 - error("batch", 32, "2x2")),
         ),
         "",
-        "Twice as many groups as channels: upper and lower positions apart. Half of the digits are "
-        "one step.",
+        "Twice as many groups as channels: upper and lower positions apart. Half of the images of "
+        "digits are one step.",
         sizes=(8, 32),  # maps of 28x28 images have sizes that 2 does not divide
     ),
     Claim(
@@ -169,7 +170,7 @@ CLAIMS = (
         "memorized_batch_norm",
         "memorized",
         "Memorized batch norm",
-        "Double Forward Propagation for Memorized Batch Normalization, 2018, arXiv:2010.04947",
+        "Double Forward Propagation for Memorized Batch Normalization, 2020, arXiv:2010.04947",
         limits="A reconstruction: how the paper weighs its memory is not known.",
     ),
     small_batch_claim(

@@ -40,9 +40,15 @@ BATCH_GROUP = "Batch Group Normalization, 2020, arXiv:2012.02782"
 FOUR_THINGS = (
     "Four Things Everyone Should Know to Improve Batch Normalization, 2020, arXiv:1906.03548"
 )
-GHOSTS = "Train longer, generalize better, 2017, arXiv:1705.08741"
+GHOSTS = (
+    "Train longer, generalize better: closing the generalization gap in large batch training of "
+    "neural networks, 2017, arXiv:1705.08741"
+)
 GROUP_PLUS = "Understanding and Improving Group Normalization, 2022, arXiv:2207.01972"
-PROXY = "Proxy-Normalizing Activations to Match Batch Normalization, 2021, arXiv:2106.03743"
+PROXY = (
+    "Proxy-Normalizing Activations to Match Batch Normalization while Removing Batch Dependence, "
+    "2021, arXiv:2106.03743"
+)
 EMBEDDINGS = "Batch Normalization Embeddings for Deep Domain Generalization, 2020, arXiv:2011.12672"
 NOTES = "from public notes that agree with each other; the paper's tables were not read"
 README = "from the authors' readme"
