@@ -258,8 +258,10 @@ def test_the_report_of_known_cells():
     assert (weak.verdict, weak.verdict_together) == (SEEN, MIXED)
 
     text = markdown(result, (WIDE, NONE, WEAK))
-    assert "| Handwritten digits | 1x1 batch@2 4.0 - 1x1 group 1.0 | above 0 | 3.0 ± 0.1 |" in text
-    assert "| [Nothing.](#none) | not measured | not measured |" in text and "## none" not in text
+    assert (
+        "| Handwritten digits | 1x1 batch@2 4.0 - 1x1 group 1.0 | above 0 | +3.00 ± 0.13 |" in text
+    )
+    assert "| Nothing. | not measured | not measured |" in text and "## none" not in text
     assert "The paper: 9 %; a note." in text and "no figure of it was read" in text
     assert "Limits: Few." in text and "Holm's correction" in text
     assert "3 checks were tested, and 3 of them are decided" in text

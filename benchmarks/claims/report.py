@@ -77,11 +77,7 @@ def markdown(result: Map, claims: Iterable[Claim]) -> str:
         LIMITS,
         markdown_table(
             ["claim", "verdict", "all tests together", "source"],
-            [
-                [f"[{t.claim.text}](#{t.claim.name})", t.verdict, t.verdict_together]
-                + [t.claim.source]
-                for t in all_tried
-            ],
+            [[_linked(t), t.verdict, t.verdict_together, t.claim.source] for t in all_tried],
         ),
         *(section(t, result) for t in all_tried if t.verdict != MISSING),
     ]
@@ -156,4 +152,12 @@ def _described(difference: Difference, result: Map) -> str:
 
 
 def _signed(found: Interval | None) -> str:
-    return "–" if found is None else str(found)
+    if found is None or found.half_width is None:
+        return "–"
+    return f"{found.mean:+.2f} ± {found.half_width:.2f}"
+
+
+def _linked(one: Tried) -> str:
+    """The claim, with a link to its section where it has one."""
+    claim = one.claim
+    return claim.text if one.verdict == MISSING else f"[{claim.text}](#{claim.name})"
