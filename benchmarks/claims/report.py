@@ -73,6 +73,10 @@ def markdown(result: Map, claims: Iterable[Claim]) -> str:
         "95 % t-interval, and a region in which the claim has them. A check is *seen* where the "
         "interval lies wholly inside of the region, *not seen* where it lies wholly outside, and "
         "else *mixed*; so is a claim whose checks differ.",
+        "In tables `2x2 batch@4` is the method `batch` on last maps of 2x2 positions with 4 images "
+        "that share statistics, of the 32 of a step, spread over simulated devices; further words "
+        "say what else is unlike that, and in brackets what was measured beside the plain test "
+        "error.",
         _comparisons(all_tried),
         LIMITS,
         markdown_table(
