@@ -1,13 +1,51 @@
-"""The cells of the map of failure: what each trained, what it measured, and the file that keeps
-them."""
+"""The cells of the map of failure and of the claims: what each trained, what it measured, and the
+file that keeps them."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from benchmarks.files import read_json, write
 from benchmarks.serving import Others, Serving
+from benchmarks.training import IMAGES_PER_STEP, RATE_PER_IMAGE
+
+
+class How(NamedTuple):
+    """What is unlike the map of failure in a training.
+
+    Attributes:
+        step: images per step.
+        order: "mixed"; "by_class", where the images of a step are sorted by label before they are
+            spread over devices; "domains", where each image of a device is shifted in its own way;
+            "domains_apart", where all images of a device are shifted in the same way.
+        residual: whether each block has its residual path.
+        norm_decay: weight decay of scales toward 1 and of biases toward 0.
+        noise: standard deviation of a normal number that is added after every norm in training, one
+            for each image and group of channels.
+    """
+
+    step: int = IMAGES_PER_STEP
+    order: str = "mixed"
+    residual: bool = True
+    norm_decay: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def rate(self) -> float | None:
+        """The peak learning rate: it grows with the images of a step up to 32 of them, and beyond
+        with their root, as for large batches in Train longer, generalize better, 2017,
+        arXiv:1705.08741. None for the rate of the map of failure."""
+        if self.step <= IMAGES_PER_STEP:
+            return None
+        return RATE_PER_IMAGE * (IMAGES_PER_STEP * self.step) ** 0.5
+
+    def changes(self) -> dict[str, Any]:
+        """The attributes that are not as in the map of failure."""
+        default = How()._asdict()
+        return {name: value for name, value in self._asdict().items() if value != default[name]}
 
 
 class Key(NamedTuple):
@@ -16,18 +54,21 @@ class Key(NamedTuple):
     Attributes:
         data: name of the data set.
         last: size of the last feature map, such as "4x4".
-        method: a key of `benchmarks.failure_plan.ROWS`.
+        method: a key of `benchmarks.plan.ROWS`.
         batch_size: images normalized together; None where it cannot matter.
+        how: what else is unlike the map of failure.
     """
 
     data: str
     last: str
     method: str
     batch_size: int | None
+    how: How = How()
 
     def __str__(self) -> str:
         name = f"{self.data} {self.last} {self.method}"
-        return name if self.batch_size is None else f"{name}@{self.batch_size}"
+        name = name if self.batch_size is None else f"{name}@{self.batch_size}"
+        return " ".join([name, *(f"{name}={value}" for name, value in self.how.changes().items())])
 
 
 @dataclass(frozen=True)
@@ -52,6 +93,7 @@ class Cell:
         compile_seconds: spent on tracing, compiling and initializing the training.
         train_seconds: spent on training, all seeds together.
         serve_seconds: spent on evaluating, with its compilation.
+        more: other values for each seed, by the measure in `benchmarks.measures` and their name.
     """
 
     key: Key
@@ -62,6 +104,7 @@ class Cell:
     compile_seconds: float
     train_seconds: float
     serve_seconds: float
+    more: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -95,7 +138,9 @@ class Map:
     def of(self, data: str, method: str) -> list[Cell]:
         """Cells of a method on a data set, from few elements to many."""
         found = (
-            cell for key, cell in self.cells.items() if (key.data, key.method) == (data, method)
+            cell
+            for key, cell in self.cells.items()
+            if (key.data, key.method, key.how) == (data, method, How())
         )
         return sorted(found, key=lambda cell: (cell.elements, cell.key.last))
 
@@ -119,7 +164,7 @@ class Map:
         saved = {
             "versions": self.versions,
             "machine": self.machine,
-            "cells": [asdict(cell) | {"key": cell.key._asdict()} for cell in self.cells.values()],
+            "cells": [_saved(cell) for cell in self.cells.values()],
         }
         write(folder / "cells.json", json.dumps(saved, indent=1))
 
@@ -138,7 +183,7 @@ class Map:
             for cell in saved["cells"]:
                 running, others = (cell["accuracy"][name] for name in ("running", "others"))
                 parts = {
-                    "key": Key(**cell["key"]),
+                    "key": _key(**cell["key"]),
                     "settings": Settings(**cell["settings"]),
                     "accuracy": Serving(running, Others(**others) if others else None),
                 }
@@ -149,6 +194,20 @@ class Map:
                 f"{file} holds no cells of this program, and was left as it is: "
                 f"{type(error).__name__}: {error}. Choose another --output."
             ) from error
+
+
+def _saved(cell: Cell) -> dict[str, Any]:
+    """Without what is as in the map of failure."""
+    key = cell.key._asdict() | {"how": cell.key.how.changes()}
+    saved = asdict(cell) | {"key": key}
+    for part, name in ((key, "how"), (saved, "more")):
+        if not part[name]:
+            del part[name]
+    return saved
+
+
+def _key(how: Mapping[str, Any] = MappingProxyType({}), **rest: Any) -> Key:
+    return Key(**rest, how=How(**how))
 
 
 def positions(last: str) -> int:

@@ -11,9 +11,10 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.cells import Cell, Map, positions
 from benchmarks.datasets import SOURCES
-from benchmarks.failure_plan import CURVES, ROWS
+from benchmarks.failure_plan import CURVES
 from benchmarks.failure_report import batch_norm_threshold
 from benchmarks.files import replacing
+from benchmarks.plan import ROWS
 from benchmarks.report import COLORS
 from benchmarks.results import interval
 

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.cells import Cell, Map, paired, positions
 from benchmarks.datasets import SOURCES
-from benchmarks.failure_plan import CURVES, EXTRAS, ROWS
-from benchmarks.results import interval
+from benchmarks.failure_plan import CURVES, EXTRAS
+from benchmarks.plan import ROWS
+from benchmarks.results import interval, markdown_table
 from benchmarks.threshold import Threshold, threshold
 from benchmarks.training import IMAGES_PER_STEP
 
@@ -43,14 +44,6 @@ def _sections(result: Map, data: str, points: float) -> Iterable[str]:
             yield rows
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [list(map(str, row)) for row in rows]
-    if not lines:
-        return ""
-    lines = [list(head), ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _errors(result: Map, data: str) -> str:
     """Rows are maps and batches."""
     shown = [method for method in CURVES if result.of(data, method)]
@@ -64,7 +57,9 @@ def _errors(result: Map, data: str) -> str:
             if any(cell and cell.key.batch_size for cell in found.values()):
                 n = size * positions(last)
                 rows.append([last, size, n, *(_error(found[method]) for method in shown)])
-    return _table(["last map", "b", "b x positions", *(ROWS[name].label for name in shown)], rows)
+    return markdown_table(
+        ["last map", "b", "b x positions", *(ROWS[name].label for name in shown)], rows
+    )
 
 
 def _error(cell: Cell | None) -> str:
@@ -91,7 +86,7 @@ def _same_n(result: Map, data: str) -> str:
                     + [interval(values) for values in (loss, other_loss, differences)]
                 )
     head = ["n", "batch norm on", "and on", "loss to group norm", "and", "difference"]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def batch_norm_threshold(result: Map, data: str, points: float) -> Threshold | None:
@@ -121,7 +116,7 @@ def _thresholds(result: Map, data: str, points: float) -> str:
                 name = last or "all"
                 found = (against_group or "–", against_itself or "–")
                 rows.append([ROWS[method].label, name, *found])
-    table = _table(
+    table = markdown_table(
         ["method", "maps", "against group norm", f"against itself at {IMAGES_PER_STEP} images"],
         rows,
     )
@@ -154,7 +149,7 @@ def _why(result: Map, data: str) -> str:
                 )
     head = ["method", "last map", "b", "n", "effective n", "running / population variance"]
     head += ["running statistics", "population's", "each test batch's", "running - population"]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _extras(result: Map, data: str) -> str:
@@ -165,4 +160,4 @@ def _extras(result: Map, data: str) -> str:
         cells = [result.find(data, last, method, 2) for last in maps]
         if any(cells) and (method in EXTRAS or any(result.of(data, name) for name in EXTRAS)):
             rows.append([ROWS[method].label, *map(_error, cells)])
-    return _table(["at two images", *maps], rows)
+    return markdown_table(["at two images", *maps], rows)

@@ -1,12 +1,13 @@
 """A small residual network whose normalization is chosen from outside."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.norms import NO_ACTIVATION, Layer
+from benchmarks.norms import NO_ACTIVATION, NUM_GROUPS, Layer
 from jaxnorm.linen import Norm
 
 WIDTHS: tuple[int, ...] = (12, 24, 48)
@@ -45,6 +46,8 @@ class Unit(nn.Module):
         stride: of the convolution.
         size: of its kernel, 3 or 1.
         activate: whether an activation follows.
+        noise: in training a normal number with this standard deviation is added to the output of
+            the normalization, one for each image and each of `NUM_GROUPS` groups of channels.
     """
 
     layer: Layer
@@ -52,9 +55,10 @@ class Unit(nn.Module):
     stride: int = 1
     size: int = 3
     activate: bool = True
+    noise: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, done: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, done: jax.Array, **options: Any) -> jax.Array:
         layer = self.layer if self.activate or not self.layer.activates else NO_ACTIVATION
         x = patches(x, self.stride) if self.size == 3 else x[:, :: self.stride, :: self.stride]
         kernel_init = (
@@ -63,30 +67,40 @@ class Unit(nn.Module):
         dense: Any = self.layer.dense(
             features=self.features, use_bias=False, kernel_init=kernel_init, name="conv"
         )  # type: ignore[call-arg]
-        options = layer.schedule(done) if layer.schedule and train else {}
+        if layer.schedule and train:
+            options = {**layer.schedule(done), **options}
         options = {"use_running_average": not train, "activation": layer.activation, **options}
         if layer.method.in_front is None:
             y = Norm(layer.method, name="norm")(dense(x), **options)
         else:
             y = Norm(layer.method, layer=dense, name="norm")(x, **options)
+        if train and self.noise:
+            y = self._noisy(y)
         return nn.relu(y) if self.activate and not layer.activates else y
+
+    def _noisy(self, y: jax.Array) -> jax.Array:
+        drawn = jax.random.normal(self.make_rng("noise"), (len(y), 1, 1, NUM_GROUPS), y.dtype)
+        return y + self.noise * jnp.repeat(drawn, y.shape[-1] // NUM_GROUPS, axis=-1)
 
 
 class Block(nn.Module):
     """relu(norm(conv(relu(norm(conv(x))))) + norm(x W)), where W is a 1x1 convolution with the
-    stride of the block."""
+    stride of the block; without the residual path relu(norm(conv(relu(norm(conv(x))))))."""
 
     layer: Layer
     features: int
     stride: int
+    residual: bool = True
+    noise: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, **now: Any) -> jax.Array:
-        y = Unit(self.layer, self.features, self.stride, name="unit_1")(x, **now)
-        y = Unit(self.layer, self.features, activate=False, name="unit_2")(y, **now)
-        shortcut = Unit(
-            self.layer, self.features, self.stride, size=1, activate=False, name="shortcut"
-        )(x, **now)
+        unit = partial(Unit, self.layer, self.features, noise=self.noise)
+        y = unit(self.stride, name="unit_1")(x, **now)
+        y = unit(activate=not self.residual, name="unit_2")(y, **now)
+        if not self.residual:
+            return y
+        shortcut = unit(self.stride, size=1, activate=False, name="shortcut")(x, **now)
         return nn.relu(y + shortcut)
 
 
@@ -98,18 +112,24 @@ class ResidualNet(nn.Module):
         layers: the normalization at each of the widths 12, 24 and 48.
         strides: the stride of each stage, as in `STRIDES`.
         num_classes: size of the output.
+        residual: whether blocks have their residual path.
+        noise: see `Unit`; its random numbers are those of the stream "noise".
     """
 
     layers: tuple[Layer, ...]
     strides: tuple[int, ...] = STRIDES[8]["1x1"]
     num_classes: int = 10
+    residual: bool = True
+    noise: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, done: jax.Array | float = 1.0) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool, done: jax.Array | float = 1.0, **options: Any
+    ) -> jax.Array:
         """Logits of images x; `done` is the finished part of the training, for layers with a
-        schedule."""
-        now = {"train": train, "done": jnp.asarray(done)}
-        x = Unit(self.layers[0], WIDTHS[0], name="stem")(x, **now)
+        schedule, and `options` are those of every normalization."""
+        now = {"train": train, "done": jnp.asarray(done), **options}
+        x = Unit(self.layers[0], WIDTHS[0], noise=self.noise, name="stem")(x, **now)
         for layer, features, stride in zip(self.layers, WIDTHS, self.strides, strict=True):
-            x = Block(layer, features, stride)(x, **now)
+            x = Block(layer, features, stride, self.residual, self.noise)(x, **now)
         return nn.Dense(self.num_classes)(x.mean(axis=(1, 2)))

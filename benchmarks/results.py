@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -117,6 +117,15 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(values[0], None)
     half_width = stats.t.ppf(0.975, count - 1) * statistics.stdev(values) / count**0.5
     return Interval(statistics.fmean(values), float(half_width))
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of the values as they are printed; "" without rows."""
+    lines = [list(map(str, row)) for row in rows]
+    if not lines:
+        return ""
+    lines = [list(head), ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 @dataclass

@@ -57,8 +57,20 @@ class Serving:
     others: Others | None = None
 
 
+def running(trained: Trained, **options: Any) -> list[float]:
+    """Test accuracy in % with the running statistics, for each seed.
+
+    Args:
+        trained: what `benchmarks.training.fit` returns.
+        **options: of every normalization.
+    """
+    test = stack(split.test for split in trained.splits)
+    evaluate, _ = compiled(jax.vmap(partial(correct, trained.net, **options)), trained.state, test)
+    return percent(evaluate(trained.state, test))
+
+
 def serve(trained: Trained, images_per_device: int) -> Serving:
-    """Evaluates a trained network on its test images.
+    """Evaluates a trained network on its test images, also with other statistics.
 
     Args:
         trained: what `benchmarks.training.fit` returns.
@@ -67,7 +79,7 @@ def serve(trained: Trained, images_per_device: int) -> Serving:
     net, state, splits = trained.net, trained.state, trained.splits
     train, test = (stack(parts) for parts in zip(*((s.train, s.test) for s in splits), strict=True))
     evaluate, _ = compiled(jax.vmap(partial(correct, net)), state, test)
-    running = _percent(evaluate(state, test))
+    running = percent(evaluate(state, test))
     steps = min(train.labels.shape[1], test.labels.shape[1]) // IMAGES_PER_STEP
     if steps == 0 or not all(_remembers_moments(layer) for layer in net.layers):
         return Serving(running)
@@ -88,16 +100,16 @@ def serve(trained: Trained, images_per_device: int) -> Serving:
     some = test.pixels[:, :IMAGES_AT_ONCE]
     positions, _ = compiled(jax.vmap(partial(_effective_positions, net)), state, some)
     others = Others(
-        batch=_percent(forward(state, test_batches)[0]),
-        population=_percent(evaluate(state._replace(on_devices={"batch_stats": served}), test)),
+        batch=percent(forward(state, test_batches)[0]),
+        population=percent(evaluate(state._replace(on_devices={"batch_stats": served}), test)),
         variance_ratio=_last_stage_mean(ratios),
         effective_positions=np.asarray(positions(state, some)).tolist(),
     )
     return Serving(running, others)
 
 
-def _percent(hits: jax.Array) -> list[float]:
-    """One accuracy for each seed."""
+def percent(hits: jax.Array) -> list[float]:
+    """The share of what is true in %, for each seed."""
     return (100 * np.asarray(hits).reshape(len(hits), -1).mean(axis=1)).tolist()
 
 

@@ -16,6 +16,7 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from benchmarks.datasets import Data, Images
 from benchmarks.residual import ResidualNet
 from benchmarks.splits import Split, epoch, split
+from jaxnorm.optim import add_norm_decay
 
 IMAGES_PER_STEP = 32
 """Images of a step where they are spread over devices."""
@@ -32,12 +33,13 @@ IMAGES_AT_ONCE = 1024
 class State(NamedTuple):
     """What a step changes. `on_devices` are the variables that each device has for itself, with a
     leading axis of devices: the collections batch_stats and, of layers whose backward pass has
-    state, _overwrite_with_gradient."""
+    state, _overwrite_with_gradient. `key` is there where the network draws noise."""
 
     params: Any
     on_devices: Any
     optimizer: optax.OptState
     step: jax.Array
+    key: jax.Array | None = None
 
 
 class Outcome(NamedTuple):
@@ -59,31 +61,10 @@ class Trained(NamedTuple):
     train_seconds: float
 
 
-def train(
-    net: ResidualNet,
-    seeds: Sequence[int],
-    *,
-    data: Data,
-    num_train: int,
-    devices: int,
-    images_per_device: int,
-    epochs: int,
-    on_epoch: Callable[[int], None],
-    num_held_out: int | None = None,
-) -> Outcome:
-    """Trains `net` once per seed, as `fit` does, and evaluates it with its running statistics
-    averaged over the devices."""
-    trained = fit(
-        net,
-        seeds,
-        data=data,
-        num_train=num_train,
-        devices=devices,
-        images_per_device=images_per_device,
-        epochs=epochs,
-        on_epoch=on_epoch,
-        num_held_out=num_held_out,
-    )
+def train(net: ResidualNet, seeds: Sequence[int], **how: Any) -> Outcome:
+    """Trains `net` once per seed, as `fit` does with the same arguments, and evaluates it with its
+    running statistics averaged over the devices."""
+    trained = fit(net, seeds, **how)
     start = time.perf_counter()
     held_out = stack(_held_out(split) for split in trained.splits)
     evaluate, seconds = compiled(jax.vmap(partial(correct, net)), trained.state, held_out)
@@ -108,6 +89,9 @@ def fit(
     epochs: int,
     on_epoch: Callable[[int], None],
     num_held_out: int | None = None,
+    rate: float | None = None,
+    norm_decay: float = 0.0,
+    arrange: Callable[[Images], Images] | None = None,
 ) -> Trained:
     """Trains `net` once per seed.
 
@@ -122,21 +106,28 @@ def fit(
         on_epoch: called with the number of finished epochs, first with 0, when the training is
             compiled.
         num_held_out: at most so many images validate and so many test; None is all there are.
+        rate: peak learning rate; None is `RATE_PER_IMAGE` for each image of a step.
+        norm_decay: weight decay of the scales of norms toward 1 and of their biases toward 0.
+        arrange: what is done to the images of an epoch, (seeds, steps, devices, images, ...).
     """
     steps = num_train // (devices * images_per_device)
     splits = [split(data, seed, num_train, num_held_out) for seed in seeds]
-    optimizer = _optimizer(devices * images_per_device, steps, epochs)
+    if rate is None:
+        rate = RATE_PER_IMAGE * devices * images_per_device
+    optimizer = _optimizer(rate, steps, epochs, norm_decay)
 
     def batches(index: int) -> Images:
         images = stack(
             epoch(split.train, seed, index) for split, seed in zip(splits, seeds, strict=True)
         )
         leading = (len(seeds), steps, devices, images_per_device)
-        return jax.tree.map(lambda part: part.reshape(*leading, *part.shape[2:]), images)
+        images = jax.tree.map(lambda part: part.reshape(*leading, *part.shape[2:]), images)
+        return arrange(images) if arrange else images
 
     start = time.perf_counter()
-    initialize = jax.jit(partial(_initialize, net, optimizer, devices, data.shape))
-    state = jax.block_until_ready(initialize(jnp.asarray(seeds)))
+    state = jax.block_until_ready(_initialize(net, optimizer, devices, data.shape, seeds))
+    if net.noise:
+        state = state._replace(key=jax.vmap(jax.random.key)(jnp.asarray(seeds)))
     train_seeds = jax.vmap(partial(_train_epoch, net, optimizer, steps * epochs))
     train_epoch = jax.jit(train_seeds, donate_argnums=0).lower(state, batches(0)).compile()
     begin = time.perf_counter()
@@ -166,16 +157,18 @@ def _held_out(split: Split) -> Images:
 
 
 def _optimizer(
-    images_per_step: int, steps_per_epoch: int, epochs: int
+    rate: float, steps_per_epoch: int, epochs: int, norm_decay: float
 ) -> optax.GradientTransformation:
-    rate = optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
-        peak_value=RATE_PER_IMAGE * images_per_step,
+        peak_value=rate,
         warmup_steps=steps_per_epoch,
         decay_steps=steps_per_epoch * epochs,
     )
     return optax.chain(
-        optax.add_decayed_weights(WEIGHT_DECAY, mask=_is_kernel), optax.sgd(rate, momentum=0.9)
+        optax.add_decayed_weights(WEIGHT_DECAY, mask=_is_kernel),
+        *([add_norm_decay(norm_decay)] if norm_decay else []),
+        optax.sgd(schedule, momentum=0.9),
     )
 
 
@@ -188,10 +181,10 @@ def _initialize(
     optimizer: optax.GradientTransformation,
     devices: int,
     shape: tuple[int, ...],
-    seeds: jax.Array,
+    seeds: Sequence[int],
 ) -> State:
-    def one(seed: jax.Array) -> State:
-        variables = net.init(jax.random.key(seed), jnp.zeros((1, *shape)), train=False)
+    def one(seed: int) -> State:
+        variables: Any = net.init(jax.random.key(seed), jnp.zeros((1, *shape)), train=False)
         params = variables.pop("params")
         return State(
             params,
@@ -200,24 +193,38 @@ def _initialize(
             jnp.array(0),
         )
 
-    # A loop, because random numbers under vmap take three times as long to compile.
-    return jax.lax.map(one, seeds)
+    # Operation by operation: one program of all of them would be compiled for every method anew.
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *map(one, seeds))
 
 
 def _loss(
-    params: Any, taps: Any, on_devices: Any, batch: Images, net: nn.Module, done: jax.Array
+    params: Any,
+    taps: Any,
+    on_devices: Any,
+    batch: Images,
+    net: nn.Module,
+    done: jax.Array,
+    keys: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Cross-entropy, averaged over devices, and the running statistics of each device."""
+    """Cross-entropy, averaged over devices, and the running statistics of each device; `keys`, one
+    for each device, are those of noise."""
 
-    def on_device(on_device: Any, taps: Any, images: Images) -> tuple[jax.Array, Any]:
+    def on_device(
+        on_device: Any, taps: Any, images: Images, key: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
         variables = {"params": params, **on_device, **taps}
         logits, updates = net.apply(
-            variables, images.pixels, train=True, done=done, mutable=["batch_stats"]
+            variables,
+            images.pixels,
+            train=True,
+            done=done,
+            mutable=["batch_stats"],
+            rngs=None if key is None else {"noise": key},
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, images.labels)
         return losses.mean(), updates
 
-    losses, on_devices = jax.vmap(on_device)(on_devices, taps, batch)
+    losses, on_devices = jax.vmap(on_device)(on_devices, taps, batch, keys)
     return losses.mean(), on_devices
 
 
@@ -233,30 +240,40 @@ def _train_epoch(
         taps = {
             name: on_devices.pop(name) for name in (OVERWRITE_WITH_GRADIENT,) if name in on_devices
         }
-        rest = on_devices, batch, net, state.step / steps
+        keys = None
+        if state.key is not None:
+            devices = len(batch.labels)
+            keys = jax.random.split(jax.random.fold_in(state.key, state.step), devices)
+        rest = on_devices, batch, net, state.step / steps, keys
         (gradient, taps), new = jax.grad(_loss, (0, 1), has_aux=True)(state.params, taps, *rest)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         if any(layer.double_forward for layer in net.layers):
             new = _loss(params, taps, *rest)[1]
         taps = jax.tree.map(lambda t: t * len(t), taps)  # of the sum over devices, not the mean
-        return State(params, {**new, **taps}, optimizer_state, state.step + 1), None
+        return State(params, {**new, **taps}, optimizer_state, state.step + 1, state.key), None
 
     return jax.lax.scan(step, state, batches)[0]
 
 
-def correct(net: nn.Module, state: State, images: Images) -> jax.Array:
+def correct(net: nn.Module, state: State, images: Images, **options: Any) -> jax.Array:
     """Whether each image is classified rightly with the running statistics averaged over devices,
-    (N,), computed for some of the images at a time."""
+    (N,), computed for some of the images at a time; `options` are those of every normalization."""
     on_devices = jax.tree.map(lambda s: s.mean(axis=0), state.on_devices)
+    variables = {"params": state.params, **on_devices}
 
     def some(images: Images) -> jax.Array:
-        logits: Any = net.apply({"params": state.params, **on_devices}, images.pixels, train=False)
+        logits: Any = net.apply(variables, images.pixels, train=False, **options)
         return logits.argmax(axis=-1) == images.labels
 
+    return in_chunks(some, images)
+
+
+def in_chunks(f: Callable[[Images], jax.Array], images: Images) -> jax.Array:
+    """f of all images, (N,), called with some of them at a time."""
     number = len(images.labels)
     if number <= IMAGES_AT_ONCE:
-        return some(images)
+        return f(images)
     chunks = -(-number // IMAGES_AT_ONCE)
     size = -(-number // chunks)
 
@@ -265,4 +282,4 @@ def correct(net: nn.Module, state: State, images: Images) -> jax.Array:
         filled = jnp.pad(t, [(0, chunks * size - number), *[(0, 0)] * (t.ndim - 1)])
         return filled.reshape(chunks, size, *t.shape[1:])
 
-    return jax.lax.map(some, jax.tree.map(cut, images)).reshape(-1)[:number]
+    return jax.lax.map(f, jax.tree.map(cut, images)).reshape(-1)[:number]

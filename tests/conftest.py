@@ -25,10 +25,12 @@ import pytest  # noqa: E402
 
 PROGRAMS = {
     "test_batch_size.py",
+    "test_claims.py",
     "test_collectives.py",
     "test_datasets.py",
     "test_failure.py",
     "test_files.py",
+    "test_measures.py",
     "test_notebooks.py",
     "test_speed.py",
     "test_train_imagenet.py",

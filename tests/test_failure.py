@@ -13,8 +13,9 @@ import pytest
 from benchmarks import failure, failure_report, serving
 from benchmarks.cells import Cell, Key, Map, Settings
 from benchmarks.datasets import load
-from benchmarks.failure_plan import BATCH_SIZES, EXTRAS, ROWS, plans
+from benchmarks.failure_plan import BATCH_SIZES, EXTRAS, plans
 from benchmarks.norms import METHODS
+from benchmarks.plan import ROWS
 from benchmarks.residual import STRIDES, WIDTHS, ResidualNet
 from benchmarks.serving import Others, Serving
 from benchmarks.threshold import crossing, threshold

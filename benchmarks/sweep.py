@@ -1,0 +1,185 @@
+"""Measures the cells that a program plans, one by one, and keeps each as soon as it is there."""
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks import training
+from benchmarks.cells import Cell, Map
+from benchmarks.datasets import SOURCES, Data, load
+from benchmarks.files import locked, make_folder
+from benchmarks.interrupt import deferred_interrupt
+from benchmarks.measures import MEASURES
+from benchmarks.options import number
+from benchmarks.plan import Plan
+from benchmarks.residual import STRIDES, ResidualNet
+from benchmarks.results import interval, machine, versions
+from benchmarks.serving import Serving, running, serve
+from benchmarks.shifts import ORDERS
+
+Measure = Callable[[Plan, Data, Callable[[int], None]], Cell]
+
+
+def add_options(parser: argparse.ArgumentParser, output: str) -> None:
+    """Adds what all such programs ask for: data, budget, output and resume."""
+    add = parser.add_argument
+    add(
+        "--data",
+        nargs="+",
+        default=["digits"],
+        metavar="NAME[=FOLDER]",
+        help=f"some of {', '.join(SOURCES)}; all but digits and mnist_5000 with the folder of "
+        "their published files (default: digits)",
+    )
+    add(
+        "--budget",
+        type=number(above=0),
+        metavar="MINUTES",
+        help="start no cell that would end after so many minutes, by the estimate",
+    )
+    add("--output", type=Path, default=Path(output), metavar="FOLDER", help="default: %(default)s")
+    add("--resume", action="store_true", help="keep the cells that the output folder holds")
+
+
+def loaded(parser: argparse.ArgumentParser, names: Sequence[str]) -> dict[str, Data]:
+    """The data sets of --data, by name."""
+    try:
+        data = {
+            name: load(name, path or None) for name, _, path in (n.partition("=") for n in names)
+        }
+    except ValueError as error:
+        parser.error(f"argument --data: {error}")
+    for name, images in data.items():
+        if images.shape[0] not in STRIDES:
+            parser.error(f"argument --data: no network for images of {images.shape} in {name}")
+    return data
+
+
+def start(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    planned: Sequence[Plan],
+    held: ExitStack,
+) -> Map:
+    """The cells to add to: the one in the output folder with --resume, else an empty one. No other
+    run has the folder until `held` ends."""
+    try:
+        make_folder(args.output)
+        held.enter_context(locked(args.output))
+        new = Map(versions(), machine())
+        if not Map.exists(args.output):
+            return new
+        if not args.resume:
+            raise ValueError(
+                f"{args.output} already holds cells: add to them with --resume, or choose another "
+                "folder with --output"
+            )
+        old = Map.load(args.output)
+        changed = [
+            f"{name} {version}, not {new.versions.get(name)}"
+            for name, version in old.versions.items()
+            if version != new.versions.get(name)
+        ]
+        for plan in planned:
+            cell = old.cells.get(plan.key)
+            if cell and (cell.settings, len(cell.errors)) != (plan.settings, plan.seeds):
+                changed.append(
+                    f"{plan.key} with {cell.settings}, {len(cell.errors)} seeds, not "
+                    f"{plan.settings}, {plan.seeds} seeds"
+                )
+        if changed:
+            raise ValueError(
+                f"cannot resume {args.output}, because it was made with {'; '.join(changed[:3])}"
+            )
+        return old
+    except OSError as error:
+        parser.error(f"argument --output: {error}")
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def print_plan(console: Console, missing: Sequence[Plan], total: int, each: bool) -> None:
+    for plan in missing if each else ():
+        console.print(
+            f"{str(plan.key):42} {plan.seeds} seeds  n = {plan.elements:5}  {plan.seconds:4.0f} s"
+        )
+    minutes = sum(plan.seconds for plan in missing) / 60
+    console.print(f"{len(missing)} of {total} cells to measure, about {minutes:.0f} minutes")
+
+
+def measure_missing(
+    result: Map,
+    missing: Sequence[Plan],
+    data: Mapping[str, Data],
+    args: argparse.Namespace,
+    console: Console,
+    measure: Measure,
+) -> bool:
+    """Adds the cells that are missing, and writes all cells after each; whether it was
+    interrupted."""
+    begin, planned = time.perf_counter(), 0.0
+
+    def on_interrupt() -> None:
+        console.print("Stopping as soon as this epoch or compilation is done.")
+
+    try:
+        with deferred_interrupt(on_interrupt) as check_interrupt:
+            for index, plan in enumerate(missing):
+                spent = time.perf_counter() - begin
+                pace = spent / planned if planned else 1.0  # of this machine, to the estimate
+                if args.budget and spent + pace * plan.seconds > 60 * args.budget:
+                    console.print(f"The budget ends here: {len(missing) - index} cells are left.")
+                    return False
+                cell = measure(plan, data[plan.key.data], lambda _: check_interrupt())
+                result.add(cell)
+                result.save(args.output)
+                planned += plan.seconds
+                spent = time.perf_counter() - begin
+                left = sum(other.seconds for other in missing[index + 1 :]) * spent / planned
+                console.print(
+                    f"{index + 1}/{len(missing)}  {plan.key}  n = {plan.elements}: error "
+                    f"{interval(cell.errors)} %, {cell.seconds:.0f} s; about {left / 60:.0f} "
+                    "minutes left"
+                )
+    except KeyboardInterrupt:
+        console.print("Interrupted. Go on with --resume.")
+        return True
+    return False
+
+
+def measured(plan: Plan, data: Data, on_epoch: Callable[[int], None]) -> Cell:
+    """Trains and evaluates what `plan` says."""
+    how = plan.key.how
+    images = plan.key.batch_size or how.step
+    trained = training.fit(
+        ResidualNet(plan.layers, plan.strides, data.num_classes, how.residual, how.noise),
+        range(plan.seeds),
+        data=data,
+        num_train=plan.settings.train_images,
+        devices=how.step // images,
+        images_per_device=images,
+        epochs=plan.settings.epochs,
+        on_epoch=on_epoch,
+        num_held_out=plan.settings.test_images,
+        rate=how.rate,
+        norm_decay=how.norm_decay,
+        arrange=ORDERS[how.order],
+    )
+    start = time.perf_counter()
+    accuracy = serve(trained, images) if plan.others else Serving(running(trained))
+    more = {name: MEASURES[name](trained, plan.key) for name in plan.measures}
+    return Cell(
+        plan.key,
+        plan.settings,
+        str(plan.layers[-1]),
+        plan.elements,
+        accuracy,
+        trained.compile_seconds,
+        trained.train_seconds,
+        time.perf_counter() - start,
+        more,
+    )
