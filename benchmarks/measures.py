@@ -90,8 +90,8 @@ def domains(trained: Trained, key: Key) -> Values:
     ]
     found = {"known": np.mean(each, axis=0).tolist()}
     strangers = {UNKNOWN: _shifted(test, UNKNOWN)}
-    if key.data == "digits" and (mnist := mnist_like_digits()):
-        strangers["mnist"] = stack([mnist] * len(trained.splits))
+    if key.data == "digits":
+        strangers["mnist"] = stack([mnist_like_digits()] * len(trained.splits))
     for name, images in strangers.items():
         evaluate, _ = compiled(_each_seed(unknown, net), trained.state, images, jnp.array(0))
         found[name] = _errors(evaluate(trained.state, images, jnp.array(0)))

