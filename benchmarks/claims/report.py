@@ -1,6 +1,7 @@
 """What is known of each claim, in Markdown, from the cells that are there."""
 
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -67,7 +68,7 @@ def markdown(result: Map, claims: Iterable[Claim]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     parts = [
         "# Claims of the papers, tried",
-        f"Measured on {machine}; {versions}.",
+        f"Measured by `python -m benchmarks.claims` on {machine}; {versions}.",
         *_settings(result),
         "Each claim is tried by differences of test errors in points, paired by seed, with their "
         "95 % t-interval, and a region in which the claim has them. A check is *seen* where the "
@@ -85,7 +86,7 @@ def markdown(result: Map, claims: Iterable[Claim]) -> str:
         ),
         *(section(t, result) for t in all_tried if t.verdict != MISSING),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(map(_wrapped, parts)) + "\n"
 
 
 def section(one: Tried, result: Map) -> str:
@@ -107,7 +108,8 @@ def section(one: Tried, result: Map) -> str:
     left = len(one.findings) - len(measured)
     head = ["data", "error in %", "claimed", "difference", "seeds", "p", "verdict"]
     return "\n\n".join(
-        [
+        _wrapped(part)
+        for part in [
             f"## {claim.name}",
             f"**{claim.text}** {claim.source}.",
             f"Verdict: **{one.verdict}**; in all tests together {one.verdict_together}."
@@ -117,6 +119,11 @@ def section(one: Tried, result: Map) -> str:
             *([f"Limits: {claim.limits}"] if claim.limits else []),
         ]
     )
+
+
+def _wrapped(part: str) -> str:
+    """A paragraph in lines of at most 100 characters; tables and sections as they are."""
+    return part if part.startswith(("#", "|")) else textwrap.fill(part, 100)
 
 
 def _settings(result: Map) -> Iterable[str]:
