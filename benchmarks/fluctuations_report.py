@@ -86,8 +86,11 @@ def _of_data(result: Map, data: str) -> Iterable[str]:
         f"is larger than in 95 % of {fractals.SURROGATES} surrogates. Among many tests some find "
         "what is not there: of series without any excess about one in 20 does."
     )
+    yield markdown_table(
+        ["norm", "test error in %"], ([name(cell.key), interval(cell.errors)] for cell in cells)
+    )
     head = ["norm", "part", f"h({Q[0]})", "h(2)", f"h({Q[-1]})", "width"]
-    head += ["excess, shuffled", "wider", "excess, random phases", "wider", "test error %"]
+    head += ["excess, shuffled", "wider", "excess, random phases", "wider"]
     for curve, title in CURVES.items():
         yield f"### {title.capitalize()}"
         yield markdown_table(
@@ -104,7 +107,6 @@ def _row(cell: Cell, curve: str, part: str) -> Iterable[str]:
         shares = values[f"share {kind}"]
         yield _number(values[f"excess {kind}"])
         yield f"{sum(share <= fractals.LEVEL for share in shares)} of {len(shares)}"
-    yield str(interval(cell.errors))
 
 
 def _number(values: Sequence[float] | np.ndarray) -> str:
@@ -159,8 +161,9 @@ def _frame(panels: np.ndarray) -> None:
         row[0].set_ylabel(f"h(q) of the {title}")
     for axes, part in zip(panels[0], PARTS, strict=True):
         axes.set_title(part, loc="left", fontsize=10)
-    for axes in panels[-1]:
-        axes.set_xlabel("q (negative: small fluctuations, positive: large ones)")
+    panels[-1, 0].set_xlabel("q < 0: small fluctuations; q > 0: large ones")
+    for axes in panels[-1, 1:]:
+        axes.set_xlabel("q")
     for axes in panels.flat:
         axes.set_xticks(Q)
         axes.axhline(0.5, color="0.6", linewidth=1, linestyle=":", zorder=0)
@@ -182,6 +185,11 @@ def _color(key: Key) -> str:
     return COLORS[DRAWN[key.method, key.batch_size]]
 
 
+def _dashed(key: Key) -> bool:
+    """Whether it is the smaller batch of two of a method, which have one color."""
+    return (key.method, key.batch_size) == ("batch", 2)
+
+
 def _means(cell: Cell, measure: str) -> tuple[np.ndarray, np.ndarray]:
     found = [interval(cell.more[measure][f"h({q})"]) for q in Q]
     return np.array([one.mean for one in found]), np.array([one.half_width or 0 for one in found])
@@ -189,9 +197,10 @@ def _means(cell: Cell, measure: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _line(axes: Axes, cell: Cell, measure: str) -> None:
     means, half_widths = _means(cell, measure)
-    dashed = (cell.key.method, cell.key.batch_size) == ("batch", 2)
     color = _color(cell.key)
-    axes.plot(Q, means, "--o" if dashed else "-o", color=color, linewidth=1.8, markersize=4)
+    axes.plot(
+        Q, means, "--o" if _dashed(cell.key) else "-o", color=color, linewidth=1.8, markersize=4
+    )
     axes.fill_between(
         Q, means - half_widths, means + half_widths, color=color, alpha=0.12, linewidth=0
     )
@@ -200,13 +209,15 @@ def _line(axes: Axes, cell: Cell, measure: str) -> None:
 def _labels(axes: Axes, cells: Sequence[Cell], measure: str) -> None:
     """Each cell's name at the right end of its line, moved so that none covers another."""
     low, high = axes.get_ylim()
-    ends = {cell.key: float(_means(cell, measure)[0][-1]) for cell in cells}
-    below = -np.inf
-    for key in sorted(ends, key=ends.__getitem__):
-        below = max(ends[key], below + 0.06 * (high - low))
+    found = {cell.key: float(_means(cell, measure)[0][-1]) for cell in cells}
+    keys = sorted(found, key=found.__getitem__)
+    ends = np.array([found[key] for key in keys])
+    gaps = 0.06 * (high - low) * np.arange(len(keys))
+    heights = np.maximum.accumulate(ends - gaps) + gaps
+    for key, height in zip(keys, heights - np.mean(heights - ends), strict=True):
         axes.annotate(
-            name(key),
-            (Q[-1], below),
+            f"{name(key)} (dashed)" if _dashed(key) else name(key),
+            (Q[-1], height),
             (8, 0),
             textcoords="offset points",
             va="center",

@@ -25,7 +25,7 @@ ORDER = 2
 """Degree of the polynomials: those of the profile take a linear trend out of the series."""
 
 SURROGATES = 39
-"""Of each kind: to be wider than all of them has a chance of 1 in 40."""
+"""Of each kind; a series like them is wider than all but one of them with a chance of 2 in 40."""
 
 LEVEL = 0.05
 """A series is wider than its surrogates where so small a share of them, itself among them, is as
@@ -40,7 +40,7 @@ def scales(length: int) -> np.ndarray:
     eighth of the series.
 
     >>> scales(2048)
-    array([ 16,  20,  25,  32,  40,  50,  64,  80, 101, 128, 161, 203, 256])
+    array([ 16,  20,  25,  32,  40,  51,  64,  81, 102, 128, 161, 203, 256])
     """
     if length < 256:
         raise ValueError(
