@@ -9,17 +9,18 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import training
-from benchmarks.cells import Cell, Map
+from benchmarks.cells import Cell, Key, Map
 from benchmarks.datasets import SOURCES, Data, load
 from benchmarks.files import locked, make_folder
 from benchmarks.interrupt import deferred_interrupt
-from benchmarks.measures import MEASURES
+from benchmarks.measures import MEASURES, Values
 from benchmarks.options import number
 from benchmarks.plan import Plan
 from benchmarks.residual import STRIDES, ResidualNet
 from benchmarks.results import interval, machine, versions
 from benchmarks.serving import Serving, running, serve
 from benchmarks.shifts import ORDERS
+from benchmarks.training import Trained
 
 Measure = Callable[[Plan, Data, Callable[[int], None]], Cell]
 
@@ -151,8 +152,16 @@ def measure_missing(
     return False
 
 
-def measured(plan: Plan, data: Data, on_epoch: Callable[[int], None]) -> Cell:
-    """Trains and evaluates what `plan` says."""
+def measured(
+    plan: Plan,
+    data: Data,
+    on_epoch: Callable[[int], None],
+    measures: Mapping[str, Callable[[Trained, Key], Values]] = MEASURES,
+    *,
+    curves: bool = False,
+) -> Cell:
+    """Trains and evaluates what `plan` says, with `measures` by their names; those of the loss and
+    gradient norm of each step need `curves`."""
     how = plan.key.how
     images = plan.key.batch_size or how.step
     trained = training.fit(
@@ -168,10 +177,11 @@ def measured(plan: Plan, data: Data, on_epoch: Callable[[int], None]) -> Cell:
         rate=how.rate,
         norm_decay=how.norm_decay,
         arrange=ORDERS[how.order],
+        curves=curves,
     )
     start = time.perf_counter()
     accuracy = serve(trained, images) if plan.others else Serving(running(trained))
-    more = {name: MEASURES[name](trained, plan.key) for name in plan.measures}
+    more = {name: measures[name](trained, plan.key) for name in plan.measures}
     return Cell(
         plan.key,
         plan.settings,

@@ -51,14 +51,24 @@ class Outcome(NamedTuple):
     train_seconds: float
 
 
+class Curves(NamedTuple):
+    """What each step had before its update, (seeds, steps): the loss of its images and the norm of
+    the gradient of all parameters."""
+
+    loss: Any
+    gradient_norm: Any
+
+
 class Trained(NamedTuple):
-    """A network trained once per seed, the seeds in the leading axis of `state`."""
+    """A network trained once per seed, the seeds in the leading axis of `state`; `curves` are there
+    where they were asked for."""
 
     net: ResidualNet
     state: State
     splits: list[Split]
     compile_seconds: float
     train_seconds: float
+    curves: Curves | None = None
 
 
 def train(net: ResidualNet, seeds: Sequence[int], **how: Any) -> Outcome:
@@ -66,7 +76,9 @@ def train(net: ResidualNet, seeds: Sequence[int], **how: Any) -> Outcome:
     running statistics averaged over the devices."""
     trained = fit(net, seeds, **how)
     start = time.perf_counter()
-    held_out = stack(_held_out(split) for split in trained.splits)
+    # in one array, so that one compiled program evaluates both
+    both = ((split.validation, split.test) for split in trained.splits)
+    held_out = stack(jax.tree.map(lambda *t: np.concatenate(t), *parts) for parts in both)
     evaluate, seconds = compiled(jax.vmap(partial(correct, net)), trained.state, held_out)
     hits = 100 * np.asarray(evaluate(trained.state, held_out))
     middle = len(trained.splits[0].validation.labels)
@@ -92,6 +104,7 @@ def fit(
     rate: float | None = None,
     norm_decay: float = 0.0,
     arrange: Callable[[Images], Images] | None = None,
+    curves: bool = False,
 ) -> Trained:
     """Trains `net` once per seed.
 
@@ -109,6 +122,7 @@ def fit(
         rate: peak learning rate; None is `RATE_PER_IMAGE` for each image of a step.
         norm_decay: weight decay of the scales of norms toward 1 and of their biases toward 0.
         arrange: what is done to the images of an epoch, (seeds, steps, devices, images, ...).
+        curves: whether to keep what each step had.
     """
     steps = num_train // (devices * images_per_device)
     splits = [split(data, seed, num_train, num_held_out) for seed in seeds]
@@ -128,15 +142,17 @@ def fit(
     state = jax.block_until_ready(_initialize(net, optimizer, devices, data.shape, seeds))
     if net.noise:
         state = state._replace(key=jax.vmap(jax.random.key)(jnp.asarray(seeds)))
-    train_seeds = jax.vmap(partial(_train_epoch, net, optimizer, steps * epochs))
+    train_seeds = jax.vmap(partial(_train_epoch, net, optimizer, steps * epochs, curves=curves))
     train_epoch = jax.jit(train_seeds, donate_argnums=0).lower(state, batches(0)).compile()
     begin = time.perf_counter()
     on_epoch(0)
-
+    kept = []
     for index in range(epochs):
-        state = jax.block_until_ready(train_epoch(state, batches(index)))
+        state, of_epoch = jax.block_until_ready(train_epoch(state, batches(index)))
+        kept.append(of_epoch)
         on_epoch(index + 1)
-    return Trained(net, state, splits, begin - start, time.perf_counter() - begin)
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *kept)
+    return Trained(net, state, splits, begin - start, time.perf_counter() - begin, joined)
 
 
 def compiled(f: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], float]:
@@ -149,11 +165,6 @@ def compiled(f: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], flo
 def stack(images: Iterable[Images]) -> Images:
     """Those of several seeds in one array, (seeds, N, ...)."""
     return jax.tree.map(lambda *parts: np.stack(parts), *images)
-
-
-def _held_out(split: Split) -> Images:
-    """Validation and test images in one array, so that one compiled program evaluates both."""
-    return jax.tree.map(lambda *parts: np.concatenate(parts), split.validation, split.test)
 
 
 def _optimizer(
@@ -234,26 +245,29 @@ def _train_epoch(
     steps: int,
     state: State,
     batches: Images,
-) -> State:
-    def step(state: State, batch: Images) -> tuple[State, None]:
+    curves: bool = False,
+) -> tuple[State, Curves | None]:
+    differentiate = jax.value_and_grad(_loss, (0, 1), has_aux=True)
+
+    def step(state: State, batch: Images) -> tuple[State, Curves | None]:
         on_devices = dict(state.on_devices)
         taps = {
             name: on_devices.pop(name) for name in (OVERWRITE_WITH_GRADIENT,) if name in on_devices
         }
         keys = None
         if state.key is not None:
-            devices = len(batch.labels)
-            keys = jax.random.split(jax.random.fold_in(state.key, state.step), devices)
+            keys = jax.random.split(jax.random.fold_in(state.key, state.step), len(batch.labels))
         rest = on_devices, batch, net, state.step / steps, keys
-        (gradient, taps), new = jax.grad(_loss, (0, 1), has_aux=True)(state.params, taps, *rest)
+        (loss, new), (gradient, taps) = differentiate(state.params, taps, *rest)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         if any(layer.double_forward for layer in net.layers):
             new = _loss(params, taps, *rest)[1]
         taps = jax.tree.map(lambda t: t * len(t), taps)  # of the sum over devices, not the mean
-        return State(params, {**new, **taps}, optimizer_state, state.step + 1, state.key), None
+        kept = Curves(loss, optax.tree.norm(gradient)) if curves else None
+        return State(params, {**new, **taps}, optimizer_state, state.step + 1, state.key), kept
 
-    return jax.lax.scan(step, state, batches)[0]
+    return jax.lax.scan(step, state, batches)
 
 
 def correct(net: nn.Module, state: State, images: Images, **options: Any) -> jax.Array:

@@ -30,6 +30,7 @@ PROGRAMS = {
     "test_datasets.py",
     "test_failure.py",
     "test_files.py",
+    "test_fluctuations.py",
     "test_measures.py",
     "test_notebooks.py",
     "test_speed.py",

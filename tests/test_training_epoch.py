@@ -77,7 +77,7 @@ def test_linen_layers_of_the_comparison_train(name):
 
         return jax.lax.map(one, images).mean()
 
-    after = jit(partial(training._train_epoch, net, OPTIMIZER, STEPS))(state, images)
+    after = jit(partial(training._train_epoch, net, OPTIMIZER, STEPS))(state, images)[0]
     assert int(after.step) == STEPS
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), after.params, state.params)
     assert all(jax.tree.leaves(changed)), changed
