@@ -90,7 +90,7 @@ def plans(
 def measured(plan: Plan, data: Data, on_epoch: Callable[[int], None]) -> Cell:
     """Trains and evaluates what `plan` says."""
     how = plan.key.how
-    net = ResidualNet(plan.layers, plan.strides, data.num_classes)
+    net: Any = ResidualNet(plan.layers, plan.strides, data.num_classes)
     same = net, data, plan.key.batch_size, how.corrupted, plan.settings, plan.seeds
     begin = time.perf_counter()
     mentors = _mentors(*same) if how.curriculum == "learned" else None

@@ -161,7 +161,8 @@ def fit(
     carry = state, Curriculum(0 * same, 100 * (1 - share) * same, mentors)
     leaves, tree = jax.tree.flatten((carry, batches(0)))
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-    train_epoch = _compiled(net, schedule, weighing, tree, shapes)
+    network: Any = net  # hashable, which its type does not say
+    train_epoch = _compiled(network, schedule, weighing, tree, shapes)
     begin = time.perf_counter()
     on_epoch(0)
 
@@ -214,7 +215,8 @@ def _train_epoch(
         def weigh(values: jax.Array) -> tuple[jax.Array, Step, jax.Array]:
             values = jax.lax.stop_gradient(values)
             level = moving_percentile(curriculum.level, values, curriculum.percent)
-            label, true = batch.labels[..., 0], batch.labels[..., 1]
+            labels = jnp.asarray(batch.labels)
+            label, true = labels[..., 0], labels[..., 1]
             done = jnp.full_like(values, state.step / steps)
             seen = Seen(values, values - level, label, done)
             weights = weighing.weights(curriculum.mentor, seen)
