@@ -25,6 +25,9 @@ class How(NamedTuple):
         norm_decay: weight decay of scales toward 1 and of biases toward 0.
         noise: standard deviation of a normal number that is added after every norm in training, one
             for each image and group of channels.
+        corrupted: share of the training labels that are wrong, see `benchmarks.curricula`.
+        curriculum: what weighs examples: "none", "self_paced" or "learned".
+        enters: what the weights enter: "loss", "norm" (statistics) or "both".
     """
 
     step: int = IMAGES_PER_STEP
@@ -32,6 +35,9 @@ class How(NamedTuple):
     residual: bool = True
     norm_decay: float = 0.0
     noise: float = 0.0
+    corrupted: float = 0.0
+    curriculum: str = "none"
+    enters: str = "loss"
 
     @property
     def rate(self) -> float | None:

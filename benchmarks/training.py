@@ -128,7 +128,7 @@ def fit(
     splits = [split(data, seed, num_train, num_held_out) for seed in seeds]
     if rate is None:
         rate = RATE_PER_IMAGE * devices * images_per_device
-    optimizer = _optimizer(rate, steps, epochs, norm_decay)
+    optimizer = make_optimizer(rate, steps, epochs, norm_decay)
 
     def batches(index: int) -> Images:
         images = stack(
@@ -139,7 +139,7 @@ def fit(
         return arrange(images) if arrange else images
 
     start = time.perf_counter()
-    state = jax.block_until_ready(_initialize(net, optimizer, devices, data.shape, seeds))
+    state = jax.block_until_ready(initialize(net, optimizer, devices, data.shape, seeds))
     if net.noise:
         state = state._replace(key=jax.vmap(jax.random.key)(jnp.asarray(seeds)))
     train_seeds = jax.vmap(partial(_train_epoch, net, optimizer, steps * epochs, curves=curves))
@@ -167,9 +167,11 @@ def stack(images: Iterable[Images]) -> Images:
     return jax.tree.map(lambda *parts: np.stack(parts), *images)
 
 
-def _optimizer(
-    rate: float, steps_per_epoch: int, epochs: int, norm_decay: float
+def make_optimizer(
+    rate: float, steps_per_epoch: int, epochs: int, norm_decay: float = 0.0
 ) -> optax.GradientTransformation:
+    """SGD with momentum and weight decay, see `fit`; the rate rises in the first epoch and falls
+    with a cosine."""
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=rate,
@@ -187,13 +189,15 @@ def _is_kernel(params: Any) -> Any:
     return jax.tree.map(lambda param: param.ndim > 1, params)
 
 
-def _initialize(
+def initialize(
     net: nn.Module,
     optimizer: optax.GradientTransformation,
     devices: int,
     shape: tuple[int, ...],
     seeds: Sequence[int],
 ) -> State:
+    """What each seed starts from, the seeds in the leading axis."""
+
     def one(seed: int) -> State:
         variables: Any = net.init(jax.random.key(seed), jnp.zeros((1, *shape)), train=False)
         params = variables.pop("params")

@@ -31,7 +31,7 @@ def untrained(order="mixed", seeds=2):
     """Networks with statistics that differ from device to device, and few images to test on."""
     net = ResidualNet(tuple(METHODS["batch"].at(8, width) for width in WIDTHS))
     optimizer = optax.sgd(0.1)
-    state = training._initialize(net, optimizer, 4, (8, 8, 1), range(seeds))
+    state = training.initialize(net, optimizer, 4, (8, 8, 1), range(seeds))
     rng = np.random.default_rng(0)
     on_devices = jax.tree.map(
         lambda s: s + jnp.asarray(rng.uniform(0, 1, s.shape), s.dtype), state.on_devices
@@ -128,7 +128,7 @@ def test_networks_without_residual_paths():
 
 def test_decay_of_norms_goes_toward_one_and_zero():
     params = {"norm": {"scale": jnp.array([3.0]), "bias": jnp.array([2.0])}}
-    optimizer = training._optimizer(0.5, 1, 2, 0.1)
+    optimizer = training.make_optimizer(0.5, 1, 2, 0.1)
     state = optimizer.init(params)
     zeros = jax.tree.map(jnp.zeros_like, params)
     for _ in range(2):  # the first step warms up

@@ -64,7 +64,7 @@ def test_linen_layers_of_the_comparison_train(name):
     the last after."""
     net: Any = Small((METHODS[name].at(BATCH // 4, WIDTH),) * 2)
     images = jax.tree.map(lambda t: t[:, None], batches())  # of one device
-    state = jit(partial(training._initialize, net, OPTIMIZER, 1, (8, 8, 1)))(jnp.zeros(1, "i4"))
+    state = jit(partial(training.initialize, net, OPTIMIZER, 1, (8, 8, 1)))(jnp.zeros(1, "i4"))
     state = jax.tree.map(lambda t: t[0], state)
 
     @jit
