@@ -51,7 +51,7 @@ SAMPLED = {
     )
 }  # fmt: skip
 """Tests of many cases, each of which compiles: of the cases of a test the default run takes one in
-five, the slow run two, and the run of the rest the others."""
+five, the slow run another, and the run of the rest the others."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items):
         # By a hash of its name, so that no parameter has one value in all of a part.
         part = zlib.crc32(item.nodeid.encode()) % 5 if many else 0
         if part:
-            item.add_marker(pytest.mark.slow if part < 3 else pytest.mark.rest)
+            item.add_marker(pytest.mark.slow if part < 2 else pytest.mark.rest)
 
 
 def pytest_addoption(parser):

@@ -75,7 +75,7 @@ def spread_to_channels(v: jax.Array, shape: Shape) -> jax.Array:
 SHORT_ROW = 128
 """Elements of a row up to which XLA:CPU takes two sums of it faster in cuts: layer norm of tokens
 with 16, 64 and 96 channels takes 0.73, 0.76 and 0.76 of the time forward. Of longer rows, and of a
-sum alone, it makes one loop with what uses them."""
+sum alone, it makes one loop with what uses them, but for float16."""
 
 
 def _summed_by_product(sums: jax.Array, groups: Shape) -> jax.Array:

@@ -34,7 +34,7 @@ def cuts_of(shape: Shape, sums: Shape, rows: bool = False) -> Cuts:
     """The cuts of which each is summed first, so that one usual sum of each tensor gives `sums`.
 
     There are none where no axis but the last is summed whole, or none is divisible. With `rows`,
-    sums over the last axis alone are cut as well.
+    sums over the last axis alone are cut as well, until `sums` is left.
     """
     symbolic = not all(isinstance(n, int) for n in shape)  # jax.export
     if symbolic or 0 in shape:
@@ -66,7 +66,8 @@ def _cut_rows(shape: Shape) -> Cuts:
     """Cuts of rows into parts that are added element by element, so that an add is a vector's.
 
     Cuts follow until one element is left: a usual sum would become one loop with all that uses it.
-    There is none where the elements left are a prime number above `WIDEST`.
+    There is none for a length with a prime factor above `WIDEST`. Where rows are sharded the axis
+    that is added is too, so that the first sums are gathered, of up to half of x.
     """
     cuts: Cuts = []
     *rest, n = shape
@@ -75,7 +76,7 @@ def _cut_rows(shape: Shape) -> Cuts:
         widths = widths or [w for w in (n,) if w <= WIDEST]
         if not widths:
             return []
-        # Shards of channels are mostly a power of two.
+        # A power of two leaves the fewest cuts.
         width = max(widths, key=lambda w: (w & -w, w))
         cuts.append(((*rest, width, n // width), len(rest)))
         n //= width
