@@ -69,10 +69,9 @@ def test_groups_are_narrow_and_leave_what_is_not_summed(shape, sums):
     for cut, added in cuts_of(shape, sums, rows=True):
         width = cut[added]
         assert 2 <= width <= WIDEST or width in shape
-        rest = (*cut[:added], *cut[added + 1 :])
-        (axis,) = (i for i, (n, m) in enumerate(zip(sizes, rest, strict=True)) if n != m)
-        assert sums[axis] == 1 and sizes[axis] == width * rest[axis]
-        sizes = list(rest)
+        assert np.prod(cut) == np.prod(sizes)
+        sizes = [*cut[:added], *cut[added + 1 :]]
+    assert all(n == g or g == 1 for n, g in zip(sizes, sums, strict=True))
     rest = [i for i, (n, g) in enumerate(zip(sizes, sums, strict=True)) if n != g]
     # An ordinary sum of what is left is one of elements near each other.
     assert not rest or np.prod(sizes[rest[-1] + 1 :]) < FAR_APART

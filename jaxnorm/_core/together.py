@@ -26,6 +26,9 @@ FAR_APART = 2**14
 """Elements between two of a sum from which on an ordinary one takes 20 to 50 times as long as a
 copy, as in the statistics of each position over a batch."""
 
+SHARDS = 8
+"""Parts of a long row that are kept apart until the last sum."""
+
 Cuts = list[tuple[Shape, int]]
 """One cut after the other: a shape with an axis cut in two, and which of the two is summed."""
 
@@ -66,11 +69,14 @@ def _cut_rows(shape: Shape) -> Cuts:
     """Cuts of rows into parts that are added element by element, so that an add is a vector's.
 
     Cuts follow until one element is left: a usual sum would become one loop with all that uses it.
-    There is none for a length with a prime factor above `WIDEST`. Where rows are sharded the axis
-    that is added is too, so that the first sums are gathered, of up to half of x.
+    There is none for a length with a prime factor above `WIDEST`. Long rows are added within
+    `SHARDS` parts first, because devices gather the first sums of a sharded row. Of shorter rows
+    they gather up to half of x; parts would be too short there.
     """
     cuts: Cuts = []
     *rest, n = shape
+    if n % SHARDS == 0 and n >= 64 * SHARDS:
+        rest, n = [*rest, SHARDS], n // SHARDS
     while n > 1:
         widths = [w for w in range(2, WIDEST + 1) if n % w == 0 and (cuts or n >= 4 * w)]
         widths = widths or [w for w in (n,) if w <= WIDEST]
@@ -80,6 +86,8 @@ def _cut_rows(shape: Shape) -> Cuts:
         width = max(widths, key=lambda w: (w & -w, w))
         cuts.append(((*rest, width, n // width), len(rest)))
         n //= width
+    if len(rest) == len(shape):
+        cuts.append(((*rest, 1), len(rest) - 1))
     return cuts
 
 
