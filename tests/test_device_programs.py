@@ -8,6 +8,7 @@ import pytest
 from contexts import mesh, parts, spec
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from benchmarks.hlo import Total, collectives, total
 from jaxnorm import device_groups, methods, norm
@@ -176,6 +177,20 @@ def test_ghosts_across_shards_gather_sums(weighted, kind):
         found = collectives(jax.jit(g).lower(x, w).compile().as_text())
         assert max(one.bytes for one in found) <= 48 * 6 * 4
         assert any(one.code == "all-gather" for one in found)  # so the ghosts do straddle
+
+
+@pytest.mark.parametrize("channels, sent", [(768, 8), (96, 48)])
+@pytest.mark.parametrize("method", (methods.token_layer_norm(), methods.rms_norm()))
+def test_rows_across_shards(method, channels, sent):
+    """On a CPU a row is added in parts, and Shardy gathers what they hold: eight numbers of a long
+    row, half of a short one."""
+    x = jax.ShapeDtypeStruct(
+        (16, 32, channels), jnp.float32, sharding=NamedSharding(mesh("N"), P(None, None, "i"))
+    )
+    for g in (f := lambda x: norm(x, method)[0], gradient(f)):
+        found = collectives(jax.jit(g).lower(x).compile().as_text())
+        assert max(one.bytes for one in found) <= 4 * 16 * 32 * sent
+        assert any(one.bytes > 1 for one in found)  # so the rows do lie across devices
 
 
 @pytest.mark.parametrize("shape", [(64, 48, 32, 6), (4, 48, 512, 6)])
