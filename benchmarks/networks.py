@@ -5,7 +5,7 @@
 
 The two differ in the module that their norm classes come from, and in nothing else; they start from
 the same parameters. Prints step time, peak memory, compile time and the loss of the first step;
-writes networks.json.
+writes networks.json. `--seconds 0` measures what compiling costs and no steps but one round.
 """
 
 import argparse
@@ -31,7 +31,8 @@ from rich.table import Table
 
 import jaxnorm.linen
 from benchmarks.files import write
-from benchmarks.options import folder, number, positive
+from benchmarks.measure import compile_times
+from benchmarks.options import count, folder, number, positive
 from benchmarks.resnet import ResNet
 from benchmarks.timing import (
     Call,
@@ -103,7 +104,7 @@ NETWORKS = {
 
 class Measured(NamedTuple):
     """A network with the norms of one library; bytes are those of arguments, results and
-    temporaries together."""
+    temporaries together, and compilations are measured in CPU seconds of all threads."""
 
     network: str
     norms: str
@@ -112,7 +113,7 @@ class Measured(NamedTuple):
     dtype: str
     seconds: list[float]
     peak_bytes: int
-    compile_seconds: float
+    compile_seconds: list[float]
     loss: float
 
 
@@ -124,27 +125,25 @@ def measure(
     image: int | None,
     rounds: int,
     seconds: float,
+    compiles: int,
     on_part: Callable[[str], object],
 ) -> list[Measured]:
-    """Compiles and times the training step of one network with all norms; `on_part` hears what
-    comes next."""
+    """Times the training step of one network with all norms, and samples its compilation
+    `compiles` times; `on_part` hears what comes next."""
     network = NETWORKS[name]
     batch, image = batch or network.batch, image or network.image
     images = jax.random.normal(jax.random.key(0), (batch, image, image, 3))
     optimizer = optax.sgd(0.01, momentum=0.9)
     variables = dict(jax.jit(network.make(jaxnorm.linen, dtype).init)(jax.random.key(1), images))
-    found, calls = {}, {}
+    found, calls, steps = {}, {}, {}
     for norms, module in NORMS.items():
         on_part(f"{name}: compiling with {norms}")
         model = network.make(module, dtype)
         state = jax.tree.map(jnp.copy, (variables, optimizer.init(variables["params"])))
-        step, compile_seconds = compiled(
-            partial(_step, model, optimizer, network.loss),
-            state,
-            images,
-            network.target(images),
-            donate_argnums=0,
-        )
+        # Shapes, because the training donates its state.
+        shapes = jax.eval_shape(lambda *args: args, state, images, network.target(images))
+        steps[norms] = partial(_step, model, optimizer, network.loss), shapes
+        step, _ = compiled(steps[norms][0], *shapes, donate_argnums=0)
         memory = step.memory_analysis()
         peak = (
             memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
@@ -159,13 +158,18 @@ def measure(
             dtype,
             [],
             peak - memory.alias_size_in_bytes,
-            compile_seconds,
+            [],
             loss,
         )
         calls[norms] = Call(training.run)
     on_part(f"{name}: training")
     times = interleaved(calls, rounds=rounds, seconds=seconds)
-    return [one._replace(seconds=times[norms]) for norms, one in found.items()]
+    on_part(f"{name}: compiling {compiles} times")
+    samples = compile_times(steps, compiles)
+    return [
+        one._replace(seconds=times[norms], compile_seconds=samples[norms]["cpu"])
+        for norms, one in found.items()
+    ]
 
 
 def _step(
@@ -215,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with progress_bar(console) as progress:
             task, done = (
-                progress.add_task("", total=len(networks) * (len(NORMS) + 1)),
+                progress.add_task("", total=len(networks) * (len(NORMS) + 2)),
                 itertools.count(),
             )
             for name in networks:
@@ -244,7 +248,7 @@ def _show(progress: Progress, task: TaskID, done: Iterator[int], description: st
 def _print(console: Console, measured: Sequence[Measured]) -> None:
     table = Table(
         box=box.SIMPLE_HEAD,
-        caption="ratio: our time over Flax's, median over the rounds",
+        caption="ratio: our time over Flax's, median over the rounds or compilations",
         caption_justify="left",
     )
     for head in (
@@ -255,7 +259,8 @@ def _print(console: Console, measured: Sequence[Measured]) -> None:
         "step ms",
         "ratio",
         "peak MB",
-        "compile s",
+        "compile CPU s",
+        "ratio",
         "loss",
     ):
         table.add_column(head, no_wrap=True)
@@ -277,10 +282,18 @@ def _print(console: Console, measured: Sequence[Measured]) -> None:
             one.dtype,
             one.norms,
             *numbers,
-            f"{one.compile_seconds:.1f}",
+            *_compilation(one, flax),
             f"{one.loss:.5f}",
         )
     console.print(table, highlight=False)
+
+
+def _compilation(one: Measured, flax: Measured) -> tuple[str, str]:
+    """The median of its CPU seconds, and of the ratios to those of Flax's."""
+    if not one.compile_seconds:
+        return "–", "–"
+    ratio = np.median(np.divide(one.compile_seconds, flax.compile_seconds))
+    return f"{np.median(one.compile_seconds):.1f}", f"{ratio:.2f}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -317,6 +330,13 @@ def _parser() -> argparse.ArgumentParser:
         default=40,
         metavar="S",
         help="per network, after which no round starts (default: %(default)s)",
+    )
+    add(
+        "--compiles",
+        type=count,
+        default=3,
+        metavar="N",
+        help="times that each step is compiled, by turns with the other (default: %(default)s)",
     )
     add(
         "--output",

@@ -342,9 +342,10 @@ def test_growth_reaches_a_hundred_million_elements():
 @pytest.mark.slow
 def test_networks_start_alike_with_all_norms(tmp_path):
     options = ["--networks", "unet", "--batch", "1", "--image", "16", "--rounds", "1"]
-    assert networks.main([*options, "--output", str(tmp_path)]) == 0
+    assert networks.main([*options, "--compiles", "1", "--output", str(tmp_path)]) == 0
     saved = json.loads((tmp_path / "networks.json").read_text())["networks"]
     assert [one["norms"] for one in saved] == list(networks.NORMS)
+    assert [len(one["compile_seconds"]) for one in saved] == [1, 1]
     ours, theirs = (one["loss"] for one in saved)
     assert ours == pytest.approx(theirs, rel=1e-5)
 
