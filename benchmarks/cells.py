@@ -1,6 +1,8 @@
 """The cells of the map of failure and of the claims: what each trained, what it measured, and the
 file that keeps them."""
 
+import csv
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -166,13 +168,39 @@ class Map:
         return sorted({key.last for key in self.cells if key.data == data}, key=positions)
 
     def save(self, folder: Path) -> None:
-        """Writes cells.json, replaced in one step: a kill leaves the old file or the new."""
+        """Writes cells.json and cells.csv, each replaced in one step: a kill leaves the old file or
+        the new."""
         saved = {
             "versions": self.versions,
             "machine": self.machine,
             "cells": [_saved(cell) for cell in self.cells.values()],
         }
         write(folder / "cells.json", json.dumps(saved, indent=1))
+        write(folder / "cells.csv", self._csv())
+
+    def _csv(self) -> str:
+        """A row for each seed of each cell."""
+        rows = [
+            {
+                **cell.key._asdict(),
+                "how": json.dumps(cell.key.how.changes()),
+                "seed": seed,
+                "test_accuracy": accuracy,
+                **asdict(cell.settings),
+                "compile_seconds": cell.compile_seconds,
+                "train_seconds": cell.train_seconds,
+                "serve_seconds": cell.serve_seconds,
+                **self.versions,
+                **self.machine,
+            }
+            for cell in self.cells.values()
+            for seed, accuracy in enumerate(cell.accuracy.running)
+        ]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
 
     @staticmethod
     def exists(folder: Path) -> bool:

@@ -7,25 +7,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 from benchmarks.cells import Cell, Map, positions
 from benchmarks.datasets import SOURCES
 from benchmarks.failure_plan import CURVES
 from benchmarks.failure_report import batch_norm_threshold
-from benchmarks.files import replacing
+from benchmarks.figures import look, name_ends, percent_scale, quiet, save
 from benchmarks.plan import ROWS
-from benchmarks.report import COLORS
 from benchmarks.results import interval
 
 MARKERS = {"1x1": "o", "2x2": "s", "4x4": "D", "7x7": "^", "8x8": "^"}
 """By the size of the last map."""
 
-COLOR: dict[str, str] = dict(zip(CURVES, (COLORS[0], COLORS[2], COLORS[1], COLORS[3]), strict=True))
-
 
 def draw(result: Map, points: float, path: Path) -> None:
-    """Draws the cells of the methods in `CURVES` that are there.
+    """Draws the cells of the methods in `CURVES` that are there, and the same for dark pages.
 
     Args:
         result: the cells.
@@ -40,8 +37,7 @@ def draw(result: Map, points: float, path: Path) -> None:
     figure.suptitle(
         "Where batch normalization fails", x=0.01, ha="left", fontsize=15, fontweight="bold"
     )
-    with replacing(path) as new:
-        figure.savefig(new, dpi=150, format="png")
+    save(figure, path)
 
 
 def _panel(axes: Axes, result: Map, data: str, points: float) -> None:
@@ -52,7 +48,7 @@ def _panel(axes: Axes, result: Map, data: str, points: float) -> None:
         for last in maps:
             _line(axes, method, [cell for cell in cells if cell.key.last == last], sizes)
     _scales(axes)
-    _name_methods(axes, found, sizes)
+    _name_methods(axes, found)
     _name_maps(axes, maps)
     limit = batch_norm_threshold(result, data, points)
     if limit and 0 < limit.low and np.isfinite(limit.high):
@@ -82,7 +78,7 @@ def _line(axes: Axes, method: str, cells: list[Cell], sizes: list[int]) -> None:
     """The cells of a method on one map; one whose batch does not matter lies at all of them."""
     if not cells:
         return
-    look: Any = {"color": COLOR[method], "marker": MARKERS[cells[0].key.last]}
+    style: Any = look(method) | {"marker": MARKERS[cells[0].key.last]}
     drawn = sorted(
         (size * positions(cell.key.last), interval(cell.errors))
         for cell in cells
@@ -93,7 +89,7 @@ def _line(axes: Axes, method: str, cells: list[Cell], sizes: list[int]) -> None:
         [n for n, _ in drawn],
         [mean for _, (mean, _) in drawn],
         [half_width or 0.0 for _, (_, half_width) in drawn],
-        **look,
+        **style,
         linestyle="--" if flat else "-",
         linewidth=1.6,
         markersize=6,
@@ -106,42 +102,21 @@ def _line(axes: Axes, method: str, cells: list[Cell], sizes: list[int]) -> None:
 
 def _scales(axes: Axes) -> None:
     axes.set_xscale("log", base=2)
-    low, high = axes.get_xlim()
+    _, high = axes.get_xlim()
     axes.set_xticks([4**power * 2 for power in range(6) if 4**power * 2 <= high])
-    axes.set_yscale("log", nonpositive="clip")
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_major_formatter(plain)
-    low, high = axes.get_ylim()
-    ticks = [t for t in (1, 2, 3, 5, 10, 15, 20, 30, 50, 100) if low <= t <= high]
-    axes.set_yticks(ticks, [f"{tick} %" for tick in ticks])
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.minorticks_off()
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    percent_scale(axes, *axes.get_ylim())
     axes.set_ylabel("test error")
-    axes.grid(axis="y", color="0.92", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    quiet(axes)
 
 
-def _name_methods(axes: Axes, found: dict[str, list[Cell]], sizes: list[int]) -> None:
-    """Each method's name at the height of its last point, at the right, moved so that none covers
-    another."""
-    heights = {}
+def _name_methods(axes: Axes, found: dict[str, list[Cell]]) -> None:
+    """Each method's name at the height of its last point."""
+    ends = []
     for method, cells in found.items():
         last = max(cells, key=lambda c: (positions(c.key.last), c.key.batch_size or 0))
-        heights[method] = axes.transData.transform((1, interval(last.errors).mean))[1]
-    gap, below = 0.03 * axes.bbox.height, -np.inf
-    for method in sorted(heights, key=heights.__getitem__):
-        below = max(heights[method], below + gap)
-        axes.annotate(
-            ROWS[method].label,
-            (1.01, axes.transAxes.inverted().transform((0, below))[1]),
-            xycoords="axes fraction",
-            va="center",
-            color=COLOR[method],
-            fontweight="bold",
-            fontsize=9,
-            annotation_clip=False,
-        )
+        ends.append((ROWS[method].label, interval(last.errors).mean, look(method)["color"]))
+    name_ends(axes, ends)
 
 
 def _name_maps(axes: Axes, maps: list[str]) -> None:

@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 from benchmarks import fractals
 from benchmarks.cells import Cell, Key, Map
 from benchmarks.datasets import SOURCES
-from benchmarks.files import replacing
+from benchmarks.figures import look, name_ends, quiet, save
 from benchmarks.fractals import KINDS, Q
 from benchmarks.plan import ROWS
-from benchmarks.report import COLORS
 from benchmarks.results import interval, markdown_table
 
 CURVES: Mapping[str, str] = MappingProxyType({"loss": "loss", "gradient_norm": "gradient norm"})
@@ -32,8 +31,8 @@ PARTS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = MappingProxyType(
 NAMES = {(curve, part): f"{title}, {part}" for curve, title in CURVES.items() for part in PARTS}
 """Of the measures of a cell."""
 
-DRAWN = {("batch", 32): 0, ("batch", 2): 0, ("batch_group", 2): 2, ("group", None): 1}
-"""Methods and batch sizes in the picture, with their places in `COLORS`."""
+DRAWN = (("batch", 32), ("batch", 2), ("batch_group", 2), ("group", None))
+"""Methods and batch sizes in the picture."""
 
 
 def known(checks: Sequence[fractals.Check], length: int) -> str:
@@ -150,8 +149,7 @@ def draw(result: Map, folder: Path) -> list[str]:
             fontsize=12,
         )
         files.append(f"fluctuations_{data}.png")
-        with replacing(folder / files[-1]) as new:
-            figure.savefig(new, dpi=130, format="png")
+        save(figure, folder / files[-1], dpi=130)
     return files
 
 
@@ -167,9 +165,7 @@ def _frame(panels: np.ndarray) -> None:
     for axes in panels.flat:
         axes.set_xticks(Q)
         axes.axhline(0.5, color="0.6", linewidth=1, linestyle=":", zorder=0)
-        axes.grid(axis="y", color="0.92", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        quiet(axes)
     panels[0, 0].annotate(
         "no memory: 0.5",
         (Q[0], 0.5),
@@ -182,7 +178,7 @@ def _frame(panels: np.ndarray) -> None:
 
 
 def _color(key: Key) -> str:
-    return COLORS[DRAWN[key.method, key.batch_size]]
+    return look(key.method)["color"]
 
 
 def _dashed(key: Key) -> bool:
@@ -207,22 +203,15 @@ def _line(axes: Axes, cell: Cell, measure: str) -> None:
 
 
 def _labels(axes: Axes, cells: Sequence[Cell], measure: str) -> None:
-    """Each cell's name at the right end of its line, moved so that none covers another."""
-    low, high = axes.get_ylim()
-    found = {cell.key: float(_means(cell, measure)[0][-1]) for cell in cells}
-    keys = sorted(found, key=found.__getitem__)
-    ends = np.array([found[key] for key in keys])
-    gaps = 0.06 * (high - low) * np.arange(len(keys))
-    heights = np.maximum.accumulate(ends - gaps) + gaps
-    for key, height in zip(keys, heights - np.mean(heights - ends), strict=True):
-        axes.annotate(
-            f"{name(key)} (dashed)" if _dashed(key) else name(key),
-            (Q[-1], height),
-            (8, 0),
-            textcoords="offset points",
-            va="center",
-            color=_color(key),
-            fontweight="bold",
-            fontsize=9,
-            annotation_clip=False,
-        )
+    """Each cell's name at the right end of its line."""
+    name_ends(
+        axes,
+        (
+            (
+                f"{name(cell.key)} (dashed)" if _dashed(cell.key) else name(cell.key),
+                float(_means(cell, measure)[0][-1]),
+                _color(cell.key),
+            )
+            for cell in cells
+        ),
+    )

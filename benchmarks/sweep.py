@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import training
 from benchmarks.cells import Cell, Key, Map
@@ -26,7 +27,7 @@ Measure = Callable[[Plan, Data, Callable[[int], None]], Cell]
 
 
 def add_options(parser: argparse.ArgumentParser, output: str) -> None:
-    """Adds what all such programs ask for: data, budget, output and resume."""
+    """Adds what all such programs ask for: data, budget, output, resume and overwrite."""
     add = parser.add_argument
     add(
         "--data",
@@ -43,7 +44,13 @@ def add_options(parser: argparse.ArgumentParser, output: str) -> None:
         help="start no cell that would end after so many minutes, by the estimate",
     )
     add("--output", type=Path, default=Path(output), metavar="FOLDER", help="default: %(default)s")
-    add("--resume", action="store_true", help="keep the cells that the output folder holds")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume", action="store_true", help="keep the cells that the output folder holds"
+    )
+    existing.add_argument(
+        "--overwrite", action="store_true", help="replace the cells that the output folder holds"
+    )
 
 
 def loaded(parser: argparse.ArgumentParser, names: Sequence[str]) -> dict[str, Data]:
@@ -72,12 +79,12 @@ def start(
         make_folder(args.output)
         held.enter_context(locked(args.output))
         new = Map(versions(), machine())
-        if not Map.exists(args.output):
+        if args.overwrite or not Map.exists(args.output):
             return new
         if not args.resume:
             raise ValueError(
-                f"{args.output} already holds cells: add to them with --resume, or choose another "
-                "folder with --output"
+                f"{args.output} already holds cells: add to them with --resume, replace them with "
+                "--overwrite, or choose another folder with --output"
             )
         old = Map.load(args.output)
         changed = [
@@ -128,17 +135,27 @@ def measure_missing(
         console.print("Stopping as soon as this epoch or compilation is done.")
 
     try:
-        with deferred_interrupt(on_interrupt) as check_interrupt:
+        with _progress(console) as progress, deferred_interrupt(on_interrupt) as check_interrupt:
+            task = progress.add_task("", total=sum(plan.seconds for plan in missing))
             for index, plan in enumerate(missing):
                 spent = time.perf_counter() - begin
                 pace = spent / planned if planned else 1.0  # of this machine, to the estimate
                 if args.budget and spent + pace * plan.seconds > 60 * args.budget:
                     console.print(f"The budget ends here: {len(missing) - index} cells are left.")
                     return False
-                cell = measure(plan, data[plan.key.data], lambda _: check_interrupt())
+                progress.update(task, description=str(plan.key))
+
+                def on_epoch(done: int, plan: Plan = plan, before: float = planned) -> None:
+                    """Counts an epoch as its part of the estimate, and the rest at the end."""
+                    share = done / (plan.settings.epochs + 1)
+                    progress.update(task, completed=before + share * plan.seconds)
+                    check_interrupt()
+
+                cell = measure(plan, data[plan.key.data], on_epoch)
                 result.add(cell)
                 result.save(args.output)
                 planned += plan.seconds
+                progress.update(task, completed=planned)
                 spent = time.perf_counter() - begin
                 left = sum(other.seconds for other in missing[index + 1 :]) * spent / planned
                 console.print(
@@ -150,6 +167,20 @@ def measure_missing(
         console.print("Interrupted. Go on with --resume.")
         return True
     return False
+
+
+def _progress(console: Console) -> Progress:
+    """A bar on terminals, with the time left from the pace of the whole run."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    left = (TextColumn("left"), TimeRemainingColumn())
+    return Progress(
+        *columns,
+        *left,
+        console=console,
+        speed_estimate_period=3600,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def measured(

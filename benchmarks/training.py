@@ -42,15 +42,6 @@ class State(NamedTuple):
     key: jax.Array | None = None
 
 
-class Outcome(NamedTuple):
-    """Accuracies in %, one per seed, and where the time went."""
-
-    validation: list[float]
-    test: list[float]
-    compile_seconds: float
-    train_seconds: float
-
-
 class Curves(NamedTuple):
     """What each step had before its update, (seeds, steps): the loss of its images and the norm of
     the gradient of all parameters."""
@@ -69,25 +60,6 @@ class Trained(NamedTuple):
     compile_seconds: float
     train_seconds: float
     curves: Curves | None = None
-
-
-def train(net: ResidualNet, seeds: Sequence[int], **how: Any) -> Outcome:
-    """Trains `net` once per seed, as `fit` does with the same arguments, and evaluates it with its
-    running statistics averaged over the devices."""
-    trained = fit(net, seeds, **how)
-    start = time.perf_counter()
-    # in one array, so that one compiled program evaluates both
-    both = ((split.validation, split.test) for split in trained.splits)
-    held_out = stack(jax.tree.map(lambda *t: np.concatenate(t), *parts) for parts in both)
-    evaluate, seconds = compiled(jax.vmap(partial(correct, net)), trained.state, held_out)
-    hits = 100 * np.asarray(evaluate(trained.state, held_out))
-    middle = len(trained.splits[0].validation.labels)
-    return Outcome(
-        hits[:, :middle].mean(axis=1).tolist(),
-        hits[:, middle:].mean(axis=1).tolist(),
-        trained.compile_seconds + seconds,
-        trained.train_seconds + time.perf_counter() - start - seconds,
-    )
 
 
 def fit(
