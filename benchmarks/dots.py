@@ -11,7 +11,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from benchmarks.cases import GOALS, KINDS, OTHERS, OURS, TORCH, Case, Ratio, mean, ratio
-from benchmarks.files import replacing
+from benchmarks.figures import save
 from benchmarks.libraries import COLORS
 
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -71,8 +71,7 @@ def draw(
     for axes in panels[-1]:
         axes.set_xlabel(f"time over that of {what}: less is better", fontsize=8)
     figure.suptitle(textwrap.fill(title, 140), fontsize=7)
-    with replacing(path) as new:
-        figure.savefig(new, dpi=150, format="png")
+    save(figure, path)
 
 
 def _panel(

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from benchmarks.files import replacing
 from benchmarks.norms import METHODS
@@ -41,14 +41,30 @@ def quiet(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def plain_log(axis: Axis, ticks: Sequence[float], unit: str = "") -> None:
+    """A logarithmic axis with plain numbers at those of `ticks` that lie inside of its limits."""
+    low, high = sorted(axis.get_view_interval())
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axis.set_ticks(shown, [f"{_plain(tick)}{unit}" for tick in shown])
+    axis.set_ticks([], minor=True)
+
+
+def _plain(number: float) -> str:
+    """
+    >>> [_plain(number) for number in (0.5, 20, 1e4, 1e8)]
+    ['0.5', '20', '10k', '100M']
+    """
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:g}{letter}"
+    return f"{number:g}"
+
+
 def percent_scale(axes: Axes, low: float, high: float) -> None:
     """A logarithmic y from `low` to `high` %, with plain numbers at their places."""
     axes.set_yscale("log", nonpositive="clip")
     axes.set_ylim(low, high)
-    ticks = [t for t in (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100) if low <= t <= high]
-    axes.set_yticks(ticks, [f"{tick:g} %" for tick in ticks])
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.minorticks_off()
+    plain_log(axes.yaxis, (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100), " %")
 
 
 def name_ends(axes: Axes, ends: Iterable[tuple[str, float, str]], size: float = 9) -> None:
@@ -124,6 +140,7 @@ def _darken(figure: Figure) -> None:
     """Turns greys around, so that black ink is white, and lightens all other colours."""
     changes = []  # read before any is made: a marker takes its colour from its line
     for artist in figure.findobj():
+        artist.set_path_effects([])  # white, to keep a text apart from what is under it
         for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
             with suppress(AttributeError, ValueError, TypeError):
                 colors = to_rgba_array(getattr(artist, f"get_{name}")())

@@ -20,14 +20,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.files import replacing, write
+from benchmarks.figures import look, name_ends, plain_log, quiet, save
+from benchmarks.files import write
 from benchmarks.options import folder, number, positive
 from benchmarks.timing import (
     Call,
@@ -208,30 +207,42 @@ def draw(measured: Sequence[Measured], title: str, path: Path) -> None:
     """Draws the time per element over what grows: a row each for forward and step, a column for
     each sweep."""
     sweeps = list(dict.fromkeys(one.sweep for one in measured))
-    with style.context("tableau-colorblind10"):
-        figure = Figure(figsize=(4 * len(sweeps), 7), layout="constrained")
-        panels = figure.subplots(len(KINDS), len(sweeps), squeeze=False, sharey="row", sharex="col")
+    figure = Figure(figsize=(3.6 * len(sweeps) + 1, 6.4), layout="constrained")
+    panels = figure.subplots(len(KINDS), len(sweeps), squeeze=False, sharey="row", sharex="col")
     for row, kind in zip(panels, KINDS, strict=True):
         row[0].set_ylabel(f"{kind}, ns per element")
         for axes, sweep in zip(row, sweeps, strict=True):
-            for method in ("copy", *METHODS):
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            for method, color in _COLORS.items():
                 line = [one for one in measured if (one.sweep, one.method) == (sweep, method)]
                 values = [one.value if sweep == "groups" else one.elements for one in line]
-                look = "--" if method == "copy" else "-o"
-                axes.plot(
-                    values, [getattr(one, kind) for one in line], look, label=method, markersize=4
-                )
-            axes.set_xscale("log")
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_yscale("log")
-            axes.grid(alpha=0.3)
+                times = [getattr(one, kind) for one in line]
+                form = "--" if method == "copy" else "-o"
+                axes.plot(values, times, form, color=color, markersize=3.5, linewidth=1.4)
+            quiet(axes)
+    figure.suptitle(f"Time per element\n{title}", x=0.01, ha="left", fontsize=9)
     for axes, sweep in zip(panels[-1], sweeps, strict=True):
         axes.set_xlabel("number of groups" if sweep == "groups" else f"elements, by the {sweep}")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(f"Time per element\n{title}", fontsize=10)
-    with replacing(path) as new:
-        figure.savefig(new, dpi=150, format="png")
+        plain_log(axes.xaxis, _TICKS)
+    for axes in panels.flat:
+        plain_log(axes.yaxis, _TICKS)
+    figure.draw_without_rendering()  # names stand where the layout puts the lines
+    for row, kind in zip(panels, KINDS, strict=True):
+        last = [one for one in measured if one.sweep == sweeps[-1]]
+        ends = {one.method: getattr(one, kind) for one in last}
+        finite = {method: end for method, end in ends.items() if not math.isnan(end)}
+        name_ends(row[-1], ((method, end, _COLORS[method]) for method, end in finite.items()))
+    save(figure, path)
+
+
+_COLORS = {
+    "copy": "0.45",
+    **{method: look(method.removeprefix("token_"))["color"] for method in METHODS},
+}
+"""A method's is its colour in all figures; layer norm of tokens has that of layer norm."""
+
+_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as fnn
@@ -16,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from matplotlib import style
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.files import replacing, write
+from benchmarks.figures import MARKERS, save
+from benchmarks.files import write
+from benchmarks.libraries import COLORS
 from benchmarks.options import folder, number, positive
 from benchmarks.passes import passes
 from benchmarks.timing import (
@@ -235,28 +237,44 @@ def markdown(results: Sequence[Result]) -> str:
     return "\n".join(parts)
 
 
-def plot(results: Sequence[Result], title: str) -> Figure:
-    """A row for each method, a dot for each dtype: a step over one of Flax's batch norm.
+def draw(results: Sequence[Result], title: str, path: Path) -> None:
+    """A row for each method, a point for each dtype, below each other: a step over one of Flax's
+    batch norm.
 
     Those behind a convolution, which costs more than any of them, are left out.
     """
     alone = (r.name for r in results if r.name != FLAX and not ROWS[r.name].in_front)
     names = list(dict.fromkeys(alone))
     dtypes = list(dict.fromkeys(result.dtype for result in results))
-    with style.context("seaborn-v0_8-whitegrid"):
-        figure = Figure(figsize=(7, 0.24 * len(names) + 1.2), layout="constrained")
-        axes = figure.subplots()
-        for dtype in dtypes:
-            ratios = {r.name: r.ratio["step"] for r in results if r.dtype == dtype}
-            places = [len(names) - 1 - names.index(name) for name in names if name in ratios]
-            axes.plot([ratios[name] for name in names if name in ratios], places, "o", label=dtype)
-        axes.axvline(1, color="0.4", linewidth=1)
-        axes.set_yticks(range(len(names)), names[::-1])
-        axes.set_xlim(left=0)
-        axes.set_xlabel("time of a training step over that of Flax's batch norm, in the same dtype")
-        axes.set_title(title, fontsize=8)
-        axes.legend(loc="lower right", frameon=True)
-    return figure
+    figure = Figure(figsize=(7, 0.27 * len(names) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for lane, dtype in enumerate(dtypes):
+        ratios = {r.name: r.ratio["step"] for r in results if r.dtype == dtype and r.name in names}
+        places = [names.index(name) + 0.26 * (lane - (len(dtypes) - 1) / 2) for name in ratios]
+        axes.plot(
+            list(ratios.values()), places, MARKERS[lane], color=COLORS["jaxnorm"], markersize=4
+        )
+        first = next(iter(ratios.values()), 0.0)
+        axes.annotate(
+            dtype,
+            (first, -0.5 * (len(dtypes) - lane) - 0.3),
+            ha="center",
+            fontsize=7,
+            color=COLORS["jaxnorm"],
+        )
+    for place in range(1, len(names), 2):
+        axes.axhspan(place - 0.5, place + 0.5, color="0.96", zorder=0)
+    axes.axvline(1, color="0.5", linewidth=0.8, zorder=1)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5 * len(dtypes) - 0.8)
+    axes.set_xlim(left=0)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel("time of a training step over that of Flax's batch norm, in the same dtype")
+    axes.set_title(title, fontsize=8, loc="left")
+    save(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -295,8 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     saved = {"about": facts, "shape": SHAPE, "results": [r._asdict() for r in results]}
     write(args.output / "methods.json", json.dumps(saved, indent=1) + "\n")
     write(args.output / "methods.md", f"{heading(facts)}\n\n{markdown(results)}")
-    with replacing(args.output / "methods.png") as new:
-        plot(results, f"{SHAPE}, {facts['device']}").savefig(new, dpi=150, format="png")
+    draw(results, f"{SHAPE}, {facts['device']}", args.output / "methods.png")
     console.print(f"In {args.output}: methods.json, methods.md, methods.png", highlight=False)
     return 0
 

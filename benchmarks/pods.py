@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from benchmarks.files import replacing
+from benchmarks.figures import name_ends, plain_log, quiet, save
 from benchmarks.hlo import Collective
 from benchmarks.libraries import COLORS
 
@@ -194,29 +194,19 @@ def draw(curves: Mapping[str, Mapping[str, Mapping[int, Cost]]], path: Path) -> 
             if max(max(costs) for costs in lines.values()) > 256
             else [8, 32, 128, 256]
         )
-        ax.set_yticks([0.2, 0.5, 1, 2, 5, 10])
-        ax.minorticks_off()
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_formatter(lambda value, _: f"{value:g}")
+        plain_log(ax.yaxis, (0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.set_title(f"TPU {pod}: a model, nothing was run", fontsize=10)
         ax.set_xlabel("chips")
-        ax.grid(alpha=0.3)
+        quiet(ax)
     axes[0][0].set_ylabel("ms of collectives in a step of ResNet-50")
     last = list(curves.values())[-1]
-    heights = {title: 1e3 * list(costs.values())[-1].seconds for title, costs in last.items()}
-    place = 0.0
-    for title, height in sorted(heights.items(), key=lambda item: item[1]):
-        place = max(height, 1.2 * place)  # apart, where lines end at the same height
-        color = COLORS[title.split(",")[0]]
-        end = (max(last[title]), height)
-        axes[0][-1].annotate(
-            title,
-            end,
-            (1.03 * axes[0][-1].get_xlim()[1], place),
-            annotation_clip=False,
-            va="center",
-            color=color,
-            fontsize=9,
-        )
-    with replacing(path) as new:
-        figure.savefig(new, dpi=120, format="png")
+    figure.draw_without_rendering()  # names stand where the layout puts the lines
+    name_ends(
+        axes[0][-1],
+        (
+            (title, 1e3 * list(costs.values())[-1].seconds, COLORS[title.split(",")[0]])
+            for title, costs in last.items()
+        ),
+    )
+    save(figure, path, dpi=120)

@@ -47,11 +47,13 @@ SAMPLED = {
         "explicit_meshes", "flax_differences", "flax_parity", "folding", "group_plus", "identities",
         "inference", "laws", "layers", "linen", "loops", "memory", "methods", "moments",
         "moving_average", "nnx", "normalize", "passes", "rounding", "running", "switchable",
-        "transforms",
+        "transforms", "weights",
     )
 }  # fmt: skip
 """Tests of many cases, each of which compiles: of the cases of a test the default run takes one in
-five, the slow run another, and the run of the rest the others."""
+`PARTS`, the slow run another, and the run of the rest the others."""
+
+PARTS = 7
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -60,7 +62,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         many = cases[item.nodeid.split("[")[0]] >= 3 and item.path.name in SAMPLED
         # By a hash of its name, so that no parameter has one value in all of a part.
-        part = zlib.crc32(item.nodeid.encode()) % 5 if many else 0
+        part = zlib.crc32(item.nodeid.encode()) % PARTS if many else 0
         if part:
             item.add_marker(pytest.mark.slow if part < 2 else pytest.mark.rest)
 

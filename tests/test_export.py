@@ -277,6 +277,7 @@ def check(programs, folder):
             np.testing.assert_allclose(got, t, rtol=0, atol=2e-5 * scale, err_msg=name)
 
 
+@pytest.mark.slow
 def test_stored_programs_run_in_a_process_without_the_library(tmp_path):
     check([(name, make) for name, make, often in cases() if often], tmp_path)
 

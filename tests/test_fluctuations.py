@@ -97,6 +97,7 @@ def test_series_without_exponents_are_refused():
 
 
 @pytest.mark.parametrize("method", ("batch", pytest.param("group", marks=pytest.mark.slow)))
+@pytest.mark.slow
 def test_curves_leave_the_training_as_it_is(method):
     """The parameters have the same bits; the first loss is that of ten classes by chance, and the
     loss falls with the gradient's norm above 0."""

@@ -164,6 +164,7 @@ def test_group_norm_is_not_trained_with_weighted_statistics():
     assert all(one.key.how.enters == "loss" for one in planned if one.key.method == "group")
 
 
+@pytest.mark.slow
 def test_the_whole_program(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(noisy_labels, "METHODS", ("batch",))
     monkeypatch.setattr(noisy_labels, "QUICK", {8: Settings(128, None, 5)})

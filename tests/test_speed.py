@@ -131,6 +131,7 @@ def test_speed_prints_markdown(tiny, tmp_path, capsys):
     assert table.split("### ", 1)[1].split("In ")[0].strip() in (tmp_path / "speed.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["haiku", "equinox", "torch"])
 def test_speed_measures_an_installed_library(library, tiny, tmp_path):
     pytest.importorskip(library)
@@ -229,6 +230,7 @@ def test_there_are_forty_edges():
     assert {method for _, method in cases} >= {"batch", "group", "token_layer", "rms"}
 
 
+@pytest.mark.slow
 def test_edges_are_measured_beside_flax_with_their_groups(tmp_path, monkeypatch, capsys):
     shape = Shape("few", (2, 2, 8), 2, 2, ("group", "rms"), num_groups=2)  # 32 would be refused
     row = Shape("row", (8,), 4, 4, ("batch", "group", "token_layer", "rms"), num_groups=2)

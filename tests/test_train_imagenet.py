@@ -820,6 +820,7 @@ def test_finite():
         assert steps.all_finite({"a": tree["a"], "c": tree["c"]})
 
 
+@pytest.mark.slow
 def test_an_image_that_one_process_cannot_read_ends_both(finished, folder, cache, tmp_path):
     """Each would wait for the other for five minutes."""
     images = Path(shutil.copytree(folder, tmp_path / "images"))

@@ -54,11 +54,18 @@ class Small(nn.Module):
 
 
 def some(names, often):
-    """These by default, the rest in the slow run."""
-    return [name if name in often else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    """`often` by default, one in three of the others in the slow run."""
+    others = [name for name in names if name not in often]
+    return [
+        *often,
+        *(
+            pytest.param(name, marks=pytest.mark.rest if place % 3 else pytest.mark.slow)
+            for place, name in enumerate(others)
+        ),
+    ]
 
 
-@pytest.mark.parametrize("name", some(METHODS, ("moving_average", "evonorm_b0")))
+@pytest.mark.parametrize("name", some(METHODS, ("moving_average",)))
 def test_linen_layers_of_the_comparison_train(name):
     """By the steps of the main job, on one device; the loss of the first quarter before, that of
     the last after."""
@@ -162,10 +169,7 @@ def test_each_nnx_layer_has_a_network():
     assert set(NNX) - set(NAMES) == modules - {"Norm", "FoldedNorm"}  # one serves alone
 
 
-@pytest.mark.parametrize(
-    "name",
-    some(NNX, ("domain_batch_norm", "WSDense")),
-)
+@pytest.mark.parametrize("name", some(NNX, ("domain_batch_norm",)))
 def test_nnx_layers_train(name):
     model, entry = Network(NNX[name], nnx.Rngs(0)), ENTRIES.get(name)
     now = {} if entry is None else {**entry.options, **entry.by_example(BATCH)}
