@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         quick=args.quick,
         seeds=args.seeds or (3 if args.quick else 5),
         extra_seeds=0 if args.quick else args.extra_seeds,
+        gradients=args.gradients,
     )
     with ExitStack() as held:
         result = Map(versions(), machine()) if args.plan else start(parser, args, planned, held)
@@ -69,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     add_options(parser, "results/failure")
     add("--quick", action="store_true", help="the most telling cells alone, trained little")
     add("--plan", action="store_true", help="print what would run and how long, and end")
+    add(
+        "--gradients",
+        action="store_true",
+        help="measure as well how gradients of two steps agree, of BN, GN and BGN at 2 and 32 "
+        "images on 1x1 and 4x4 maps; cells without it are trained anew",
+    )
     add("--seeds", type=positive, metavar="N", help="0 to N - 1 (default: 5; with --quick: 3)")
     add(
         "--extra-seeds",

@@ -53,13 +53,21 @@ def _panel(axes: Axes, result: Map, data: str, points: float) -> None:
     limit = batch_norm_threshold(result, data, points)
     if limit and 0 < limit.low and np.isfinite(limit.high):
         axes.axvspan(limit.low, limit.high, color="0.9", zorder=0, linewidth=0)
+        left = (
+            np.mean(
+                axes.transAxes.inverted().transform(
+                    axes.transData.transform([(limit.low, 1), (limit.high, 1)])
+                )[:, 0]
+            )
+            < 0.5
+        )
         axes.annotate(
             f"BatchNorm {points:g} point{'s' * (points != 1)}\nabove GroupNorm:\nn = {limit}",
-            (limit.low, 0.02),
-            xytext=(-5, 0),
+            (limit.high if left else limit.low, 0.02),
+            xytext=(5 if left else -5, 0),
             textcoords="offset points",
             xycoords=("data", "axes fraction"),
-            ha="right",
+            ha="left" if left else "right",
             fontsize=8,
             color="0.35",
         )

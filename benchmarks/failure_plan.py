@@ -47,7 +47,12 @@ STAGES = (
 
 
 def plans(
-    shapes: Mapping[str, tuple[int, int, int]], *, quick: bool, seeds: int, extra_seeds: int
+    shapes: Mapping[str, tuple[int, int, int]],
+    *,
+    quick: bool,
+    seeds: int,
+    extra_seeds: int,
+    gradients: bool = False,
 ) -> list[Plan]:
     """The cells to measure, the most telling first; one alone for a method that the batch does not
     touch, none where batch group norm is batch norm.
@@ -57,17 +62,20 @@ def plans(
         quick: few of the cells, each trained little.
         seeds: of the methods in `CURVES`.
         extra_seeds: of those in `EXTRAS`; 0 leaves them out.
+        gradients: whether the agreement of gradients is measured in the cells of the first stage.
     """
     found = {}
     for maps, names, batch_sizes in STAGES[:1] if quick else STAGES:
         count = extra_seeds if names is EXTRAS else seeds
+        measures = ("gradient_agreement",) if gradients and maps is STAGES[0][0] else ()
         for data, last, name, batch_size in product(
             shapes, LAST_MAPS if maps is None else maps, names, batch_sizes
         ):
             shape = shapes[data]
             if count and last in STRIDES[shape[0]]:
                 settings = (QUICK if quick else SETTINGS)[shape[0]]
-                cell = plan(Key(data, last, name, batch_size), count, settings, shape)
+                key = Key(data, last, name, batch_size)
+                cell = plan(key, count, settings, shape, measures)
                 found.setdefault(cell.key, cell)
     return [cell for cell in found.values() if not _is_batch_norm(cell)]
 

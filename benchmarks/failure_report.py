@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from benchmarks.cells import Cell, Map, paired, positions
 from benchmarks.datasets import SOURCES
 from benchmarks.failure_plan import CURVES, EXTRAS
+from benchmarks.measures import AGREEMENT_STEPS
 from benchmarks.plan import ROWS
 from benchmarks.results import interval, markdown_table
 from benchmarks.threshold import Threshold, threshold
@@ -37,6 +38,7 @@ def _sections(result: Map, data: str, points: float) -> Iterable[str]:
         ("### One curve?", _same_n(result, data)),
         ("### Threshold", _thresholds(result, data, points)),
         ("### Why", _why(result, data)),
+        ("### Gradient noise", _gradients(result, data)),
         ("### Other methods at two images", _extras(result, data)),
     ):
         if rows:
@@ -150,6 +152,25 @@ def _why(result: Map, data: str) -> str:
     head = ["method", "last map", "b", "n", "effective n", "running / population variance"]
     head += ["running statistics", "population's", "each test batch's", "running - population"]
     return markdown_table(head, rows)
+
+
+def _gradients(result: Map, data: str) -> str:
+    """How alike the gradients of two steps are, where that was measured."""
+    rows = []
+    for method in CURVES:
+        for cell in result.of(data, method):
+            found = cell.more.get("gradient_agreement")
+            if found:
+                start, end = (interval(found[name]).text(2) for name in ("start", "end"))
+                rows.append(
+                    [ROWS[method].label, cell.key.last, cell.key.batch_size or "any", start, end]
+                )
+    table = markdown_table(["method", "last map", "b", "at the start", "at the end"], rows)
+    explained = (
+        f"The mean cosine between the gradients of steps with other images ({AGREEMENT_STEPS} "
+        "steps): 1 without gradient noise, 0 where noise is all there is."
+    )
+    return table and f"{explained}\n\n{table}"
 
 
 def _extras(result: Map, data: str) -> str:

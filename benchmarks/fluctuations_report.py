@@ -109,8 +109,7 @@ def _row(cell: Cell, curve: str, part: str) -> Iterable[str]:
 
 
 def _number(values: Sequence[float] | np.ndarray) -> str:
-    mean, half_width = interval(list(map(float, values)))
-    return f"{mean:.2f}" if half_width is None else f"{mean:.2f} ± {half_width:.2f}"
+    return interval(list(map(float, values))).text(2)
 
 
 def name(key: Key) -> str:

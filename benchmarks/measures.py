@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
 
 from benchmarks.cells import Key
 from benchmarks.datasets import Images
@@ -16,7 +18,16 @@ from benchmarks.norms import Layer
 from benchmarks.residual import ResidualNet
 from benchmarks.serving import percent, serve
 from benchmarks.shifts import DOMAINS, SHIFTS, UNKNOWN, mnist_like_digits
-from benchmarks.training import State, Trained, compiled, correct, in_chunks, stack
+from benchmarks.training import (
+    State,
+    Trained,
+    compiled,
+    correct,
+    in_chunks,
+    initialize,
+    mean_loss,
+    stack,
+)
 from jaxnorm import methods
 from jaxnorm.domains import domain_ensemble
 from jaxnorm.inference import choose_example_weight
@@ -98,9 +109,65 @@ def domains(trained: Trained, key: Key) -> Values:
     return found
 
 
+def gradient_agreement(trained: Trained, key: Key) -> Values:
+    """How alike the gradients of two steps with other images are: the mean cosine between those of
+    `AGREEMENT_STEPS` steps, with the parameters that the training starts from and with those at its
+    end. It is 1 without gradient noise and 0 where noise is all there is."""
+    net, state = trained.net, trained.state
+    size = key.batch_size or key.how.step
+    train = stack(split.train for split in trained.splits)
+    seeds, used = len(trained.splits), AGREEMENT_STEPS * key.how.step
+
+    def cut(t: jax.Array) -> jax.Array:
+        shape = (seeds, AGREEMENT_STEPS, key.how.step // size, size)
+        return t[:, :used].reshape(*shape, *t.shape[2:])
+
+    batches = jax.tree.map(cut, train)
+    shape = train.pixels.shape[2:]
+    first = initialize(net, optax.identity(), key.how.step // size, shape, range(seeds))
+    agree, _ = compiled(jax.vmap(partial(_agreement, net)), _untrained(state), batches)
+    return {
+        "start": np.asarray(agree(_untrained(first), batches)).tolist(),
+        "end": np.asarray(agree(_untrained(state), batches)).tolist(),
+    }
+
+
+AGREEMENT_STEPS = 8
+
 MEASURES: Mapping[str, Callable[[Trained, Key], Values]] = MappingProxyType(
-    {"recalibrated": recalibrated, "weighed": weighed, "shifted": shifted, "domains": domains}
+    {
+        "recalibrated": recalibrated,
+        "weighed": weighed,
+        "shifted": shifted,
+        "domains": domains,
+        "gradient_agreement": gradient_agreement,
+    }
 )
+
+
+def _untrained(state: State) -> State:
+    """Without what only an update needs."""
+    return state._replace(optimizer=None, key=None)
+
+
+def _agreement(net: ResidualNet, state: State, batches: Images) -> jax.Array:
+    """Of one seed: `batches` has the axes steps, devices and images."""
+    gradient = jax.grad(mean_loss, has_aux=True)
+
+    def flat(batch: Images) -> jax.Array:
+        found, _ = gradient(state.params, {}, state.on_devices, batch, net, jnp.array(1.0))
+        return ravel_pytree(found)[0]
+
+    vectors = jax.lax.map(flat, batches)
+    length = jnp.linalg.norm(vectors, axis=1, keepdims=True)
+    unit = vectors / jnp.where(length > 0, length, 1)
+    return cosines(unit)
+
+
+def cosines(unit: jax.Array) -> jax.Array:
+    """The mean cosine between two of these vectors of length 1, (number, size)."""
+    count = len(unit)
+    return (jnp.sum(unit.sum(axis=0) ** 2) - jnp.sum(unit**2)) / (count * (count - 1))
 
 
 def _errors(hits: jax.Array) -> list[float]:

@@ -20,11 +20,16 @@ class Interval(NamedTuple):
     half_width: float | None
 
     def __str__(self) -> str:
-        return (
-            f"{self.mean:.1f}"
-            if self.half_width is None
-            else f"{self.mean:.1f} ± {self.half_width:.1f}"
-        )
+        return self.text(1)
+
+    def text(self, decimals: int) -> str:
+        """With so many decimals.
+
+        >>> Interval(0.25, 0.125).text(2)
+        '0.25 ± 0.12'
+        """
+        mean = f"{self.mean:.{decimals}f}"
+        return mean if self.half_width is None else f"{mean} ± {self.half_width:.{decimals}f}"
 
 
 def versions() -> dict[str, str]:

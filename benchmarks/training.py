@@ -184,7 +184,7 @@ def initialize(
     return jax.tree.map(lambda *parts: jnp.stack(parts), *map(one, seeds))
 
 
-def _loss(
+def mean_loss(
     params: Any,
     taps: Any,
     on_devices: Any,
@@ -223,7 +223,7 @@ def _train_epoch(
     batches: Images,
     curves: bool = False,
 ) -> tuple[State, Curves | None]:
-    differentiate = jax.value_and_grad(_loss, (0, 1), has_aux=True)
+    differentiate = jax.value_and_grad(mean_loss, (0, 1), has_aux=True)
 
     def step(state: State, batch: Images) -> tuple[State, Curves | None]:
         on_devices = dict(state.on_devices)
@@ -238,7 +238,7 @@ def _train_epoch(
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         if any(layer.double_forward for layer in net.layers):
-            new = _loss(params, taps, *rest)[1]
+            new = mean_loss(params, taps, *rest)[1]
         taps = jax.tree.map(lambda t: t * len(t), taps)  # of the sum over devices, not the mean
         kept = Curves(loss, optax.tree.norm(gradient)) if curves else None
         return State(params, {**new, **taps}, optimizer_state, state.step + 1, state.key), kept

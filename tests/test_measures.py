@@ -146,7 +146,7 @@ def test_noise_of_a_training_differs_between_steps_and_devices(monkeypatch):
         seen.append(keys)
         return params["w"].sum(), on_devices
 
-    monkeypatch.setattr(training, "_loss", loss)
+    monkeypatch.setattr(training, "mean_loss", loss)
     net = ResidualNet(tuple(METHODS["group"].at(2, width) for width in WIDTHS), noise=1.0)
     optimizer = optax.sgd(0.1)
     params = {"w": jnp.ones(1)}
@@ -159,3 +159,25 @@ def test_noise_of_a_training_differs_between_steps_and_devices(monkeypatch):
         drawn.append(jax.random.key_data(seen[-1]))
     values = {tuple(map(int, row)) for row in np.concatenate(drawn)}
     assert len(values) == 8 and math.isfinite(float(params["w"][0]))
+
+
+def test_cosines_of_known_vectors():
+    """Three unit vectors with right angles, the same three times, and two opposite ones."""
+    assert float(measures.cosines(jnp.eye(3))) == pytest.approx(0)
+    assert float(measures.cosines(jnp.ones((3, 4)) / 2)) == pytest.approx(1)
+    assert float(measures.cosines(jnp.array([[1.0, 0.0], [-1.0, 0.0]]))) == pytest.approx(-1)
+
+
+def test_gradients_of_the_same_images_agree(monkeypatch):
+    """Two steps with one batch have one gradient; those of other images do not."""
+    monkeypatch.setattr(measures, "AGREEMENT_STEPS", 2)
+    trained, key = untrained()
+    found = measures.gradient_agreement(trained, key)
+    assert all(-1 < value < 0.99 for value in found["start"] + found["end"])
+    np.testing.assert_allclose(found["start"], found["end"], atol=1e-4)  # nothing was trained
+    twice = [
+        s._replace(train=jax.tree.map(lambda t: np.concatenate([t[:32], t[:32]]), s.train))
+        for s in trained.splits
+    ]
+    same = measures.gradient_agreement(trained._replace(splits=twice), key)
+    assert same["start"] == pytest.approx([1.0, 1.0], abs=1e-4)

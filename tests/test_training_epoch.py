@@ -80,7 +80,9 @@ def test_linen_layers_of_the_comparison_train(name):
         taps = {key: on_devices.pop(key) for key in (OVERWRITE_WITH_GRADIENT,) if key in on_devices}
 
         def one(batch):
-            return training._loss(state.params, taps, on_devices, batch, net, state.step / STEPS)[0]
+            return training.mean_loss(
+                state.params, taps, on_devices, batch, net, state.step / STEPS
+            )[0]
 
         return jax.lax.map(one, images).mean()
 
