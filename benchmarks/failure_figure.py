@@ -113,6 +113,7 @@ def _scales(axes: Axes) -> None:
     _, high = axes.get_xlim()
     axes.set_xticks([4**power * 2 for power in range(6) if 4**power * 2 <= high])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_yscale("log", nonpositive="clip")  # without the limits that a linear scale found
     percent_scale(axes, *axes.get_ylim())
     axes.set_ylabel("test error")
     quiet(axes)
