@@ -75,20 +75,21 @@ def excess(result: Map, cell: Cell) -> list[float] | None:
 
 
 def _same_n(result: Map, data: str) -> str:
-    """Batch norm's loss against group norm on different maps at the same n."""
+    """Batch norm's errors on different maps at the same n, and its losses to group norm there."""
     cells = [(cell, loss) for cell in result.of(data, "batch") if (loss := excess(result, cell))]
     rows = []
     for index, (one, loss) in enumerate(cells):
         for other, other_loss in cells[index + 1 :]:
             if one.elements == other.elements:
-                differences = [a - b for a, b in zip(loss, other_loss, strict=True)]
+                losses = [a - b for a, b in zip(loss, other_loss, strict=True)]
                 rows.append(
                     [one.elements]
                     + [f"{c.key.last}, b = {c.key.batch_size}" for c in (one, other)]
-                    + [interval(values) for values in (loss, other_loss, differences)]
+                    + [interval(values) for values in (one.errors, other.errors)]
+                    + [interval(values) for values in (paired(one, other), losses)]
                 )
-    head = ["n", "batch norm on", "and on", "loss to group norm", "and", "difference"]
-    return markdown_table(head, rows)
+    head = ["n", "batch norm on", "and on", "error", "and", "difference"]
+    return markdown_table([*head, "difference of losses to group norm"], rows)
 
 
 def batch_norm_threshold(result: Map, data: str, points: float) -> Threshold | None:

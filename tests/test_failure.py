@@ -172,7 +172,9 @@ def test_tables_of_a_known_map(tmp_path):
     assert limit.size == pytest.approx(8 * 2 ** (2 / 3))
     text = failure_report.markdown(found)
     assert "| 1x1 | 2 | 2 | 15.0 ± 12.7 | 6.0 ± 12.7 |" in text
-    assert "| 8 | 1x1, b = 8 | 2x2, b = 2 | 3.0 ± 0.0 | 3.0 ± 0.0 | 0.0 ± 0.0 |" in text
+    assert (
+        "| 8 | 1x1, b = 8 | 2x2, b = 2 | 9.0 ± 12.7 | 7.0 ± 0.0 | 2.0 ± 12.7 | 0.0 ± 0.0 |" in text
+    )
     assert "| LayerNorm | – | 6.0 ± 0.0 |" in text
     assert "| BatchNorm | 1x1 | 2 | 2 | 2 | 0.50 | 15.0 ± 12.7 |" in text
     failure.draw(found, 1.0, tmp_path / "failure.png")
