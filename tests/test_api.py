@@ -76,7 +76,8 @@ BY_POSITION = {
 WITHOUT_REFERENCE = {
     "Method", "Row", "measured", "applied", "linen.Norm", "nnx.Norm", "nnx.Tap",
     "nnx.Observation", "nnx.FoldedNorm",
-    "inference.ExampleWeights", "convert.Layer", "linen.fold_norms", "optim.norm_mask", "optim.decay_mask",
+    "inference.ExampleWeights", "convert.Layer", "linen.fold_norms", "optim.norm_mask",
+    "optim.decay_mask",
 }  # fmt: skip
 
 # the notebooks run what needs matplotlib; variables and a remnant are used through others

@@ -83,10 +83,8 @@ def load_model(
                 got = ", ".join(theirs[name])
                 wrong.append(f"{prefix}{leaf} is missing: of {name!r} there are {got}")
             elif found[leaf].shape != tuple(t.shape):
-                wrong.append(
-                    f"{prefix}{leaf} has shape {tuple(t.shape)} here and {found[leaf].shape} from "
-                    f"{name!r}"
-                )
+                shapes = f"{tuple(t.shape)} here and {found[leaf].shape} from {name!r}"
+                wrong.append(f"{prefix}{leaf} has shape {shapes}")
         for leaf in sorted(set(found) - set(want) - COUNTS):
             wrong.append(f"{leaf} of {name!r} has no place in {module or 'the tree'}")
         new |= {(module, leaf): t for leaf, t in found.items()}
@@ -140,7 +138,8 @@ def dump_model(
             wrong.append(f"{module}: {error}")
             continue
         for leaf, t in theirs.items():
-            key = f"{name}{kind.separator}{leaf}" if name else leaf
+            inner = "~/" * ("/" in leaf)  # a module that a method of another made, in Haiku
+            key = f"{name}{kind.separator}{inner}{leaf}" if name else inner + leaf
             if key in new and not np.array_equal(new[key], t):
                 wrong.append(f"{key} is written twice, with different values")
             new[key] = t
@@ -180,9 +179,8 @@ def _table(modules: Mapping[str, Any], names: Names) -> tuple[dict[str, str], li
     table = {module: name for module, name in given.items() if name is not None}
     wrong = [f"{module} has no name" for module in modules if module not in table]
     if not callable(names):
-        wrong += [
-            f"names has {module}, and the tree has not" for module in names if module not in modules
-        ]
+        unknown = [module for module in names if module not in modules]
+        wrong += [f"{module} is in names and not in the tree" for module in unknown]
     return table, wrong
 
 
@@ -191,7 +189,8 @@ def _grouped(
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The arrays of each of these modules, and the names of those that belong to none.
 
-    An array is of the module with the longest name that its own begins with.
+    An array is of the module with the longest name that its own begins with. A tilde, with which
+    Haiku names the inner modules of a module, is left out.
     """
     by_path = {name.replace(".", "/"): name for name in names}
     modules: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -203,10 +202,9 @@ def _grouped(
         ends = [i for i, letter in enumerate(path) if letter == "/"]
         end = next((i for i in reversed(ends) if path[:i] in by_path), None)
         if end is not None:
-            # Haiku separates what a method of a module made by a tilde.
             modules[by_path[path[:end]]][path[end + 1 :].removeprefix("~/")] = t
         elif "" in by_path:
-            modules[by_path[""]][path] = t
+            modules[by_path[""]][path.removeprefix("~/")] = t
         else:
             left.append(key)
     return modules, left
