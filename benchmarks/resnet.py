@@ -67,7 +67,8 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = True) -> jax.Array:
-        padding, pool = (3, [(1, 1), (1, 1)]) if self.symmetric else ("SAME", "SAME")
+        padding: Any = 3 if self.symmetric else "SAME"
+        pool: Any = [(1, 1), (1, 1)] if self.symmetric else "SAME"
         x = self.conv(self.width, (7, 7), 2, padding=padding, use_bias=False)(x)
         x = nn.relu(self.norm()(x, use_running_average=not train))
         x = nn.max_pool(x, (3, 3), (2, 2), pool)

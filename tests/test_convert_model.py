@@ -82,48 +82,63 @@ def flax_resnet(stages, width, num_classes=10):
     return model, jax.eval_shape(lambda x: model.init(KEY, x, train=False), shape)
 
 
+def images(size):
+    """As Flax has them, and as PyTorch does."""
+    x = data(2, size, size, 3, dtype="f4")
+    return x, pytest.importorskip("torch").from_numpy(x.transpose(0, 3, 1, 2))
+
+
+def close(got, want, tolerance=2e-5):
+    """Within this part of the largest number."""
+    got, want = np.asarray(got), want.detach().numpy()
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
+
+
+SMALL = (2, 1), 4
+
+
 @pytest.mark.parametrize(
     "stages, width, size",
-    [((2, 1), 4, 32), pytest.param((3, 4, 6, 3), 64, 64, marks=pytest.mark.slow)],
+    [(*SMALL, 32), pytest.param((3, 4, 6, 3), 64, 64, marks=pytest.mark.slow)],
     ids=["small", "ResNet-50"],
 )
 def test_a_resnet_of_torch_goes_to_flax_and_back(stages, width, size):
-    """Logits to float32 rounding in inference and in a step of training, with its statistics."""
+    """Logits to float32 rounding, and every array bit for bit."""
     torch = pytest.importorskip("torch")
-    network = torch_resnet(torch, stages, width)
+    network = torch_resnet(torch, stages, width).eval()
     model, tree = flax_resnet(stages, width)
-    names = torchvision_names(stages)
-    before = {name: t.clone() for name, t in network.state_dict().items()}
-    variables = convert.load_model(tree, before, names)
-    x = data(2, size, size, 3, dtype="f4")
-    images = torch.from_numpy(x.transpose(0, 3, 1, 2))
-
-    def close(got, want, tolerance=2e-5):
-        got, want = np.asarray(got), want.detach().numpy()
-        np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
-
+    names, there = torchvision_names(stages), network.state_dict()
+    variables = convert.load_model(tree, there, names)
+    x, as_torch = images(size)
     with torch.no_grad():
-        want = network.eval()(images)
+        want = network(as_torch)
     close(jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, x), want)
-
-    back = convert.dump_model(variables, names, like=before)
-    assert back.keys() == before.keys()
-    for name, t in before.items():
+    back = convert.dump_model(variables, names, like=there)
+    assert back.keys() == there.keys()
+    for name, t in there.items():
         np.testing.assert_array_equal(back[name], t.numpy(), strict=True)
 
-    with torch.no_grad():
-        want = network.train()(images)
+
+def test_a_resnet_of_torch_trains_on():
+    """A step here and there gives the same statistics, which inference there can use."""
+    torch = pytest.importorskip("torch")
+    network = torch_resnet(torch, *SMALL).train()
+    model, tree = flax_resnet(*SMALL)
+    names = torchvision_names(SMALL[0])
+    variables = convert.load_model(tree, network.state_dict(), names)
+    x, as_torch = images(32)
     step = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable="batch_stats"))
     y, new = step(variables, x)
-    close(y, want, 2e-3)
+    with torch.no_grad():
+        close(y, network(as_torch), 2e-3)
     after = convert.dump_model(dict(variables) | dict(new), names, like=network.state_dict())
     for name, t in network.state_dict().items():
         if name.endswith(("running_mean", "running_var")):
             close(after[name], t, 2e-4)
-    fresh = torch_resnet(torch, stages, width)
+    fresh = torch_resnet(torch, *SMALL)
     fresh.load_state_dict({name: torch.from_numpy(t) for name, t in after.items()})
     with torch.no_grad():
-        close(fresh.eval()(images), network.eval()(images), 1e-3)
+        close(fresh.eval()(as_torch), network.eval()(as_torch), 1e-3)
 
 
 def test_names_of_the_whole_resnet_50():
@@ -327,6 +342,68 @@ def test_keras_by_the_paths_of_its_variables(monkeypatch):
         np.testing.assert_array_equal(back[path], np.asarray(variable))
 
 
+def test_batch_renorm_of_sbx_in_its_collections():
+    names = {"Norm_0": "BatchRenorm_0", "Dense_0": "Dense_0"}
+
+    class Net(flinen.Module):
+        @flinen.compact
+        def __call__(self, x):
+            settings = convert.settings("sbx.BatchRenorm")
+            return flinen.Dense(2)(linen.Norm(**settings, use_running_average=True)(x))
+
+    x, schedule = data(4, 3, dtype="f4"), {"r_max": 3, "d_max": 5, "steps": 7}
+    affine = {"scale": data(3, dtype="f4"), "bias": data(3, dtype="f4")}
+    stats = {"mean": data(3, dtype="f4"), "var": data(3, dtype="f4") ** 2}
+    dense = {"kernel": data(3, 2, dtype="f4"), "bias": np.zeros(2, "f4")}
+    arrays = {
+        "params": {"BatchRenorm_0": affine, "Dense_0": dense},
+        "batch_stats": {"BatchRenorm_0": stats | schedule},
+    }
+    tree = jax.eval_shape(Net().init, KEY, x)
+    variables = convert.load_model(tree, arrays, names, library="sbx")
+    want = (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-3) * affine["scale"] + affine["bias"]
+    got = Net().apply(variables, x)
+    np.testing.assert_allclose(got, want @ dense["kernel"], rtol=1e-4, atol=1e-4)
+    back = convert.dump_model(variables, names, library="sbx", steps=7)
+    assert back.keys() == {f"BatchRenorm_0/{n}" for n in affine | stats | schedule} | {
+        "Dense_0/kernel", "Dense_0/bias",
+    }  # fmt: skip
+
+
+def test_equinox_in_trees_of_its_own():
+    """A part of a model is a tree of arrays; what it remembers is beside it."""
+    eqx = pytest.importorskip("equinox")
+    conv = eqx.nn.Conv2d(3, 4, 3, padding=1, key=KEY)
+    norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(4, "batch", mode="batch")
+    x = data(2, 3, 5, 5, dtype="f4")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        features = jax.vmap(conv)(x)
+        mapped = jax.vmap(norm, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+        want, state = mapped(features, state)
+    mean, var = state.get(norm.batch_state_index)
+    remembered = {"counter": state.get(norm.batch_counter), "hidden_mean": mean, "hidden_var": var}
+    arrays = {
+        "conv": eqx.filter(conv, eqx.is_array),
+        "norm": {"weight": norm.weight, "bias": norm.bias} | remembered,
+    }
+
+    class Net(flinen.Module):
+        @flinen.compact
+        def __call__(self, x):
+            x = flinen.Conv(4, (3, 3))(x)
+            return linen.BatchNorm(use_running_average=True)(x)
+
+    x = x.transpose(0, 2, 3, 1)
+    tree = jax.eval_shape(Net().init, KEY, x)
+    names = {"Conv_0": "conv", "BatchNorm_0": "norm"}
+    variables = convert.load_model(tree, arrays, names, library="equinox")
+    got = Net().apply(variables, x)  # after one step they are the statistics of this batch
+    np.testing.assert_allclose(got, np.moveaxis(want, 1, -1), rtol=1e-3, atol=1e-3)
+    back = convert.dump_model(variables, names, library="equinox", like=arrays)
+    assert back["conv/bias"].shape == (4, 1, 1)
+    np.testing.assert_array_equal(back["conv/weight"], conv.weight)
+
+
 def test_boxed_parameters_stay_boxed():
     """As nn.with_partitioning makes them."""
     init = flinen.with_partitioning(flinen.initializers.lecun_normal(), (None, "model"))
@@ -387,3 +464,27 @@ def test_two_modules_with_one_name():
     tree["b"]["kernel"] = np.zeros((2, 3))
     with pytest.raises(ValueError, match="tied.weight is written twice, with different values"):
         convert.dump_model(tree, names)
+
+
+def test_what_the_page_says_of_flattened_images_and_transposed_convolutions():
+    """The same shapes with another meaning: docs/coming_from_pytorch.md."""
+    torch = pytest.importorskip("torch")
+    up, fc = torch.nn.ConvTranspose2d(3, 4, 4, stride=2, padding=1), torch.nn.Linear(4 * 6 * 10, 2)
+    x = data(2, 3, 5, 3, dtype="f4")
+    y = torch.from_numpy(x.transpose(0, 3, 1, 2))
+    want = fc(up(y).flatten(1)).detach().numpy()
+
+    class Net(flinen.Module):
+        @flinen.compact
+        def __call__(self, x):
+            padding = [(4 - 1 - 1,) * 2] * 2
+            x = flinen.ConvTranspose(4, (4, 4), (2, 2), padding, transpose_kernel=True)(x)
+            return flinen.Dense(2)(x.reshape(len(x), -1))
+
+    arrays = {f"up.{name}": t for name, t in up.state_dict().items()}
+    arrays |= {f"fc.{name}": t.numpy() for name, t in fc.state_dict().items()}
+    weight = arrays["fc.weight"].reshape(-1, 4, 6, 10)
+    arrays["fc.weight"] = weight.transpose(0, 2, 3, 1).reshape(len(weight), -1)
+    tree = jax.eval_shape(Net().init, KEY, x)
+    variables = convert.load_model(tree, arrays, {"ConvTranspose_0": "up", "Dense_0": "fc"})
+    np.testing.assert_allclose(Net().apply(variables, x), want, rtol=1e-4, atol=1e-5)

@@ -24,6 +24,7 @@ class Library(NamedTuple):
         embedding: their name of an embedding's array.
         outputs_first: whether kernels are (O, I, ...), as of NCHW, instead of (..., I, O).
         separator: between the names of modules and arrays.
+        in_collections: whether trees have Flax's collections, which are no part of names.
     """
 
     read: Callable[..., Layer]
@@ -32,6 +33,7 @@ class Library(NamedTuple):
     embedding: str
     outputs_first: bool = False
     separator: str = "/"
+    in_collections: bool = False
 
     def arrays_of(self, wanted: set[str], theirs: Mapping[str, Any], **options: Any) -> Arrays:
         """A module's arrays by our names; `wanted` are those that it has here."""
@@ -69,11 +71,12 @@ def _linear(kernel: str, bias: str) -> dict[str, str]:
     return {"kernel": kernel, "bias": bias}
 
 
+FLAX = _linear("kernel", "bias"), "embedding"
 LIBRARIES = {
     "torch": Library(from_torch, to_torch, _linear("weight", "bias"), "weight", True, "."),
     "haiku": Library(from_haiku, to_haiku, _linear("w", "b"), "embeddings"),
     "equinox": Library(from_equinox, to_equinox, _linear("weight", "bias"), "weight", True),
     "keras": Library(from_keras, to_keras, _linear("kernel", "bias"), "embeddings"),
-    "sbx": Library(from_sbx, to_sbx, _linear("kernel", "bias"), "embedding"),
-    "flax": Library(from_flax, to_flax, _linear("kernel", "bias"), "embedding"),
+    "sbx": Library(from_sbx, to_sbx, *FLAX, in_collections=True),
+    "flax": Library(from_flax, to_flax, *FLAX, in_collections=True),
 }

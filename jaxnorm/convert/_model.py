@@ -43,8 +43,8 @@ def load_model(
             `momentum`, `epsilon`.
 
     Returns:
-        The tree with JAX arrays of the dtypes that were given. Counts of updates that it has no
-        place for are left out.
+        The tree with JAX arrays of the dtypes that were given, as far as JAX is configured for
+        them. Counts of updates that it has no place for are left out.
 
     Raises:
         ValueError: modules without a name or without arrays, arrays that are left over, other
@@ -65,7 +65,7 @@ def load_model(
     places = [_place(path) for path in flat(tree)]
     wanted = _by_module(zip(places, leaves, strict=True))
     table, wrong = _table(wanted, names)
-    theirs, left = _grouped(arrays, set(table.values()), strip=library == "flax")
+    theirs, left = _grouped(arrays, set(table.values()), strip=kind.in_collections)
     wrong += [f"{key} is not used" for key in left]
     new: dict[tuple[str, str], np.ndarray] = {}
     for module, name in table.items():
