@@ -44,7 +44,7 @@ def as_numpy(t: Any) -> np.ndarray:
 def flat(arrays: Any) -> dict[str, Any]:
     """The leaves of nested dicts, or of another tree, by their path with slashes.
 
-    `value`, which boxes and variables of Flax add, is left out.
+    A last `value`, which boxes and variables of Flax add, is left out.
     """
     return {
         _joined(path): t
@@ -57,12 +57,9 @@ def _is_tensor(t: Any) -> bool:
 
 
 def _joined(path: tuple[Any, ...]) -> str:
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    return "/".join(
-        str(next(getattr(key, field) for field in ("key", "name", "idx") if hasattr(key, field)))
-        for key in path
-    )
+    fields = ("key", "name", "idx")
+    names = [str(next(getattr(k, f) for f in fields if hasattr(k, f))) for k in path]
+    return "/".join(names[:-1] if len(names) > 1 and names[-1] == "value" else names)
 
 
 def renamed(

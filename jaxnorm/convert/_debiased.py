@@ -13,7 +13,8 @@ def held(momentum: float, calls: np.ndarray) -> np.ndarray:
 
 def counted(arrays: Arrays, momentum: float, calls: np.ndarray) -> Arrays:
     """The state of a debiased average after so many calls; `arrays` are its mean and variance."""
-    count = np.full(arrays["var"].shape, held(momentum, calls), np.float32)
+    var = arrays["var"]
+    count = np.full(var.shape, held(momentum, calls), np.promote_types(var.dtype, np.float32))
     return arrays | {"count": count, "calls": np.asarray(calls, np.int32).reshape(())}
 
 

@@ -25,7 +25,7 @@ def from_haiku(arrays: Mapping[str, Any], *, decay_rate: float | None = None) ->
     The layers are `BatchNorm`, `GroupNorm`, `InstanceNorm`, `LayerNorm` and `RMSNorm`. Haiku's
     averages start at 0 and are debiased. The state is that of `batch_norm(debias=True)`, which
     `settings` sets: Haiku's `average` is the mean, and of its `counter` comes the weight `count`
-    that the batches have so far. Axes of size 1 are dropped.
+    that the batches have so far. Arrays of shape (1, ..., 1, C) become (C,).
 
     Args:
         arrays: `scale` and `offset`, and of a batch norm the state of its averages beside them,
@@ -124,8 +124,8 @@ def to_haiku(
 
 
 def _of_channels(t: np.ndarray) -> np.ndarray:
-    """Without the axes that are pooled."""
-    return t.reshape([n for n in t.shape if n != 1] or [1]) if t.ndim > 1 else t
+    """Without axes of size 1, where channels are all that there is beside them."""
+    return t.reshape(-1) if t.size == max(t.shape, default=1) else t
 
 
 @settings_of("haiku.BatchNorm")
