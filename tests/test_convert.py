@@ -107,6 +107,22 @@ def test_layers_count_and_average_cumulatively():
         assert int(got["calls"]) == len(XS) and got["calls"].dtype == jnp.int32
 
 
+def test_population_statistics_leave_a_count_alone():
+    """Which measures with a count of the same name."""
+    _, state = convert.from_torch(cumulative_of_torch()[0])
+    layer = linen.BatchNorm(use_running_average=False, use_bias=False, use_scale=False)
+
+    def forward(variables, x):
+        return layer.apply(variables, x, mutable="batch_stats")
+
+    batches = [x.astype("f4") for x in XS]
+    new = linen.population_statistics(forward, {"batch_stats": state}, batches)["batch_stats"]
+    mean, var = moments_of(np.concatenate(XS))
+    close(new["mean"], mean)
+    close(new["var"], var)
+    assert new["calls"] == state["calls"] and new["calls"].dtype == np.int32
+
+
 @pytest.mark.parametrize("library", ["linen", "nnx"])
 def test_batch_norm_with_a_correction_stores_what_torch_stores(library):
     mean, var = averaged(0.9, correction=1)
