@@ -11,7 +11,7 @@ of its own, and an `activation` that is applied to the output and recomputed in 
 masks may be real weights. Layers with running statistics take `update_running_average`: by default
 they are updated when they are not used. Both at once, or neither, are possible. After Flax's fields
 comes `unit_offset`, which stores scale as its distance from 1 (`scale_init` still gives the scale
-itself).
+itself), and in `BatchNorm` the `correction` of the running variance.
 """
 
 from jaxnorm.linen._norm import Norm as Norm
