@@ -49,6 +49,7 @@ A method is a value, a `Method` with its hyperparameters. What it remembers is a
     with its activation           methods.filter_response_norm, thresholded_linear_unit,
                                   evonorm_b0, evonorm_s0, proxy_norm
     in a rule of your own         methods.measured, applied
+    by name, in a configuration   methods.from_config, to_config
 
 Rows also go into `norm`, `moments` and `pool`; each of the others has a rule and a file of its own
 in `methods/`. Around them:

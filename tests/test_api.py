@@ -70,12 +70,12 @@ BY_POSITION = {
     "threshold", "scale", "shift", "step", "epoch", "distances", "forward", "num_domains",
     "evaluate", "batches", "loss", "update", "params", "weight_decay", "variables", "model",
     "sizes", "counts", "ax", "name", "row", "epsilon",
-    "key", "before", "after", "tree", "alter",
+    "key", "before", "after", "tree", "alter", "config", "method",
 }  # fmt: skip
 # of these no paper is known, or the text below says where they come from
 WITHOUT_REFERENCE = {
-    "Method", "Row", "measured", "applied", "linen.Norm", "nnx.Norm", "nnx.Tap",
-    "nnx.Observation", "nnx.FoldedNorm",
+    "Method", "Row", "measured", "applied", "from_config", "to_config", "linen.Norm", "nnx.Norm",
+    "nnx.Tap", "nnx.Observation", "nnx.FoldedNorm",
     "inference.ExampleWeights", "linen.fold_norms", "optim.norm_mask", "optim.decay_mask",
 }  # fmt: skip
 
@@ -234,7 +234,8 @@ ABOVE = (
     "methods._renorm", "methods._momentum", "methods._memorized", "methods._switchable",
     "methods._domains", "methods._evonorm", "methods._filter_response", "methods._group_plus",
     "methods._proxy", "methods._moving_average", "methods._carried_over",
-    "methods._cross_iteration", "methods._pieces", "methods._batch_group", "methods",
+    "methods._cross_iteration", "methods._pieces", "methods._batch_group", "methods._config",
+    "methods",
     "schedules", "training", "domains", "positional", "folding", "_pairs",
     "probe._trees", "probe._landscape", "probe._depth", "probe._noise", "probe._statistics",
     "probe._power", "probe._calls", "probe",
