@@ -67,7 +67,8 @@ in `methods/`. Around them:
     measuring a training run      probe.along_gradient (which returns AlongGradient),
                                   gradient_change, l2_by_layer, effective_learning_rates, noise,
                                   sensitivity, statistics_spread (StatisticsSpread), range_excess
-                                  (RangeExcess), channel_power (ChannelPower), NormCall
+                                  (RangeExcess), channel_power (ChannelPower), NormCall,
+                                  NormTable, NormRow
     pictures of the sets          drawing.style, draw_row, draw_block, draw_key
 
 In Flax, `linen.Norm(method)` and `nnx.Norm(features, method, rngs=)` carry every method (with `Tap`
@@ -77,7 +78,8 @@ and `Observation`, two kinds of nnx variables). The rest of `linen/` and `nnx/`:
     standardized kernels          WSConv, WSDense
     scale and shift of moments    DynamicMomentShortcut
     whole models                  population_statistics, fold_norms (which leaves a FoldedNorm in
-                                  nnx), record_norms, alter_norms, linen.call_norms_with
+                                  nnx), record_norms, alter_norms, tabulate_norms,
+                                  linen.call_norms_with
 
 `linen`, `nnx`, `optim` and `drawing` are imported by name: all else needs jax alone. In the core,
 `equations.py` has both full-size computations as they stand in the literature, `mean_var.py` and
