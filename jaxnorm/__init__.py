@@ -79,6 +79,7 @@ and `Observation`, two kinds of nnx variables). The rest of `linen/` and `nnx/`:
     scale and shift of moments    DynamicMomentShortcut
     whole models                  population_statistics, fold_norms (which leaves a FoldedNorm in
                                   nnx), record_norms, alter_norms, tabulate_norms,
+                                  replace_norms (with a ReplacedNorm for each in nnx),
                                   linen.call_norms_with
 
 `linen`, `nnx`, `optim` and `drawing` are imported by name: all else needs jax alone. In the core,

@@ -82,7 +82,7 @@ WITHOUT_REFERENCE = {
 # the notebooks run what needs matplotlib; variables and a remnant are used through others
 WITHOUT_EXAMPLE = {
     "drawing.style", "drawing.draw_row", "drawing.draw_block", "drawing.draw_key",
-    "nnx.Tap", "nnx.Observation", "nnx.FoldedNorm",
+    "nnx.Tap", "nnx.Observation", "nnx.FoldedNorm", "nnx.ReplacedNorm",
 }  # fmt: skip
 
 
@@ -240,7 +240,7 @@ ABOVE = (
     "probe._trees", "probe._landscape", "probe._depth", "probe._noise", "probe._statistics",
     "probe._power", "probe._calls", "probe._table", "probe",
 )  # fmt: skip
-OF_LAYERS = ("_flax_rules", "_layers", "_inspection")
+OF_LAYERS = ("_flax_rules", "_layers", "_inspection", "_replacing")
 FLOORS = (*(f"_core.{name}" for name in CORE), *ABOVE, *OF_LAYERS)
 
 

@@ -131,11 +131,7 @@ def name_of(method: Method) -> str:
         return str(method)
     batch, spatial, channel = vars(method.groups).values()
     ghosts, groups = _argument(batch, "ghost_size"), _argument(channel, "group_size")
-    kind: Any = (
-        batch if batch in (1, EACH) else "k",
-        spatial,
-        channel if channel in (1, EACH) else "k",
-    )
+    kind: Any = tuple(t if t in (1, EACH) else "k" for t in (batch, spatial, channel))
     names: dict[Any, str] = {
         (1, 1, EACH): "batch_norm",
         ("k", 1, EACH): f"ghost_batch_norm({ghosts})",
