@@ -49,6 +49,7 @@ A method is a value, a `Method` with its hyperparameters. What it remembers is a
     with its activation           methods.filter_response_norm, thresholded_linear_unit,
                                   evonorm_b0, evonorm_s0, proxy_norm
     in a rule of your own         methods.measured, applied
+    by name, in a configuration   methods.from_config, to_config
 
 Rows also go into `norm`, `moments` and `pool`; each of the others has a rule and a file of its own
 in `methods/`. Around them:
@@ -69,7 +70,8 @@ in `methods/`. Around them:
     measuring a training run      probe.along_gradient (which returns AlongGradient),
                                   gradient_change, l2_by_layer, effective_learning_rates, noise,
                                   sensitivity, statistics_spread (StatisticsSpread), range_excess
-                                  (RangeExcess), channel_power (ChannelPower), NormCall
+                                  (RangeExcess), channel_power (ChannelPower), NormCall,
+                                  NormTable, NormRow
     pictures of the sets          drawing.style, draw_row, draw_block, draw_key
 
 In Flax, `linen.Norm(method)` and `nnx.Norm(features, method, rngs=)` carry every method (with `Tap`
@@ -79,7 +81,9 @@ and `Observation`, two kinds of nnx variables). The rest of `linen/` and `nnx/`:
     standardized kernels          WSConv, WSDense
     scale and shift of moments    DynamicMomentShortcut
     whole models                  population_statistics, fold_norms (which leaves a FoldedNorm in
-                                  nnx), record_norms, alter_norms, linen.call_norms_with
+                                  nnx), record_norms, alter_norms, tabulate_norms,
+                                  replace_norms (with a ReplacedNorm for each in nnx),
+                                  linen.call_norms_with
 
 `linen`, `nnx`, `optim` and `drawing` are imported by name: all else needs jax alone. In the core,
 `equations.py` has both full-size computations as they stand in the literature, `mean_var.py` and

@@ -971,6 +971,89 @@ ERRORS |= {
         r"bias has shape \(1, 6\)\. Expected \(6,\)",
         lambda: folding.fold(ones(3, 6), ones(1, 6), init_running((6,))),
     ),
+    "a configuration of another type": (
+        TypeError,
+        r"a configuration is text or a dict\. Got list, \['group_norm', 4\]; expected for example",
+        lambda: methods.from_config(["group_norm", 4]),
+    ),
+    "a method by a wrong name": (
+        ValueError,
+        r"configuration 'GroupNorm:4' cannot be read: 'GroupNorm' is no method; the nearest are "
+        r"group_norm, .*\. Expected one of batch_and_group_norm, ",
+        lambda: methods.from_config("GroupNorm:4"),
+    ),
+    "a field by a wrong name": (
+        ValueError,
+        r"batch_renorm has no 'r_max'; the nearest are rmax, dmax.* Expected rmax, dmax, momentum",
+        lambda: methods.from_config("batch_renorm:r_max=3"),
+    ),
+    "a field of a row by a wrong name, in a dict": (
+        ValueError,
+        r"\{'name': 'batch_norm', 'eps': 0\} cannot be read: batch_norm has no 'eps'; the nearest "
+        r"are epsilon\. Expected epsilon, momentum, correction",
+        lambda: methods.from_config({"name": "batch_norm", "eps": 0}),
+    ),
+    "a nested field by a wrong name": (
+        ValueError,
+        r"group_norm has no 'groups'; the nearest are num_groups, .*Expected num_groups, group_s",
+        lambda: methods.from_config({"name": "proxy_norm", "method": "group_norm:groups=4"}),
+    ),
+    "a configuration without its number": (
+        ValueError,
+        r"missing a required argument: 'num_domains' for domain_batch_norm\. Expected "
+        r"domain_batch_norm\(num_domains, momentum=0.99, epsilon=1e-05\)",
+        lambda: methods.from_config("domain_batch_norm"),
+    ),
+    "a configuration with too many numbers": (
+        ValueError,
+        r"too many positional arguments for group_norm\. Expected group_norm\(num_groups=None, ",
+        lambda: methods.from_config("group_norm:4,5"),
+    ),
+    "a configuration with a number twice": (
+        ValueError,
+        "an argument of group_norm is there twice or has no name. Expected each once",
+        lambda: methods.from_config("group_norm:num_groups=4,num_groups=5"),
+    ),
+    "a configuration of no form": (
+        ValueError,
+        r"'group_norm\(4' cannot be read: it is no name with arguments\. Expected name:argument,",
+        lambda: methods.from_config("group_norm(4"),
+    ),
+    "a configuration as deep as the parser": (
+        ValueError,
+        r"\(\(\(\.\.\. cannot be read: it is no name with arguments",
+        lambda: methods.from_config("(" * 5000),
+    ),
+    "a configuration to be evaluated": (
+        ValueError,
+        r"'2 \* 16' is no literal\. Expected numbers, strings in quotes, True, False, None, tuples",
+        lambda: methods.from_config("group_norm:2*16"),
+    ),
+    "a string without quotes": (
+        ValueError,
+        "'pooled' is no method. Expected one of",
+        lambda: methods.from_config("batch_norm:ghost_update=pooled"),
+    ),
+    "a configuration of no method": (
+        ValueError,
+        r"'Size:4' cannot be read: Size\(4\) is no method\. Expected the name of one",
+        lambda: methods.from_config("Size:4"),
+    ),
+    "a dict without a name": (
+        ValueError,
+        r"its keys are 'type'\. Expected the key 'name' with the name of a method",
+        lambda: methods.from_config({"type": "group_norm"}),
+    ),
+    "a value that its method refuses": (
+        ValueError,
+        r"'batch_norm:momentum=2' cannot be read: momentum is 2; expected a number of at least 0",
+        lambda: methods.from_config("batch_norm:momentum=2"),
+    ),
+    "a configuration of what is no method": (
+        TypeError,
+        r"method is a value of jaxnorm.methods or a Groups\. Got 'group_norm:4'",
+        lambda: methods.to_config("group_norm:4"),
+    ),
 }
 
 

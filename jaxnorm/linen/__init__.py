@@ -26,5 +26,7 @@ from jaxnorm.linen._positional import DynamicMomentShortcut as DynamicMomentShor
 from jaxnorm.linen._inference import call_norms_with as call_norms_with
 from jaxnorm.linen._probe import alter_norms as alter_norms
 from jaxnorm.linen._probe import record_norms as record_norms
+from jaxnorm.linen._inspection import tabulate_norms as tabulate_norms
+from jaxnorm.linen._replacing import replace_norms as replace_norms
 from jaxnorm.linen._population import population_statistics as population_statistics
 from jaxnorm.linen._folding import fold_norms as fold_norms

@@ -7,13 +7,17 @@
 Rows of the table are `batch_norm`, `ghost_batch_norm`, `batch_and_group_norm`, `instance_norm`,
 `group_norm`, `layer_norm`, `token_layer_norm`, `positional_norm`, `rms_norm`, `instance_rms_norm`,
 and `batch_group_norm` where it splits channels. They also go into `norm`, `moments` and `pool`. The
-other methods put a rule of their own between statistics and their use.
+other methods put a rule of their own between statistics and their use. `from_config` makes each of
+its name and arguments, as configurations and command lines have them, and `to_config` is the way
+back.
 """
 
 from jaxnorm.methods._method import Method as Method
 from jaxnorm.methods._row import Row as Row
 from jaxnorm.methods._frame import applied as applied
 from jaxnorm.methods._frame import measured as measured
+from jaxnorm.methods._config import from_config as from_config
+from jaxnorm.methods._config import to_config as to_config
 from jaxnorm.methods._table import batch_and_group_norm as batch_and_group_norm
 from jaxnorm.methods._table import batch_norm as batch_norm
 from jaxnorm.methods._table import ghost_batch_norm as ghost_batch_norm

@@ -35,6 +35,7 @@ from jaxnorm.methods._method import (
     State,
     channels_of,
 )
+from jaxnorm.methods._options import Sets, sets_of_pooled
 from jaxnorm.methods._pieces import at_features, grid_of, in_pieces, positions_of
 from jaxnorm.methods._row import Row
 
@@ -135,6 +136,11 @@ class batch_group_norm(Method):
 
     def keeps_positions(self, num_channels: int) -> bool:
         return num_channels % self.num_groups != 0
+
+    def sets(self, x_shape: Sequence[int], **axes: Unpack[Axes]) -> tuple[Sets, ...]:
+        if self.keeps_positions(channels_of(x_shape, axes)):
+            return (sets_of_pooled((self.num_groups,)),)
+        return self._row.sets(x_shape, **axes)
 
     def _init(self, x_shape: Shape, options: InitOptions) -> State:
         positions = positions_of(self.num_groups, x_shape, **axes_in(options))

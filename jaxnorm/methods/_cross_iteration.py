@@ -4,7 +4,7 @@ Those of past batches are carried over to the present weights.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -36,6 +36,7 @@ from jaxnorm.methods._method import (
     State,
     channels_of,
 )
+from jaxnorm.methods._options import Axes, Sets
 from jaxnorm.methods._table import batch_norm
 
 
@@ -121,6 +122,10 @@ class cross_iteration_norm(Method):
     rho: float = 1.0
     momentum: float = 0.9
     epsilon: float = 1e-5
+
+    def sets(self, x_shape: Sequence[int], **axes: Unpack[Axes]) -> tuple[Sets, ...]:
+        # Devices also add up derivatives by the kernel in front, as many as it has numbers.
+        return (Sets(batch_norm().shape(x_shape, **axes), None),)
 
     def _init(self, x_shape: Shape, options: InitOptions) -> State:
         shape = tuple(options.get("kernel_shape", ()))

@@ -4,6 +4,7 @@ The statistics of a domain over all layers are its embedding; an example of an u
 placed among them by its own statistics: see `domains`.
 """
 
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import jax
@@ -24,6 +25,7 @@ from jaxnorm.methods._frame import (
     recalled,
 )
 from jaxnorm.methods._method import Method, Options, Result, State
+from jaxnorm.methods._options import Axes, Sets
 from jaxnorm.methods._state import check_state
 from jaxnorm.methods._table import batch_norm, instance_norm
 
@@ -73,6 +75,10 @@ class domain_batch_norm(Method):
     num_domains: Count
     momentum: float = 0.99
     epsilon: float = 1e-5
+
+    def sets(self, x_shape: Sequence[int], **axes: Unpack[Axes]) -> tuple[Sets, ...]:
+        # Of one domain. What is sent depends on whether examples have domains of their own.
+        return (Sets(batch_norm().shape(x_shape, **axes), None),)
 
     def first_state(self, num_channels: int) -> State:
         return first_running((self.num_domains, num_channels))

@@ -25,6 +25,7 @@ from jaxnorm.methods._frame import (
     pooled,
 )
 from jaxnorm.methods._method import Method, Options, Parameters, Result, State
+from jaxnorm.methods._options import Axes, Sets, sets_of_pooled
 from jaxnorm.methods._table import batch_norm, group_norm, instance_norm
 
 
@@ -69,6 +70,14 @@ class evonorm_b0(Method):
 
     momentum: float = 0.9
     epsilon: float = 1e-5
+
+    def sets(self, x_shape: Sequence[int], **axes: Unpack[Axes]) -> tuple[Sets, ...]:
+        batch = sets_of_pooled(batch_norm().shape(x_shape, **axes))
+        return (*instance_norm().sets(x_shape, **axes), batch)
+
+    @property
+    def activates(self) -> bool:
+        return True
 
     def first_state(self, num_channels: int) -> State:
         return {"var": jnp.ones(num_channels, jnp.float32)}
@@ -134,6 +143,14 @@ class evonorm_s0(Method):
 
     num_groups: Count = 32
     epsilon: float = 1e-5
+
+    @property
+    def statistics(self) -> tuple[Method, ...]:  # type: ignore[override]
+        return (group_norm(self.num_groups),)
+
+    @property
+    def activates(self) -> bool:
+        return True
 
     def parameters(self, num_channels: int) -> Parameters:
         return {"v": np.ones(num_channels, np.float32)}

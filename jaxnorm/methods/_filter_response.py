@@ -64,6 +64,8 @@ class filter_response_norm(Method):
         others; epsilon is that of TensorFlow Addons.
     """
 
+    statistics = (instance_rms_norm(),)
+
     use_threshold: bool = True
     use_slope: bool = False
     use_learned_epsilon: bool = False
@@ -76,6 +78,10 @@ class filter_response_norm(Method):
                 "slope is that of the affine thresholded linear unit. Got use_threshold=False and "
                 "use_slope=True; expected both, or no slope."
             )
+
+    @property
+    def activates(self) -> bool:
+        return self.use_threshold
 
     def parameters(self, num_channels: int) -> Parameters:
         zeros = np.zeros(num_channels, np.float32)

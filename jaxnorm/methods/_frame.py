@@ -25,7 +25,8 @@ from jaxnorm._core.running import rate_of, update_running, usable, warn_of_half_
 from jaxnorm._core.shared import own_and_wide
 from jaxnorm._core.state import init_running
 from jaxnorm._population import POPULATION
-from jaxnorm.methods._method import AXES, Options, State, signature
+from jaxnorm.methods._method import State
+from jaxnorm.methods._options import AXES, Options, signature
 
 
 def measured(

@@ -26,6 +26,7 @@ from jaxnorm.methods._frame import (
     updated,
 )
 from jaxnorm.methods._method import InitOptions, Method, Options, Parameters, Result, State
+from jaxnorm.methods._row import Row
 from jaxnorm.methods._table import group_norm
 
 
@@ -91,6 +92,10 @@ class group_norm_plus(Method):
     @property
     def _second_branch(self) -> Groups:
         return Groups(batch=1, spatial=EACH if self.per_position else 1, channel=EACH)
+
+    @property
+    def statistics(self) -> tuple[Method, ...]:  # type: ignore[override]
+        return (group_norm(self.num_groups), Row(self._second_branch))
 
     def keeps_positions(self, num_channels: int) -> bool:
         return self.per_position

@@ -74,6 +74,8 @@ class memorized_batch_norm(Method):
         reconstruction from summaries: see the module.
     """
 
+    statistics = (batch_norm(),)
+
     memory_weights: tuple[float, ...]
     variance: Literal["pool", "blend"] = "pool"
     epsilon: float = 1e-5

@@ -6,24 +6,30 @@ y, state = method.apply(x, state, train=True, scale=scale, bias=bias)
 
 import abc
 import dataclasses
-import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Required, TypedDict, Unpack
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from jaxnorm._core.axes import Shape, axes_of, single_axis
 from jaxnorm._core.checks import check_flag
-from jaxnorm._core.devices import AxisName, DeviceGroups
 from jaxnorm._core.meshes import in_explicit_meshes
 from jaxnorm._core.moments import Moments, inexact
 from jaxnorm._core.shared import shared
 from jaxnorm.methods._fields import check_fields, check_names, check_value, typed
+from jaxnorm.methods._options import (
+    AXES,
+    Axes,
+    InitOptions,
+    Options,
+    Sets,
+    channels_of,
+    options_of,
+)
 from jaxnorm.methods._state import check_state
 
 State = dict[str, jax.Array]
@@ -32,47 +38,6 @@ Result = tuple[jax.Array, State]
 Parameters = dict[str, np.ndarray]
 InFront = tuple[jax.Array, dict[str, Any]]
 """x, as the layer in front makes it, and the options of `apply` that describe this layer."""
-
-
-signature = functools.cache(inspect.signature)
-AXES = {"batch_axis": 0, "channel_axis": -1}
-
-
-class Axes(TypedDict, total=False):
-    """The axis of the examples, 0 by default, and that of the channels, -1."""
-
-    batch_axis: int
-    channel_axis: int
-
-
-class Options(TypedDict, total=False):
-    """What every method takes at `apply`, as `norm` does; see there.
-
-    Rules always get the dtype of y, and the axes, counted from the front.
-    """
-
-    scale: ArrayLike | None
-    bias: ArrayLike | None
-    weights: ArrayLike | None
-    activation: Callable[[jax.Array], jax.Array] | None
-    dtype: Required[DTypeLike]
-    axis_name: AxisName
-    axis_index_groups: DeviceGroups
-    batch_axis: Required[int]
-    channel_axis: Required[int]
-
-
-class InitOptions(Axes, total=False):
-    """What every method takes at `init`."""
-
-    dtype: DTypeLike
-    kernel_shape: Sequence[int]
-    feature_group_count: int
-
-
-def channels_of(x_shape: Sequence[int], options: Mapping[str, Any]) -> int:
-    """The number of channels of an x of this shape."""
-    return x_shape[single_axis(options.get("channel_axis", -1), x_shape)]
 
 
 class Method(abc.ABC):
@@ -123,6 +88,9 @@ class Method(abc.ABC):
     observe: ClassVar[Callable[..., State] | None] = None
     """Where a method has more to say about x, `observe(x, state, ...)`: arrays by name, which
     layers offer to store."""
+
+    statistics: ClassVar[tuple["Method", ...]] = ()
+    """The rows of the table whose statistics a rule takes in training."""
 
     def __post_init__(self):
         check_fields(self, options_of(type(self).rule))
@@ -219,6 +187,15 @@ class Method(abc.ABC):
             "where a row of the table is expected, such as methods.group_norm(32); call its apply."
         )
 
+    def sets(self, x_shape: Sequence[int], **axes: Unpack[Axes]) -> tuple[Sets, ...]:
+        """What shares statistics in training, for x of this shape; () where that is not known."""
+        return tuple(sets for row in self.statistics for sets in row.sets(x_shape, **axes))
+
+    @property
+    def activates(self) -> bool:
+        """Whether it is the activation as well, or has to be given the one that follows."""
+        return False
+
     def any_batch(self) -> "Method":
         """The method for batches of any size, as a layer is initialized with."""
         return self
@@ -287,13 +264,3 @@ def _apply(method: Method, x: Any, state: State, *, train: bool, **options: Any)
     state = state if isinstance(state, dict) else dict(state)
     x = shared(x) if method.reads_shared else x
     return method.rule(x, state, train=train, **options)
-
-
-@functools.cache
-def options_of(function: Any) -> dict[str, inspect.Parameter]:
-    """The options of a rule beside those of every method."""
-    return {
-        name: p
-        for name, p in signature(function).parameters.items()
-        if p.kind is p.KEYWORD_ONLY and name not in {"train", *Options.__annotations__}
-    }

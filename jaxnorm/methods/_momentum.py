@@ -61,6 +61,8 @@ class momentum_batch_norm(Method):
         an independent reproduction, not in the paper.
     """
 
+    statistics = (batch_norm(),)
+
     train_momentum: float | None = None
     momentum: float = 0.99
     epsilon: float = 1e-5

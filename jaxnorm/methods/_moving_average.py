@@ -111,6 +111,8 @@ class moving_average_norm(Method):
         closest: averages as soon as the window is full, of batches.
     """
 
+    statistics = (Row(batch_norm().groups, mean=0),)
+
     overwritten_by_gradient = ("tap",)
 
     window: Count = 16

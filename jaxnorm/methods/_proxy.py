@@ -88,6 +88,14 @@ class proxy_norm(Method):
             )
         check_epsilon(self.proxy_epsilon, "proxy_epsilon")
 
+    @property
+    def statistics(self) -> tuple[Method, ...]:  # type: ignore[override]
+        return (self.method,)
+
+    @property
+    def activates(self) -> bool:
+        return True
+
     def parameters(self, num_channels: int) -> Parameters:
         zeros = np.zeros(num_channels, np.float32)
         return {"proxy_scale": zeros, "proxy_bias": zeros}

@@ -67,6 +67,8 @@ class batch_renorm(Method):
         schedule, as cited by others.
     """
 
+    statistics = (batch_norm(),)
+
     rmax: float = 3.0
     dmax: float = 5.0
     momentum: float = 0.99

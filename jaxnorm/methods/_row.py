@@ -1,6 +1,7 @@
 """A row of the table: the method whose rule is empty."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -29,6 +30,7 @@ from jaxnorm.methods._frame import (
     updated,
 )
 from jaxnorm.methods._method import Axes, InitOptions, Method, Options, Result, State
+from jaxnorm.methods._options import Sets
 
 
 class RowFields(TypedDict, total=False):
@@ -118,6 +120,19 @@ class Row(Method):
         """The shape of the statistic for an x of shape `x_shape`: `Groups.shape`."""
         return resolve(self.groups, tuple(x_shape), **axes_in(axes))[0]
 
+    def sets(self, x_shape: Sequence[int], **axes: Unpack[Axes]) -> tuple[Sets, ...]:
+        sums = math.prod(self._measured.shape(x_shape, **axes)) * (1 if self.mean == 0 else 2)
+        shape, batch = self.shape(x_shape, **axes), axes_in(axes)["batch_axis"]
+        alone = shape[batch] == x_shape[batch] if self._batch is None else not self.pools_batch
+        return (Sets(shape, 0 if alone else 2 * sums),)  # forward and backward
+
+    @property
+    def _measured(self) -> "Row":
+        """The row whose statistics are taken from x, in each ghost batch; its own are coarser."""
+        if self.running is None:
+            return self
+        return Row(dataclasses.replace(self.running, batch=self._batch), self.mean)
+
     def row(self, x_shape: Sequence[int], **axes: Unpack[Axes]) -> "Row":
         """This row."""
         return self
@@ -188,10 +203,8 @@ class Row(Method):
                 more: Any = {"example_weight": weight, **taken_by(weigh_example, options)}
                 used = weigh_example(x, used, self, **more)
             return applied(x, used, self.epsilon, centered=self.mean is None, **options), state
-        center, sets = self._serving(state, x.shape, axes).mean, self
-        if self.running is not None:  # in each ghost batch
-            sets = Row(dataclasses.replace(self.running, batch=self._batch), self.mean)
-        batch = measured(x, sets, center=center, two_pass=self.two_pass, **options)
+        center = self._serving(state, x.shape, axes).mean
+        batch = measured(x, self._measured, center=center, two_pass=self.two_pass, **options)
         used = batch
         if self.running is not None:  # synchronized already
             used = pooled(batch, self.shape(x.shape, **axes), **per_device(options))

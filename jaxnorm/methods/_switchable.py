@@ -20,6 +20,7 @@ from jaxnorm.methods._frame import (
     recalled,
 )
 from jaxnorm.methods._method import Method, Options, Parameters, Result, State
+from jaxnorm.methods._options import Axes, Sets, sets_of_pooled
 from jaxnorm.methods._table import batch_norm, instance_norm, layer_norm
 
 
@@ -80,6 +81,13 @@ class switchable_norm(Method):
                 "one kind of statistics is nothing to mix. Got use_instance=False and "
                 "use_batch=False; expected one of the two, or layer normalization."
             )
+
+    def sets(self, x_shape: Sequence[int], **axes: Unpack[Axes]) -> tuple[Sets, ...]:
+        apart = (instance_norm(), layer_norm()) if self.use_instance else (layer_norm(),)
+        sets = [found for row in apart for found in row.sets(x_shape, **axes)]
+        if self.use_batch:
+            sets.append(sets_of_pooled(batch_norm().shape(x_shape, **axes)))
+        return tuple(sets)
 
     def first_state(self, num_channels: int) -> State:
         return first_running((num_channels,)) if self.use_batch else {}

@@ -20,6 +20,9 @@ from jaxnorm.nnx._kernels import WSDense as WSDense
 from jaxnorm.nnx._positional import DynamicMomentShortcut as DynamicMomentShortcut
 from jaxnorm.nnx._probe import alter_norms as alter_norms
 from jaxnorm.nnx._probe import record_norms as record_norms
+from jaxnorm.nnx._inspection import tabulate_norms as tabulate_norms
+from jaxnorm.nnx._replacing import ReplacedNorm as ReplacedNorm
+from jaxnorm.nnx._replacing import replace_norms as replace_norms
 from jaxnorm.nnx._population import population_statistics as population_statistics
 from jaxnorm.nnx._folding import FoldedNorm as FoldedNorm
 from jaxnorm.nnx._folding import fold_norms as fold_norms

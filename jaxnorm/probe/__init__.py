@@ -19,3 +19,5 @@ from jaxnorm.probe._statistics import range_excess as range_excess
 from jaxnorm.probe._power import ChannelPower as ChannelPower
 from jaxnorm.probe._power import channel_power as channel_power
 from jaxnorm.probe._calls import NormCall as NormCall
+from jaxnorm.probe._table import NormRow as NormRow
+from jaxnorm.probe._table import NormTable as NormTable

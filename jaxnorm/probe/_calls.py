@@ -41,7 +41,7 @@ class Tap:
         self.calls, self.inside = Counter(), set()
 
     def __call__(self, layer: Any, path: str | None, call: Any, args: Any, kwargs: Any) -> Any:
-        if id(layer) in self.inside:  # a class that calls that of its parent
+        if path in self.inside:  # of a class that calls that of its parent, or of what replaces it
             return call(*args, **kwargs)
         if path is None or get_opaque_trace_state() != self.trace:
             raise ValueError(
@@ -51,11 +51,11 @@ class Tap:
                 "Transform the recorded function instead, and build the model without remat and "
                 "scan for the probe."
             )
-        self.inside.add(id(layer))
+        self.inside.add(path)
         try:
             y = call(*args, **kwargs)
         finally:
-            self.inside.discard(id(layer))
+            self.inside.discard(path)
         name = f"{path}#{self.calls[path]}" if self.calls[path] else path
         self.calls[path] += 1
         first = list(inspect.signature(type(layer).__call__).parameters)[1]
