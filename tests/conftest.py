@@ -43,11 +43,11 @@ PROGRAMS = {
 SAMPLED = {
     f"test_{name}.py"
     for name in (
-        "cross_iteration", "devices", "equations", "every_layer", "every_method",
-        "explicit_meshes", "flax_differences", "flax_parity", "folding", "group_plus", "identities",
-        "inference", "laws", "layers", "linen", "loops", "memory", "methods", "moments",
-        "moving_average", "nnx", "normalize", "passes", "rounding", "running", "switchable",
-        "transforms",
+        "affine", "cross_iteration", "denormalize", "devices", "equations", "every_layer",
+        "every_method", "explicit_meshes", "flax_differences", "flax_parity", "folding",
+        "group_plus", "identities", "inference", "laws", "layers", "linen", "loops", "memory",
+        "methods", "moments", "moving_average", "nnx", "normalize", "passes", "rounding",
+        "running", "switchable", "transforms",
     )
 }  # fmt: skip
 """Tests of many cases, each of which compiles: of the cases of a test the default run takes one in
