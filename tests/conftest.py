@@ -43,10 +43,10 @@ PROGRAMS = {
 SAMPLED = {
     f"test_{name}.py"
     for name in (
-        "affine", "cross_iteration", "denormalize", "devices", "equations", "every_layer",
-        "every_method", "explicit_meshes", "flax_differences", "flax_parity", "folding",
-        "group_plus", "identities", "inference", "laws", "layers", "linen", "loops", "memory",
-        "methods", "moments", "moving_average", "nnx", "normalize", "passes", "rounding",
+        "affine", "checkpoints", "cross_iteration", "denormalize", "devices", "equations",
+        "every_layer", "every_method", "explicit_meshes", "flax_differences", "flax_parity",
+        "folding", "group_plus", "identities", "inference", "laws", "layers", "linen", "loops",
+        "memory", "methods", "moments", "moving_average", "nnx", "normalize", "passes", "rounding",
         "running", "switchable", "transforms",
     )
 }  # fmt: skip
