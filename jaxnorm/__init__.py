@@ -23,6 +23,7 @@ the files of `_core/` build on each other:
     statistics of x               moments(x, groups) -> Moments(count, mean, var)
     coarser, merged, averaged     pool(m, groups), merge(*parts), blend(parts, weights)
     apply them to x               normalize(x, m, scale=, bias=)
+    the way back                  denormalize(y, m, scale=, bias=)
     both at once                  norm(x, groups) -> y, Moments
     remember them                 init_running(shape), running_shape(groups, x_shape),
                                   update_running(state, m), update_cumulative(state, m),
@@ -114,6 +115,7 @@ from jaxnorm._core.boundary import blend as blend
 from jaxnorm._core.boundary import merge as merge
 from jaxnorm._core.boundary import moments as moments
 from jaxnorm._core.boundary import pool as pool
+from jaxnorm._core.boundary import denormalize as denormalize
 from jaxnorm._core.boundary import norm as norm
 from jaxnorm._core.boundary import normalize as normalize
 from jaxnorm._core.state import init_running as init_running

@@ -30,8 +30,8 @@ Activation = Callable[[jax.Array], jax.Array]
 class CallOptions(TypedDict, total=False):
     """What every layer takes at the call beside its mask.
 
-    These are `scale` and `bias` in place of its own, also one for each example, and an activation
-    that is applied to the output and recomputed in the backward pass.
+    These are `scale` and `bias` in place of its own, also one for each example or element, and an
+    activation that is applied to the output and recomputed in the backward pass.
     """
 
     scale: ArrayLike | None

@@ -43,11 +43,11 @@ PROGRAMS = {
 SAMPLED = {
     f"test_{name}.py"
     for name in (
-        "convert_peers", "cross_iteration", "devices", "equations", "every_layer", "every_method",
-        "explicit_meshes", "flax_differences", "flax_parity", "folding", "group_plus", "identities",
-        "inference", "laws", "layers", "linen", "loops", "memory", "methods", "moments",
-        "moving_average", "nnx", "normalize", "passes", "rounding", "running", "switchable",
-        "transforms", "weights",
+        "affine", "checkpoints", "convert_peers", "cross_iteration", "denormalize", "devices",
+        "equations", "every_layer", "every_method", "explicit_meshes", "flax_differences",
+        "flax_parity", "folding", "group_plus", "identities", "inference", "laws", "layers",
+        "linen", "loops", "memory", "methods", "moments", "moving_average", "nnx", "normalize",
+        "passes", "rounding", "running", "switchable", "transforms", "weights",
     )
 }  # fmt: skip
 """Tests of many cases, each of which compiles: of the cases of a test the default run takes one in

@@ -65,9 +65,9 @@ FUNCTIONS = {name: value for name, value in DOCUMENTED.items() if inspect.isfunc
 # what comes first, by position: arrays, moments, shapes, functions, and the numbers that make up a
 # method; all else is an option
 BY_POSITION = {
-    "x", "m", "parts", "weights", "groups", "state", "shape", "x_shape", "kernel", "num_ghosts",
-    "num_groups", "batch_size", "num_channels", "num_devices", "running", "batch", "bias",
-    "threshold", "scale", "shift", "step", "epoch", "distances", "forward", "num_domains",
+    "x", "y", "m", "parts", "weights", "groups", "state", "shape", "x_shape", "kernel",
+    "num_ghosts", "num_groups", "batch_size", "num_channels", "num_devices", "running", "batch",
+    "bias", "threshold", "scale", "shift", "step", "epoch", "distances", "forward", "num_domains",
     "evaluate", "batches", "loss", "update", "params", "weight_decay", "variables", "model",
     "sizes", "counts", "ax", "name", "row", "epsilon",
     "key", "before", "after", "tree", "alter", "arrays", "names", "layer", "config", "method",
@@ -225,8 +225,8 @@ def uses(module, other):
 CORE = (
     "checks", "axes", "blocks", "equations", "picture", "groups", "devices", "meshes", "arithmetic",
     "shared", "xla", "together", "platforms", "passes", "mean_var", "moments", "pooling",
-    "standardize", "normalize", "ghosts", "divisor", "state", "running", "averages", "boundary",
-    "sync",
+    "standardize", "affine", "normalize", "denormalize", "ghosts", "divisor", "state", "running",
+    "averages", "boundary", "sync",
 )  # fmt: skip
 ABOVE = (
     "_population", "inference", "kernels",

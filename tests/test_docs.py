@@ -3,8 +3,11 @@ the tables of methods and tools have every name."""
 
 import importlib
 import inspect
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -32,6 +35,10 @@ def examples(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
 
 
+def programs(page):
+    return re.findall(r"```py\n(.*?)```", page.read_text(), re.S)
+
+
 def run(code, name, namespace):
     """With JAX's default promotions, which users have."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -44,15 +51,24 @@ def test_each_example_of_the_readme_runs_alone(code):
 
 
 @each_page([page for page in PAGES if page != README and examples(page)])
-def test_examples_of_a_page_run_from_top_to_bottom(page):
+def test_examples_of_a_page_run_from_top_to_bottom(page, tmp_path, monkeypatch):
+    """After them what is marked py, each in a process of its own, with the files that they left."""
+    monkeypatch.chdir(tmp_path)
     namespace = {}
     for code in examples(page):
         run(code, page.name, namespace)
+    for code in programs(page):
+        subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ""},
+        )
 
 
 def test_there_are_examples():
     assert len(examples(README)) >= 2
     assert sum(bool(examples(page)) for page in PAGES) >= 4
+    assert any(programs(page) for page in PAGES)
 
 
 def anchors(page):

@@ -19,6 +19,7 @@ from jaxnorm import (
     Size,
     blend,
     convert,
+    denormalize,
     device_groups,
     folding,
     init_running,
@@ -243,7 +244,8 @@ ERRORS = {
     ),
     "a bias of the wrong size": (
         ValueError,
-        r"bias has shape \(5,\).*has size 6\. Expected \(6,\), or \(8, 6\) per example",
+        r"bias has shape \(5,\).*has size 6\. Expected \(6,\), \(8, 6\) per example, or 4 axes "
+        r"that broadcast against x",
         lambda: norm(ones(*NHWC), BN, bias=ones(5)),
     ),
     "a scale of the right size for another axis": (
@@ -251,10 +253,20 @@ ERRORS = {
         r"Axis 2 has that size: pass channel_axis=2",
         lambda: norm(ones(8, 3, 5, 6), BN, scale=ones(5)),
     ),
-    "a scale that would broadcast": (
+    "a scale of x's rank that does not broadcast": (
         ValueError,
-        r"scale has shape \(1, 1, 1, 6\)",
-        lambda: norm(ones(*NHWC), BN, scale=ones(1, 1, 1, 6)),
+        r"scale has shape \(1, 2, 1, 6\).*or 4 axes that broadcast against x",
+        lambda: norm(ones(*NHWC), BN, scale=ones(1, 2, 1, 6)),
+    ),
+    "a scale for each token without its axis of examples": (
+        ValueError,
+        r"scale has shape \(4, 4, 6\).*write its axes of size 1: \(1, 4, 4, 6\)",
+        lambda: norm(ones(*NHWC), BN, scale=ones(4, 4, 6)),
+    ),
+    "two axes in the order of x, where they mean (N, C)": (
+        ValueError,
+        r"scale has shape \(6, 8\).*Expected \(6,\), \(8, 6\) per example\.",
+        lambda: norm(ones(6, 8), (1, 8), scale=ones(6, 8), batch_axis=1, channel_axis=0),
     ),
     "a scalar scale": (
         ValueError,
@@ -283,8 +295,44 @@ ERRORS = {
     ),
     "a running state as moments": (
         ValueError,
-        r"m\.var of shape \(6,\)",
+        r"m\.var of shape \(6,\) does not fit x of shape \(8, 6\)\..*if m is one, pass "
+        r"running_moments\(m, groups, x\.shape\)",
         lambda: normalize(ones(8, 6), init_running((6,))),
+    ),
+    "integers to denormalize": (
+        TypeError,
+        r"y must be floating or complex\. Got int32, shape \(8, 6\); convert it, for example y\.as",
+        lambda: denormalize(ones(8, 6, dtype="i4"), given(1, 6)),
+    ),
+    "no moments to denormalize": (
+        TypeError,
+        "m must be Moments.* Got tuple",
+        lambda: denormalize(ones(8, 6), (1, 1, 1)),
+    ),
+    "a running state to denormalize": (
+        ValueError,
+        r"if m is one, pass running_moments\(m, groups, x\.shape\)",
+        lambda: denormalize(ones(8, 6), init_running((6,))),
+    ),
+    "a scale of 0 to undo": (
+        ValueError,
+        r"scale is 0 in 2 of 6 places\. Expected none: what was multiplied by 0 does not come back",
+        lambda: denormalize(ones(8, 6), given(1, 6), scale=jnp.array([1.0, 0, 2, 3, 0, 1])),
+    ),
+    "an epsilon for each channel to undo": (
+        ValueError,
+        r"epsilon has shape \(6,\); expected a number of at least 0",
+        lambda: denormalize(ones(8, 6), given(1, 6), epsilon=ones(6)),
+    ),
+    "a bias of another shape to undo": (
+        ValueError,
+        r"bias has shape \(3,\).*Expected \(6,\)",
+        lambda: denormalize(ones(8, 6), given(1, 6), bias=ones(3)),
+    ),
+    "a real x of complex y": (
+        TypeError,
+        "dtype float32 cannot hold the result",
+        lambda: denormalize(ones(8, 6, dtype="c8"), given(1, 6), dtype="f4"),
     ),
     "complex moments of real x": (
         TypeError,
@@ -1239,6 +1287,9 @@ def test_nothing_is_refused_without_need():
     x = ones(*NHWC)
     assert norm(x, BN, scale=ones(8, 6))[0].shape == NHWC
     assert norm(x, (8, 1, 1, 1), scale=ones(4, 6), channel_axis=(1, 3))[0].shape == NHWC
+    for shape in ((1, 1, 1, 6), (8, 1, 4, 1), (1, 1, 1, 1), NHWC):
+        assert norm(x, BN, scale=ones(*shape), bias=ones(*shape))[0].shape == NHWC
+    assert norm(ones(8, 6), BN, scale=ones(8, 1), bias=ones(1, 6))[0].shape == (8, 6)
     assert norm(x, BN, mean=0.0)[1].mean.shape == (1, 1, 1, 6)
     assert norm(ones(8, 6), methods.layer_norm(), weights=True)[0].shape == (8, 6)
     assert norm(np.ones((8, 6), "f4"), list((8, 1)), scale=np.ones(6, "i4"))[0].dtype == "f4"

@@ -17,7 +17,7 @@ from jax import lax
 
 from benchmarks.libraries import LIBRARIES
 from benchmarks.shapes import NUM_GHOSTS, NUM_GROUPS, QUICK, SHAPES
-from jaxnorm import linen, methods, norm
+from jaxnorm import denormalize, linen, methods, moments, norm
 
 METHODS = {
     "batch": methods.batch_norm(),
@@ -277,6 +277,22 @@ def test_without_bias(name, method, dtype):
 
 
 @dtypes
+@pytest.mark.parametrize(("name", "method"), UNBIASED[:3])
+def test_without_scale(name, method, dtype):
+    """The sum for the bias and that for the mean are one only where they are of the same sets."""
+    x = tensor(name, dtype)
+    channel = jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32)
+
+    def f(bias, x):
+        return norm(x, METHODS[method], bias=bias)
+
+    assert full_size(residuals(f, channel, x), x.size) == [(x.shape, dtype)]
+    program = compiled(step(f), channel, x, x)
+    assert temporaries(program) <= bound(x, method)
+    assert dtype == "float32" or stored(program, "f32", x.size) == []
+
+
+@dtypes
 @pytest.mark.parametrize("per", ["example", "position"])
 @pytest.mark.parametrize(
     ("name", "method"),
@@ -311,6 +327,46 @@ def test_activation_keeps_x_and_small_arrays(name, method, dtype):
     kept = residuals(f, parameters, x)
     assert full_size(kept, x.size) == [(x.shape, dtype)]
     assert sum(nbytes(t) for t in kept) <= nbytes(x) + 8 * vector(x, method)
+
+
+@dtypes
+@pytest.mark.parametrize("activation", [None, jax.nn.silu], ids=["", "activation"])
+@pytest.mark.parametrize(("name", "method"), [("diffusion_32", "group"), ("vit_b", "token_layer")])
+def test_a_scale_as_large_as_x_is_kept_and_nothing_else(name, method, activation, dtype):
+    """Beside x, in its own dtype; an activation needs the bias, too."""
+    x = tensor(name, dtype)
+
+    def f(affine, x):
+        return norm(x, METHODS[method], scale=affine[0], bias=affine[1], activation=activation)
+
+    kept = residuals(f, (x, x), x)
+    assert full_size(kept, x.size) == [(x.shape, dtype)] * (2 if activation is None else 3)
+    assert sum(nbytes(t) for t in kept if t.size < x.size) <= 2 * vector(x, method) + 4
+    if activation is None:
+        program = compiled(step(f, lambda y: y), (x, x), x, x)
+        assert temporaries(program) <= bound(x, method)
+        assert dtype == "float32" or stored(program, "f32", x.size) == []
+
+
+@dtypes
+@pytest.mark.parametrize(("name", "method"), [("diffusion_32", "group"), ("vit_b", "token_layer")])
+def test_the_way_back_keeps_y_and_small_arrays(name, method, dtype):
+    """And a scale and a bias as large as y, if they are."""
+    x = tensor(name, dtype)
+    channel = jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32)
+    m = jax.eval_shape(lambda x: moments(x, METHODS[method]), x)
+
+    def f(given, y):
+        m, scale, bias = given
+        return denormalize(y, m, scale=scale, bias=bias), None
+
+    kept = residuals(f, (m, channel, channel), x)
+    assert full_size(kept, x.size) == [(x.shape, dtype)]
+    assert sum(nbytes(t) for t in kept if t.size < x.size) <= 3 * vector(x, method)
+    program = compiled(step(f, lambda y: y), (m, channel, channel), x, x)
+    assert temporaries(program) <= bound(x, method)
+    assert dtype == "float32" or stored(program, "f32", x.size) == []
+    assert full_size(residuals(f, (m, x, x), x), x.size) == [(x.shape, dtype)] * 3
 
 
 @dtypes

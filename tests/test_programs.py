@@ -7,7 +7,7 @@ import pytest
 from flax import nnx as flax_nnx
 from jax import export, monitoring
 
-from jaxnorm import linen, methods, nnx, norm
+from jaxnorm import denormalize, linen, methods, moments, nnx, norm
 
 METHODS = {
     "batch": methods.batch_norm(),
@@ -50,6 +50,9 @@ def calls():
         return norm(x, methods.group_norm(2), activation=activation)[0]
 
     yield "activation", lambda: by(jax.nn.silu)
+    yield "a scale as large as x", lambda: norm(x, methods.batch_norm(), scale=x)[0]
+    m = moments(x, methods.group_norm(2))
+    yield "denormalize", lambda: jax.grad(lambda x: denormalize(x, m, scale=x + 9).sum())(x)
     yield "frn", lambda: methods.filter_response_norm().apply(x, {}, train=True)
 
 
@@ -97,6 +100,25 @@ def test_export_with_symbolic_sizes(name, platform):
         x, scale = jax.random.normal(jax.random.key(0), (4, 3, 5, 8)), jnp.arange(8.0)
         for got, want in zip(program.call(x, scale), jax.jit(f)(x, scale), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_export_of_arrays_of_the_rank_of_x():
+    """A scale and a bias as large as x, there and back."""
+    shape = export.symbolic_shape("n, t, 8")
+
+    def f(x, scale, bias):
+        def there(x, scale, bias):
+            return norm(x, methods.token_layer_norm(), scale=scale, bias=bias)
+
+        (y, m), pull = jax.vjp(there, x, scale, bias)
+        return denormalize(y, m, scale=scale, bias=bias), pull((y, m))
+
+    program = export.export(jax.jit(f))(*[jax.ShapeDtypeStruct(shape, jnp.float32)] * 3)
+    x = jax.random.normal(jax.random.key(0), (4, 3, 8))
+    got, want = program.call(x, x + 5, x), jax.jit(f)(x, x + 5, x)
+    np.testing.assert_allclose(got[0], x, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)

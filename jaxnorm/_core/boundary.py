@@ -4,6 +4,7 @@ Inside of the library they call each other as they are, so that a call enters su
 """
 
 from jaxnorm._core import averages, pooling, running
+from jaxnorm._core import denormalize as _denormalize
 from jaxnorm._core import moments as _moments
 from jaxnorm._core import normalize as _normalize
 from jaxnorm._core.meshes import in_explicit_meshes
@@ -13,6 +14,7 @@ pool = in_explicit_meshes(pooling.pool)
 merge = in_explicit_meshes(pooling.merge)
 blend = in_explicit_meshes(pooling.blend)
 normalize = in_explicit_meshes(_normalize.normalize)
+denormalize = in_explicit_meshes(_denormalize.denormalize)
 norm = in_explicit_meshes(_normalize.norm)
 update_running = in_explicit_meshes(running.update_running)
 update_cumulative = in_explicit_meshes(averages.update_cumulative)

@@ -176,18 +176,20 @@ def as_array(x: ArrayLike) -> jax.Array:
     return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
-def inexact(x: ArrayLike | Shared) -> jax.Array:
+def inexact(x: ArrayLike | Shared, name: str = "x") -> jax.Array:
     """x as a floating or complex array, or as it is where functions of ours share it."""
     if isinstance(x, Shared):
         return x  # type: ignore[return-value]  # it stands for one
     x = as_array(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
-            f"x must be floating or complex. Got {x.dtype}, shape {x.shape}; convert it, for "
-            "example x.astype('float32')."
+            f"{name} must be floating or complex. Got {x.dtype}, shape {x.shape}; convert it, for "
+            f"example {name}.astype('float32')."
         )
     if x.ndim < 1:
-        raise ValueError("x must have axes. Got a scalar; expected for example (batch, channel).")
+        raise ValueError(
+            f"{name} must have axes. Got a scalar; expected for example (batch, channel)."
+        )
     return x
 
 

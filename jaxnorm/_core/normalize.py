@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxnorm._core.affine import given
 from jaxnorm._core.arithmetic import statistic_dtype
-from jaxnorm._core.axes import Shape, axes_of, single_axis
-from jaxnorm._core.checks import check_epsilon
-from jaxnorm._core.devices import AxisName, DeviceGroups, varying_like
-from jaxnorm._core.groups import Specification, check_divides
-from jaxnorm._core.moments import Moments, as_weights, check_moments, inexact, moments
+from jaxnorm._core.devices import AxisName, DeviceGroups
+from jaxnorm._core.groups import Specification
+from jaxnorm._core.moments import Moments, as_weights, inexact, moments
 from jaxnorm._core.shared import own_and_wide, shared
 from jaxnorm._core.standardize import Result, standardized
 
@@ -45,10 +44,17 @@ def normalize(
     epsilon) and g = scale dy, and it is right while the quotient is between 1.2e-38 and 3.4e38: for
     standard deviations from 1e-17 to 1e17 where sum(g z) is of the order of 1.
 
+    Inference by hand is `normalize(x, running_moments(state, groups, x.shape))`, with the state
+    that `update_running` keeps. The way back is `denormalize`.
+
     Args:
         x: floating or complex array.
-        m: moments whose shape divides x's: each statistic serves a block of x.
-        scale: gamma, (C,), or (N, C) to scale each example differently. None is 1.
+        m: moments whose shape divides x's: each statistic serves a block of x. A running state is
+            none, because it lacks the axes of x: `running_moments` gives it their shape.
+        scale: gamma: (C,); (N, C), to scale each example differently; or an array of x's rank that
+            broadcasts against x, such as (N, T, 1, C), or (1, H, W, 1) where examples share it. Two
+            dimensions are always (N, C). None is 1. One as large as x is kept for the backward
+            pass, once and in its own dtype.
         bias: beta, likewise. None is 0.
         epsilon: added to the variance inside the root, in the unit of x squared: one number, 0 or
             more.
@@ -73,8 +79,8 @@ def normalize(
 
     Raises:
         TypeError: x is not floating or complex, m is not `Moments`.
-        ValueError: moments that do not divide x, scale or bias of another shape, an epsilon below 0
-            or for each channel.
+        ValueError: moments that do not divide x, a running state, scale or bias of another shape,
+            an epsilon below 0 or for each channel.
 
     Example:
         >>> import jax.numpy as jnp
@@ -84,21 +90,8 @@ def normalize(
         [[-1.0, 0.0], [3.0, 4.0]]
     """
     x, wide = own_and_wide(inexact(x))
-    check_moments(m, "m")
-    check_epsilon(epsilon)
-    mean, var = (jnp.asarray(t) for t in (m.mean, m.var))
-    check_divides(var.shape, x.shape, "m.var")
-    _check_holds(mean, x, dtype)
-    axes = axes_of(channel_axis, x.shape)
-    g, b = (
-        broadcast_parameter(t, name, x, batch_axis, axes, channel_axis)
-        for t, name in ((scale, "scale"), (bias, "bias"))
-    )
-    mean, var, g, b = jax.tree.map(lambda t: varying_like(t, x), (mean, var, g, b))
-    var = var.astype(statistic_dtype(x.dtype, real=True))
-    v = var + jnp.asarray(epsilon, var.dtype)
+    mean, v, g, b = given(x, m, scale, bias, epsilon, dtype, batch_axis, channel_axis, centered)
     w = None if weights is None else as_weights(weights, x)
-    mean = mean.astype(statistic_dtype(x.dtype)) if centered else None
     arguments = (x, wide, w, mean, v, g, b)
     out = jnp.dtype(x.dtype if dtype is None else dtype)
     if activation is None:
@@ -109,69 +102,6 @@ def normalize(
         return activation(standardized(wide_result, *args)).astype(out)
 
     return jax.checkpoint(activated, prevent_cse=False)(*arguments, *arrays)
-
-
-def _check_holds(mean: jax.Array, x: jax.Array, dtype: DTypeLike | None) -> None:
-    if jnp.iscomplexobj(mean) and not jnp.iscomplexobj(x):
-        raise TypeError(
-            f"m.mean is complex ({mean.dtype}) and x is {x.dtype}. Expected both real, or x "
-            "complex."
-        )
-    if dtype is not None and not jnp.issubdtype(
-        dtype, jnp.complexfloating if jnp.iscomplexobj(x) else jnp.inexact
-    ):
-        raise TypeError(
-            f"dtype {jnp.dtype(dtype).name} cannot hold the result for x of dtype {x.dtype}. Pass "
-            "a wider one."
-        )
-
-
-def broadcast_parameter(
-    t: ArrayLike | None,
-    name: str,
-    x: jax.Array,
-    batch_axis: int,
-    axes: Shape,
-    channel_axis: int | Sequence[int],
-) -> jax.Array | None:
-    """Scale or bias with a size-1 axis for each axis of x that it does not have."""
-    if t is None:
-        return None
-    t = jnp.asarray(t)
-    batch = single_axis(batch_axis, x.shape)
-    features = tuple(x.shape[i] for i in axes)
-    per_example = features if batch in axes else (x.shape[batch], *features)
-    if t.shape not in (features, per_example):
-        message = (
-            f"{name} has shape {t.shape}, but axis {channel_axis} of x, shape {x.shape}, has size "
-        )
-        message += (
-            f"{features[0] if len(features) == 1 else features}. Expected {features}, or "
-            f"{per_example} per example."
-        )
-        fitting = [i for i, n in enumerate(x.shape) if i != batch and t.shape == (n,)]
-        if fitting == [1]:
-            message += (
-                " This looks like NCHW data: pass channel_axis=1 (axis=1 or feature_axes=1 to "
-                "Flax's layers)."
-            )
-        elif fitting:
-            message += (
-                f" Axis {fitting[0]} has that size: pass channel_axis={fitting[0]} if it holds the "
-                "channels."
-            )
-        raise ValueError(message)
-    if jnp.iscomplexobj(t) and not jnp.iscomplexobj(x):
-        raise TypeError(
-            f"{name} is complex ({t.dtype}) and x is {x.dtype}. Expected both real, or x complex."
-        )
-    t = t.astype(statistic_dtype(x.dtype))
-    if t.shape != features:
-        examples = jnp.moveaxis(
-            t.reshape(per_example[:1] + features), 0, sum(i < batch for i in axes)
-        )
-        return examples.reshape([n if i in (*axes, batch) else 1 for i, n in enumerate(x.shape)])
-    return t.reshape([n if i in axes else 1 for i, n in enumerate(x.shape)])
 
 
 def norm(
@@ -197,8 +127,8 @@ def norm(
         x: floating or complex array.
         groups: which elements share statistics: `Groups`, a row of the table of methods or the
             statistic's shape.
-        scale: gamma, (C,) or (N, C).
-        bias: beta, (C,) or (N, C).
+        scale: gamma, (C,), (N, C) or of x's rank, see `normalize`.
+        bias: beta, likewise.
         epsilon: added to the variance inside the root, in the unit of x squared. None is the
             row's, and 1e-5 where there is no row.
         weights: how much each element counts in the statistics; broadcasts against x.

@@ -22,9 +22,9 @@ def sum_of_passes(p, dtype, read, derivatives, x, small, tangents):
     for ids in passes:
         along, *ahead = ahead
         wide, seen = read(x)
-        if ids[0] == 0:
+        if not _is_spread(along[0].shape, x.shape):
             along = [along[0].astype(wide.dtype)]
-        elif _is_spread(along[0].shape, x.shape):
+        else:
             # The tangent of a small array is spread in two steps, so that in reverse mode the sum
             # over the cotangent is taken in two: at channel resolution, and over groups.
             joint = jnp.broadcast_shapes(*(t.shape for t in along))

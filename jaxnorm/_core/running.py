@@ -56,6 +56,8 @@ def update_running(
     Where a set is empty, or its moments or what would be stored are not finite, the state stays;
     where only some ghosts are so, they are left out, but for non-finite ones in a pool.
 
+    At inference `normalize(x, running_moments(state, groups, x.shape))` uses the state.
+
     Args:
         state: old running statistics.
         m: moments of the batch, of the statistic's shape or of the state's.
@@ -86,6 +88,15 @@ def update_running(
         >>> new = update_running(init_running((2,)), m, momentum=0.5)
         >>> new.mean.tolist(), new.var.tolist()
         ([0.5, 0.5], [2.0, 2.0])
+
+    Example: a step of training, then inference by hand.
+        >>> from jaxnorm import methods, norm, normalize, running_moments
+        >>> x, batch_norm = jnp.array([[0.0, 2.0], [4.0, 6.0]]), methods.batch_norm()
+        >>> y, m = norm(x, batch_norm)
+        >>> state = update_running(init_running((2,)), m, momentum=0.0)
+        >>> z = normalize(x, running_moments(state, batch_norm, x.shape))
+        >>> bool((y == z).all())
+        True
     """
     check_running(state, "state")
     rate = rate_of(momentum, statistic_dtype(state.var.dtype))

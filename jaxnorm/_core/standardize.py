@@ -43,16 +43,23 @@ class Result(NamedTuple):
     """(y, *arrays) -> what becomes of y, element by element, in the same pass."""
     kept: bool
     """For the backward pass."""
+    of_v: Callable[[jax.Array], jax.Array] = inverse_root
+    """v -> by what x - mean is multiplied."""
 
 
 def _coefficients(
-    p: Platform, x: jax.Array, mean: jax.Array | None, v: jax.Array, g: jax.Array | None
+    result: Result,
+    p: Platform,
+    x: jax.Array,
+    mean: jax.Array | None,
+    v: jax.Array,
+    g: jax.Array | None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
     """s, a and g, spread over the groups of every axis that is split.
 
     s is None where the mean is 0, g where a carries it.
     """
-    shape, s, a = x.shape, mean, inverse_root(v).astype(statistic_dtype(x.dtype))
+    shape, s, a = x.shape, mean, result.of_v(v).astype(statistic_dtype(x.dtype))
     if any(k not in (1, n) for n, k in zip(shape, a.shape, strict=True)):
         s, a = None if s is None else p.to_channels(s, shape), p.to_channels(a, shape)
     if g is not None and any(
@@ -63,9 +70,12 @@ def _coefficients(
 
 
 def _affine(x, seen, s, a, g, b):
-    """(x - s) a g + b for x in the dtype of the statistics. Where x was not seen, x - s is 0."""
+    """(x - s) a g + b for x in the dtype of the statistics. Where x was not seen, x - s is 0.
+
+    Of the others, one that is as large as x may be narrower.
+    """
     y = _shifted(x, seen, s) * _scaled(a, g)
-    return y if b is None else y + b
+    return y if b is None else y + b.astype(y.dtype)
 
 
 def _wide_and_seen(x: jax.Array, w: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
@@ -87,7 +97,7 @@ def standardized(
     b: jax.Array | None,
     *rest: jax.Array,
 ) -> jax.Array:
-    """after((x - mean) / sqrt(v) g + b, *rest), in one pass.
+    """after((x - mean) of_v(v) g + b, *rest), in one pass.
 
     The derivative by x goes by `wide` where it is given, see `Shared`.
     """
@@ -95,17 +105,21 @@ def standardized(
 
 
 def _pass(result, p, x, w, mean, v, g, b, *rest):
-    s, a, g = _coefficients(p, x, mean, v, g)
+    s, a, g = _coefficients(result, p, x, mean, v, g)
     # Rows of channels with a scale go on from their statistics in one kernel on a GPU, which a
     # barrier would break in two. Everywhere else the pass must not be joined with what made s and
     # a: XLA would make them again for every element.
     if result.kept or g is None or not p.holds_rows:
         x, s, a, g, b = barrier((x, s, a, g, b))
     y = _affine(*_wide_and_seen(x, w), s, a, g, b)
-    return (y if result.after is None else result.after(y, *rest)).astype(result.dtype)
+    return (y if result.after is None else _after(result, y, *rest)).astype(result.dtype)
 
 
-def _coefficients_along(p, x, primals, tangents):
+def _after(result, y, *rest):
+    return result.after(y, *(t.astype(y.dtype) for t in rest))
+
+
+def _coefficients_along(result, p, x, primals, tangents):
     """`_coefficients`, and their derivative along the tangents that are there.
 
     It is None where there is none.
@@ -114,7 +128,7 @@ def _coefficients_along(p, x, primals, tangents):
 
     def f(*ts):
         return _coefficients(
-            p, x, *(ts[live.index(i)] if i in live else t for i, t in enumerate(primals))
+            result, p, x, *(ts[live.index(i)] if i in live else t for i, t in enumerate(primals))
         )
 
     if not live:
@@ -140,12 +154,14 @@ def _along(result, p, tangents, x, w, mean, v, g, b, *rest):
     closed form. Reverse mode keeps x and the statistics, from which s and a are made again.
     """
     dx, dmean, dv, dg, db, *drest = tangents
-    (s, a, g), (ds, da, dg) = _coefficients_along(p, x, (mean, v, g), (dmean, dv, dg))
+    (s, a, g), (ds, da, dg) = _coefficients_along(result, p, x, (mean, v, g), (dmean, dv, dg))
     # The gradient by s is -a g times the sum of the cotangent, that by b the sum itself. Where a
-    # carries g and nothing is masked, one sum therefore serves both.
+    # carries g and nothing is masked, one sum therefore serves both, if it is one.
     if g is None and w is None and ds is not None:
-        small = -a * ds
-        ds, db = None, small if db is None else db + small
+        joint = jnp.broadcast_shapes(a.shape, *(t.shape for t in (ds, db) if t is not None))
+        if joint != x.shape:
+            small = -a * ds
+            ds, db = None, small if db is None else db + small
 
     def read(x):
         return _wide_and_seen(x, w)
@@ -153,13 +169,13 @@ def _along(result, p, tangents, x, w, mean, v, g, b, *rest):
     small, tangents, derivatives = (s, a, g), (dx, da, ds, dg, db), _OF_AFFINE
     if result.after is not None:
         small, tangents = (s, a, g, b, *rest), (*tangents, *drest)
-        derivatives = [partial(_along_affine, result.after, d) for d in _OF_AFFINE]
-        derivatives += [partial(_along_array, result.after, i) for i in range(len(rest))]
+        derivatives = [partial(_along_affine, result, d) for d in _OF_AFFINE]
+        derivatives += [partial(_along_array, result, i) for i in range(len(rest))]
     return sum_of_passes(p, result.dtype, read, derivatives, x, small, tangents)
 
 
 def _scaled(t, g):
-    return t if g is None else t * g
+    return t if g is None else t * g.astype(t.dtype)
 
 
 def _masked(t, seen):
@@ -167,7 +183,7 @@ def _masked(t, seen):
 
 
 def _shifted(x, seen, s):
-    return _masked(x if s is None else x - s, seen)
+    return _masked(x if s is None else x - s.astype(x.dtype), seen)
 
 
 _OF_AFFINE = (
@@ -181,16 +197,16 @@ _OF_AFFINE = (
 share, so t comes last where it can."""
 
 
-def _along_affine(after, derivative, t, x, seen, s, a, g, b, *rest):
+def _along_affine(result, derivative, t, x, seen, s, a, g, b, *rest):
     """The derivative of after(y, *rest) along what `derivative` is y's along."""
     y, dy = _affine(x, seen, s, a, g, b), derivative(t, x, seen, s, a, g)
-    return jax.jvp(lambda y: after(y, *rest), (y,), (dy,))[1]
+    return jax.jvp(lambda y: _after(result, y, *rest), (y,), (dy,))[1]
 
 
-def _along_array(after, i, t, x, seen, s, a, g, b, *rest):
+def _along_array(result, i, t, x, seen, s, a, g, b, *rest):
     """The derivative of after(y, *rest) along the i-th of the rest."""
     y, own = _affine(x, seen, s, a, g, b), jnp.broadcast_to(rest[i], t.shape)
-    f = lambda v: after(y, *rest[:i], v, *rest[i + 1 :])  # noqa: E731
+    f = lambda v: _after(result, y, *rest[:i], v, *rest[i + 1 :])  # noqa: E731
     return jax.jvp(f, (own,), (t.astype(own.dtype),))[1]
 
 

@@ -60,6 +60,9 @@ def running_shape(
 def init_running(shape: Shape, *, dtype: DTypeLike = jnp.float32, counted: bool = False) -> Moments:
     """Running statistics before the first step: mean 0, variance 1.
 
+    Training updates them, `state = update_running(state, m)`, and inference uses them,
+    `normalize(x, running_moments(state, groups, x.shape))`.
+
     Args:
         shape: of the state, see `running_shape`.
         dtype: of the mean; complex for complex x. The variance is real. In half precision an

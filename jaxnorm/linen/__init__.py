@@ -6,12 +6,13 @@ statistics (collection `batch_stats`: `mean`, `var`) under the same names, and l
 changing where they are imported from is the whole migration. docs/coming_from_flax.md lists each
 deliberate difference.
 
-Beyond Flax, every layer takes at the call a `scale` and `bias` given per example, (N, C), in place
-of its own, and an `activation` that is applied to the output and recomputed in the backward pass;
-masks may be real weights. Layers with running statistics take `update_running_average`: by default
-they are updated when they are not used. Both at once, or neither, are possible. After Flax's fields
-comes `unit_offset`, which stores scale as its distance from 1 (`scale_init` still gives the scale
-itself), and in `BatchNorm` the `correction` of the running variance.
+Beyond Flax, every layer takes at the call a `scale` and `bias` in place of its own, given per
+example, (N, C), or in x's rank, such as (N, H, W, C), and an `activation` that is applied to the
+output and recomputed in the backward pass; masks may be real weights. Layers with running
+statistics take `update_running_average`: by default they are updated when they are not used. Both
+at once, or neither, are possible. After Flax's fields comes `unit_offset`, which stores scale as
+its distance from 1 (`scale_init` still gives the scale itself), and in `BatchNorm` the `correction`
+of the running variance.
 """
 
 from jaxnorm.linen._norm import Norm as Norm

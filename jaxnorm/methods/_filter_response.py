@@ -147,7 +147,7 @@ def thresholded_linear_unit(
 
     Args:
         x: real floating array.
-        threshold: tau, (C,), or (N, C).
+        threshold: tau, of a shape that `normalize` takes for a scale.
         slope: alpha of the affine form, likewise. 0 is the plain form.
         batch_axis: axis of the examples.
         channel_axis: axis of the channels.
@@ -175,7 +175,7 @@ def thresholded_linear_unit(
     x = shared(x)
     options: Any = {"batch_axis": batch_axis, "channel_axis": channel_axis}
     wide = widened(x)
-    floor = parameter(threshold, "threshold", x, options)
+    floor = parameter(threshold, "threshold", x, options).astype(wide.dtype)
     if slope is not None:
-        floor = floor + parameter(slope, "slope", x, options) * wide
+        floor = floor + parameter(slope, "slope", x, options).astype(wide.dtype) * wide
     return jnp.maximum(wide, floor).astype(x.dtype)

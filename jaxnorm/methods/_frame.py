@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxnorm._core.affine import broadcast_parameter
 from jaxnorm._core.arithmetic import statistic_dtype
 from jaxnorm._core.axes import Shape, axes_of
 from jaxnorm._core.devices import varying_like
 from jaxnorm._core.groups import Specification
 from jaxnorm._core.moments import Moments, moments
-from jaxnorm._core.normalize import broadcast_parameter, normalize
+from jaxnorm._core.normalize import normalize
 from jaxnorm._core.pooling import pool, toward
 from jaxnorm._core.running import rate_of, update_running, usable, warn_of_half_precision
 from jaxnorm._core.shared import own_and_wide
@@ -198,7 +199,7 @@ def _count_in(state: State) -> str:
 
 
 def parameter(t: ArrayLike, name: str, x: jax.Array, options: Options) -> jax.Array:
-    """A parameter of shape (C,), or (N, C), in the shape and dtype in which it meets x."""
+    """A parameter of any shape that `normalize` takes, in the one in which it meets x."""
     x, _ = own_and_wide(x)
     channel_axis = options["channel_axis"]
     features = axes_of(channel_axis, x.shape)

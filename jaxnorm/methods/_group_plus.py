@@ -154,7 +154,9 @@ class group_norm_plus(Method):
         a = jnp.maximum(w + (1 - w) * r, 1e-12)
         # y = (z - mean) a scale + shift, which takes the difference first
         scale, bias = (
-            None if (t := options.get(name)) is None else parameter(t, name, x, options)
+            None
+            if (t := options.get(name)) is None
+            else parameter(t, name, x, options).astype(wide)
             for name in ("scale", "bias")
         )
         shift = w * m.mean if scale is None else w * m.mean * scale
@@ -163,21 +165,6 @@ class group_norm_plus(Method):
         if weights is not None:
             shift = jnp.where(jnp.isfinite(z), shift, 0 if bias is None else bias)
         m = Moments(m.count, m.mean, a**-2)
-        batch, channel = options["batch_axis"], options["channel_axis"]
-        shifted = z.shape if weights is not None else m.mean.shape  # per element, or per set
-        features = [i for i in range(x.ndim) if i == channel or (i != batch and shifted[i] > 1)]
-
-        def along(t: jax.Array) -> jax.Array:
-            """t, of x's rank, over the features, and before them the examples if it has them."""
-            examples = [batch] if t.shape[batch] > 1 else []
-            t = jnp.broadcast_to(
-                t, [n if i in features + examples else 1 for i, n in enumerate(x.shape)]
-            )
-            return jnp.moveaxis(t, batch, 0).reshape([x.shape[i] for i in examples + features])
-
-        out = {
-            "scale": None if scale is None else along(scale),
-            "bias": along(shift),
-            "channel_axis": features,
-        }
+        # Both lie as x does.
+        out = {"scale": scale, "bias": shift, "channel_axis": tuple(range(x.ndim))}
         return applied(z, m, 0.0, **(options | out)), state  # type: ignore[arg-type]

@@ -115,7 +115,9 @@ class proxy_norm(Method):
         names = {"scale": (options.get("scale"), 1), "bias": (options.get("bias"), 0)}
         names |= {"proxy_scale": (proxy_scale, 0), "proxy_bias": (proxy_bias, 0)}
         scale, bias, more_scale, more_bias = (
-            jnp.full((1,) * x.ndim, first, wide) if t is None else parameter(t, name, x, options)
+            (
+                jnp.full((1,) * x.ndim, first) if t is None else parameter(t, name, x, options)
+            ).astype(wide)
             for name, (t, first) in names.items()
         )
         q = jnp.asarray(_quantiles(self.num_quantiles), wide)

@@ -185,7 +185,8 @@ class Norm(StatefulLayer):
             use_running_average: normalize with the running statistics.
             mask: broadcasts against x and says what counts, or how much.
             update_running_average: update the state; None does where it is not used.
-            scale: in place of the layer's own, (C,) or (N, C), with `use_scale=False`.
+            scale: in place of the layer's own, with `use_scale=False`: (C,), (N, C), or of x's rank
+                and broadcasting against x.
             bias: likewise.
             activation: applied to the output, and recomputed in the backward pass.
             **options: of the method.
