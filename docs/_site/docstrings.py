@@ -1,0 +1,42 @@
+"""The docstrings of the package, which are plain text for people, as reStructuredText."""
+
+import re
+
+SECTION = re.compile(
+    r"(Args|Returns|Raises|Example|Reference|Others|Fields|Options of apply[^:]*):\s*$"
+)
+
+
+def as_rst(lines):
+    """Indented paragraphs are equations or code, and signs are themselves.
+
+    What follows the heading of a section is left to napoleon, except for its signs.
+    """
+    out, section, literal, doctest = [], False, False, False
+    for i, line in enumerate(lines):
+        indent = len(line) - len(line.lstrip())
+        if indent == 0 and line.strip():
+            section, literal = bool(SECTION.match(line)), False
+        doctest = line.lstrip().startswith((">>>", "...")) or doctest and bool(line.strip())
+        if section and SECTION.match(line):
+            out.append(re.sub(r"^(Options of apply)[^:]*:", r"\1:", line))
+            continue
+        if not section and indent and not literal and not lines[i - 1].strip():
+            out += ["::", ""]
+            literal = True
+        out.append(line if literal or doctest else escaped(line))
+    return out
+
+
+def escaped(line):
+    """Signs of emphasis, substitutions and references, outside of code."""
+    parts = re.split(r"(`[^`]*`)", line)
+    for i in range(0, len(parts), 2):
+        parts[i] = re.sub(r"([*|\\])", r"\\\1", parts[i])
+        parts[i] = re.sub(r"(\w)_(?!\w)", r"\1\\_", parts[i])
+    return "".join(code(part) if part.startswith("`") else part for part in parts)
+
+
+def code(part):
+    """A name links to its entry; other code is shown as it is."""
+    return part if re.fullmatch(r"`[\w.]+`", part) else f"`{part}`"
