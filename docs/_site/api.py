@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import re
 from pathlib import Path
 
 from sphinx.util import logging
@@ -81,6 +82,22 @@ def process(app, what, name, obj, options, lines):
         lines[end:end] = svg
 
 
+def skip(app, what, name, obj, skip, options):
+    """Initializers and dtypes, the defaults of a layer's fields, are no members of it."""
+    foreign = callable(obj) and not getattr(obj, "__module__", "").startswith("jaxnorm")
+    return True if foreign else None
+
+
+def sign(app, what, name, obj, options, signature, returns):
+    """Defaults as they are written, without fields that linen adds to every module."""
+    if signature is None:
+        return None
+    signature = re.sub(r", parent=<[^>]*>, name=None", "", signature)
+    signature = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", signature)
+    function = r"(?:<PjitFunction of )?<function (\w+)(?:\.<locals>\.\w+)?(?: at 0x\w+)?>+"
+    return re.sub(function, r"\1", signature), returns
+
+
 def warn_of_missing(app, exception):
     if exception is not None:
         return
@@ -96,5 +113,7 @@ def warn_of_missing(app, exception):
 def setup(app):
     app.connect("builder-inited", write_pages)
     app.connect("autodoc-process-docstring", process, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", sign)
+    app.connect("autodoc-skip-member", skip)
     app.connect("build-finished", warn_of_missing)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,6 +1,8 @@
 """The docstrings of the package, which are plain text for people, as reStructuredText."""
 
+import ast
 import re
+import textwrap
 
 SECTION = re.compile(
     r"(Args|Returns|Raises|Example|Reference|Others|Fields|Options of apply[^:]*):\s*$"
@@ -22,10 +24,23 @@ def as_rst(lines):
             out.append(re.sub(r"^(Options of apply)[^:]*:", r"\1:", line))
             continue
         if not section and indent and not literal and not lines[i - 1].strip():
-            out += ["::", ""]
+            out += [f".. code-block:: {language(lines[i:])}", ""]
             literal = True
         out.append(line if literal or doctest else escaped(line))
     return out
+
+
+def language(lines):
+    """Of the indented lines at the beginning: Python, a session of it, or text."""
+    end = next((i for i, line in enumerate(lines) if line.strip() and line[0] != " "), len(lines))
+    block = textwrap.dedent("\n".join(lines[:end]))
+    if block.startswith(">>>"):
+        return "pycon"
+    try:
+        ast.parse(block)
+    except SyntaxError:
+        return "text"
+    return "python"
 
 
 def escaped(line):
