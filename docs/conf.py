@@ -26,6 +26,7 @@ include_patterns = [
     "docs/*.md",
     "docs/api/*.md",
     "notebooks/*.ipynb",
+    "notebooks/README.md",
 ]
 # folders that need not be searched for pages
 exclude_patterns = [".*", "build", "dist", "results", "jaxnorm", "tests"]

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from sphinx.util import logging
+from sphinx.util.inspect import stringify_signature
 
 import jaxnorm
 from _site.docstrings import as_rst
@@ -83,15 +84,21 @@ def process(app, what, name, obj, options, lines):
 
 
 def skip(app, what, name, obj, skip, options):
-    """Initializers and dtypes, the defaults of a layer's fields, are no members of it."""
+    """Initializers and dtypes, the defaults of a layer's fields, are no members of it; nor are the
+    fields of a named tuple, which its docstring explains."""
     foreign = callable(obj) and not getattr(obj, "__module__", "").startswith("jaxnorm")
-    return True if foreign else None
+    numbered = (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
+    return True if foreign or numbered else None
 
 
 def sign(app, what, name, obj, options, signature, returns):
     """Defaults as they are written, without fields that linen adds to every module."""
     if signature is None:
         return None
+    if what == "class" and signature == "(*args, **kwargs)":  # of the metaclass of nnx
+        full = inspect.signature(obj.__init__)
+        own = full.replace(parameters=list(full.parameters.values())[1:])
+        signature = stringify_signature(own, show_annotation=False)
     signature = re.sub(r", parent=<[^>]*>, name=None", "", signature)
     signature = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", signature)
     function = r"(?:<PjitFunction of )?<function (\w+)(?:\.<locals>\.\w+)?(?: at 0x\w+)?>+"

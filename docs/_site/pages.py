@@ -9,8 +9,14 @@ from _site.pictures import gallery
 CONTENTS = {
     "Start": ["docs/idea", "docs/choosing", "docs/methods", "docs/devices", "docs/faq"],
     "Coming from": ["docs/coming_from_*"],
-    "In practice": ["docs/changing_norms", "docs/recipes*", "docs/[!/]*", "notebooks/*"],
-    "Measured": ["benchmarks/README", "benchmarks/CLAIMS", "docs/probes"],
+    "In practice": [
+        "docs/changing_norms",
+        "docs/recipes*",
+        "docs/[!/]*",
+        "notebooks/README",
+        "notebooks/*",
+    ],
+    "Measured and understood": ["benchmarks/README", "benchmarks/CLAIMS", "docs/probes"],
     "Reference": [
         "docs/capabilities",
         "docs/api/jaxnorm",
