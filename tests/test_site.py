@@ -61,9 +61,30 @@ def test_faults_are_found(site, tmp_path, html, fault):
     assert "one.html" in found and fault in found
 
 
+def test_of_figures_for_light_and_dark_one_counts(site, tmp_path):
+    pairs = ('<img class="only-light" src="a.js">', '<img class="only-dark align" src="b.js">')
+    for name in "ab":
+        (tmp_path / f"{name}.js").write_text("0" * 1_200_000)
+    assert list(site["checks"].faults(written(tmp_path, one="".join(pairs)))) == []
+    heavy = pairs[0] + '<img src="b.js">'
+    assert len(list(site["checks"].faults(written(tmp_path, one=heavy)))) == 1
+
+
+def test_figures_for_light_and_dark_follow_the_page(site):
+    html = """<picture>
+      <source media="(prefers-color-scheme: dark)" srcset="a_dark.png">
+      <img src="a.png" alt="A figure">
+    </picture>"""
+    source = site["pages"].PICTURE.sub(site["pages"].of_both_papers, f"before\n\n{html}\n")
+    assert "<" not in source
+    assert "```{image} a.png\n:alt: A figure\n:class: only-light\n" in source
+    assert "```{image} a_dark.png\n:alt: A figure\n:class: only-dark\n" in source
+
+
 def test_docstrings_become_rst(site):
     doc = """\
-        Standardize *x*, as `norm(x, row)` and `moments` do.
+        Standardize *x*, as `norm(x,
+        row)` and `moments` do.
 
             y = (x - mean) * |scale|
 

@@ -8,7 +8,7 @@ from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
 HEAVIEST = 2_000_000
-"""Bytes of a page with all that it loads."""
+"""Bytes of a page with all that it loads, in light or in dark."""
 
 
 class Page(HTMLParser):
@@ -17,6 +17,7 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.ids, self.links, self.loads = set(), set(), set()
+        self.unseen = {"only-light": set(), "only-dark": set()}
         self.feed(path.read_text())
 
     def handle_starttag(self, tag, attrs):
@@ -26,6 +27,8 @@ class Page(HTMLParser):
             (self.loads if tag == "link" else self.links).add(attrs["href"])
         if "src" in attrs:
             self.loads.add(attrs["src"])
+            for paper in self.unseen.keys() & attrs.get("class", "").split():
+                self.unseen[paper].add(attrs["src"])
 
 
 def faults(out):
@@ -33,7 +36,7 @@ def faults(out):
     pages = {path: Page(path) for path in sorted(out.rglob("*.html"))}
     for path, page in pages.items():
         name = path.relative_to(out)
-        files = {path}
+        files = {"": path}
         for link in sorted(page.links | page.loads):
             url = urlsplit(link)
             if url.scheme or url.netloc:
@@ -47,8 +50,11 @@ def faults(out):
                 if unquote(url.fragment) not in pages[target].ids:
                     yield f"{name}: {link} has no such place"
             if link in page.loads and target.is_file():
-                files.add(target)
-        weight = sum(file.stat().st_size for file in files)
+                files[link] = target
+        weight = max(
+            sum(file.stat().st_size for file in {files[link] for link in files.keys() - unseen})
+            for unseen in page.unseen.values()
+        )
         if weight > HEAVIEST:
             yield f"{name} has {weight / 1e6:.1f} MB with all that it loads"
 

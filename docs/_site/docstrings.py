@@ -15,6 +15,7 @@ def as_rst(lines):
     What follows the heading of a section is left to napoleon, except for its signs.
     """
     out, section, literal, doctest = [], False, False, False
+    lines = joined(lines)
     for i, line in enumerate(lines):
         indent = len(line) - len(line.lstrip())
         if indent == 0 and line.strip():
@@ -27,6 +28,17 @@ def as_rst(lines):
             out += [f".. code-block:: {language(lines[i:])}", ""]
             literal = True
         out.append(line if literal or doctest else escaped(line))
+    return out
+
+
+def joined(lines):
+    """The lines with code that is broken over two of them on one."""
+    out = []
+    for line in lines:
+        if out and out[-1].count("`") % 2:
+            out[-1] = f"{out[-1]} {line.strip()}"
+        else:
+            out.append(line)
     return out
 
 

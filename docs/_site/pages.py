@@ -1,6 +1,7 @@
 """What a page has on the site alone: the contents, the explorer, the pictures."""
 
 import fnmatch
+import re
 import shutil
 from pathlib import Path
 
@@ -28,14 +29,30 @@ CONTENTS = {
 """The pages of each part as patterns; "In practice" has every page that no other part names."""
 EXPLORER = '<iframe class="explorer" src="explorer.html" title="One number per axis"></iframe>'
 
+PICTURE = re.compile(
+    r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="([^"]*)">\s*'
+    r'<img src="([^"]*)" alt="([^"]*)"[^>]*>\s*</picture>'
+)
+"""A figure for dark pages and for light ones, as the repository shows them."""
+
 
 def on_the_site(app, docname, source):
     """Put in place of comments, which the repository does not show, what only a site can."""
     if docname == app.config.root_doc:
         source[0] += contents(app.env.found_docs - {docname})
+    source[0] = PICTURE.sub(of_both_papers, source[0])
     source[0] = source[0].replace("<!-- explorer -->", raw(EXPLORER))
     if "<!-- pictures -->" in source[0]:
         source[0] = source[0].replace("<!-- pictures -->", raw(gallery()))
+
+
+def of_both_papers(found):
+    """The figure that fits the page, whose light or dark the reader may switch."""
+    dark, light, alt = found.groups()
+    return "\n\n".join(
+        f"```{{image}} {path}\n:alt: {alt}\n:class: only-{paper}\n:loading: lazy\n```"
+        for path, paper in ((light, "light"), (dark, "dark"))
+    )
 
 
 def contents_may_differ(app, env, added, changed, removed):
