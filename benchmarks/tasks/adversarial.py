@@ -69,9 +69,8 @@ def pgd(
         key: of the random start.
         attack: how far and how often.
 
-    >>> up = pgd(lambda x: jnp.ones_like(x), jnp.zeros(3), jax.random.key(0), Attack(0.2, 0.5, 4))
-    >>> up.round(3).tolist()
-    [0.2, 0.2, 0.2]
+    >>> pgd(jnp.ones_like, jnp.zeros(3), jax.random.key(0), Attack(0.25, 0.5, 4)).tolist()
+    [0.25, 0.25, 0.25]
     """
     low = jnp.maximum(pixels - attack.epsilon, -1)
     high = jnp.minimum(pixels + attack.epsilon, 1)

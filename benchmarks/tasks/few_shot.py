@@ -99,7 +99,7 @@ def prototype_logits(support: jax.Array, queries: jax.Array) -> jax.Array:
     [[-0.0, -9.0]]
     """
     prototypes = support.mean(axis=0)
-    return -((queries[:, None] - prototypes) ** 2).sum(axis=-1)
+    return -((queries[:, None] - prototypes[None]) ** 2).sum(axis=-1)
 
 
 def objective(

@@ -1,7 +1,8 @@
 """The cells of the tasks: what is trained, in which order, and how one is measured."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from itertools import product
 
 from benchmarks.cells import Cell, How, Key
 from benchmarks.datasets import Data
@@ -27,13 +28,13 @@ QUICK_SEEDS = 4
 
 
 def plans(
-    tasks: Iterable[Task],
+    tasks: Collection[Task],
     shapes: Mapping[str, tuple[int, int, int]],
     *,
     quick: bool = False,
     seeds: int | None = None,
 ) -> list[Plan]:
-    """The cells to measure, those of a task together.
+    """The cells to measure, the most telling methods first.
 
     Args:
         tasks: some or all.
@@ -44,14 +45,12 @@ def plans(
     found = []
     for data, shape in shapes.items():
         count = seeds or (QUICK_SEEDS if quick else SEEDS[shape[0]])
-        for task in tasks:
+        for (method, size), task in product(FIRST if quick else ALL, tasks):
             settings = (task.quick if quick else task.settings)[shape[0]]
-            for method, size in FIRST if quick else ALL:
-                key = Key(data, LAST, method, size, How(task=task.name))
-                one = plan(key, count, settings, shape, (task.name,), others=False)
-                training = one.seconds - COMPILE_SECONDS
-                seconds = task.compile_seconds + task.work * training
-                found.append(one._replace(seconds=seconds))
+            key = Key(data, LAST, method, size, How(task=task.name))
+            one = plan(key, count, settings, shape, (task.name,), others=False)
+            training = one.seconds - COMPILE_SECONDS
+            found.append(one._replace(seconds=task.compile_seconds + task.work * training))
     return found
 
 
