@@ -16,25 +16,22 @@ all its seeds are trained, so an interrupted run resumes with --resume.
 
 import argparse
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from itertools import product
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.markdown import Markdown
 
 from benchmarks import batch_size_report
 from benchmarks.batch_size_figure import draw
 from benchmarks.batch_size_report import Comparison, Point
-from benchmarks.cells import How, Key, Settings
+from benchmarks.cells import How, Key, Map, Settings
 from benchmarks.datasets import Data
 from benchmarks.failure_plan import SETTINGS
-from benchmarks.files import write
 from benchmarks.norms import METHODS, TABLE
 from benchmarks.options import positive
 from benchmarks.plan import Plan, plan
 from benchmarks.residual import STRIDES
-from benchmarks.sweep import add_options, loaded, measure_missing, measured, print_plan, start
+from benchmarks.sweep import Report, add_options, loaded, measured, run
 from benchmarks.training import IMAGES_PER_STEP
 
 
@@ -58,20 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = loaded(parser, args.data)
     points = compared(parser, args, data)
     planned = list({plan.key: plan for plan in points.values()}.values())
-    with ExitStack() as held:
-        result = start(parser, args, planned, held)
-        missing = [plan for plan in planned if plan.key not in result.cells]
-        print_plan(console, missing, len(planned), each=False)
-        interrupted = measure_missing(result, missing, data, args, console, measured)
+
+    def report(result: Map) -> Report:
         comparison = Comparison(points, result)
-        if not comparison.cells:
-            return 130
-        text = batch_size_report.markdown(comparison)
-        write(args.output / "batch_size.md", text)
         draw(comparison, args.output / "batch_size.png")
-    console.print(Markdown(text), soft_wrap=False)
-    console.print(f"In {args.output}: batch_size.md, batch_size.png, cells.json, cells.csv")
-    return 130 if interrupted else 0
+        text = batch_size_report.markdown(comparison)
+        return Report("batch_size.md", text, pictures=["batch_size.png"])
+
+    return run(parser, args, console, data, planned, measured, report)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -20,7 +20,9 @@ DODGE = 1.1
 def draw(comparison: Comparison, path: Path) -> None:
     """Draws the test error over the batch size, dashed where the batch size cannot matter, and the
     same for dark pages."""
-    maps = comparison.maps
+    maps = list(dict.fromkeys((point.data, point.last) for point in comparison.cells))
+    if not maps:
+        return
     figure = Figure(figsize=(1.2 + 4.4 * len(maps), 4.8), layout="constrained")
     panels = figure.subplots(1, len(maps), squeeze=False, sharey=True)[0]
     cells = comparison.cells

@@ -30,6 +30,7 @@ class How(NamedTuple):
         corrupted: share of the training labels that are wrong, see `benchmarks.curricula`.
         curriculum: what weighs examples: "none", "self_paced" or "learned".
         enters: what the weights enter: "loss", "norm" (statistics) or "both".
+        task: what it is trained for: "classes", or a task of `benchmarks.tasks`.
     """
 
     step: int = IMAGES_PER_STEP
@@ -40,6 +41,7 @@ class How(NamedTuple):
     corrupted: float = 0.0
     curriculum: str = "none"
     enters: str = "loss"
+    task: str = "classes"
 
     @property
     def rate(self) -> float | None:

@@ -16,7 +16,6 @@ ends early, by --budget or Ctrl-C, has its figure too, and goes on with --resume
 
 import argparse
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 from rich.console import Console
 
@@ -24,10 +23,8 @@ from benchmarks import failure_report
 from benchmarks.cells import Map
 from benchmarks.failure_figure import draw
 from benchmarks.failure_plan import plans
-from benchmarks.files import write
 from benchmarks.options import count, number, positive
-from benchmarks.results import machine, versions
-from benchmarks.sweep import add_options, loaded, measure_missing, measured, print_plan, start
+from benchmarks.sweep import Report, add_options, loaded, measured, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,21 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra_seeds=0 if args.quick else args.extra_seeds,
         gradients=args.gradients,
     )
-    with ExitStack() as held:
-        result = Map(versions(), machine()) if args.plan else start(parser, args, planned, held)
-        missing = [plan for plan in planned if not plan.is_done(result.cells.get(plan.key))]
-        print_plan(console, missing, len(planned), args.plan)
-        if args.plan:
-            return 0
-        interrupted = measure_missing(result, missing, data, args, console, measured)
-        if not result.cells:
-            return 130
-        text = failure_report.markdown(result, args.points)
-        write(args.output / "failure.md", text)
+
+    def report(result: Map) -> Report:
         draw(result, args.points, args.output / "failure.png")
-    console.print(text, markup=False)
-    console.print(f"In {args.output}: cells.json, failure.md, failure.png")
-    return 130 if interrupted else 0
+        text = failure_report.markdown(result, args.points)
+        return Report("failure.md", text, pictures=["failure.png"])
+
+    return run(parser, args, console, data, planned, measured, report)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,7 +58,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_options(parser, "results/failure")
     add("--quick", action="store_true", help="the most telling cells alone, trained little")
-    add("--plan", action="store_true", help="print what would run and how long, and end")
     add(
         "--gradients",
         action="store_true",

@@ -19,7 +19,6 @@ Ctrl-C, goes on with --resume.
 
 import argparse
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from types import MappingProxyType
 
@@ -28,14 +27,12 @@ from rich.console import Console
 
 from benchmarks import fluctuations_report, fractals
 from benchmarks.cells import Key, Map, Settings
-from benchmarks.files import write
 from benchmarks.fluctuations_report import CURVES, NAMES, PARTS
 from benchmarks.measures import Values
 from benchmarks.norms import TABLE
 from benchmarks.options import positive
 from benchmarks.plan import Plan, plan
-from benchmarks.results import machine, versions
-from benchmarks.sweep import add_options, loaded, measure_missing, measured, print_plan, start
+from benchmarks.sweep import Report, add_options, loaded, measured, run
 from benchmarks.training import IMAGES_PER_STEP, Trained
 
 IMAGES = 1024
@@ -128,29 +125,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         fractals.scales(steps // 2)
     except ValueError as error:
         parser.error(f"argument --steps: a half of {steps} steps is too short. {error}")
-    with ExitStack() as held:
-        result = Map(versions(), machine()) if args.plan else start(parser, args, planned, held)
-        missing = [plan for plan in planned if not plan.is_done(result.cells.get(plan.key))]
-        print_plan(console, missing, len(planned), args.plan)
-        if args.plan:
-            return 0
+    text = ""
+    if not args.plan:
         checked = [fractals.check(known, steps // 2) for known in fractals.KNOWN]
         text = fluctuations_report.known(checked, steps // 2)
         console.print(text, markup=False)
         if not all(check.holds for check in checked):
             console.print("Known exponents were not found again. Try more --steps.")
             return 1
-        interrupted = measure_missing(
-            result, missing, data, args, console, partial(measured, measures=MEASURES, curves=True)
-        )
-        if not result.cells:
-            return 130
-        tables = fluctuations_report.markdown(result)
-        write(args.output / "fluctuations.md", text + tables)
+
+    def report(result: Map) -> Report:
         pictures = fluctuations_report.draw(result, args.output)
-    console.print(tables, markup=False)
-    console.print(f"In {args.output}: cells.json, fluctuations.md, {', '.join(pictures)}")
-    return 130 if interrupted else 0
+        tables = fluctuations_report.markdown(result)
+        return Report("fluctuations.md", text + tables, tables, pictures)
+
+    measure = partial(measured, measures=MEASURES, curves=True)
+    return run(parser, args, console, data, planned, measure, report)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -161,7 +151,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_options(parser, "results/fluctuations")
     add("--quick", action="store_true", help="the most telling cells alone, trained less long")
-    add("--plan", action="store_true", help="print what would run and how long, and end")
     add("--seeds", type=positive, metavar="N", help="0 to N - 1 (default: 5; with --quick: 3)")
     add(
         "--steps",

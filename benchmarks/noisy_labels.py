@@ -23,7 +23,6 @@ cells.json as soon as it is measured, and `--resume` goes on from there.
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import cache
 from itertools import product
 from typing import Any
@@ -34,15 +33,13 @@ from benchmarks import noisy_training
 from benchmarks.cells import Cell, How, Key, Map, Settings
 from benchmarks.datasets import Data
 from benchmarks.failure_plan import QUICK, SETTINGS
-from benchmarks.files import write
 from benchmarks.noisy_report import markdown
 from benchmarks.noisy_training import ENTERS, Noisy, Weighing
 from benchmarks.options import positive
 from benchmarks.plan import Plan, plan
 from benchmarks.residual import ResidualNet
-from benchmarks.results import machine, versions
 from benchmarks.serving import Serving, running
-from benchmarks.sweep import add_options, loaded, measure_missing, print_plan, start
+from benchmarks.sweep import Report, add_options, loaded, run
 from benchmarks.training import IMAGES_PER_STEP
 
 METHODS = ("batch", "batch_group", "group")
@@ -159,20 +156,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = loaded(parser, args.data)
     shapes = {name: images.shape for name, images in data.items()}
     planned = plans(shapes, quick=args.quick, seeds=args.seeds)
-    with ExitStack() as held:
-        result = Map(versions(), machine()) if args.plan else start(parser, args, planned, held)
-        missing = [plan for plan in planned if not plan.is_done(result.cells.get(plan.key))]
-        print_plan(console, missing, len(planned), args.plan)
-        if args.plan:
-            return 0
-        interrupted = measure_missing(result, missing, data, args, console, measured)
-        if not result.cells:
-            return 130
-        text = markdown(result)
-        write(args.output / "noisy_labels.md", text)
-    console.print(text, markup=False)
-    console.print(f"In {args.output}: cells.json, noisy_labels.md")
-    return 130 if interrupted else 0
+
+    def report(result: Map) -> Report:
+        return Report("noisy_labels.md", markdown(result))
+
+    return run(parser, args, console, data, planned, measured, report)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -184,7 +172,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_options(parser, "results/noisy_labels")
     add("--quick", action="store_true", help="40 %% of wrong labels, trained little")
-    add("--plan", action="store_true", help="print what would run and how long, and end")
     usual = ", ".join(f"{seeds} on {size}x{size}" for size, seeds in SEEDS.items())
     add(
         "--seeds",

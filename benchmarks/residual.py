@@ -111,14 +111,14 @@ class ResidualNet(nn.Module):
     Attributes:
         layers: the normalization at each of the widths 12, 24 and 48.
         strides: the stride of each stage, as in `STRIDES`.
-        num_classes: size of the output.
+        num_classes: size of the output; None for the mean over the last map alone.
         residual: whether blocks have their residual path.
         noise: see `Unit`; its random numbers are those of the stream "noise".
     """
 
     layers: tuple[Layer, ...]
     strides: tuple[int, ...] = STRIDES[8]["1x1"]
-    num_classes: int = 10
+    num_classes: int | None = 10
     residual: bool = True
     noise: float = 0.0
 
@@ -132,4 +132,5 @@ class ResidualNet(nn.Module):
         x = Unit(self.layers[0], WIDTHS[0], noise=self.noise, name="stem")(x, **now)
         for layer, features, stride in zip(self.layers, WIDTHS, self.strides, strict=True):
             x = Block(layer, features, stride, self.residual, self.noise)(x, **now)
-        return nn.Dense(self.num_classes)(x.mean(axis=(1, 2)))
+        features = x.mean(axis=(1, 2))
+        return features if self.num_classes is None else nn.Dense(self.num_classes)(features)

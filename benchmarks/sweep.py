@@ -5,14 +5,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import training
 from benchmarks.cells import Cell, Key, Map
 from benchmarks.datasets import SOURCES, Data, load
-from benchmarks.files import locked, make_folder
+from benchmarks.files import locked, make_folder, write
 from benchmarks.interrupt import deferred_interrupt
 from benchmarks.measures import MEASURES, Values
 from benchmarks.options import number
@@ -24,6 +26,22 @@ from benchmarks.shifts import ORDERS
 from benchmarks.training import Trained
 
 Measure = Callable[[Plan, Data, Callable[[int], None]], Cell]
+
+
+class Report(NamedTuple):
+    """What is said of the cells.
+
+    Attributes:
+        name: of the file of its text.
+        text: in Markdown.
+        shown: what is printed in its place; None prints the text.
+        pictures: names of the files that were drawn beside it.
+    """
+
+    name: str
+    text: str
+    shown: str | None = None
+    pictures: Sequence[str] = ()
 
 
 def add_options(parser: argparse.ArgumentParser, output: str) -> None:
@@ -51,6 +69,7 @@ def add_options(parser: argparse.ArgumentParser, output: str) -> None:
     existing.add_argument(
         "--overwrite", action="store_true", help="replace the cells that the output folder holds"
     )
+    add("--plan", action="store_true", help="print what would run and how long, and end")
 
 
 def loaded(parser: argparse.ArgumentParser, names: Sequence[str]) -> dict[str, Data]:
@@ -65,6 +84,49 @@ def loaded(parser: argparse.ArgumentParser, names: Sequence[str]) -> dict[str, D
         if images.shape[0] not in STRIDES:
             parser.error(f"argument --data: no network for images of {images.shape} in {name}")
     return data
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    console: Console,
+    data: Mapping[str, Data],
+    planned: Sequence[Plan],
+    measure: Measure | None,
+    report: Callable[[Map], Report],
+) -> int:
+    """Measures the cells that are missing, and reports all that are there.
+
+    Args:
+        parser: reports what is wrong with the output folder.
+        args: what the options of `add_options` were.
+        console: is printed to.
+        data: the data sets by name.
+        planned: the cells, in the order in which they are measured.
+        measure: makes a cell; None measures nothing.
+        report: draws what it likes into the output folder.
+
+    Returns:
+        The exit status: 130 after an interrupt, or where there is nothing to report.
+    """
+    with ExitStack() as held:
+        result = Map(versions(), machine()) if args.plan else start(parser, args, planned, held)
+        missing = [plan for plan in planned if not plan.is_done(result.cells.get(plan.key))]
+        print_plan(console, missing, len(planned), args.plan)
+        if args.plan:
+            return 0
+        interrupted = measure is not None and measure_missing(
+            result, missing, data, args, console, measure
+        )
+        if not result.cells:
+            return 130
+        found = report(result)
+        write(args.output / found.name, found.text)
+    shown = Markdown(found.text) if found.shown is None else found.shown
+    console.print(shown, markup=False, soft_wrap=found.shown is not None)
+    files = ["cells.json", "cells.csv", found.name, *found.pictures]
+    console.print(f"In {args.output}: {', '.join(files)}")
+    return 130 if interrupted else 0
 
 
 def start(

@@ -50,6 +50,15 @@ class Curves(NamedTuple):
     gradient_norm: Any
 
 
+class Ran(NamedTuple):
+    """What `run_epochs` returns: what all seeds ended with, what each step had, (seeds, steps), and
+    the seconds that it took."""
+
+    carry: Any
+    kept: Any
+    train_seconds: float
+
+
 class Trained(NamedTuple):
     """A network trained once per seed, the seeds in the leading axis of `state`; `curves` are there
     where they were asked for."""
@@ -114,23 +123,61 @@ def fit(
     state = jax.block_until_ready(initialize(net, optimizer, devices, data.shape, seeds))
     if net.noise:
         state = state._replace(key=jax.vmap(jax.random.key)(jnp.asarray(seeds)))
-    train_seeds = jax.vmap(partial(_train_epoch, net, optimizer, steps * epochs, curves=curves))
-    train_epoch = jax.jit(train_seeds, donate_argnums=0).lower(state, batches(0)).compile()
+    initial_seconds = time.perf_counter() - start
+    train_epoch = partial(_train_epoch, net, optimizer, steps * epochs, curves=curves)
+    program, compile_seconds = compiled_epoch(train_epoch, state, batches(0))
+    ran = run_epochs(program, state, batches, epochs, on_epoch)
+    return Trained(
+        net, ran.carry, splits, initial_seconds + compile_seconds, ran.train_seconds, ran.kept
+    )
+
+
+def compiled_epoch(
+    train_epoch: Callable[[Any, Any], tuple[Any, Any]], carry: Any, batches: Any
+) -> tuple[Callable[..., Any], float]:
+    """An epoch of all seeds, which takes the place of `carry` in memory, and the seconds that its
+    compilation took.
+
+    Args:
+        train_epoch: (carry, the batches of an epoch) -> (carry, what each step had), of one seed.
+        carry: what it starts from, the seeds in the leading axis.
+        batches: of an epoch, with leading axes of seeds and steps.
+    """
+    return compiled(jax.vmap(train_epoch), carry, batches, donate_argnums=0)
+
+
+def run_epochs(
+    program: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    batches: Callable[[int], Any],
+    epochs: int,
+    on_epoch: Callable[[int], None],
+) -> Ran:
+    """Trains all seeds by what `compiled_epoch` returns.
+
+    Args:
+        program: an epoch.
+        carry: what it starts from.
+        batches: of an epoch by its number.
+        epochs: how many.
+        on_epoch: called with the number of finished epochs, first with 0.
+    """
     begin = time.perf_counter()
     on_epoch(0)
     kept = []
     for index in range(epochs):
-        state, of_epoch = jax.block_until_ready(train_epoch(state, batches(index)))
+        carry, of_epoch = jax.block_until_ready(program(carry, batches(index)))
         kept.append(of_epoch)
         on_epoch(index + 1)
     joined = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *kept)
-    return Trained(net, state, splits, begin - start, time.perf_counter() - begin, joined)
+    return Ran(carry, joined, time.perf_counter() - begin)
 
 
-def compiled(f: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], float]:
-    """The program of f for arguments like these, and the seconds that its compilation took."""
+def compiled(f: Callable[..., Any], *args: Any, **how: Any) -> tuple[Callable[..., Any], float]:
+    """The program of f for arguments like these, and the seconds that its compilation took; `how`
+    are options of `jax.jit`."""
     start = time.perf_counter()
-    program = jax.jit(f).lower(*args).compile()
+    program = jax.jit(f, **how).lower(*args).compile()
     return program, time.perf_counter() - start
 
 

@@ -15,17 +15,16 @@ cells.json as soon as it is measured; claims share cells, and `--resume` goes on
 
 import argparse
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 from rich.console import Console
 
+from benchmarks.cells import Map
 from benchmarks.claims import CLAIMS
 from benchmarks.claims.plan import QUICK_SEEDS, SEEDS, plans
 from benchmarks.claims.report import markdown, section, tried
 from benchmarks.claims.verdicts import MISSING
-from benchmarks.files import write
 from benchmarks.options import positive
-from benchmarks.sweep import add_options, loaded, measure_missing, measured, print_plan, start
+from benchmarks.sweep import Report, add_options, loaded, measured, print_plan, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,22 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print_plan(console, planned, len(planned), False)
         return 0
-    with ExitStack() as held:
-        result = start(parser, args, planned, held)
-        missing = [plan for plan in planned if not plan.is_done(result.cells.get(plan.key))]
-        print_plan(console, missing, len(planned), False)
-        interrupted = not args.report and measure_missing(
-            result, missing, data, args, console, measured
-        )
-        if not result.cells:
-            return 130
-        write(args.output / "claims.md", markdown(result, CLAIMS.values()))
-    for one in tried(result, CLAIMS.values()):
-        if one.claim in claims and one.verdict != MISSING:
-            console.print(section(one, result), markup=False)
-            console.print()
-    console.print(f"In {args.output}: cells.json, claims.md")
-    return 130 if interrupted else 0
+
+    def report(result: Map) -> Report:
+        shown = [
+            section(one, result) + "\n\n"
+            for one in tried(result, CLAIMS.values())
+            if one.claim in claims and one.verdict != MISSING
+        ]
+        return Report("claims.md", markdown(result, CLAIMS.values()), "".join(shown))
+
+    measure = None if args.report else measured
+    return run(parser, args, console, data, planned, measure, report)
 
 
 def _parser() -> argparse.ArgumentParser:
