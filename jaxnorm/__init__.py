@@ -68,6 +68,7 @@ in `methods/`. Around them:
                                   sensitivity, statistics_spread (StatisticsSpread), range_excess
                                   (RangeExcess), channel_power (ChannelPower), NormCall
     pictures of the sets          drawing.style, draw_row, draw_block, draw_key
+    the look of figures           drawing.colour_of, label_lines, plain_log
 
 In Flax, `linen.Norm(method)` and `nnx.Norm(features, method, rngs=)` carry every method (with `Tap`
 and `Observation`, two kinds of nnx variables). The rest of `linen/` and `nnx/`:
