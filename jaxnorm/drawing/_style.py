@@ -93,9 +93,10 @@ def colour_of(name: str) -> str:
 
 
 def label_lines(ax: Any, *, gap: float = 11.5) -> None:
-    """Write the label of each line beside its last point, in its colour, instead of a legend.
+    """Write the label of each line at the height of its last point, instead of a legend.
 
-    Call it last: where labels would overlap, they are moved apart on the present axes.
+    It has the colour of the line. All are one below the other, to the right of the line that ends
+    last. Call it at the end: where labels would overlap, they are moved apart on the present axes.
 
     Args:
         ax: axes of matplotlib whose lines have labels.
@@ -106,14 +107,14 @@ def label_lines(ax: Any, *, gap: float = 11.5) -> None:
         points = np.asarray(line.get_xydata(), float)
         points = points[np.isfinite(points).all(1)]
         if not line.get_label().startswith("_") and len(points):
-            ends.append((ax.transData.transform(points[-1])[1], points[-1], line))
-    per_point = ax.figure.dpi / 72
-    heights = _apart([height / per_point for height, _, _ in ends], gap)
-    for (height, end, line), moved in zip(ends, heights, strict=True):
+            ends.append((ax.transData.transform(points[-1]) * 72 / ax.figure.dpi, points[-1], line))
+    right = max((place[0] for place, _, _ in ends), default=0)
+    heights = _apart([place[1] for place, _, _ in ends], gap)
+    for (place, end, line), height in zip(ends, heights, strict=True):
         ax.annotate(
             line.get_label(),
             end,
-            xytext=(7, moved - height / per_point),
+            xytext=(right - place[0] + 8, height - place[1]),
             textcoords="offset points",
             va="center",
             color=line.get_color(),
