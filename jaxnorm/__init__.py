@@ -62,6 +62,9 @@ in `methods/`. Around them:
                                   ExampleWeights), adapt_moments
     unknown domains               domains.domain_weights, domain_ensemble
     into the layer in front       folding.fold
+    from PyTorch and others       convert.from_torch, to_torch, from_haiku, to_haiku, from_equinox,
+                                  to_equinox, from_keras, to_keras, from_sbx, to_sbx (a Layer),
+                                  settings; whole models: load_model, dump_model
     weight decay of norms         optim.add_norm_decay, norm_mask, decay_mask, norm_penalty
     measuring a training run      probe.along_gradient (which returns AlongGradient),
                                   gradient_change, l2_by_layer, effective_learning_rates, noise,
@@ -89,6 +92,7 @@ share statistics; gamma is `scale`, beta `bias`. Two conventions to remember: `m
 weight of the OLD value, and variances are biased, divided by n.
 """
 
+from jaxnorm import convert as convert
 from jaxnorm import domains as domains
 from jaxnorm import folding as folding
 from jaxnorm import inference as inference

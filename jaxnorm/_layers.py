@@ -166,6 +166,7 @@ def flax_row(
         mean=mean,
         epsilon=layer.epsilon if epsilon is None or epsilon.ndim else epsilon.item(),
         momentum=momentum,
+        correction=getattr(layer, "correction", 0),
         two_pass=mean is None and not layer.use_fast_variance,
     )
 

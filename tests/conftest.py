@@ -43,7 +43,7 @@ PROGRAMS = {
 SAMPLED = {
     f"test_{name}.py"
     for name in (
-        "cross_iteration", "devices", "equations", "every_layer", "every_method",
+        "convert_peers", "cross_iteration", "devices", "equations", "every_layer", "every_method",
         "explicit_meshes", "flax_differences", "flax_parity", "folding", "group_plus", "identities",
         "inference", "laws", "layers", "linen", "loops", "memory", "methods", "moments",
         "moving_average", "nnx", "normalize", "passes", "rounding", "running", "switchable",

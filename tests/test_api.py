@@ -49,7 +49,7 @@ LAYERS = {
 }
 MODULES = (
     "inference", "folding", "kernels", "schedules", "domains", "positional", "training", "optim",
-    "drawing", "probe",
+    "drawing", "probe", "convert",
 )  # fmt: skip
 OF_MODULES = {
     f"{module}.{name}": value
@@ -70,13 +70,14 @@ BY_POSITION = {
     "threshold", "scale", "shift", "step", "epoch", "distances", "forward", "num_domains",
     "evaluate", "batches", "loss", "update", "params", "weight_decay", "variables", "model",
     "sizes", "counts", "ax", "axis", "ticks", "name", "row", "epsilon",
-    "key", "before", "after", "tree", "alter",
+    "key", "before", "after", "tree", "alter", "arrays", "names", "layer",
 }  # fmt: skip
 # of these no paper is known, or the text below says where they come from
 WITHOUT_REFERENCE = {
     "Method", "Row", "measured", "applied", "linen.Norm", "nnx.Norm", "nnx.Tap",
     "nnx.Observation", "nnx.FoldedNorm",
-    "inference.ExampleWeights", "linen.fold_norms", "optim.norm_mask", "optim.decay_mask",
+    "inference.ExampleWeights", "convert.Layer", "linen.fold_norms", "optim.norm_mask",
+    "optim.decay_mask",
 }  # fmt: skip
 
 # the notebooks run what needs matplotlib; variables and a remnant are used through others
@@ -239,6 +240,9 @@ ABOVE = (
     "schedules", "training", "domains", "positional", "folding", "_pairs",
     "probe._trees", "probe._landscape", "probe._depth", "probe._noise", "probe._statistics",
     "probe._power", "probe._calls", "probe",
+    "convert._arrays", "convert._debiased", "convert._registry", "convert._torch", "convert._haiku",
+    "convert._equinox", "convert._keras", "convert._flax", "convert._sbx", "convert._libraries",
+    "convert._model", "convert._settings", "convert",
 )  # fmt: skip
 OF_LAYERS = ("_flax_rules", "_layers")
 FLOORS = (*(f"_core.{name}" for name in CORE), *ABOVE, *OF_LAYERS)

@@ -18,6 +18,7 @@ from jaxnorm import (
     Row,
     Size,
     blend,
+    convert,
     device_groups,
     folding,
     init_running,
@@ -969,6 +970,123 @@ ERRORS |= {
         ValueError,
         r"bias has shape \(1, 6\)\. Expected \(6,\)",
         lambda: folding.fold(ones(3, 6), ones(1, 6), init_running((6,))),
+    ),
+}
+
+
+# arrays of other libraries
+OF_TORCH = {"running_mean": np.ones(3), "running_var": np.ones(3)}
+EMA = {"average": np.ones(3), "counter": 1}
+RENORM = {f"moving_{name}": np.ones(3) for name in ("mean", "variance", "stddev")}
+TREE = {"params": {"Dense_0": {"kernel": np.ones((2, 3))}}}
+
+ERRORS |= {
+    "names that torch does not have": (
+        ValueError,
+        "from_torch got the unknown name gamma; the unknown name scale; arrays of different "
+        r"shapes, bias \(2,\), weight \(3,\)\. Expected the arrays of one layer, of one shape "
+        "and with names among weight, bias, running_mean.*a whole model is for load_model",
+        lambda: convert.from_torch(
+            {"gamma": 1.0, "scale": 1.0, "weight": np.ones(3), "bias": np.ones(2)}
+        ),
+    ),
+    "half of the statistics of torch": (
+        ValueError,
+        "from_torch got running_mean without running_var",
+        lambda: convert.from_torch({"running_mean": np.ones(3)}),
+    ),
+    "standard deviations for torch": (
+        ValueError,
+        r"to_torch got the unknown name std; mean without var\. Expected .* among scale, bias",
+        lambda: convert.to_torch({}, methods.batch_renorm().init(NHWC)),
+    ),
+    "averages of haiku without their decay": (
+        ValueError,
+        "from_haiku got decay_rate=None for a layer with running statistics. Expected the "
+        "decay_rate of the layer",
+        lambda: convert.from_haiku({"mean_ema": EMA, "var_ema": EMA}),
+    ),
+    "a decay of one": (
+        ValueError,
+        "to_haiku got decay_rate=1, with which an average never moves",
+        lambda: convert.to_haiku({}, BN.init(NHWC), decay_rate=1.0),
+    ),
+    "averages of haiku of two layers": (
+        ValueError,
+        "from_haiku got averages after 1 and 2 calls. Expected those of one layer",
+        lambda: convert.from_haiku(
+            {"mean_ema": EMA, "var_ema": EMA | {"counter": 2}}, decay_rate=0.9
+        ),
+    ),
+    "a count that differs between channels": (
+        ValueError,
+        "to_equinox got a count that differs between channels, from 0.5 to 1.0.*Expected one "
+        "number",
+        lambda: convert.to_equinox(
+            {}, {"mean": np.ones(2), "var": np.ones(2), "count": np.array([0.5, 1.0])}
+        ),
+    ),
+    "two pairs of averages for equinox": (
+        ValueError,
+        "to_equinox got averages for training that are not those for inference. Expected equal",
+        lambda: convert.to_equinox(
+            {}, methods.momentum_batch_norm().init(NHWC) | {"mean": ones(6)}
+        ),
+    ),
+    "two pairs of averages of keras": (
+        ValueError,
+        "from_keras got renorm_mean and renorm_stddev that are not moving_mean and moving_stddev. "
+        "Expected equal ones",
+        lambda: convert.from_keras(
+            RENORM | {"renorm_mean": np.zeros(3), "renorm_stddev": np.ones(3)}
+        ),
+    ),
+    "a layer that no library has": (
+        ValueError,
+        r"no layer 'torch.nn.BatchNorm' is known\. Did you mean torch.BatchNorm\dd or .*\? "
+        "Expected one of torch.BatchNorm1d",
+        lambda: convert.settings("torch.nn.BatchNorm"),
+    ),
+    "arguments of another library": (
+        TypeError,
+        "torch.BatchNorm2d has no argument epsilon, decay that is known here. Expected some of "
+        "eps, momentum, affine",
+        lambda: convert.settings("torch.nn.BatchNorm2d", epsilon=1e-3, decay=0.9),
+    ),
+    "a layer without what it needs": (
+        TypeError,
+        "haiku.BatchNorm needs create_scale, create_offset, decay_rate. Expected some of",
+        lambda: convert.settings("haiku.BatchNorm"),
+    ),
+    "axes of a layer norm that mean another thing for each rank": (
+        ValueError,
+        r"no such method here\. Got axis=\(1, 2\); expected -1, or all axes but the first",
+        lambda: convert.settings(
+            "haiku.LayerNorm", axis=(1, 2), create_scale=True, create_offset=True
+        ),
+    ),
+    "a clipping that keras alone has": (
+        ValueError,
+        r"Got renorm_clipping=\{'rmax': 3\}; expected rmin=1/rmax, or neither",
+        lambda: convert.settings(
+            "keras.layers.BatchNormalization", renorm=True, renorm_clipping={"rmax": 3}
+        ),
+    ),
+    "a library that is not known": (
+        ValueError,
+        "library is one of 'torch', 'haiku', 'equinox', 'keras', 'sbx', 'flax'. Got 'tensorflow'",
+        lambda: convert.load_model(TREE, {}, {}, library="tensorflow"),
+    ),
+    "a model whose names do not fit": (
+        ValueError,
+        "load_model found 3 mismatches between the tree and torch:\n  Dense_0 has no name\n  fc is "
+        "in names and not in the tree\n  fc.weight is not used\nExpected a name for each",
+        lambda: convert.load_model(TREE, {"fc.weight": np.ones((3, 2))}, {"fc": "fc"}),
+    ),
+    "a model of other shapes": (
+        ValueError,
+        r"Dense_0/kernel has shape \(2, 3\) here and \(5, 4\) from 'fc'",
+        lambda: convert.load_model(TREE, {"fc.weight": np.ones((4, 5))}, {"Dense_0": "fc"}),
     ),
 }
 

@@ -42,6 +42,7 @@ class BatchNorm(nn.BatchNorm):
             float32 or wider always. An average in half precision stops far from where it goes, and
             training warns: see `update_running`.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
+        correction: 1 stores the unbiased variance, as PyTorch does; see `update_running`.
 
     Raises:
         ValueError: `use_running_average` given nowhere or twice, running statistics of another
@@ -66,6 +67,7 @@ class BatchNorm(nn.BatchNorm):
 
     axis: Axes = -1  # type: ignore[assignment]  # for Flax an int, though it takes several
     unit_offset: bool = False
+    correction: int = 0
 
     @nn.compact
     def __call__(

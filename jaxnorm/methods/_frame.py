@@ -177,14 +177,16 @@ def running_in(state: State) -> Moments:
 def updated(state: State, m: Moments, **options: Any) -> State:
     """State of `mean` and `var` after a batch with moments m: `update_running` of them.
 
-    Where a count of `POPULATION` stands in the state, the update is that of a population.
+    Where a count of `POPULATION` stands in the state, the update is that of a population. `calls`
+    counts the updates where it stands there.
     """
     old, count = running_in(state), _count_in(state)
     if count in POPULATION:
         new = POPULATION[count](old, m, batch_axis=options.get("batch_axis", 0))
-        state = state | {"calls": state["calls"] + 1}
     else:
         new = update_running(old, m, **options)
+    if "calls" in state:
+        state = state | {"calls": state["calls"] + 1}
     values = {"mean": new.mean, "var": new.var, count: new.count}
     return state | {name: values[name] for name in values if name in state}
 

@@ -52,6 +52,7 @@ class BatchNorm(StatefulLayer):
         bias_metadata: for the bias variable.
         scale_metadata: for the scale variable.
         unit_offset: store scale as its distance from 1; `scale_init` still gives the scale.
+        correction: 1 stores the unbiased variance, as PyTorch does; see `update_running`.
 
     Raises:
         ValueError: `use_running_average` given nowhere, running statistics of another shape, a
@@ -91,6 +92,7 @@ class BatchNorm(StatefulLayer):
         bias_metadata: Metadata = NONE,
         scale_metadata: Metadata = NONE,
         unit_offset: bool = False,
+        correction: int = 0,
     ):
         self._construct(locals())
         for name, value in first_running((num_features,), state_dtype(dtype)).items():
