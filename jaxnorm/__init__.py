@@ -74,6 +74,7 @@ in `methods/`. Around them:
                                   (RangeExcess), channel_power (ChannelPower), NormCall,
                                   NormTable, NormRow
     pictures of the sets          drawing.style, draw_row, draw_block, draw_key
+    the look of figures           drawing.colour_of, label_lines, plain_log
 
 In Flax, `linen.Norm(method)` and `nnx.Norm(features, method, rngs=)` carry every method (with `Tap`
 and `Observation`, two kinds of nnx variables). The rest of `linen/` and `nnx/`:

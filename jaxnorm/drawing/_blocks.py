@@ -1,27 +1,11 @@
-"""Blocks of numbers, coloured by which of them share a statistic, drawn with matplotlib.
-
-    figure, ax = plt.subplots()
-    draw_row(ax, methods.group_norm(3), (4, 2, 2, 6), title="group norm")
-
-draws 4 examples of 2 x 2 positions and 6 channels. The notebooks draw with these functions, which
-need matplotlib: the extra `notebooks` installs it.
-"""
+"""Blocks of numbers, coloured by which of them share a statistic."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-BLUE, ORANGE, GREEN, PINK, SKY, RED = HUES = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-)
-"""Okabe and Ito's palette, told apart with every kind of colour vision."""
-INK, PALE = "#333333", "#B8B8B8"
+from jaxnorm.drawing._style import HUES, inks
 
 # where N, C and H x W point
 _RIGHT, _LEFT, _UP = np.array([0.87, 0.40]), np.array([-0.87, 0.40]), np.array([0.0, 1.0])
@@ -34,27 +18,6 @@ class _HasShape(Protocol):
     def shape(self, x_shape: Sequence[int], /) -> tuple[int, ...]: ...
 
 
-def style() -> None:
-    """Set matplotlib to quiet axes and dark grey ink."""
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {
-            "figure.dpi": 110,
-            "figure.facecolor": "white",
-            "font.size": 10,
-            "axes.titlesize": 10,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": PALE,
-            "text.color": INK,
-            "axes.labelcolor": INK,
-            "xtick.color": INK,
-            "ytick.color": INK,
-        }
-    )
-
-
 def draw_row(
     ax: Any,
     row: _HasShape,
@@ -65,6 +28,8 @@ def draw_row(
     names: Sequence[str] = "NHWC",
 ) -> None:
     """Draw a row of the table: its name, the call, the block, and one number per axis.
+
+    A row whose mean is fixed at 0, as that of RMS norm, has a 0 for its mean beside them.
 
     Args:
         ax: axes of matplotlib.
@@ -84,8 +49,11 @@ def draw_row(
     middle = {"transform": ax.transAxes, "ha": "center"}
     for i, (count, size) in enumerate(zip(counts, sizes, strict=True)):
         place = 0.26 + 0.16 * i
-        _draw_number(ax, place, -0.04, count, size)
+        _draw_number(ax, place, -0.04, str(count), count > 1, count == size)
         ax.text(place, -0.145, names[i], va="center", fontsize=8.5, **middle)
+    if getattr(row, "mean", None) == 0:
+        _draw_number(ax, 0.93, -0.04, "0", True, False)
+        ax.text(0.93, -0.145, "mean", va="center", fontsize=8.5, **middle)
     ax.text(0.5, 1.12, title, fontsize=11, fontweight="bold", **middle)
     ax.text(0.5, 1.02, caption, fontsize=8.5, family="monospace", **middle)
 
@@ -132,7 +100,8 @@ def draw_block(
         for a, b in ((c, p), (n, p), (n, c)):
             faces.append([at(corner + edge) for edge in (0 * a, a, a + b, b)])
         fill += [base, 0.82 * base, 1 - 0.78 * (1 - base)]
-    ax.add_collection(PolyCollection(faces, facecolors=fill, edgecolors="white", linewidths=0.5))
+    ink, _, paper = inks()
+    ax.add_collection(PolyCollection(faces, facecolors=fill, edgecolors=paper, linewidths=0.5))
 
     below = extent[1] + 0.55
     arrows = [
@@ -142,7 +111,7 @@ def draw_block(
     ]
     for name, (start, end, away) in zip(names, arrows, strict=True):
         ax.annotate(
-            "", at(end), at(start), arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 0.9}
+            "", at(end), at(start), arrowprops={"arrowstyle": "-|>", "color": ink, "lw": 0.9}
         )
         x, y = (at(start) + at(end)) / 2 + away
         ax.text(x, y, name, ha="right" if name == names[1] else "center", va="center", fontsize=9)
@@ -152,32 +121,34 @@ def draw_block(
 
 
 def draw_key(ax: Any) -> None:
-    """Draw what the three looks of a number mean.
+    """Draw what the looks of a number mean.
 
     Args:
         ax: axes of matplotlib.
     """
     ax.axis("off")
-    for y, count, text in (
-        (0.70, 1, "pooled: all indices share"),
-        (0.52, 2, "cut into groups"),
-        (0.34, 4, "every index alone"),
+    for y, (number, split, apart), text in (
+        (0.76, ("1", False, False), "pooled: all indices share"),
+        (0.58, ("2", True, False), "cut into groups"),
+        (0.40, ("4", True, True), "every index alone"),
+        (0.22, ("0", True, False), "mean: fixed at 0, not measured"),
     ):
-        _draw_number(ax, 0.14, y, count, 4)
-        ax.text(0.25, y, text, transform=ax.transAxes, va="center")
+        _draw_number(ax, 0.10, y, number, split, apart)
+        ax.text(0.21, y, text, transform=ax.transAxes, va="center")
 
 
-def _draw_number(ax: Any, x: float, y: float, count: int, size: int) -> None:
-    """One axis: grey where it is pooled, framed where it is split, black where all stand apart."""
-    apart = count == size
+def _draw_number(ax: Any, x: float, y: float, number: str, split: bool, apart: bool) -> None:
+    """One axis: quiet where it is pooled, framed where it is split, filled where all stand
+    apart."""
+    ink, pale, paper = inks()
     box = {
         "boxstyle": "round,pad=0.28",
-        "facecolor": INK if apart else "white",
-        "edgecolor": PALE if count == 1 else INK,
+        "facecolor": ink if apart else paper,
+        "edgecolor": ink if split else pale,
     }
-    ink = "white" if apart else INK if count > 1 else PALE
+    colour = paper if apart else ink if split else pale
     middle = {"transform": ax.transAxes, "ha": "center", "va": "center"}
-    ax.text(x, y, str(count), fontweight="bold", color=ink, bbox=box, **middle)
+    ax.text(x, y, number, fontweight="bold", color=colour, bbox=box, **middle)
 
 
 def _colours(counts: Sequence[int]) -> np.ndarray:
