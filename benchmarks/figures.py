@@ -1,22 +1,19 @@
 """How all figures look: colours, scales, names at the ends of lines, a light and a dark file."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 
 from benchmarks.files import replacing
 from benchmarks.norms import METHODS
-from jaxnorm.drawing import BLUE, GREEN, ORANGE, PINK, RED, SKY
-
-PALETTE = (RED, BLUE, GREEN, PINK, ORANGE, SKY, "#000000")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart."""
+from jaxnorm.drawing import COLOURS, plain_log
+from jaxnorm.drawing._style import apart
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -25,12 +22,14 @@ PAGE = "#0d1117"
 
 
 def look(method: str) -> dict[str, Any]:
-    """Colour and marker of a method in all figures: those of `PALETTE` in the order of `METHODS`,
-    then again with other markers."""
-    place = list(METHODS).index(method)
+    """Colour and marker of a method in all figures. Those without a colour of their own have one of
+    another method, with another marker."""
+    names = [name.replace(" ", "_").lower() for name in COLOURS]
+    others = [name for name in METHODS if name not in names]
+    place = names.index(method) if method in names else len(names) + others.index(method)
     return {
-        "color": PALETTE[place % len(PALETTE)],
-        "marker": MARKERS[(place + place // len(PALETTE)) % len(MARKERS)],
+        "color": list(COLOURS.values())[place % len(names)],
+        "marker": MARKERS[(place + place // len(names)) % len(MARKERS)],
     }
 
 
@@ -41,30 +40,11 @@ def quiet(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def plain_log(axis: Axis, ticks: Sequence[float], unit: str = "") -> None:
-    """A logarithmic axis with plain numbers at those of `ticks` that lie inside of its limits."""
-    low, high = sorted(axis.get_view_interval())
-    shown = [tick for tick in ticks if low <= tick <= high]
-    axis.set_ticks(shown, [f"{_plain(tick)}{unit}" for tick in shown])
-    axis.set_ticks([], minor=True)
-
-
-def _plain(number: float) -> str:
-    """
-    >>> [_plain(number) for number in (0.5, 20, 1e4, 1e8)]
-    ['0.5', '20', '10k', '100M']
-    """
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:g}{letter}"
-    return f"{number:g}"
-
-
 def percent_scale(axes: Axes, low: float, high: float) -> None:
     """A logarithmic y from `low` to `high` %, with plain numbers at their places."""
     axes.set_yscale("log", nonpositive="clip")
     axes.set_ylim(low, high)
-    plain_log(axes.yaxis, (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100), " %")
+    plain_log(axes.yaxis, (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100), unit=" %")
 
 
 def name_ends(axes: Axes, ends: Iterable[tuple[str, float, str]], size: float = 9) -> None:
@@ -96,30 +76,6 @@ def name_ends(axes: Axes, ends: Iterable[tuple[str, float, str]], size: float = 
             fontsize=size,
             annotation_clip=False,
         )
-
-
-def apart(heights: Sequence[float] | np.ndarray, gap: float) -> list[float]:
-    """Places of rising heights with at least `gap` between neighbours: those that would meet stand
-    evenly around their mean.
-
-    >>> [round(place, 2) for place in apart([0.0, 0.5, 0.52], 0.1)]
-    [0.0, 0.46, 0.56]
-    """
-    groups: list[list[float]] = []
-    for height in heights:
-        groups.append([float(height)])
-        while len(groups) > 1 and _top(groups[-2], gap) + gap > _bottom(groups[-1], gap) + 1e-12:
-            last = groups.pop()
-            groups[-1] += last
-    return [_bottom(group, gap) + gap * i for group in groups for i in range(len(group))]
-
-
-def _bottom(group: Sequence[float], gap: float) -> float:
-    return sum(group) / len(group) - gap * (len(group) - 1) / 2
-
-
-def _top(group: Sequence[float], gap: float) -> float:
-    return _bottom(group, gap) + gap * (len(group) - 1)
 
 
 def dark(path: Path) -> Path:

@@ -25,7 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.figures import look, name_ends, plain_log, quiet, save
+from benchmarks.figures import look, name_ends, quiet, save
 from benchmarks.files import write
 from benchmarks.options import folder, number, positive
 from benchmarks.timing import (
@@ -40,6 +40,7 @@ from benchmarks.timing import (
     restart_with_environment,
 )
 from jaxnorm import Row, norm
+from jaxnorm.drawing import plain_log
 from jaxnorm.methods import batch_group_norm, batch_norm, group_norm, token_layer_norm
 
 KINDS = ("forward", "step")
@@ -229,8 +230,7 @@ def draw(measured: Sequence[Measured], title: str, path: Path) -> None:
         plain_log(axes.yaxis, _TICKS)
     figure.draw_without_rendering()  # names stand where the layout puts the lines
     for row, kind in zip(panels, KINDS, strict=True):
-        last = [one for one in measured if one.sweep == sweeps[-1]]
-        ends = {one.method: getattr(one, kind) for one in last}
+        ends = {one.method: getattr(one, kind) for one in measured}  # of the last sweep that has it
         finite = {method: end for method, end in ends.items() if not math.isnan(end)}
         name_ends(row[-1], ((method, end, _COLORS[method]) for method, end in finite.items()))
     save(figure, path)

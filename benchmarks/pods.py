@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from benchmarks.figures import name_ends, plain_log, quiet, save
+from benchmarks.figures import name_ends, quiet, save
 from benchmarks.hlo import Collective
 from benchmarks.libraries import COLORS
+from jaxnorm.drawing import plain_log
 
 LATENCY = 1e-6
 """Seconds for a hop, "typically around 1us": How to Scale Your Model, part 3,

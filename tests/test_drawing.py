@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
 
 from jaxnorm import Groups, drawing, methods
-from jaxnorm.drawing._style import _apart
+from jaxnorm.drawing._style import apart
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def test_text_can_be_read(dark):
         assert contrast(plt.rcParams[name], paper) > 7
 
 
-def test_dark_colours_are_brighter_and_still_apart():
+def test_dark_colours_are_brighter_and_stillapart():
     drawing.style(dark=True)
     paper = plt.rcParams["figure.facecolor"]
     colours = [drawing.colour_of(name) for name in drawing.COLOURS]
@@ -63,8 +63,8 @@ def test_an_unknown_name_has_no_colour():
         ([], []),
     ],
 )
-def test_labels_move_apart_by_as_little_as_may_be(places, expected):
-    assert _apart(places, 10) == pytest.approx(expected)
+def test_labels_moveapart_by_as_little_as_may_be(places, expected):
+    assert apart(places, 10) == pytest.approx(expected)
 
 
 def test_lines_are_labelled_at_their_ends_in_their_colours():

@@ -22,6 +22,7 @@ COLOURS = {
     "instance": ORANGE,
     "positional": SKY,
     "ghost batch": "#8C564B",
+    "batch renorm": "#7F3C8D",
     "RMS": "#7F7F7F",
 }
 """The colour of a normalization in every figure."""
@@ -89,7 +90,8 @@ def colour_of(name: str) -> str:
         raise ValueError(f"no colour for {name!r}. Expected one of {', '.join(COLOURS)}.")
     if not is_dark():
         return COLOURS[name]
-    return to_hex(0.72 * np.array(to_rgb(COLOURS[name])) + 0.28)
+    red, green, blue = 0.72 * np.array(to_rgb(COLOURS[name])) + 0.28
+    return to_hex((red, green, blue))
 
 
 def label_lines(ax: Any, *, gap: float = 11.5) -> None:
@@ -109,7 +111,7 @@ def label_lines(ax: Any, *, gap: float = 11.5) -> None:
         if not line.get_label().startswith("_") and len(points):
             ends.append((ax.transData.transform(points[-1]) * 72 / ax.figure.dpi, points[-1], line))
     right = max((place[0] for place, _, _ in ends), default=0)
-    heights = _apart([place[1] for place, _, _ in ends], gap)
+    heights = apart([place[1] for place, _, _ in ends], gap)
     for (place, end, line), height in zip(ends, heights, strict=True):
         ax.annotate(
             line.get_label(),
@@ -136,13 +138,15 @@ def plain_log(axis: Any, ticks: Sequence[float], *, unit: str = "") -> None:
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(FixedLocator(list(ticks)))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(
-        FuncFormatter(lambda value, _: np.format_float_positional(value, trim="-") + unit)
-    )
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value) + unit))
 
 
-def _apart(places: Sequence[float], gap: float) -> list[float]:
-    """Places that are at least `gap` apart, in the same order, moved as little as may be."""
+def apart(places: Sequence[float], gap: float) -> list[float]:
+    """Places that are at least `gap` apart, in the same order, moved as little as may be.
+
+    >>> [round(place, 2) for place in apart([0.0, 0.52, 0.5], 0.1)]
+    [0.0, 0.56, 0.46]
+    """
     order = np.argsort(places, kind="stable")
     steps = gap * np.arange(len(order))
     wanted = np.asarray(places, float)[order] - steps
@@ -155,6 +159,17 @@ def _apart(places: Sequence[float], gap: float) -> list[float]:
     moved = np.empty(len(order))
     moved[order] = np.repeat([np.mean(b) for b in blocks], [len(b) for b in blocks]) + steps
     return moved.tolist()
+
+
+def _plain(value: float) -> str:
+    """
+    >>> [_plain(value) for value in (0.5, 20, 1e4, 1e8)]
+    ['0.5', '20', '10k', '100M']
+    """
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if value >= max(size, 1e4):
+            return f"{value / size:g}{letter}"
+    return np.format_float_positional(value, trim="-")
 
 
 def is_dark() -> bool:
