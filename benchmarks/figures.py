@@ -60,7 +60,7 @@ def name_ends(axes: Axes, ends: Iterable[tuple[str, float, str]], size: float = 
     if not found:
         return
     points = axes.transData.transform([(1, y) for _, y, _ in found])
-    heights = axes.transAxes.inverted().transform(points)[:, 1]
+    heights = axes.transAxes.inverted().transform(points)[:, 1].tolist()
     gap = 1.3 * size / 72 * axes.figure.dpi / axes.bbox.height
     places = apart(heights, gap)
     for (name, _, color), place in zip(found, places, strict=True):
