@@ -162,7 +162,8 @@ def apart(places: Sequence[float], gap: float) -> list[float]:
 
 
 def _plain(value: float) -> str:
-    """
+    """A number as it is read, thousands and millions with a letter.
+
     >>> [_plain(value) for value in (0.5, 20, 1e4, 1e8)]
     ['0.5', '20', '10k', '100M']
     """
