@@ -138,8 +138,7 @@ def draw_key(ax: Any) -> None:
 
 
 def _draw_number(ax: Any, x: float, y: float, number: str, split: bool, apart: bool) -> None:
-    """One axis: quiet where it is pooled, framed where it is split, filled where all stand
-    apart."""
+    """One axis: quiet where it is pooled, framed where split, filled where all stand apart."""
     ink, pale, paper = inks()
     box = {
         "boxstyle": "round,pad=0.28",
