@@ -27,8 +27,8 @@ from benchmarks import report, training
 from benchmarks.datasets import load
 from benchmarks.files import locked, make_folder
 from benchmarks.interrupt import deferred_interrupt
-from benchmarks.norms import METHODS, TABLE, Layer
-from benchmarks.options import positive
+from benchmarks.norms import METHODS, TABLE, Layer, named
+from benchmarks.options import method_among, positive
 from benchmarks.residual import STRIDES, WIDTHS, ResidualNet
 from benchmarks.results import Cell, Result, Settings, interval, machine, versions
 from benchmarks.training import IMAGES_PER_STEP
@@ -62,12 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     its exit status."""
     parser = _parser()
     args = _parse(parser, argv)
+    try:
+        plans = _plans(args)
+    except ValueError as error:  # a method does not split the channels or the batch
+        parser.error(str(error))
     console = Console()
     started = time.perf_counter()
     with ExitStack() as held:
         result = _start(parser, args, held)
         try:
-            _train(result, _plans(args), args.output, console)
+            _train(result, plans, args.output, console)
         except KeyboardInterrupt:
             console.print(
                 f"Interrupted. Finished cells, kept in {args.output}: {len(result.cells)}. Go on "
@@ -100,9 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--methods",
         nargs="+",
-        choices=METHODS,
+        type=method_among(METHODS),
         metavar="METHOD",
-        help=f"some of {', '.join(METHODS)}",
+        help=f"some of {', '.join(METHODS)}, or others as evonorm_s0:8",
     )
     add("--batch-sizes", nargs="+", type=positive, metavar="B", help="images normalized together")
     add(
@@ -229,7 +233,7 @@ def _plans(args: argparse.Namespace) -> list[Plan]:
     plans = []
     for method in args.methods:
         for size in args.batch_sizes:
-            layers = tuple(METHODS[method].at(size, width) for width in WIDTHS)
+            layers = tuple(named(method).at(size, width) for width in WIDTHS)
             matters = args.protocol == "batch" or any(layer.pools_batch for layer in layers)
             plans.append(Plan(method, size if matters else None, layers))
     return list(dict.fromkeys(plans))

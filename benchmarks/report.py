@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.files import replacing
-from benchmarks.norms import METHODS, MOMENTUM
+from benchmarks.norms import METHODS, MOMENTUM, named
 from benchmarks.residual import WIDTHS
 from benchmarks.results import Cell, Interval, Result, Settings, interval
 from benchmarks.training import IMAGES_PER_STEP, WEIGHT_DECAY
@@ -29,7 +29,7 @@ DODGE = 0.1
 
 def title(method: str, batch_size: int | None) -> str:
     """What readers call a cell."""
-    label = METHODS[method].label
+    label = named(method).label
     return label if batch_size is None else f"{label} at {batch_size}"
 
 
@@ -108,7 +108,7 @@ def _print_accuracies(console: Console, result: Result) -> None:
         found = [result.find(method, size) for size in sizes]
         first = next(index for index, cell in enumerate(found) if cell)
         texts = [_accuracy(cell, repeated=index > first) for index, cell in enumerate(found)]
-        table.add_row(METHODS[method].label, *texts)
+        table.add_row(named(method).label, *texts)
     console.print(table, highlight=False)
 
 
@@ -188,7 +188,8 @@ def draw(result: Result, path: Path) -> None:
     settings, sizes = result.settings, result.batch_sizes
     figure = Figure(figsize=(8.5, 5.2), layout="constrained")
     axes = figure.subplots()
-    methods = [method for method in METHODS if method in result.methods]
+    known = [*METHODS, *(method for method in result.methods if method not in METHODS)]
+    methods = [method for method in known if method in result.methods]
     flat = [method for method in methods if result.get(method, None)]
     curves = [method for method in methods if method not in flat]
     for method in methods:
@@ -199,7 +200,7 @@ def draw(result: Result, path: Path) -> None:
             if (cell := result.get(method, size))
         ]
         offset = DODGE * (family.index(method) - (len(family) - 1) / 2)
-        _draw_method(axes, cells, offset, list(METHODS).index(method))
+        _draw_method(axes, cells, offset, known.index(method))
     _draw_scales(axes, [*map(str, sizes), *(["any"] if flat else [])])
     axes.set_xlabel(_size_name(settings))
     axes.set_title(
@@ -249,7 +250,7 @@ def _draw_method(axes: Axes, cells: list[tuple[int, Cell]], offset: float, look:
         linewidth=2,
         elinewidth=1.5,
         capsize=4,
-        label=METHODS[cells[0][1].method].label,
+        label=named(cells[0][1].method).label,
     )
 
 
