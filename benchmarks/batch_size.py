@@ -28,7 +28,7 @@ from benchmarks.cells import How, Key, Map, Settings
 from benchmarks.datasets import Data
 from benchmarks.failure_plan import SETTINGS
 from benchmarks.norms import METHODS, TABLE
-from benchmarks.options import positive
+from benchmarks.options import method_among, positive
 from benchmarks.plan import Plan, plan
 from benchmarks.residual import STRIDES
 from benchmarks.sweep import Report, add_options, loaded, measured, run
@@ -79,9 +79,9 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--methods",
         nargs="+",
-        choices=METHODS,
+        type=method_among(METHODS),
         metavar="METHOD",
-        help=f"some of {', '.join(METHODS)}",
+        help=f"some of {', '.join(METHODS)}, or others as evonorm_s0:8",
     )
     add(
         "--batch-sizes",
@@ -166,7 +166,10 @@ def compared(
                 )
             key = Key(name, last, method, size, How(step=step))
             seeds = args.seeds or preset.seeds
-            cell = plan(key, seeds, settings, images.shape, others=False)
+            try:
+                cell = plan(key, seeds, settings, images.shape, others=False)
+            except ValueError as error:  # the method does not split the channels or the batch
+                parser.error(f"argument --methods: {method}: {error}")
             same = (cell.key._replace(method=""), cell.layers)
             points[Point(name, last, method, size)] = trained.setdefault(same, cell)
     return points

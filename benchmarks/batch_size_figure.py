@@ -10,7 +10,7 @@ from benchmarks.batch_size_report import Comparison, Point
 from benchmarks.cells import Cell
 from benchmarks.datasets import SOURCES
 from benchmarks.figures import look, name_ends, percent_scale, quiet, save
-from benchmarks.norms import METHODS
+from benchmarks.norms import named
 from benchmarks.results import interval
 
 DODGE = 1.1
@@ -52,7 +52,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     for point, cell in cells.items():
         if (point.data, point.last) == maps[-1]:
             ends[point.method] = (
-                METHODS[point.method].label,
+                named(point.method).label,
                 interval(cell.errors).mean,
                 look(point.method)["color"],
             )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from benchmarks.cells import Cell, Map, paired
 from benchmarks.datasets import SOURCES
-from benchmarks.norms import METHODS, MOMENTUM
+from benchmarks.norms import MOMENTUM, named
 from benchmarks.plan import Plan
 from benchmarks.residual import WIDTHS
 from benchmarks.results import Interval, interval, markdown_table
@@ -177,7 +177,7 @@ def _accuracies(comparison: Comparison) -> str:
     cells = comparison.cells
     rows = []
     for (data, last), method in product(comparison.maps, comparison.methods):
-        row = [data, last, METHODS[method].label]
+        row = [data, last, named(method).label]
         for size in comparison.sizes:
             point = Point(data, last, method, size)
             cell = cells.get(point)
@@ -192,7 +192,7 @@ def _differences(comparison: Comparison) -> str:
     for point, baseline, points in comparison.differences():
         text = f"+{points}" if points.mean >= 0 else str(points)
         excludes_zero = points.half_width is not None and abs(points.mean) > points.half_width
-        names = (f"{METHODS[p.method].label} at {p.batch_size}" for p in (point, baseline))
+        names = (f"{named(p.method).label} at {p.batch_size}" for p in (point, baseline))
         rows.append([*point[:2], *names, f"**{text}**" if excludes_zero else text])
     return markdown_table(["data", "last map", "", "minus", "difference"], rows)
 

@@ -64,7 +64,7 @@ class Key(NamedTuple):
     Attributes:
         data: name of the data set.
         last: size of the last feature map, such as "4x4".
-        method: a key of `benchmarks.plan.ROWS`.
+        method: a key of `benchmarks.plan.ROWS`, or the configuration of any method.
         batch_size: images normalized together; None where it cannot matter.
         how: what else is unlike the map of failure.
     """

@@ -201,5 +201,21 @@ METHODS: Mapping[str, Row] = MappingProxyType(
     }
 )
 
+
+def named(name: str) -> Row:
+    """The row of a key of `METHODS`, or of any method by its configuration, as it says."""
+    if name in METHODS:
+        return METHODS[name]
+    method = methods.from_config(name)
+    activation = nn.relu if isinstance(method, methods.proxy_norm) else None
+
+    def at(batch_size: int, num_channels: int) -> Layer:
+        sets = method.sets((batch_size, 1, 1, num_channels))
+        pools = not sets or any(s.sent != 0 for s in sets)
+        return Layer(method, pools, activates=method.activates, activation=activation)
+
+    return Row(name, at)
+
+
 TABLE = ("batch", "batch_group", "group", "layer", "positional", "rms", "instance")
 """Methods that differ in their sets alone."""

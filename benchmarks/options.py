@@ -2,10 +2,11 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from benchmarks.files import make_folder
+from jaxnorm.methods import from_config
 
 
 def positive(text: str) -> int:
@@ -47,6 +48,30 @@ def number(
         if not (math.isfinite(value) and value >= at_least and above < value < below):
             raise argparse.ArgumentTypeError(f"expected {', '.join(expected)}, got {text!r}")
         return value
+
+    return parse
+
+
+def method_among(names: Collection[str]) -> Callable[[str], str]:
+    """An option that is one of these names, or the configuration of a method.
+
+    >>> method_among(["batch", "group"])("group_norm:4")
+    'group_norm:4'
+    >>> method_among(["batch", "group"])("grup")
+    Traceback (most recent call last):
+    argparse.ArgumentTypeError: expected batch, group or the configuration of a method; ...
+    """
+
+    def parse(text: str) -> str:
+        if text not in names:
+            try:
+                from_config(text)
+            except (TypeError, ValueError) as error:
+                *first, last = *names, "the configuration of a method"
+                raise argparse.ArgumentTypeError(
+                    f"expected {', '.join(first)} or {last}; {error}"
+                ) from error
+        return text
 
     return parse
 

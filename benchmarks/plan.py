@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from benchmarks.cells import Cell, Key, Settings
-from benchmarks.norms import METHODS, MOMENTUM, NUM_GROUPS, Layer, Row
+from benchmarks.norms import METHODS, MOMENTUM, NUM_GROUPS, Layer, Row, named
 from benchmarks.residual import STRIDES, WIDTHS
 from jaxnorm import EACH, Groups, methods
 
@@ -112,7 +112,8 @@ def plan(
 ) -> Plan:
     """The cell of a key, for images of a shape; without its batch size where that cannot matter."""
     batch_size = key.batch_size or key.how.step
-    layers = tuple(ROWS[key.method].at(batch_size, width) for width in WIDTHS)
+    row = ROWS[key.method] if key.method in ROWS else named(key.method)
+    layers = tuple(row.at(batch_size, width) for width in WIDTHS)
     strides = STRIDES[shape[0]][key.last]
     images = settings.train_images * settings.epochs * seeds
     return Plan(

@@ -55,11 +55,12 @@ from benchmarks.imagenet.steps import (
     all_finite,
     learning_rate,
     network,
+    row_named,
     sgd,
 )
 from benchmarks.interrupt import deferred_interrupt
-from benchmarks.options import count, number, positive
-from jaxnorm import Row
+from benchmarks.options import count, method_among, number, positive
+from jaxnorm import Row, Size
 
 IMAGES_PER_RATE = 256
 """The batch to which --learning-rate belongs; with others the rate is scaled in proportion."""
@@ -193,13 +194,13 @@ def _method(args: argparse.Namespace, images: data.Images) -> Row:
         raise ValueError(
             f"--devices-per-norm {args.devices_per_norm} does not divide the {devices} devices."
         )
-    if args.norm in ("ghost_batch", "batch_and_group") and args.batch // devices % args.ghost_size:
+    method = row_named(args.norm, args.num_groups, args.ghost_size)
+    groups: Any = method.groups
+    if isinstance(groups.batch, Size) and args.batch // devices % groups.batch.n:
         raise ValueError(
-            f"--ghost-size {args.ghost_size} does not divide the {args.batch // devices} images of "
+            f"--ghost-size {groups.batch.n} does not divide the {args.batch // devices} images of "
             "a device."
         )
-    method = METHODS[args.norm](args.num_groups, args.ghost_size)
-    groups: Any = method.groups
     if args.devices_per_norm > 1 and groups.batch != 1:
         raise ValueError(
             "--devices-per-norm is for methods that pool the whole batch, not for --norm "
@@ -501,10 +502,10 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("network").add_argument
     add(
         "--norm",
-        choices=METHODS,
+        type=method_among(METHODS),
         default="batch",
         metavar="METHOD",
-        help=f"of {', '.join(METHODS)}",
+        help=f"of {', '.join(METHODS)}, or any row of the table such as group_norm:group_size=16",
     )
     add(
         "--num-groups",

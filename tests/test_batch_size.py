@@ -18,7 +18,7 @@ from benchmarks.batch_size_report import Comparison
 from benchmarks.cells import Cell, How, Key, Map
 from benchmarks.datasets import load
 from benchmarks.figures import dark
-from benchmarks.norms import METHODS, TABLE
+from benchmarks.norms import METHODS, TABLE, named
 from benchmarks.residual import WIDTHS, ResidualNet
 from benchmarks.results import interval
 from benchmarks.serving import Serving
@@ -213,7 +213,8 @@ def test_full_runs_the_table_at_all_batch_sizes(trainings, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--methods", "bach"], "invalid choice: 'bach'"),
+        (["--methods", "bach"], "'bach' is no method"),
+        (["--methods", "group_norm:5"], "does not split into 5 equal groups"),
         (["--batch-sizes", "0"], "expected a positive whole number, got '0'"),
         (["--batch-sizes", "5"], "5 does not divide the 32 images of a step"),
         (["--epochs", "1"], "expected at least 2"),
@@ -331,3 +332,17 @@ def test_batch_norm_collapses_at_two_images_of_1x1_and_group_norm_does_not(tmp_p
     assert batch < 70
     assert group > 90
     assert group - batch >= 20
+
+
+def test_any_method_by_its_configuration():
+    """It is the layer that stands under a name, and draws beside it."""
+    for config, name in (
+        ("group_norm:4", "group"),
+        ("batch_norm:momentum=0.9", "batch"),
+        ("evonorm_s0:4", "evonorm_s0"),
+        ("proxy_norm:group_norm(4)", "proxy"),
+        ("switchable_norm:momentum=0.9", "switchable"),
+    ):
+        layer = METHODS[name].at(2, 8)._replace(sets=None)
+        assert named(config).at(2, 8) == layer and named(config).label == config
+        assert named(name) is METHODS[name]

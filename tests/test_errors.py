@@ -1097,6 +1097,41 @@ ERRORS |= {
         r"'batch_norm:momentum=2' cannot be read: momentum is 2; expected a number of at least 0",
         lambda: methods.from_config("batch_norm:momentum=2"),
     ),
+    "norms replaced by a name": (
+        TypeError,
+        r"method is a value of jaxnorm.methods or a Groups\. Got 'group_norm'",
+        lambda: nnx.replace_norms(
+            nnx.LayerNorm(6, rngs=fnnx.Rngs(0)), "group_norm", rngs=fnnx.Rngs(0)
+        ),
+    ),
+    "norms replaced by a name in linen": (
+        TypeError,
+        r"method is a value of jaxnorm.methods or a Groups\. Got 'group_norm'",
+        lambda: linen.replace_norms("group_norm").__enter__(),
+    ),
+    "norms replaced where there are none": (
+        ValueError,
+        "there is nothing to replace in the model. Expected one of Layer, BatchNorm, GroupNorm",
+        lambda: nnx.replace_norms(fnnx.Linear(6, 6, rngs=fnnx.Rngs(0)), BN, rngs=fnnx.Rngs(0)),
+    ),
+    "norms of a function replaced": (
+        TypeError,
+        "model is function; expected an nnx.Module",
+        lambda: nnx.replace_norms(lambda x: x, BN, rngs=fnnx.Rngs(0)),
+    ),
+    "norms replaced by groups that do not divide": (
+        ValueError,
+        r"layers cannot be replaced, and nothing was: LayerNorm at '' has 6 channels, which do not "
+        r"split as Row\(.*\) says\. Expected a method that does what the model expects",
+        lambda: nnx.replace_norms(
+            nnx.LayerNorm(6, rngs=fnnx.Rngs(0)), methods.group_norm(4), rngs=fnnx.Rngs(0)
+        ),
+    ),
+    "a table without norms": (
+        ValueError,
+        "the model calls no normalization. Expected one of Layer, BatchNorm, GroupNorm",
+        lambda: nnx.tabulate_norms(fnnx.Linear(6, 6, rngs=fnnx.Rngs(0)), X),
+    ),
     "a configuration of what is no method": (
         TypeError,
         r"method is a value of jaxnorm.methods or a Groups\. Got 'group_norm:4'",

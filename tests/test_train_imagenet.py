@@ -379,7 +379,7 @@ def test_reads_an_example_that_tensorflow_wrote():
 
 def trainer(placement, method, devices_per_norm=1, dtype="float32"):
     model = steps.network(
-        steps.METHODS[method](4, 1),
+        steps.row_named(method, 4, 1),
         devices=8,
         devices_per_norm=devices_per_norm,
         mapped=placement.axis is not None,
@@ -550,7 +550,13 @@ def error_of(capsys, *arguments):
             ["--coordinator", "host:1", "--num-processes", "2", "--process-id", "2"],
             "--process-id: expected 0 to 1, got 2",
         ),
-        (["--norm", "none"], "invalid choice: 'none'"),
+        (["--norm", "none"], "'none' is no method"),
+        (["--norm", "group_norm:3"], "does not split into 3 equal groups"),
+        (
+            ["--norm", "ghost_batch_norm:ghost_size=4"],
+            "--ghost-size 4 does not divide the 2 images of a device",
+        ),
+        (["--norm", "batch_renorm"], "--norm batch_renorm is no row of the table"),
     ],
 )
 def test_options_that_do_not_fit(arguments, message, folder, tmp_path, capsys):

@@ -12,23 +12,22 @@ from flax import linen as nn
 
 from benchmarks.imagenet.placement import AXIS
 from benchmarks.resnet import ResNet
-from jaxnorm import Groups, Row, methods
+from jaxnorm import Row, methods
 from jaxnorm.linen import Norm
 
 METHODS = {
-    "batch": lambda groups, ghost: methods.batch_norm(),
-    "ghost_batch": lambda groups, ghost: methods.ghost_batch_norm(ghost_size=ghost),
-    "batch_group": lambda groups, ghost: Row(Groups(batch=1, spatial=1, channel=groups)),
-    "batch_and_group": lambda groups, ghost: methods.batch_and_group_norm(
-        ghost_size=ghost, num_groups=groups
-    ),
-    "group": lambda groups, ghost: methods.group_norm(groups),
-    "layer": lambda groups, ghost: methods.layer_norm(),
-    "instance": lambda groups, ghost: methods.instance_norm(),
-    "positional": lambda groups, ghost: methods.positional_norm(),
-    "rms": lambda groups, ghost: methods.rms_norm(),
+    "batch": "batch_norm",
+    "ghost_batch": "ghost_batch_norm:ghost_size={ghost}",
+    "batch_group": "Row:Groups(batch=1, spatial=1, channel={groups})",
+    "batch_and_group": "batch_and_group_norm:ghost_size={ghost},num_groups={groups}",
+    "group": "group_norm:{groups}",
+    "layer": "layer_norm",
+    "instance": "instance_norm",
+    "positional": "positional_norm",
+    "rms": "rms_norm",
 }
-"""(number of channel groups, images in a ghost batch) -> the row of the table, by name."""
+"""Rows of the table by name: configurations with the number of channel groups and of images in a
+ghost batch left open."""
 
 MOMENTUM = 0.9
 """Weight of the old value in the running statistics, and of the old direction in the optimizer."""
@@ -38,6 +37,18 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 Batch = Mapping[str, jax.Array]
 """image: (N, H, W, 3) uint8; label: (N,); weight: (N,), in evaluation."""
+
+
+def row_named(name: str, groups: int, ghost: int) -> Row:
+    """The row of a name of `METHODS` with the momentum of this training, or of a configuration as
+    it says; ValueError where it is no row of the table."""
+    if name in METHODS:
+        row = methods.from_config(METHODS[name].format(groups=groups, ghost=ghost))
+        return replace(row, momentum=MOMENTUM)  # type: ignore[return-value]  # as METHODS has rows
+    row = methods.from_config(name)
+    if not isinstance(row, Row):
+        raise ValueError(f"--norm {name} is no row of the table of methods.")
+    return row
 
 
 class State(NamedTuple):
@@ -161,7 +172,7 @@ def network(
         num_classes: size of the output.
         dtype: of the activations.
     """
-    method, across = replace(method, momentum=MOMENTUM), dict[str, Any]()
+    across = dict[str, Any]()
     groups: Any = method.groups
     if groups.batch == 1 and not mapped:
         method = replace(method, groups=replace(groups, batch=devices // devices_per_norm))
