@@ -39,7 +39,8 @@ def denormalize(
     Rounding is that of the two passes: of the order of the last digit of x, and of the last digit
     of y in units of the standard deviation, which counts where y was rounded to half precision.
     Sets whose variance is 0, empty ones among them, come back as well, since epsilon stands in for
-    it; with an epsilon of 0 all of such a set becomes the mean.
+    it; with an epsilon of 0 all of such a set becomes the mean, and the derivative by the variance is
+    infinite.
 
     Args:
         y: floating or complex array, such as `normalize` returns.
@@ -83,7 +84,7 @@ def denormalize(
     values = None if scale is None else known(scale)
     if values is not None and not values.all():
         raise ValueError(
-            f"scale is 0 in {values.size - int((values != 0).sum())} of {values.size} places. "
+            f"scale is 0 in {int((values == 0).sum())} of {values.size} places. "
             "Expected none: what was multiplied by 0 does not come back."
         )
     arrays = given(y, m, scale, bias, epsilon, dtype, batch_axis, channel_axis, centered)
