@@ -34,6 +34,7 @@ PROGRAMS = {
     "test_measures.py",
     "test_notebooks.py",
     "test_speed.py",
+    "test_tasks.py",
     "test_train_imagenet.py",
     "test_training_epoch.py",
 }

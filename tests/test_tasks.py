@@ -267,14 +267,15 @@ def test_a_mix_of_one_operation_is_that_operation(small):
     cell = search.Cell(layers("group")[0])
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, WIDTH))
     uniform = jnp.full(search.MIX, 0.2)
-    variables = cell.init(jax.random.key(1), x, uniform, train=False)
+    variables = jit(partial(cell.init, train=False))(jax.random.key(1), x, uniform)
+    apply = jit(partial(cell.apply, train=False))
     skips = jnp.zeros(search.MIX).at[:, search.OPERATIONS.index("skip")].set(1)
-    found = cell.apply(variables, x, skips, train=False)
+    found = apply(variables, x, skips)
     np.testing.assert_allclose(found, jnp.concatenate([x, 2 * x, 4 * x], axis=-1), rtol=1e-6)
     none = jnp.zeros(search.MIX).at[:, 0].set(1)
-    assert (cell.apply(variables, x, none, train=False) == 0).all()
+    assert (apply(variables, x, none) == 0).all()
     first = none.at[0].set(jnp.eye(5)[search.OPERATIONS.index("pool")])
-    found = cell.apply(variables, x, first, train=False)[..., :WIDTH]
+    found = apply(variables, x, first)[..., :WIDTH]
     pooled = np.zeros(x.shape)
     for i, j in np.ndindex(4, 4):  # of the pixels that are there
         pooled[:, i, j] = x[:, max(0, i - 1) : i + 2, max(0, j - 1) : j + 2].mean(axis=(1, 2))
@@ -284,6 +285,7 @@ def test_a_mix_of_one_operation_is_that_operation(small):
     np.testing.assert_allclose(found, normalized, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_alphas_and_weights_take_turns(small):
     net, optimizer, state = cell_of()
     alphas = search.Alphas(
@@ -350,8 +352,8 @@ def test_the_verdict_on_known_errors(ours, verdict):
 
 
 def run_of(monkeypatch, tmp_path, tasks):
-    """A run of the smallest cells of these tasks, twice."""
-    monkeypatch.setattr(task_plan, "FIRST", (("batch_group", 2), ("batch", 2)))
+    """A run of the smallest cells of these tasks."""
+    monkeypatch.setattr(task_plan, "FIRST", (("batch_group", 2),))
     monkeypatch.setattr(few_shot, "TEST_EPISODES", 5)
     monkeypatch.setattr(adversarial, "TEST", adversarial.TEST._replace(steps=2))
     for name, task in TASKS.items():
@@ -361,7 +363,7 @@ def run_of(monkeypatch, tmp_path, tasks):
     assert __main__.main([*run, "--plan"]) == 0 and not list(tmp_path.iterdir())
     assert __main__.main(run) == 0
     result = Map.load(tmp_path)
-    assert len(result.cells) == 2 * len(tasks)
+    assert len(result.cells) == len(tasks)
     for key, cell in result.cells.items():
         task = TASKS[key.how.task]
         for value in task.values:
@@ -377,7 +379,7 @@ def test_the_whole_program(small, monkeypatch, tmp_path, capsys):
     before = (tmp_path / "cells.json").read_bytes()
     capsys.readouterr()
     assert __main__.main([*run, "--resume"]) == 0
-    assert "0 of 2 cells to measure" in capsys.readouterr().out
+    assert "0 of 1 cells to measure" in capsys.readouterr().out
     assert (tmp_path / "cells.json").read_bytes() == before
     with pytest.raises(SystemExit):
         __main__.main(run)  # without --resume
@@ -387,8 +389,8 @@ def test_the_whole_program(small, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_all_tasks(small, monkeypatch, tmp_path):
-    _, result = run_of(monkeypatch, tmp_path, list(TASKS))
+def test_the_other_tasks(small, monkeypatch, tmp_path):
+    _, result = run_of(monkeypatch, tmp_path, [name for name in TASKS if name != "few_shot"])
     for key, cell in result.cells.items():
         if key.how.task == "adversarial":
             more = cell.more["adversarial"]

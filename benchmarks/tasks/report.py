@@ -64,7 +64,7 @@ def markdown(result: Map) -> str:
     for data in result.data:
         for task in TASKS.values():
             parts += _section(result, task, data, found[task.name, data], held)
-    return "\n\n".join(map(_wrapped, parts)) + "\n"
+    return "\n\n".join(_wrapped(part) for part in parts if part) + "\n"
 
 
 Findings = list[tuple[Value, Finding]]

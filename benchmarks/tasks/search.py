@@ -113,7 +113,7 @@ class Mixed(nn.Module):
 
 Fan = nn.vmap(
     Mixed,
-    in_axes=(None, 0, None),
+    in_axes=(None, 0, None),  # type: ignore[arg-type]
     variable_axes={"params": 0, "batch_stats": 0},
     split_rngs={"params": True},
 )
@@ -152,7 +152,7 @@ class Behind(nn.Module):
 
 Chain = nn.scan(
     Behind,
-    in_axes=(nn.broadcast, nn.broadcast),
+    in_axes=(nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
     variable_axes={"params": 0, "batch_stats": 0},
     split_rngs={"params": True},
     length=CELLS,
