@@ -20,6 +20,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SLOW = {"batch_size", "domains", "inference", "why"}
 """Those that train networks."""
 
+UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}
 """The module of a package, where it has another name."""
 
@@ -39,7 +41,8 @@ def executed(path: Path, folder: Path, *, quick: bool) -> nbformat.NotebookNode:
         "JAX_PLATFORMS": "cpu",
     }
     env.pop("MPLBACKEND", None)  # IPython's own: figures become outputs
-    env.pop("XLA_FLAGS", None)  # of the tests, whose programs train slowly
+    # most of the time of those that hardly train is compilation
+    env["XLA_FLAGS"] = UNOPTIMIZED if quick and path.stem not in SLOW else ""
     env.pop("JAXNORM_QUICK", None)
     if quick:
         env["JAXNORM_QUICK"] = "1"
