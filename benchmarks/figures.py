@@ -1,5 +1,6 @@
 """How all figures look: colours, scales, names at the ends of lines, a light and a dark file."""
 
+import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -25,8 +26,9 @@ def look(method: str) -> dict[str, Any]:
     """Colour and marker of a method in all figures. Those without a colour of their own have one of
     another method, with another marker."""
     names = [name.replace(" ", "_").lower() for name in COLOURS]
-    others = [name for name in METHODS if name not in names]
-    place = names.index(method) if method in names else len(names) + others.index(method)
+    places = [*names, *(name for name in METHODS if name not in names)]
+    # one that is given by its configuration has no place, and always the same look
+    place = places.index(method) if method in places else zlib.crc32(method.encode())
     return {
         "color": list(COLOURS.values())[place % len(names)],
         "marker": MARKERS[(place + place // len(names)) % len(MARKERS)],
