@@ -1,5 +1,6 @@
 """What a call of a normalization is, in the terms of the table of methods: ours and Flax's own."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -37,11 +38,16 @@ def method_of(layer: Any, x_shape: Shape) -> Method:
     if hasattr(layer, "method"):
         return as_method(layer.method)
     kind = kind_of(layer)
-    fields: dict[str, Any] = {"epsilon": layer.epsilon, "mean": 0 if kind == "RMSNorm" else None}
-    fields["momentum"] = layer.momentum if kind == "BatchNorm" else None
     sets = _sets(layer, kind, x_shape)
     groups = _groups(sets, x_shape, channel_axes(layer, len(x_shape)))
-    return Row(sets(x_shape) if groups is None else groups, **fields)
+    row = Row(
+        sets(x_shape) if groups is None else groups,
+        mean=0 if kind == "RMSNorm" else None,
+        epsilon=layer.epsilon,
+    )
+    if kind == "BatchNorm":
+        return dataclasses.replace(row, momentum=layer.momentum)
+    return dataclasses.replace(row, momentum=None) if row.pools_batch else row
 
 
 def _sets(layer: Any, kind: str, x_shape: Shape) -> Callable[[Shape], Shape]:
@@ -75,7 +81,9 @@ def _groups(
     twice = tuple(2 * n for n in x_shape)
     batch, *rest = (EACH if k == n else k for k, n in zip(sets(twice), twice, strict=True))
     split = rest.pop(channel[0] - 1)
-    return Groups(batch, rest[0] if len(set(rest)) == 1 else tuple(rest) or 1, split)
+    if not rest:  # as positions would be, if there were any
+        rest = [EACH if split == 1 and batch == EACH else 1]
+    return Groups(batch, rest[0] if len(set(rest)) == 1 else tuple(rest), split)
 
 
 def norm_row(

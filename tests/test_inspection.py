@@ -104,6 +104,8 @@ def test_a_linen_model_from_shapes_alone():
     assert table["BatchNorm_0"].elements == math.prod(shape) // C
     assert table["LayerNorm_0"].elements == math.prod(shape) // 64
     assert table["LayerNorm_0"].method.groups == layer.groups
+    assert table["GroupNorm_0"].method == methods.group_norm(4, epsilon=1e-6)
+    assert table["RMSNorm_0"].method == methods.rms_norm(epsilon=1e-6)
     assert table["BatchNorm_1"].statistics == ((1, C),) and table["BatchNorm_1"].elements == 64
     assert table["ScanBlock_0/Norm_0"].method == renorm
     assert table["ScanBlock_0/Norm_0"].state_bytes == 5 * 2 * C * 4
@@ -265,6 +267,9 @@ def test_flax_layers_with_other_axes():
         row = linen.tabulate_norms(layer, X)[""]
         assert row.method.groups == groups and row.statistics == (shape,)
         assert row.elements == math.prod(SHAPE) // math.prod(shape)
+    for layer, name in ((fnn.RMSNorm(), "rms_norm"), (fnn.LayerNorm(), "token_layer_norm")):
+        row = linen.tabulate_norms(layer, jax.ShapeDtypeStruct((4, C), jnp.float32))[""]
+        assert _table.name_of(row.method) == name and row.statistics == ((4, 1),)
 
 
 def test_what_is_wrong_is_said():

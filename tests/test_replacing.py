@@ -57,12 +57,14 @@ class Nested(fnnx.Module):
 
 def by_hand(model, method, x):
     """The model with another method in place of its norms."""
+    states = {}  # of layers, one of which is called twice
     for layer in model.layers():
         scale = layer.scale[...] + int(getattr(layer, "unit_offset", False))
         bias = getattr(layer, "bias", None)
         bias = None if bias is None else bias[...]
         x = model.plain(x)
-        x, _ = method.apply(x, method.init(x.shape), train=True, scale=scale, bias=bias)
+        state = states.get(id(layer), method.init(x.shape))
+        x, states[id(layer)] = method.apply(x, state, train=True, scale=scale, bias=bias)
     return x
 
 
@@ -74,7 +76,14 @@ PATHS = {
 
 class TestNnx:
     @pytest.mark.parametrize(
-        "method", [GN, methods.batch_norm(), methods.batch_renorm(), Groups(1, 1, 2)], ids=str
+        "method",
+        [
+            pytest.param(GN, marks=pytest.mark.slow),
+            pytest.param(methods.batch_norm(), marks=pytest.mark.slow),
+            methods.batch_renorm(),
+            pytest.param(Groups(1, 1, 2), marks=pytest.mark.slow),
+        ],
+        ids=str,
     )
     def test_a_model_computes_what_one_made_by_hand_does(self, method):
         model = Nested(fnnx.Rngs(0))
