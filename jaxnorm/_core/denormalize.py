@@ -39,7 +39,7 @@ def denormalize(
     Rounding is that of the two passes: of the order of the last digit of x, and of the last digit
     of y in units of the standard deviation, which counts where y was rounded to half precision.
     Sets whose variance is 0, empty ones among them, come back as well, since epsilon stands in for
-    it; with an epsilon of 0 all of such a set becomes the mean, and the derivative by the variance
+    it. With an epsilon of 0 all of such a set becomes the mean, and the derivative by the variance
     is infinite.
 
     Args:
