@@ -388,13 +388,17 @@ def test_the_whole_program(small, monkeypatch, tmp_path, capsys):
     assert "invalid choice: 'detection'" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_the_other_tasks(small, monkeypatch, tmp_path):
-    _, result = run_of(monkeypatch, tmp_path, [name for name in TASKS if name != "few_shot"])
-    for key, cell in result.cells.items():
-        if key.how.task == "adversarial":
-            more = cell.more["adversarial"]
-            assert np.mean(cell.errors) <= np.mean(more["half"]) <= np.mean(more["attacked"])
-        if key.how.task == "search":
-            shares = [cell.more["search"][name] for name in search.OPERATIONS[1:]]
-            np.testing.assert_allclose(np.sum(shares, axis=0), 100)
+@pytest.mark.parametrize(
+    "name",
+    (
+        pytest.param("adversarial", marks=pytest.mark.slow),
+        pytest.param("adaptation", marks=pytest.mark.slow),
+        pytest.param("search", marks=pytest.mark.rest),
+    ),
+)
+def test_another_task(name, small, monkeypatch, tmp_path):
+    _, result = run_of(monkeypatch, tmp_path, [name])
+    (cell,) = result.cells.values()
+    if name == "search":
+        shares = [cell.more[name][operation] for operation in search.OPERATIONS[1:]]
+        np.testing.assert_allclose(np.sum(shares, axis=0), 100)

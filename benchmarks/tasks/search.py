@@ -347,6 +347,6 @@ TASK = Task(
     ),
     compile_seconds=25.0,
     work=4.0,
-    limits="The cell has a fraction of the operations and nodes of DARTS's, and the paper that "
-    "compared norms searched on CIFAR-10 or larger images, as far as is known.",
+    limits="The cell has a fraction of the operations and nodes of DARTS's; which search space the "
+    "batch group norm paper used was not read.",
 )
