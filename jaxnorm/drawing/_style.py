@@ -89,7 +89,8 @@ def colour_of(name: str) -> str:
         raise ValueError(f"no colour for {name!r}. Expected one of {', '.join(COLOURS)}.")
     if not is_dark():
         return COLOURS[name]
-    return to_hex(0.72 * np.array(to_rgb(COLOURS[name])) + 0.28)
+    red, green, blue = (0.72 * part + 0.28 for part in to_rgb(COLOURS[name]))
+    return to_hex((red, green, blue))
 
 
 def label_lines(ax: Any, *, gap: float = 11.5) -> None:
