@@ -90,11 +90,7 @@ def colour_of(name: str) -> str:
         raise ValueError(f"no colour for {name!r}. Expected one of {', '.join(COLOURS)}.")
     if not is_dark():
         return COLOURS[name]
-<<<<<<< ours
-    red, green, blue = 0.72 * np.array(to_rgb(COLOURS[name])) + 0.28
-=======
     red, green, blue = (0.72 * part + 0.28 for part in to_rgb(COLOURS[name]))
->>>>>>> theirs
     return to_hex((red, green, blue))
 
 
