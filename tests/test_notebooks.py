@@ -64,7 +64,6 @@ def code_of(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 def test_there_are_notebooks():
     assert NOTEBOOKS
-    assert {path.stem for path in NOTEBOOKS} >= SLOW
 
 
 RUN = [
