@@ -52,18 +52,17 @@ def _panel(axes: Axes, result: Map, data: str, points: float) -> None:
     _name_maps(axes, maps)
     limit = batch_norm_threshold(result, data, points)
     if limit and 0 < limit.low and np.isfinite(limit.high):
-        axes.axvspan(limit.low, limit.high, color="0.9", zorder=0, linewidth=0)
-        left = (
-            np.mean(
-                axes.transAxes.inverted().transform(
-                    axes.transData.transform([(limit.low, 1), (limit.high, 1)])
-                )[:, 0]
-            )
-            < 0.5
-        )
+        # Where the sizes lie far apart, what is between them is all that is known.
+        near = limit.above <= 4 * limit.below
+        low, high = (limit.low, limit.high) if near else (limit.below, limit.above)
+        axes.axvspan(low, high, color="0.9", zorder=0, linewidth=0)
+        places = axes.transData.transform([(low, 1), (high, 1)])
+        left = axes.transAxes.inverted().transform(places)[:, 0].mean() < 0.5
+        where = f"n = {limit.size:.2g} ({low:.2g} to {high:.2g})" if near else ""
         axes.annotate(
-            f"BatchNorm {points:g} point{'s' * (points != 1)}\nabove GroupNorm:\nn = {limit}",
-            (limit.high if left else limit.low, 0.02),
+            f"BatchNorm {points:g} point{'s' * (points != 1)}\nabove GroupNorm:\n"
+            + (where or f"between n = {low:g} and {high:g}"),
+            (high if left else low, 0.02),
             xytext=(5 if left else -5, 0),
             textcoords="offset points",
             xycoords=("data", "axes fraction"),

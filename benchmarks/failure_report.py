@@ -125,9 +125,9 @@ def _thresholds(result: Map, data: str, points: float) -> str:
     )
     explained = (
         f"The n at which the error is {points:g} point{'s' * (points != 1)} above, interpolated "
-        "between the sizes that were measured on a log axis; below it the method loses more. 95 % "
-        "interval of a bootstrap over seeds. 0: less than that everywhere; inf: more than that "
-        "everywhere."
+        "on a log axis between the sizes that were measured next to it; below it the method loses "
+        "more. The interval is 95 % of a bootstrap over seeds: it does not know what lies between "
+        "the sizes. 0: less than that everywhere; inf: more than that everywhere."
     )
     return table and f"{explained}\n\n{table}"
 

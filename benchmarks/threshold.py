@@ -1,5 +1,6 @@
 """The size from which on a loss is below a level, and how sure that is."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,14 +10,26 @@ from scipy.optimize import isotonic_regression
 
 class Threshold(NamedTuple):
     """A size with its 95 % interval: 0 where the loss is below the level at all sizes, infinity
-    where it is above it at all."""
+    where it is above it at all.
+
+    Attributes:
+        size: interpolated between sizes that were measured.
+        low: end of the interval, which knows of the seeds and not of the gap between the sizes.
+        high: its other end.
+        below: the largest size that was measured at most at `size`, 0 without one.
+        above: the smallest one from `size` on, infinity without one.
+    """
 
     size: float
     low: float
     high: float
+    below: float = 0.0
+    above: float = math.inf
 
     def __str__(self) -> str:
-        return f"{self.size:.3g} ({self.low:.3g} to {self.high:.3g})"
+        text = f"{self.size:.3g} ({self.low:.3g} to {self.high:.3g})"
+        inside = 0 < self.below < self.above < math.inf
+        return text + f", between {self.below:g} and {self.above:g}" * inside
 
 
 def crossing(sizes: Sequence[float], losses: Sequence[float], level: float) -> float:
@@ -69,4 +82,11 @@ def threshold(
     found = [crossing(sizes, losses[:, chosen].mean(axis=1).tolist(), level) for chosen in drawn]
     # of values that occur, since some may be infinite
     low, high = np.quantile(found, (0.025, 0.975), method="inverted_cdf")
-    return Threshold(crossing(sizes, losses.mean(axis=1).tolist(), level), float(low), float(high))
+    size = crossing(sizes, losses.mean(axis=1).tolist(), level)
+    return Threshold(
+        size,
+        float(low),
+        float(high),
+        max((one for one in sizes if one <= size), default=0.0),
+        min((one for one in sizes if one >= size), default=math.inf),
+    )

@@ -132,9 +132,13 @@ def test_the_interval_of_a_threshold_holds_the_truth():
 
 
 def test_a_threshold_outside_of_the_sizes_is_unbounded():
-    assert threshold([(2, [9.0, 8.0]), (4, [7.0, 6.5])], 1.0) == (math.inf,) * 3
-    assert threshold([(2, [0.5, 0.2]), (4, [0.0, 0.1])], 1.0) == (0.0,) * 3
-    assert threshold([(2, [9.0, 0.0]), (4, [0.0, 0.0])], 1.0).low == 0
+    above = threshold([(2, [9.0, 8.0]), (4, [7.0, 6.5])], 1.0)
+    assert above == (*(math.inf,) * 3, 4, math.inf)
+    below = threshold([(2, [0.5, 0.2]), (4, [0.0, 0.1])], 1.0)
+    assert below == (*(0.0,) * 3, 0, 2)
+    inside = threshold([(2, [9.0, 0.0]), (4, [0.0, 0.0])], 1.0)
+    assert inside.low == 0 and (inside.below, inside.above) == (2, 4)
+    assert str(inside).endswith(", between 2 and 4") and "between" not in f"{above} {below}"
 
 
 def cell(data="digits", last="1x1", method="batch", batch_size=2, errors=(3.0, 5.0), why=False):
