@@ -56,7 +56,7 @@ SAMPLED = {
 """Tests of many cases, each of which compiles: of the cases of a test the default run takes one in
 `PARTS`, the slow run another, and the run of the rest the others."""
 
-PARTS = 7
+PARTS = 9
 
 
 @pytest.hookimpl(tryfirst=True)

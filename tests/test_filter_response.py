@@ -120,7 +120,7 @@ def test_errors():
     x = jnp.ones(SHAPE)
     with pytest.raises(
         ValueError,
-        match="threshold has shape \\(4,\\).*Expected \\(5,\\), or \\(3, 5\\) per example",
+        match="threshold has shape \\(4,\\).*Expected \\(5,\\), \\(3, 5\\) per example",
     ):
         response(x, threshold=jnp.zeros(4))
     for name, without in (

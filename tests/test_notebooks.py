@@ -17,8 +17,11 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
-SLOW = {"batch_size", "domains", "inference", "why"}
+TRAIN = {"batch_size", "domains", "inference", "why"}
 """Those that train networks."""
+
+SLOW = TRAIN | {"ghosts_and_devices", "migrating", "one_image"}
+"""Run by the slow tests alone."""
 
 UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -42,7 +45,7 @@ def executed(path: Path, folder: Path, *, quick: bool) -> nbformat.NotebookNode:
     }
     env.pop("MPLBACKEND", None)  # IPython's own: figures become outputs
     # most of the time of those that hardly train is compilation
-    env["XLA_FLAGS"] = UNOPTIMIZED if quick and path.stem not in SLOW else ""
+    env["XLA_FLAGS"] = UNOPTIMIZED if quick and path.stem not in TRAIN else ""
     env.pop("JAXNORM_QUICK", None)
     if quick:
         env["JAXNORM_QUICK"] = "1"

@@ -302,6 +302,7 @@ class TestLinen:
         chex.assert_trees_all_equal(y, apply(hand, expected, X))
         assert replaced == {"BatchNorm_0": method, "GroupNorm_0": method}
 
+    @pytest.mark.slow
     def test_parameters_and_statistics_of_before_serve(self):
         """Between batch norms, inference agrees."""
         model = Net()

@@ -49,6 +49,7 @@ def case(name, ours, linen, floor):
     return Case("batch", name, (4, 2, 2, 8), "float32", both, numbers, numbers, samples)
 
 
+@pytest.mark.slow
 def test_speed_writes_files_that_agree(tiny, tmp_path, monkeypatch, capsys):
     found = [name for name in speed._installed() if name not in ("haiku", "torch")]
     monkeypatch.setattr(speed, "_installed", lambda: found)
