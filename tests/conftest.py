@@ -50,7 +50,8 @@ SAMPLED = {
         "equations", "every_layer", "every_method", "explicit_meshes", "flax_differences",
         "flax_parity", "folding", "group_plus", "identities", "inference", "laws", "layers",
         "linen", "loops", "memory", "methods", "moments", "moving_average", "nnx", "normalize",
-        "passes", "rounding", "running", "switchable", "transforms", "weights",
+        "passes", "probe", "probe_hooks", "rounding", "running", "switchable", "together",
+        "transforms", "values", "weights",
     )
 }  # fmt: skip
 """Tests of many cases, each of which compiles: of the cases of a test the default run takes one in

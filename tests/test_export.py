@@ -282,8 +282,10 @@ def test_stored_programs_run_in_a_process_without_the_library(tmp_path):
     check([(name, make) for name, make, often in cases() if often], tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize(
+    "part",
+    [pytest.param(i, marks=pytest.mark.rest if i else pytest.mark.slow) for i in range(4)],
+)
 def test_all_stored_programs(part, tmp_path):
     check([(name, make) for name, make, often in cases() if not often][part::4], tmp_path)
 

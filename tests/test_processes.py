@@ -207,6 +207,7 @@ def launch(processes, out):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_two_processes_train_as_one_device_and_do_not_hang(tmp_path):
     launch(2, tmp_path)

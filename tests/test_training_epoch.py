@@ -54,12 +54,12 @@ class Small(nn.Module):
 
 
 def some(names, often):
-    """`often` by default, one in three of the others in the slow run."""
+    """`often` by default, one in six of the others in the slow run."""
     others = [name for name in names if name not in often]
     return [
         *often,
         *(
-            pytest.param(name, marks=pytest.mark.rest if place % 3 else pytest.mark.slow)
+            pytest.param(name, marks=pytest.mark.rest if place % 6 else pytest.mark.slow)
             for place, name in enumerate(others)
         ),
     ]
