@@ -255,8 +255,13 @@ def test_pmap_goes_on_after_a_kill_and_agrees_with_jit(finished, cache, tmp_path
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ([], ["--pmap"]), ids=("jit", "pmap"))
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param([], marks=pytest.mark.slow, id="jit"),
+        pytest.param(["--pmap"], marks=pytest.mark.rest, id="pmap"),
+    ],
+)
 def test_two_processes_go_on_after_a_kill_and_agree_with_one(how, finished, cache, tmp_path):
     options, expected, _ = finished
     finish(cache, *options, *how, "--output", tmp_path / "whole", processes=2)
@@ -421,12 +426,11 @@ def two_steps(placement, method, devices_per_norm):
 @pytest.mark.parametrize(
     ("method", "devices_per_norm"),
     [
-        ("batch", 2),
-        ("batch", 8),
-        ("ghost_batch", 1),
+        pytest.param("batch", 2, marks=pytest.mark.slow),
+        pytest.param("batch", 8, marks=pytest.mark.rest),
+        pytest.param("ghost_batch", 1, marks=pytest.mark.rest),
     ],
 )
-@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_quickly")
 def test_jit_and_pmap_agree(method, devices_per_norm):
     """Means are averages of the devices' either way; jit pools variances over all images, pmap
@@ -841,7 +845,7 @@ def test_an_image_that_one_process_cannot_read_ends_both(finished, folder, cache
     assert f": {images}/train/red/" in text and "cannot be decoded" in text
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_an_evaluated_image_that_one_process_cannot_read_ends_both(
     finished, folder, cache, tmp_path
 ):
@@ -854,8 +858,13 @@ def test_an_evaluated_image_that_one_process_cannot_read_ends_both(
     assert f"process 1: {images}/val/red/9.JPEG" in " ".join(text.split())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("at", "status"), ((6, -signal.SIGKILL), (-6, 1)), ids=("kill", "raise"))
+@pytest.mark.parametrize(
+    ("at", "status"),
+    [
+        pytest.param(6, -signal.SIGKILL, marks=pytest.mark.slow, id="kill"),
+        pytest.param(-6, 1, marks=pytest.mark.rest, id="raise"),
+    ],
+)
 def test_a_process_that_dies_ends_the_other(at, status, finished, cache, tmp_path):
     options = [*finished[0], "--output", tmp_path / "run"]
     first = tmp_path / "run" / "checkpoints" / "3"
