@@ -23,6 +23,8 @@ include_patterns = [
     "CHANGELOG.md",
     "benchmarks/README.md",
     "benchmarks/CLAIMS.md",
+    "benchmarks/FAILURE.md",
+    "benchmarks/TASKS.md",
     "docs/*.md",
     "docs/api/*.md",
     "notebooks/*.ipynb",

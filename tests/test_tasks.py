@@ -392,7 +392,7 @@ def test_the_whole_program(small, monkeypatch, tmp_path, capsys):
     "name",
     (
         pytest.param("adversarial", marks=pytest.mark.slow),
-        pytest.param("adaptation", marks=pytest.mark.slow),
+        pytest.param("adaptation", marks=pytest.mark.rest),
         pytest.param("search", marks=pytest.mark.rest),
     ),
 )

@@ -17,7 +17,13 @@ CONTENTS = {
         "notebooks/README",
         "notebooks/*",
     ],
-    "Measured and understood": ["benchmarks/README", "benchmarks/CLAIMS", "docs/probes"],
+    "Measured and understood": [
+        "benchmarks/README",
+        "benchmarks/FAILURE",
+        "benchmarks/CLAIMS",
+        "benchmarks/TASKS",
+        "docs/probes",
+    ],
     "Reference": [
         "docs/capabilities",
         "docs/api/jaxnorm",
@@ -31,7 +37,7 @@ EXPLORER = '<iframe class="explorer" src="explorer.html" title="One number per a
 
 PICTURE = re.compile(
     r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="([^"]*)">\s*'
-    r'<img src="([^"]*)" alt="([^"]*)"[^>]*>\s*</picture>'
+    r'<img src="([^"]*)"\s+alt="([^"]*)"[^>]*>\s*</picture>'
 )
 """A figure for dark pages and for light ones, as the repository shows them."""
 
