@@ -54,10 +54,10 @@ SAMPLED = {
         "transforms", "values", "weights",
     )
 }  # fmt: skip
-"""Tests of many cases, each of which compiles: of the cases of a test the default run takes two in
-`PARTS`, the slow run another, and the run of the rest the others."""
+"""Tests of many cases, each of which compiles: of the cases of a test the default run takes one in
+`PARTS`, the slow run half as many, and the run of the rest the others."""
 
-PARTS = 18
+PARTS = 9
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -66,9 +66,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         many = cases[item.nodeid.split("[")[0]] >= 3 and item.path.name in SAMPLED
         # By a hash of its name, so that no parameter has one value in all of a part.
-        part = zlib.crc32(item.nodeid.encode()) % PARTS if many else 0
-        if part > 1:
-            item.add_marker(pytest.mark.slow if part == 2 else pytest.mark.rest)
+        drawn = zlib.crc32(item.nodeid.encode()) if many else 0
+        if drawn % PARTS:
+            slow = drawn % PARTS == 1 and drawn % 2
+            item.add_marker(pytest.mark.slow if slow else pytest.mark.rest)
 
 
 def pytest_addoption(parser):
