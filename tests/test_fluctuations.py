@@ -138,6 +138,7 @@ def test_what_is_analysed_comes_after_the_warm_up():
             assert found["width"][seed] == pytest.approx(width(h))
 
 
+@pytest.mark.slow
 def test_a_small_run(tmp_path, capsys, monkeypatch):
     """End to end, with one cell; it resumes, and ends where known exponents are not found."""
     monkeypatch.setattr(fluctuations, "FIRST", (("group", 32),))

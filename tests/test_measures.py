@@ -59,6 +59,7 @@ def test_a_known_domain_is_served_by_the_statistics_of_its_device():
     assert all(len(found[name]) == 2 for name in found) and shifts.UNKNOWN in found
 
 
+@pytest.mark.slow
 def test_the_weight_of_an_example_is_that_of_validation():
     trained, key = untrained()
     found = measures.weighed(trained, key)

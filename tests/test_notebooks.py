@@ -20,7 +20,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TRAIN = {"batch_size", "domains", "inference", "why"}
 """Those that train networks."""
 
-SLOW = TRAIN | {"ghosts_and_devices", "migrating", "one_image"}
+SLOW = TRAIN | {"ghosts_and_devices", "migrating", "one_image", "your_own"}
 """Run by the slow tests alone."""
 
 UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
