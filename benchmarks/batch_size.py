@@ -6,8 +6,8 @@ real images.
     python -m benchmarks.batch_size --methods evonorm_s0 cross_iteration   # other methods by name
     python -m benchmarks.batch_size --data fashion_mnist=FOLDER            # other images
 
-The first takes four minutes on 2 cores and the second twenty. Both train networks whose last
-feature map is 1x1 and others where it is 4x4, because that decides what a small batch does.
+The first takes five minutes on 2 cores, the second twenty by estimate. Both train networks whose
+last feature map is 1x1 and others where it is 4x4, because that decides what a small batch does.
 
 Prints test accuracies and their paired differences, and writes them to batch_size.md, with
 batch_size.png, cells.json and cells.csv. Each cell (a method at a batch size) is written as soon as
@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add_options(parser, "results/batch_size")
-    add("--full", action="store_true", help="seven methods, 8 seeds: twenty minutes on 2 cores")
+    add("--full", action="store_true", help="seven methods, 8 seeds: about twenty minutes")
     add(
         "--methods",
         nargs="+",

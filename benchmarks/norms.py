@@ -207,6 +207,8 @@ def named(name: str) -> Row:
     if name in METHODS:
         return METHODS[name]
     method = methods.from_config(name)
+    if isinstance(method, methods.domain_batch_norm):
+        raise ValueError("the network cannot tell it the domain of each example")
     activation = nn.relu if isinstance(method, methods.proxy_norm) else None
 
     def at(batch_size: int, num_channels: int) -> Layer:

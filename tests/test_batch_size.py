@@ -215,6 +215,7 @@ def test_full_runs_the_table_at_all_batch_sizes(trainings, tmp_path):
     [
         (["--methods", "bach"], "'bach' is no method"),
         (["--methods", "group_norm:5"], "does not split into 5 equal groups"),
+        (["--methods", "domain_batch_norm:3"], "cannot tell it the domain"),
         (["--batch-sizes", "0"], "expected a positive whole number, got '0'"),
         (["--batch-sizes", "5"], "5 does not divide the 32 images of a step"),
         (["--epochs", "1"], "expected at least 2"),
